@@ -1,0 +1,52 @@
+"""Where state lives. Nothing depends on the working directory."""
+
+from __future__ import annotations
+
+import os
+import stat
+import uuid
+from pathlib import Path
+
+import platformdirs
+
+from acestep.errors import StoragePermission
+
+
+def home() -> Path:
+    """State directory: `ACESTEP_HOME`, else the platform's data directory for this user."""
+    configured = os.environ.get("ACESTEP_HOME", "").strip()
+    return Path(configured).expanduser().absolute() if configured else Path(platformdirs.user_data_dir("acestep"))
+
+
+def checkpoints_dir() -> Path:
+    """Downloaded and generated checkpoints: `ACESTEP_CHECKPOINTS`, else `<home>/checkpoints`."""
+    configured = os.environ.get("ACESTEP_CHECKPOINTS", "").strip()
+    return Path(configured).expanduser().absolute() if configured else home() / "checkpoints"
+
+
+def writable(directory: Path) -> Path:
+    """Create `directory` if need be and prove by writing a file that it can be written.
+
+    Raises:
+        StoragePermission: with path, uid, gid and the mode of the nearest existing parent.
+    """
+    probe = directory / f".probe-{uuid.uuid4().hex}"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        nearest = directory
+        while not os.path.lexists(nearest) and nearest != nearest.parent:
+            nearest = nearest.parent
+        try:
+            mode = stat.filemode(nearest.stat().st_mode)
+        except OSError:
+            mode = "unreadable"
+        uid, gid = (os.getuid(), os.getgid()) if hasattr(os, "getuid") else (-1, -1)
+        raise StoragePermission(
+            f"cannot write {directory}: {error.strerror or error} (uid {uid}, gid {gid}, mode of {nearest}: {mode}). "
+            "Make it writable or set ACESTEP_HOME to a directory that is.",
+            path=str(directory), uid=uid, gid=gid, mode=mode, errno=error.errno,
+        ) from error  # fmt: skip
+    return directory

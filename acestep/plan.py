@@ -1,0 +1,55 @@
+"""`Plan`: what the planner decided, in the words the renderer and the caller read."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+CODES_PER_SECOND = 5
+NUM_CODES = 64_000  # FSQ levels 8*8*8*5*5*5
+
+
+class Metadata(BaseModel):
+    """The planner's reasoning block. Field names are the protocol's (lm.md §3)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    bpm: int | None = Field(None, ge=30, le=300)
+    caption: str | None = Field(None, max_length=8_192)
+    duration: float | None = Field(None, gt=0.0, le=600.0, description="Seconds.")
+    keyscale: str | None = Field(None, max_length=32)
+    language: str | None = Field(None, max_length=16)
+    timesignature: str | None = Field(None, max_length=8)
+
+
+class PlanTimings(BaseModel):
+    """Wall seconds inside the planner."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    queued_s: float = 0.0
+    metadata_s: float = 0.0
+    codes_s: float = 0.0
+    steps: int = Field(0, description="Decoder forwards that this request took part in.")
+
+
+class Plan(BaseModel):
+    """Metadata and, where the planner was asked to think, one list of audio codes per item (5 per second)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    metadata: Metadata = Metadata()
+    codes: tuple[tuple[Annotated[int, Field(ge=0, lt=NUM_CODES)], ...], ...] | None = Field(None, max_length=8)
+    lm_seeds: tuple[int, ...] = ()
+    model: str | None = Field(None, max_length=256, description="Planner checkpoint; null where none ran.")
+    model_hash: str | None = Field(None, max_length=128)
+    notice: str | None = Field(None, max_length=256)
+    timings: PlanTimings = PlanTimings()
+
+    def codes_of(self, item: int) -> tuple[int, ...] | None:
+        """Codes of batch item `item`; a single list serves all items."""
+        if not self.codes:
+            return None
+        return self.codes[item if len(self.codes) > 1 else 0]
+
+    @property
+    def total_codes(self) -> int:
+        return sum(len(c) for c in self.codes or ())

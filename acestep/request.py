@@ -1,0 +1,245 @@
+"""`SongRequest`: what a caller asks for, after aliases are resolved and before any model runs.
+
+Ranges are those of ACE-Step 1.5 itself. What a *card* can do is narrower and is applied later (`acestep.gpu_config`).
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from acestep.plan import Plan
+
+MIN_DURATION_S = 10.0
+MAX_DURATION_S = 600.0
+MAX_BATCH = 8
+MAX_PROMPT_CHARS = 2_048
+MAX_LYRICS_CHARS = 8_192
+MAX_SEED = 2**63 - 1
+NO_USER_INPUT = "NO USER INPUT"
+INSTRUMENTAL = "[Instrumental]"
+
+Task = Literal["text2music", "cover", "cover-nofsq", "repaint", "lego", "extract", "complete"]
+AudioFormat = Literal["wav", "wav24", "wav32", "flac", "mp3", "opus", "aac"]
+TRACKS = (
+    "woodwinds", "brass", "fx", "synth", "strings", "percussion", "keyboard", "guitar", "bass", "drums",
+    "backing_vocals", "vocals",
+)  # fmt: skip
+
+# The 51 values that the planner's `language:` field can take (spec: planner output grammar).
+LANGUAGES = tuple(
+    "ar az bg bn ca cs da de el en es fa fi fr he hi hr ht hu id is it ja ko la lt ms ne nl no pa pl pt ro ru sa sk sr "
+    "sv sw ta te th tl tr uk ur vi yue zh unknown".split()
+)
+TIME_SIGNATURES = ("2", "3", "4", "6")
+_KEY = re.compile(r"^\s*([A-Ga-g])\s*(#|b|♯|♭)?\s*(m|min|minor|maj|major)?\s*$", re.IGNORECASE)
+
+
+def normalise_key(value: str) -> str | None:
+    """`Am`, `a minor`, `C Major` → `A minor`, `A minor`, `C major`; None where it is not one of the 70 keys."""
+    match = _KEY.match(value)
+    if not match:
+        return None
+    note, accidental, mode = match.groups()
+    if mode is None:
+        mode = "major"
+    minor = mode == "m" or mode.lower() in ("min", "minor")
+    return f"{note.upper()}{(accidental or '').lower()} {'minor' if minor else 'major'}"
+
+
+def normalise_time_signature(value: str | int) -> str | None:
+    """`4`, `"4/4"`, `"6/8"` → `"4"`, `"4"`, `"6"`; None where it is not one of 2, 3, 4, 6."""
+    top = str(value).strip().split("/")[0]
+    return top if top in TIME_SIGNATURES else None
+
+
+def _key(value: str | None) -> str | None:
+    if value is None or not value.strip():
+        return None
+    key = normalise_key(value)
+    if key is None:
+        raise ValueError("must be a note A to G, an optional # or b, and major or minor, such as 'F# minor'")
+    return key
+
+
+def _time_signature(value: Any) -> str | None:
+    if value is None or not str(value).strip():
+        return None
+    top = normalise_time_signature(value)
+    if top is None:
+        raise ValueError("must be one of 2, 3, 4, 6 (or 2/4, 3/4, 4/4, 6/8)")
+    return top
+
+
+def _language(value: str | None) -> str | None:
+    if value is None or not value.strip():
+        return None
+    code = value.strip().lower()
+    if code not in LANGUAGES:
+        raise ValueError(f"must be one of {' '.join(LANGUAGES)}")
+    return code
+
+
+def _duration(value: Any) -> Any:
+    return None if value in (-1, "-1") and not isinstance(value, bool) else value
+
+
+def _seed(value: Any) -> Any:
+    return None if value in (-1, "-1") and not isinstance(value, bool) else value
+
+
+def _formats(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+def _text(value: str) -> str:
+    # Lone surrogates and NUL reach us through JSON escapes; neither can be tokenised or stored.
+    if "\x00" in value or any(0xD800 <= ord(c) <= 0xDFFF for c in value):
+        raise ValueError("must not contain NUL or lone surrogate characters")
+    return value
+
+
+Text = Annotated[str, AfterValidator(_text)]
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Lora(BaseModel):
+    """A LoRA adapter for this request: a folder or file of safetensors under an allow-listed root."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    path: Text = Field(min_length=1, max_length=1024)
+    scale: float = Field(1.0, ge=0.0, le=4.0, description="Multiplies the adapter's own alpha / r.")
+
+
+class SongRequest(BaseModel):
+    """One song job: a prompt (and more) in, `batch_size` songs out. Immutable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
+
+    # What to make
+    prompt: Text = Field("", max_length=MAX_PROMPT_CHARS, description="Description of the music.")
+    lyrics: Text = Field("", max_length=MAX_LYRICS_CHARS, description="Lyrics; empty means instrumental.")
+    duration: Annotated[float | None, BeforeValidator(_duration)] = Field(
+        None, ge=MIN_DURATION_S, le=MAX_DURATION_S, description="Seconds; null or -1 lets the planner decide."
+    )
+    bpm: int | None = Field(None, ge=30, le=300)
+    key_scale: Annotated[str | None, AfterValidator(_key)] = Field(None, max_length=32)
+    time_signature: Annotated[str | None, BeforeValidator(_time_signature)] = None
+    vocal_language: Annotated[str | None, AfterValidator(_language)] = Field(None, max_length=16)
+    batch_size: int = Field(1, ge=1, le=MAX_BATCH, description="Number of variants.")
+    seed: Annotated[int | tuple[int, ...] | None, BeforeValidator(_seed)] = Field(
+        None, description="One seed (item i uses seed + i), one per item, or null / -1 for a random one."
+    )
+
+    # Planner
+    thinking: bool = Field(True, description="The planner writes audio codes for the renderer.")
+    use_cot_metas: bool = True
+    use_cot_caption: bool = True
+    use_cot_language: bool = True
+    constrained_decoding: bool = True
+    lm_temperature: float = Field(0.85, ge=0.0, le=2.0)
+    lm_cfg_scale: float = Field(2.0, ge=1.0, le=20.0, description="1 switches guidance off.")
+    lm_top_k: int = Field(0, ge=0, le=1_000_000, description="0 switches it off.")
+    lm_top_p: float = Field(0.9, gt=0.0, le=1.0, description="1 switches it off.")
+    lm_repetition_penalty: float = Field(1.0, ge=0.1, le=10.0)
+    lm_negative_prompt: Text = Field(NO_USER_INPUT, max_length=MAX_PROMPT_CHARS)
+    lm_seed: Annotated[int | None, BeforeValidator(_seed)] = Field(None, ge=0, le=MAX_SEED)
+    lm_share_cot: bool = Field(True, description="All items of a batch share one set of metadata.")
+    plan: Plan | None = Field(None, description="A plan made (and perhaps edited) earlier: skips the planner.")
+    audio_codes: tuple[Annotated[int, Field(ge=0, le=63_999)], ...] | None = Field(
+        None, min_length=1, max_length=int(MAX_DURATION_S) * 5, description="Codes for every item: skips code planning."
+    )
+
+    # Renderer
+    model: Text | None = Field(None, max_length=128, description="Renderer checkpoint; null means the pool's default.")
+    task: Task = "text2music"
+    instruction: Text | None = Field(None, max_length=512, description="Overrides the task's own instruction.")
+    track_name: Literal[TRACKS] | None = None  # type: ignore[valid-type]
+    track_classes: tuple[Literal[TRACKS], ...] | None = None  # type: ignore[valid-type]
+    global_caption: Text = Field("", max_length=MAX_PROMPT_CHARS)
+    steps: int | None = Field(None, ge=1, le=200, description="Null means the checkpoint's default.")
+    guidance_scale: float | None = Field(None, ge=1.0, le=30.0, description="Null means the checkpoint's default.")
+    shift: float | None = Field(None, ge=0.1, le=10.0, description="Null means the checkpoint's default.")
+    timesteps: tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...] | None = Field(
+        None, min_length=1, max_length=200, description="Own schedule, falling from 1; overrides steps and shift."
+    )
+    infer_method: Literal["ode", "sde"] = "ode"
+    sampler: Literal["euler", "heun"] = "euler"
+    use_adg: bool = False
+    cfg_interval_start: Probability = 0.0
+    cfg_interval_end: Probability = 1.0
+    lora: Lora | None = None
+
+    # Source audio: ids of uploaded files or allow-listed paths, resolved by the API before a stage sees them.
+    src_audio: Text | None = Field(None, max_length=1024)
+    reference_audio: tuple[Text, ...] = Field((), max_length=4)
+    repainting_start: float = Field(0.0, ge=-MAX_DURATION_S, le=MAX_DURATION_S, description="Seconds; < 0 outpaints.")
+    repainting_end: float | None = Field(None, ge=0.0, le=2 * MAX_DURATION_S, description="Seconds; null = to the end.")
+    repaint_mode: Literal["conservative", "balanced", "aggressive"] = "balanced"
+    repaint_strength: Probability = 0.5
+    repaint_latent_crossfade_frames: int = Field(10, ge=0, le=250)
+    repaint_wav_crossfade_sec: float = Field(0.0, ge=0.0, le=10.0)
+    chunk_mask_mode: Literal["explicit", "auto"] = "auto"
+    audio_cover_strength: Probability = 1.0
+    cover_noise_strength: Probability = 0.0
+
+    # Output
+    formats: Annotated[tuple[AudioFormat, ...], BeforeValidator(_formats)] = Field(
+        ("wav",), min_length=1, max_length=7, validation_alias=AliasChoices("formats", "format", "audio_format")
+    )
+    bitrate_kbps: int | None = Field(None, ge=32, le=512, description="For mp3, opus and aac.")
+    normalize: bool = Field(True, description="Peak at -1 dBFS, as upstream.")
+    loudness_lufs: float | None = Field(None, ge=-40.0, le=-5.0, description="Integrated loudness target instead.")
+
+    # Service
+    strict: bool = Field(False, description="Refuse (422) instead of clamping to what the hardware can do.")
+
+    @model_validator(mode="after")
+    def _check(self) -> SongRequest:
+        if isinstance(self.seed, tuple):
+            if len(self.seed) != self.batch_size:
+                raise ValueError(f"seed: {len(self.seed)} seeds for batch_size {self.batch_size}")
+            bad = [s for s in self.seed if not 0 <= s <= MAX_SEED]
+        else:
+            bad = [] if self.seed is None or 0 <= self.seed <= MAX_SEED else [self.seed]
+        if bad:
+            raise ValueError(f"seed: {bad[0]} is outside 0 to {MAX_SEED}")
+        if self.timesteps and any(b >= a for a, b in zip(self.timesteps, self.timesteps[1:], strict=False)):
+            raise ValueError("timesteps: must fall strictly")
+        if self.cfg_interval_start > self.cfg_interval_end:
+            raise ValueError("cfg_interval_start: must not be above cfg_interval_end")
+        if self.task not in ("text2music",) and self.src_audio is None and self.audio_codes is None:
+            raise ValueError(f"src_audio: task {self.task} needs source audio")
+        if self.plan is not None and self.plan.codes and len(self.plan.codes) not in (1, self.batch_size):
+            raise ValueError(f"plan: {len(self.plan.codes)} code lists for batch_size {self.batch_size}")
+        return self
+
+    @property
+    def instrumental(self) -> bool:
+        return self.lyrics.strip().lower() in ("", "[inst]", "[instrumental]")
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """One seed per item. Only after `with_seeds()`, so that a retry cannot draw others."""
+        if self.seed is None:
+            raise ValueError("seeds are drawn by with_seeds()")
+        if isinstance(self.seed, tuple):
+            return self.seed
+        return tuple((self.seed + i) % (MAX_SEED + 1) for i in range(self.batch_size))
+
+    def with_seeds(self) -> SongRequest:
+        """This request with its random seed drawn: from here on every run of it gives the same songs."""
+        return self if self.seed is not None else self.model_copy(update={"seed": secrets.randbelow(2**31)})
+
+
+class Adjustment(BaseModel):
+    """A value that was changed, and why: part of the response, never silent."""
+
+    model_config = ConfigDict(frozen=True)
+    field: str
+    asked: Any
+    given: Any
+    reason: str

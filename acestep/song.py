@@ -1,0 +1,75 @@
+"""`Song`: what comes out, and `Progress`: what is heard on the way."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from acestep.plan import Plan
+
+SAMPLE_RATE = 48_000
+CHANNELS = 2
+LATENT_FPS = 25  # latent frames per second of audio
+SAMPLES_PER_FRAME = 1_920
+TINY_NOTICE = "tiny checkpoint: noise, not music"
+
+StageName = Literal["queued", "planning", "rendering", "decoding", "encoding"]
+
+
+class Progress(BaseModel):
+    """`done` of `total` units in a stage: codes while planning, steps while rendering, frames while decoding."""
+
+    model_config = ConfigDict(frozen=True)
+    stage: StageName
+    done: int = 0
+    total: int = 0
+    item: int | None = None
+
+
+class AudioFile(BaseModel):
+    """One encoded file of one item. `path` is relative to the artifact store's root."""
+
+    model_config = ConfigDict(frozen=True)
+    format: str
+    content_type: str
+    path: str
+    bytes: int
+    sha256: str
+
+
+class SongItem(BaseModel):
+    model_config = ConfigDict(frozen=True)
+    index: int
+    seed: int
+    duration: float = Field(description="Seconds, exact: samples / sample_rate.")
+    samples: int
+    sample_rate: int = SAMPLE_RATE
+    channels: int = CHANNELS
+    files: tuple[AudioFile, ...] = ()
+    manifest: str | None = Field(None, description="Path of manifest.json beside the files.")
+
+
+class RenderTimings(BaseModel):
+    """Wall seconds inside the renderer."""
+
+    model_config = ConfigDict(frozen=True)
+    queued_s: float = 0.0
+    conditions_s: float = 0.0
+    denoise_s: float = 0.0
+    decode_s: float = 0.0
+    encode_s: float = 0.0
+
+
+class Song(BaseModel):
+    """The result of a job."""
+
+    model_config = ConfigDict(frozen=True)
+    items: tuple[SongItem, ...]
+    plan: Plan
+    renderer: str
+    renderer_hash: str | None = None
+    device: str | None = None
+    notice: str | None = None
+    timings: RenderTimings = RenderTimings()
+    settings: dict[str, Any] = Field(default_factory=dict, description="Steps, shift, guidance as used.")

@@ -1,0 +1,1 @@
+"""The Ray Serve applications that serve `acestep`: router, planner pools, renderer pools."""
