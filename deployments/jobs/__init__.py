@@ -1,0 +1,1 @@
+"""Durable song jobs: the store, its leases, recovery and retention."""

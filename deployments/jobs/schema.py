@@ -1,0 +1,55 @@
+"""Tables of the job store. Times are unix seconds; JSON columns hold what the models of `acestep` dump."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+
+metadata = sa.MetaData()
+
+jobs = sa.Table(
+    "jobs",
+    metadata,
+    sa.Column("id", sa.String(64), primary_key=True),
+    sa.Column("kind", sa.String(16), nullable=False, server_default="song"),
+    sa.Column("state", sa.String(16), nullable=False),
+    sa.Column("stage", sa.String(16), nullable=False, server_default="queued"),
+    sa.Column("progress", sa.JSON),
+    sa.Column("request", sa.JSON, nullable=False),
+    sa.Column("plan", sa.JSON),
+    sa.Column("result", sa.JSON),
+    sa.Column("error", sa.JSON),
+    sa.Column("adjustments", sa.JSON, nullable=False),
+    sa.Column("extra", sa.JSON, nullable=False),  # what an API needs to answer in its own words
+    sa.Column("priority", sa.Float, nullable=False, server_default="0"),
+    sa.Column("deadline", sa.Float),
+    sa.Column("owner_key", sa.String(64), nullable=False, server_default=""),
+    sa.Column("idempotency_key", sa.String(255)),
+    sa.Column("body_hash", sa.String(64)),
+    sa.Column("plan_pool", sa.String(64)),
+    sa.Column("render_pool", sa.String(64)),
+    sa.Column("est_plan_s", sa.Float, nullable=False, server_default="0"),
+    sa.Column("est_render_s", sa.Float, nullable=False, server_default="0"),
+    sa.Column("attempts", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("cancel_requested", sa.Boolean, nullable=False, server_default=sa.false()),
+    sa.Column("lease_owner", sa.String(64)),
+    sa.Column("lease_until", sa.Float),
+    sa.Column("created_at", sa.Float, nullable=False),
+    sa.Column("started_at", sa.Float),
+    sa.Column("planned_at", sa.Float),
+    sa.Column("finished_at", sa.Float),
+    sa.Index("jobs_by_state", "state", "priority", "created_at"),
+    sa.Index("jobs_by_lease", "lease_owner"),
+    sa.Index("jobs_by_created", "created_at"),
+    sa.UniqueConstraint("owner_key", "idempotency_key", name="jobs_idempotency"),
+)
+
+events = sa.Table(
+    "events",
+    metadata,
+    sa.Column("seq", sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True, autoincrement=True),
+    sa.Column("job_id", sa.String(64), sa.ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
+    sa.Column("at", sa.Float, nullable=False),
+    sa.Column("type", sa.String(32), nullable=False),
+    sa.Column("data", sa.JSON, nullable=False),
+    sa.Index("events_by_job", "job_id", "seq"),
+)
