@@ -1,0 +1,241 @@
+"""The original layout (one flat state dict) turned into diffusers components, strictly: no key is dropped, none is made up.
+
+Key names and config fields follow the layout that ACE-Step publishes and diffusers' `scripts/convert_ace_step_to_diffusers.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError, safe_open
+
+from acestep.checkpoints.layout import COMPONENTS, SILENCE_FILE, TOKENIZER_FILES, read_config, weight_files
+from acestep.checkpoints.modules import component_class
+from acestep.errors import ModelMissing
+
+log = logging.getLogger(__name__)
+
+SILENCE_FRAMES = 15_000
+PREFIXES = {
+    "decoder.": "transformer",
+    "encoder.": "condition_encoder",
+    "tokenizer.": "audio_tokenizer",
+    "detokenizer.": "audio_token_detokenizer",
+}
+RENAMES = {
+    ".q_proj.": ".to_q.",
+    ".k_proj.": ".to_k.",
+    ".v_proj.": ".to_v.",
+    ".o_proj.": ".to_out.0.",
+    ".q_norm.": ".norm_q.",
+    ".k_norm.": ".norm_k.",
+}
+PATCH_RENAMES = {"proj_in.1.": "proj_in_conv.", "proj_out.1.": "proj_out_conv."}
+_SHOWN_KEYS = 20
+_SHARED = (
+    "head_dim", "rope_theta", "attention_bias", "attention_dropout", "rms_norm_eps", "sliding_window",
+)  # fmt: skip
+_SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+_POOLER_LAYERS = 2
+
+
+def component_of(key: str) -> tuple[str, str] | None:
+    """Component and key there of a key of the original file; None where it belongs nowhere."""
+    if key == "null_condition_emb":
+        return "condition_encoder", key
+    for prefix, component in PREFIXES.items():
+        if key.startswith(prefix):
+            name = key.removeprefix(prefix)
+            if component == "transformer":
+                for old, new in PATCH_RENAMES.items():
+                    if name.startswith(old):
+                        name = new + name.removeprefix(old)
+            for old, new in RENAMES.items():
+                name = name.replace(old, new)
+            return component, name
+    return None
+
+
+def component_configs(config: dict[str, Any], source: Path) -> dict[str, dict[str, Any]]:
+    """Constructor arguments of each diffusers component from the original `config.json`.
+
+    Raises:
+        ModelMissing: fields are absent; lists them.
+    """
+    transformer_fields = (
+        *_SIZES, *_SHARED, "num_hidden_layers", "in_channels", "audio_acoustic_hidden_dim", "patch_size", "layer_types",
+    )  # fmt: skip
+    condition_fields = (
+        "text_hidden_dim", "timbre_hidden_dim", "num_lyric_encoder_hidden_layers", "num_timbre_encoder_hidden_layers",
+    )  # fmt: skip
+    absent = [f for f in (*transformer_fields, *condition_fields) if config.get(f) is None]
+    if absent:
+        raise ModelMissing(f"{source}: fields are missing: {', '.join(absent)}.", path=str(source), fields=absent)
+
+    transformer = {f: config[f] for f in transformer_fields}
+    transformer["is_turbo"] = bool(config.get("is_turbo", False))
+    transformer["model_version"] = config.get("model_version")
+    if config.get("encoder_hidden_size") is not None:
+        transformer["encoder_hidden_size"] = config["encoder_hidden_size"]
+
+    # XL: all but the DiT itself is sized by the encoder_* fields.
+    shared = {f: config[f] for f in _SHARED}
+    for field in _SIZES:
+        own = config.get(f"encoder_{field}")
+        shared[field] = config[field] if own is None else own
+    pooled = {
+        **shared,
+        "audio_acoustic_hidden_dim": config["audio_acoustic_hidden_dim"],
+        "pool_window_size": config.get("pool_window_size", 5),
+        "num_attention_pooler_hidden_layers": config.get("num_attention_pooler_hidden_layers", _POOLER_LAYERS),
+    }
+    pooled["layer_types"] = list(config["layer_types"])[: pooled["num_attention_pooler_hidden_layers"]]
+    return {
+        "transformer": transformer,
+        "condition_encoder": {**shared, **{f: config[f] for f in condition_fields}},
+        "audio_tokenizer": {
+            **pooled,
+            "fsq_dim": config.get("fsq_dim", shared["hidden_size"]),
+            "fsq_input_levels": config.get("fsq_input_levels", [8, 8, 8, 5, 5, 5]),
+            "fsq_input_num_quantizers": config.get("fsq_input_num_quantizers", 1),
+        },
+        "audio_token_detokenizer": pooled,
+    }
+
+
+def convert(original: Path, companions: dict[str, Path], target: Path) -> None:
+    """Write the renderer in `original` to the empty folder `target` in diffusers layout.
+
+    Args:
+        original: Folder with `config.json`, `model.safetensors` (or shards) and `silence_latent.pt`.
+        companions: Folders of "vae" and "text_encoder" (which also holds the tokenizer). Their files are hard-linked
+            where the file system allows, else copied.
+
+    Raises:
+        ModelMissing: a file is absent or broken; a key is missing, left over or has another shape (all are listed).
+    """
+    configs = component_configs(read_config(original / "config.json"), original / "config.json")
+    states = _split(original)
+    states["condition_encoder"]["silence_latent"] = read_silence(
+        original / SILENCE_FILE, configs["condition_encoder"]["timbre_hidden_dim"]
+    )
+    problems = [p for name in configs for p in _mismatches(name, configs[name], states[name])]
+    if problems:
+        raise ModelMissing(
+            f"{original} does not fit its config.json: {_shortened(problems)}.", path=str(original), keys=problems
+        )
+    for name, config in configs.items():
+        folder = target / name
+        folder.mkdir(parents=True)
+        save_torch_state_dict(states.pop(name), folder, filename_pattern="diffusion_pytorch_model{suffix}.safetensors")
+        _write_json(folder / "config.json", {"_class_name": COMPONENTS[name], **config})
+    link_companions(companions, target)
+    write_pipeline_files(target)
+
+
+def link_companions(companions: dict[str, Path], target: Path) -> None:
+    """Put VAE, text encoder and tokenizer into `target`: hard links where the file system allows, else copies."""
+    for name, source in companions.items():
+        folder = target / name
+        folder.mkdir()
+        for path in [source / "config.json", *source.glob("*.safetensors.index.json"), *weight_files(source)]:
+            _link(path, folder / path.name)
+    (target / "tokenizer").mkdir()
+    for name in TOKENIZER_FILES:
+        if (companions["text_encoder"] / name).is_file():
+            _link(companions["text_encoder"] / name, target / "tokenizer" / name)
+
+
+def write_pipeline_files(target: Path) -> None:
+    """`model_index.json` and the scheduler's config, so that `AceStepPipeline.from_pretrained` reads the folder too."""
+    (target / "scheduler").mkdir()
+    _write_json(
+        target / "scheduler" / "scheduler_config.json",
+        {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1, "shift": 1.0},
+    )
+    index: dict[str, Any] = {"_class_name": "AceStepPipeline"}
+    index |= {name: ["diffusers", cls] for name, cls in COMPONENTS.items() if name != "text_encoder"}
+    index |= {
+        "text_encoder": ["transformers", COMPONENTS["text_encoder"]],
+        "tokenizer": ["transformers", "Qwen2Tokenizer"],
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    }
+    _write_json(target / "model_index.json", index)
+
+
+def read_silence(path: Path, channels: int) -> torch.Tensor:
+    """The VAE's encoding of silence, (1, 15000, channels). Zeros in its place would make drones, so it must be there."""
+    if not path.is_file():
+        raise ModelMissing(
+            f"{path} is missing. It holds the latent of silence; without it songs turn into drones. "
+            "Download the checkpoint again.",
+            path=str(path),
+        )
+    try:
+        value = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise ModelMissing(f"{path} cannot be read as a plain tensor: {error}", path=str(path)) from error
+    expected = (1, channels, SILENCE_FRAMES)
+    if not isinstance(value, torch.Tensor) or tuple(value.shape) != expected:
+        shape = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+        raise ModelMissing(f"{path} holds {shape} instead of a tensor of shape {expected}.", path=str(path))
+    return value.transpose(1, 2).contiguous()
+
+
+def _split(original: Path) -> dict[str, dict[str, torch.Tensor]]:
+    states: dict[str, dict[str, torch.Tensor]] = {component: {} for component in PREFIXES.values()}
+    unknown: list[str] = []
+    for path in weight_files(original):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118 - not a dict
+                    place = component_of(key)
+                    if place is None:
+                        unknown.append(key)
+                    else:
+                        states[place[0]][place[1]] = file.get_tensor(key)
+        except (SafetensorError, OSError) as error:
+            raise ModelMissing(f"{path} cannot be read: {error}. Download it again.", path=str(path)) from error
+    if unknown:
+        raise ModelMissing(
+            f"{original} has keys that belong to no component: {_shortened(unknown)}.", path=str(original), keys=unknown
+        )
+    return states
+
+
+def _mismatches(component: str, config: dict[str, Any], state: dict[str, torch.Tensor]) -> list[str]:
+    with torch.device("meta"):
+        expected = component_class(component).from_config(config).state_dict()
+    prefix = f"{component}."
+    problems = [f"missing {prefix}{key}" for key in expected if key not in state]
+    problems += [f"left over {prefix}{key}" for key in state if key not in expected]
+    problems += [
+        f"shape of {prefix}{key} is {tuple(state[key].shape)}, not {tuple(value.shape)}"
+        for key, value in expected.items()
+        if key in state and state[key].shape != value.shape
+    ]
+    return problems
+
+
+def _shortened(items: list[str]) -> str:
+    more = len(items) - _SHOWN_KEYS
+    return ", ".join(items[:_SHOWN_KEYS]) + (f" and {more} more" if more > 0 else "")
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(os.path.realpath(source), target)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, target)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,110 @@
+"""A renderer checkpoint as modules on a device."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from acestep.checkpoints.checkpoint import Checkpoint
+from acestep.checkpoints.modules import (
+    AceStepAudioTokenDetokenizer,
+    AceStepAudioTokenizer,
+    AceStepConditionEncoder,
+    AceStepTransformer1DModel,
+    AutoencoderOobleck,
+    AutoTokenizer,
+    Qwen3Model,
+    component_class,
+    quiet,
+)
+from acestep.errors import ModelMissing
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class RendererComponents:
+    """The parts of a renderer, in eval mode, on one device and in one dtype.
+
+    Attributes:
+        condition_encoder: Holds the buffer `silence_latent`, (1, 15000, channels).
+        is_turbo: Guidance is distilled into the weights: run without it.
+        is_xl: The DiT is wider than its condition encoder; the timbre encoder then needs its learned first token, which
+            diffusers 0.42.1 leaves out.
+        load_seconds: Wall time of loading.
+    """
+
+    text_encoder: Qwen3Model
+    tokenizer: Any
+    condition_encoder: AceStepConditionEncoder
+    transformer: AceStepTransformer1DModel
+    vae: AutoencoderOobleck
+    audio_tokenizer: AceStepAudioTokenizer
+    audio_token_detokenizer: AceStepAudioTokenDetokenizer
+    is_turbo: bool
+    is_xl: bool
+    load_seconds: float
+
+
+def load_renderer(checkpoint: Checkpoint, *, device: str | torch.device, dtype: torch.dtype) -> RendererComponents:
+    """Load all components of a renderer from safetensors.
+
+    Raises:
+        ModelMissing: a file does not fit its config (missing, left-over or differently shaped keys are listed).
+    """
+    begin = time.monotonic()
+    path = checkpoint.path
+    parts = {
+        name: _load(path / name, dtype).to(device)
+        for name in (
+            "text_encoder", "condition_encoder", "transformer", "vae", "audio_tokenizer", "audio_token_detokenizer",
+        )
+    }  # fmt: skip
+    config = parts["transformer"].config
+    encoder_width = config.encoder_hidden_size
+    components = RendererComponents(
+        **parts,
+        tokenizer=load_tokenizer(path / "tokenizer"),
+        is_turbo=bool(config.is_turbo),
+        is_xl=encoder_width is not None and encoder_width != config.hidden_size,
+        load_seconds=time.monotonic() - begin,
+    )
+    log.info("loaded %s from %s in %.1f s", checkpoint.name, path, components.load_seconds)
+    return components
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The text encoder's tokenizer. Raises `ModelMissing` where its files are broken."""
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelMissing(f"the tokenizer in {folder} cannot be loaded: {error}", path=str(folder)) from error
+
+
+def _load(folder: Path, dtype: torch.dtype) -> Any:
+    try:
+        with quiet():
+            model, info = component_class(folder.name).from_pretrained(
+                folder,
+                torch_dtype=dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise ModelMissing(f"{folder} cannot be loaded: {error}", path=str(folder)) from error
+    problems = {
+        kind: sorted(str(key) for key in info.get(kind, ()))
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+        if info.get(kind)
+    }
+    if problems:
+        shown = "; ".join(f"{kind}: {', '.join(keys[:20])}" for kind, keys in problems.items())
+        raise ModelMissing(f"{folder} does not fit its config.json ({shown}).", path=str(folder), keys=problems)
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,78 @@
+"""What is published, where, and the defaults that belong to a checkpoint: the table in `published.json`, typed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any, Literal
+
+Kind = Literal["renderer", "planner"]
+
+TINY_RENDERERS = ("tiny", "tiny-base", "tiny-xl")
+TINY_PLANNER = "tiny-lm"
+
+
+@dataclass(frozen=True)
+class VariantDefaults:
+    """Sampling defaults of a renderer checkpoint.
+
+    Attributes:
+        steps: Denoising steps where the request names none.
+        max_steps: More than these bring nothing for this variant.
+        shift: Timestep shift.
+        guidance_scale: Classifier-free guidance; 1 is off (it is distilled into the turbo weights).
+        tasks: Tasks that this variant was trained for.
+    """
+
+    steps: int
+    max_steps: int
+    shift: float
+    guidance_scale: float
+    tasks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Published:
+    """One published model. `folder` is where it lies inside `repository`; `diffusers` is its twin in that layout."""
+
+    name: str
+    kind: Kind
+    repository: str
+    folder: str | None = None
+    diffusers: str | None = None
+
+
+@cache
+def _table() -> dict[str, Any]:
+    text = resources.files("acestep.checkpoints").joinpath("published.json").read_text(encoding="utf-8")
+    table: dict[str, Any] = json.loads(text)
+    return table
+
+
+@cache
+def published() -> dict[str, Published]:
+    """All published models by name."""
+    return {name: Published(name=name, **row) for name, row in _table()["models"].items()}
+
+
+def companions() -> Published:
+    """Where VAE and text encoder of the original layout are published."""
+    return Published(name="companions", kind="renderer", repository=_table()["companions"]["repository"])
+
+
+def companion_folders() -> dict[str, str]:
+    """Component name to folder name in an upstream `checkpoints/` root."""
+    row = _table()["companions"]
+    return {"vae": row["vae"], "text_encoder": row["text_encoder"]}
+
+
+def default_name(kind: Kind) -> str:
+    """The model that is taken from a root that holds several."""
+    return str(_table()["default_names"][kind])
+
+
+def variant_defaults(is_turbo: bool) -> VariantDefaults:
+    row = _table()["defaults"]["turbo" if is_turbo else "base"]
+    return VariantDefaults(**{**row, "tasks": tuple(row["tasks"])})

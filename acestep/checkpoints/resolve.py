@@ -1,0 +1,167 @@
+"""From what a user writes (a name, a repository, a folder) to a complete `Checkpoint` on this disk."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from acestep import paths
+from acestep.checkpoints import layout
+from acestep.checkpoints.checkpoint import Checkpoint
+from acestep.checkpoints.hub import download_model, is_repository_id
+from acestep.checkpoints.prepare import converted, tiny_root
+from acestep.checkpoints.published import (
+    TINY_PLANNER,
+    TINY_RENDERERS,
+    Kind,
+    Published,
+    companion_folders,
+    companions,
+    default_name,
+    published,
+    variant_defaults,
+)
+from acestep.errors import ModelMissing
+from acestep.song import TINY_NOTICE
+
+log = logging.getLogger(__name__)
+
+
+def resolve(
+    name_or_path: str,
+    kind: Kind,
+    *,
+    root: Path | None = None,
+    download: bool = True,
+    revision: str | None = None,
+) -> Checkpoint:
+    """Find, download or generate a checkpoint and bring it into the layout that is loaded.
+
+    Looked for in this order: the tiny checkpoints; a folder (anything with a path separator that exists, or a leading
+    `.` or `~`); `<root>/<name>`, as ACE-Step's own tools lay their `checkpoints/` folder out; the Hub cache; the Hub.
+
+    Args:
+        name_or_path: A tiny or published name, a Hub repository id, or a folder in original or diffusers layout. A
+            folder that holds several models, such as a `checkpoints/` root, gives its default one.
+        kind: What is needed: "renderer" or "planner".
+        root: Folder of checkpoints; None means `acestep.paths.checkpoints_dir()`. Conversions of downloads go there too.
+        download: False: only what is on this disk. `HF_HUB_OFFLINE=1` has the same effect.
+        revision: Branch, tag or commit of the Hub repository.
+
+    Raises:
+        ModelMissing: with `path` or `repository`, saying what to do.
+        StoragePermission: neither the checkpoint's folder nor `root` can be written and something must be.
+    """
+    name = name_or_path.strip()
+    root = root or paths.checkpoints_dir()
+    if not name:
+        raise ModelMissing(f"no {kind} is named: give a name, a repository or a folder.", path="")
+    if name in TINY_RENDERERS or name == TINY_PLANNER:
+        return _tiny(name, kind, root)
+    folder = _as_folder(name)
+    if folder is not None:
+        return _from_folder(folder, kind, root, download=download, revision=None, name=folder.name)
+    row = published().get(name.removeprefix("ACE-Step/"))
+    if row is not None:
+        return _from_published(row, kind, root, download=download, revision=revision)
+    if is_repository_id(name):
+        place = download_model(name, revision=revision, download=download)
+        return _from_folder(
+            place.folder, kind, root, download=download, revision=place.commit, name=name.split("/")[-1]
+        )
+    if (root / name).is_dir():
+        return _from_folder(root / name, kind, root, download=download, revision=None, name=name)
+    known = [*TINY_RENDERERS, TINY_PLANNER, *published()]
+    raise ModelMissing(
+        f"no {kind} is called {name!r}, and {root / name} does not exist. Known names: {', '.join(known)}. "
+        "A Hub repository (owner/name) or a folder will do as well.",
+        path=str(root / name),
+    )
+
+
+def _tiny(name: str, kind: Kind, root: Path) -> Checkpoint:
+    if (name == TINY_PLANNER) != (kind == "planner"):
+        raise ModelMissing(
+            f"{name} is no {kind}. The tiny {kind} is called {TINY_PLANNER if kind == 'planner' else 'tiny'}.",
+            path=name,
+        )
+    home = tiny_root(root)
+    folder = home / (name if kind == "planner" else f"{name}-diffusers")
+    return _from_folder(folder, kind, root, download=False, revision=None, name=name)
+
+
+def _as_folder(name: str) -> Path | None:
+    path = Path(name).expanduser()
+    if path.is_absolute() or name.startswith((".", "~")):
+        if not path.is_dir():
+            raise ModelMissing(f"{path} is not a folder. Give the folder of a checkpoint.", path=str(path))
+        return path.absolute()
+    return path.absolute() if len(path.parts) > 1 and path.is_dir() else None
+
+
+def _from_published(row: Published, kind: Kind, root: Path, *, download: bool, revision: str | None) -> Checkpoint:
+    if row.kind != kind:
+        raise ModelMissing(f"{row.name} is a {row.kind}, not a {kind}.", repository=row.repository)
+    if revision is None:
+        for folder in (root / row.name, root / f"{row.name}-diffusers"):
+            if folder.is_dir():
+                return _from_folder(folder, kind, root, download=download, revision=None, name=row.name)
+    if row.diffusers is not None:
+        place = download_model(row.diffusers, revision=revision, download=download)
+        return _renderer(place.folder, row.name, revision=place.commit)
+    place = download_model(row.repository, folder=row.folder, revision=revision, download=download)
+    return _from_folder(place.folder, kind, root, download=download, revision=place.commit, name=row.name)
+
+
+def _from_folder(
+    folder: Path, kind: Kind, root: Path, *, download: bool, revision: str | None, name: str
+) -> Checkpoint:
+    found = layout.classify(folder)
+    if found == "root":
+        name = default_name(kind)
+        inner = folder / name
+        if not inner.is_dir():
+            inner = folder / f"{name}-diffusers"
+        if not inner.is_dir():
+            raise ModelMissing(
+                f"{folder} holds several models but not {name}. Give the folder of one model in it.", path=str(inner)
+            )
+        return _from_folder(inner, kind, root, download=download, revision=revision, name=name)
+    if kind == "planner":
+        config = layout.check_planner(folder)
+        notice = TINY_NOTICE if config.get("acestep_tiny") else None
+        return Checkpoint(name=name, kind=kind, path=folder, notice=notice, revision=revision)
+    if found == "original":
+        parts = _companions(folder, root, download=download)
+        return _renderer(converted(folder, parts, root, revision=revision), name, revision=revision)
+    if found == "planner":
+        raise ModelMissing(f"{folder} holds a planner (language model), not a renderer.", path=str(folder))
+    return _renderer(folder, name, revision=revision)
+
+
+def _renderer(folder: Path, name: str, *, revision: str | None = None) -> Checkpoint:
+    config = layout.check_renderer(folder)
+    return Checkpoint(
+        name=name,
+        kind="renderer",
+        path=folder,
+        defaults=variant_defaults(bool(config.get("is_turbo", False))),
+        notice=TINY_NOTICE if config.get("model_version") in TINY_RENDERERS else None,
+        revision=revision,
+    )
+
+
+def _companions(original: Path, root: Path, *, download: bool) -> dict[str, Path]:
+    """Folders of VAE and text encoder: inside the model's folder, beside it, in the root, else from the Hub."""
+    found: dict[str, Path] = {}
+    for component, name in companion_folders().items():
+        for place in (original, original.parent, root):
+            if (place / name / "config.json").is_file():
+                found[component] = place / name
+                break
+    if len(found) < len(companion_folders()):
+        row = companions()
+        for component, name in companion_folders().items():
+            if component not in found:
+                found[component] = download_model(row.repository, folder=name, download=download).folder
+    return found
