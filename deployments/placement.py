@@ -1,0 +1,422 @@
+"""Which pools a job goes to: a pure function of the request, the fleet's state and the cost profiles.
+
+The rule in one sentence: the cheapest pool that can do the work, unless its wait is longer than the work itself and longer, by the spill
+factor, than the wait on a larger card that would finish earlier. Every decision says why, in words that are logged and shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from acestep.cost import (
+    NOTHING,
+    Profile,
+    Seconds,
+    expected_duration,
+    needs_planner,
+    plan_rows,
+    plan_seconds,
+    render_seconds,
+)
+from acestep.gpu_config import Limits
+from acestep.limits import apply_limits, best_limits, fits, without_planner
+from acestep.plan import Plan
+from acestep.request import Adjustment, SongRequest
+
+Role = Literal["plan", "render"]
+SPILL_FACTOR = 2.0
+MIN_PATIENCE_S = 2.0  # a wait below this is never worth a larger card
+SPREAD_GAIN = 0.9  # more replicas must finish the batch in less than this share of the time
+SPREAD_WORK = 1.1  # while others wait, spreading may not add more work than this factor
+
+
+@dataclass(frozen=True)
+class PoolState:
+    """One pool as the router sees it now. Seconds count from now.
+
+    Attributes:
+        name: The Serve application.
+        model: The checkpoint it serves.
+        limits: What its cards may be asked to do in its role, shared cards included.
+        profile: Cost profile of its cards.
+        tasks: What its checkpoint can do; empty for planner pools.
+        loras: Whether it loads LoRA adapters.
+        running, pending: Replicas that serve, and that are on their way.
+        max_replicas: How many there may be.
+        reachable: Whether the cluster has a node for it, or can add one.
+        slots: Pieces of work that one replica runs at once: batch rows of a planner, 1 for a renderer.
+        busy: Slots in use, over all replicas.
+        waiting_s: Seconds of work that wait for it, in one replica's time.
+        running_s: Seconds of work left in what runs.
+        free_in_s: When each running replica will have a free slot, where that is known; else it is estimated from `running_s`.
+        ready_in_s: When the pending replicas will serve; None means the profile's load time.
+        correction: Measured time over foretold time (`acestep.cost.Corrections`).
+        needs: The node label that it needs, for people.
+    """
+
+    name: str
+    role: Role
+    model: str
+    limits: Limits
+    profile: Profile
+    tasks: frozenset[str] = frozenset()
+    loras: bool = True
+    running: int = 0
+    pending: int = 0
+    max_replicas: int = 1
+    reachable: bool = True
+    slots: int = 1
+    busy: int = 0
+    waiting_s: float = 0.0
+    running_s: float = 0.0
+    free_in_s: tuple[float, ...] | None = None
+    ready_in_s: float | None = None
+    correction: float = 1.0
+    needs: str = ""
+
+    @property
+    def load_s(self) -> float:
+        cost = self.profile.planner(self.model) if self.role == "plan" else self.profile.renderer(self.model)
+        return cost.load_s
+
+    @property
+    def can_run(self) -> bool:
+        """Whether waiting here leads anywhere: there is a replica, or there can be one."""
+        return self.running + self.pending > 0 or (self.reachable and self.max_replicas > 0)
+
+
+@dataclass(frozen=True)
+class FleetState:
+    """All pools. `default_model` renders requests that name none; None means the first renderer pool's."""
+
+    pools: tuple[PoolState, ...]
+    default_model: str | None = None
+
+    def of(self, role: Role) -> tuple[PoolState, ...]:
+        return tuple(p for p in self.pools if p.role == role)
+
+    @property
+    def model(self) -> str | None:
+        return self.default_model or next((p.model for p in self.pools if p.role == "render"), None)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One pool weighed for one stage: when it could begin, how long it takes, what it takes from the pool."""
+
+    pool: PoolState
+    wait_s: float
+    seconds: Seconds
+    groups: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def finish_s(self) -> float:
+        return self.wait_s + self.seconds.wall_s
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Where a job goes.
+
+    Attributes:
+        outcome: `run`: replicas are there. `wait`: the pools can do it but have no replica yet. `never`: nothing in this fleet can.
+        request: The request within the fleet's limits.
+        plan: The plan that was given, within the limits too.
+        adjustments: What was changed for that.
+        planner: Planner pool; None where nothing needs planning.
+        renderer: Renderer pool; None only where the outcome is `never`.
+        max_duration: What the planner may write at most, in seconds: the chosen renderer's limit.
+        groups: Batch items by replica, such as ((0, 1), (2, 3)).
+        est_plan_s, est_render_s: Work that the job adds to each pool's backlog, in one replica's seconds.
+        eta_s: From now to the end; None where that depends on a card that is not there.
+        reason: For people.
+    """
+
+    outcome: Literal["run", "wait", "never"]
+    request: SongRequest
+    plan: Plan | None
+    adjustments: tuple[Adjustment, ...]
+    planner: str | None
+    renderer: str | None
+    max_duration: float
+    groups: tuple[tuple[int, ...], ...]
+    est_plan_s: float
+    est_render_s: float
+    plan_wall_s: float
+    render_wall_s: float
+    eta_s: float | None
+    reason: str
+
+
+def choose(
+    request: SongRequest,
+    fleet: FleetState,
+    *,
+    plan: Plan | None = None,
+    clamp: bool = True,
+    spill_factor: float = SPILL_FACTOR,
+    deadline_in_s: float | None = None,
+) -> Decision:
+    """Pick a planner pool and a renderer pool.
+
+    Args:
+        plan: What the planner already decided; then only the renderer is chosen.
+        clamp: Where no pool that can run now can do the request, cut it down to what one can. Off for jobs that were accepted as they
+            are: those wait for their card to come back.
+        deadline_in_s: The cheapest pool that makes it is taken, else the fastest.
+
+    Raises:
+        LimitExceeded: the request is strict and beyond the fleet's limits.
+    """
+    given = request.plan
+    if plan is not None:  # limits hold for what was planned, too
+        request = request.model_copy(update={"plan": plan})
+    suited, unsuited = _suited_renderers(request, fleet)
+    if not suited:
+        return _never(request, unsuited)
+    seconds, known = expected_duration(request)
+    able = [p for p in suited if _fits(request, p, seconds if known else 0.0)]
+    live = [p for p in able if p.can_run]
+    adjustments: tuple[Adjustment, ...] = ()
+    if not live and clamp:  # better less now than everything when a missing card returns
+        live = [p for p in suited if p.can_run]
+        base = live or suited
+        if live or not able:
+            request, cuts = apply_limits(request, best_limits(request, [p.limits for p in base]))
+            adjustments = tuple(cuts)
+            seconds, known = expected_duration(request)
+            able = [p for p in base if _fits(request, p, seconds if known else 0.0)]
+            live = [p for p in able if p.can_run]
+    if not able:
+        return _never(request, unsuited + [_limit_text(p) for p in suited])
+
+    planner: Option | None = None
+    planned_s = 0.0
+    plan_reason = ""
+    if needs_planner(request):
+        planners = fleet.of("plan")
+        usable = [p for p in planners if p.can_run]
+        if not usable and (clamp or not planners):
+            why = "no planner pool has a replica or a node" if planners else "this fleet has no planner pool"
+            request, cuts = without_planner(request, why)
+            adjustments += tuple(cuts)
+        else:
+            planner = _pick(
+                [_plan_option(p, request, seconds) for p in usable or planners], spill_factor, deadline_in_s
+            )
+            planned_s = planner.finish_s
+            plan_reason = "plans on " + _why(planner, planners, spill_factor) + "; "
+
+    options = [_render_option(p, request, seconds) for p in live or able]
+    left = None if deadline_in_s is None else deadline_in_s - planned_s
+    renderer = _pick(options, spill_factor, left)
+    reason = f"{plan_reason}renders on {_why(renderer, suited, spill_factor)}"
+    chosen = [o.pool for o in (planner, renderer) if o is not None]
+    ready = all(p.running for p in chosen)
+    if not ready:
+        reason += "; waits: " + ", ".join(f"pool {p.name} {_missing(p)}" for p in chosen if not p.running)
+    return Decision(
+        outcome="run" if ready else "wait",
+        request=request if plan is None else request.model_copy(update={"plan": given}),
+        plan=plan if plan is None else request.plan,
+        adjustments=adjustments,
+        planner=planner.pool.name if planner else None,
+        renderer=renderer.pool.name,
+        max_duration=renderer.pool.limits.max_duration,
+        groups=renderer.groups,
+        est_plan_s=planner.seconds.work_s if planner else 0.0,
+        est_render_s=renderer.seconds.work_s,
+        plan_wall_s=planner.seconds.wall_s if planner else 0.0,
+        render_wall_s=renderer.seconds.wall_s,
+        eta_s=max(planned_s, renderer.wait_s) + renderer.seconds.wall_s if all(p.can_run for p in chosen) else None,
+        reason=reason,
+    )
+
+
+def choose_planner(fleet: FleetState, *, spill_factor: float = SPILL_FACTOR) -> PoolState | None:
+    """A pool for planner-only calls (understand, format, inspire): no renderer is involved. None where the fleet has none."""
+    pools = [p for p in fleet.of("plan") if p.can_run] or list(fleet.of("plan"))
+    if not pools:
+        return None
+    return _pick([Option(p, wait_s(p), NOTHING) for p in pools], spill_factor, None).pool
+
+
+def wait_s(pool: PoolState, ahead_s: float | None = None) -> float:
+    """Seconds until a new piece of work would begin.
+
+    Replicas free up one after another and work off what waits; the answer is the water level at which `ahead_s` fits below.
+
+    Args:
+        ahead_s: Seconds of work that go first; None means all that wait.
+    """
+    ahead = pool.waiting_s if ahead_s is None else ahead_s
+    return _level(_free_times(pool), ahead)
+
+
+def _free_times(pool: PoolState) -> list[float]:
+    ready_in = pool.load_s if pool.ready_in_s is None else pool.ready_in_s
+    if pool.free_in_s is not None:
+        times = list(pool.free_in_s)
+    else:
+        times = _spaced(pool)
+    times += [ready_in] * pool.pending
+    if not times:  # from zero: the autoscaler starts at least one
+        times = [pool.load_s]
+    return sorted(times)
+
+
+def _spaced(pool: PoolState) -> list[float]:
+    """Free times of running replicas from their summed work alone: what is left is taken to be spread evenly."""
+    if pool.running == 0:
+        return []
+    mean = pool.running_s / pool.running
+    free = pool.running * pool.slots - pool.busy
+    if pool.slots > 1:  # rows leave a full batch one by one
+        return [0.0 if free > 0 else 2.0 * mean / (pool.slots + 1)] * pool.running
+    busy = min(pool.busy, pool.running)
+    per_busy = pool.running_s / busy if busy else 0.0
+    return [0.0] * (pool.running - busy) + [2.0 * per_busy * (i + 1) / (busy + 1) for i in range(busy)]
+
+
+def _level(free: Sequence[float], work: float) -> float:
+    """The time t with sum(max(0, t - f)) == work, or the earliest free time where there is no work. `free` is sorted."""
+    total = 0.0
+    for i, at in enumerate(free):
+        if i and i * at - total >= work:
+            return (work + total) / i
+        total += at
+    return (work + total) / len(free)
+
+
+def _pick(options: Sequence[Option], spill_factor: float, deadline_in_s: float | None) -> Option:
+    ranked = sorted(options, key=lambda o: (o.pool.profile.price, o.finish_s, o.pool.name))
+    if deadline_in_s is not None:
+        in_time = [o for o in ranked if o.finish_s <= deadline_in_s]
+        if not in_time:
+            return min(ranked, key=lambda o: o.finish_s)
+        ranked = in_time
+    best = ranked[0]
+    for other in ranked[1:]:
+        patience = max(MIN_PATIENCE_S, best.seconds.wall_s)
+        if best.wait_s > patience and best.wait_s > spill_factor * other.wait_s and other.finish_s < best.finish_s:
+            best = other
+    return best
+
+
+def _plan_option(pool: PoolState, request: SongRequest, duration: float) -> Option:
+    busy = pool.busy // max(1, pool.running) if pool.running else 0
+    cost = pool.profile.planner(pool.model)
+    seconds = _corrected(plan_seconds(request, cost, duration, slots=pool.slots, busy_rows=busy), pool.correction)
+    if not pool.waiting_s and pool.running * pool.slots - pool.busy >= min(pool.slots, plan_rows(request)):
+        return Option(pool, 0.0, seconds)
+    return Option(pool, wait_s(pool), seconds)
+
+
+def _render_option(pool: PoolState, request: SongRequest, duration: float) -> Option:
+    cost = pool.profile.renderer(pool.model)
+    free = _free_times(pool)
+    start = _level(free, pool.waiting_s)
+    n = request.batch_size
+
+    def wall(items: int) -> float:
+        seconds = render_seconds(request, cost, duration, model=pool.model, items=items, output_s=pool.profile.output_s)
+        return seconds.wall_s * pool.correction
+
+    best_end, best_work = start + wall(n), wall(n)
+    best_groups: tuple[tuple[int, ...], ...] = (tuple(range(n)),)
+    for k in range(2, min(n, len(free)) + 1):
+        groups = tuple(tuple(range(i * n // k, (i + 1) * n // k)) for i in range(k))
+        walls = [wall(len(g)) for g in groups]
+        end = max(max(start, at) + w for at, w in zip(free, sorted(walls, reverse=True), strict=False))
+        if end - start < SPREAD_GAIN * (best_end - start) and (
+            pool.waiting_s <= 0 or sum(walls) <= SPREAD_WORK * wall(n)
+        ):
+            best_end, best_groups, best_work = end, groups, sum(walls)
+    return Option(pool, start, Seconds(best_end - start, best_work), best_groups)
+
+
+def _corrected(seconds: Seconds, factor: float) -> Seconds:
+    return replace(seconds, wall_s=seconds.wall_s * factor, work_s=seconds.work_s * factor)
+
+
+# -- what a pool can do
+
+
+def _suited_renderers(request: SongRequest, fleet: FleetState) -> tuple[list[PoolState], list[str]]:
+    """Renderer pools that serve the model, the task and the adapter, and why the others do not."""
+    model = request.model or fleet.model
+    suited, unsuited = [], []
+    for pool in fleet.of("render"):
+        if model is not None and not _same_model(model, pool.model):
+            unsuited.append(f"pool {pool.name} serves {pool.model}, not {model}")
+        elif pool.tasks and request.task not in pool.tasks:
+            unsuited.append(f"pool {pool.name}'s {pool.model} cannot do task {request.task}")
+        elif request.lora is not None and not pool.loras:
+            unsuited.append(f"pool {pool.name} loads no LoRA adapters")
+        else:
+            suited.append(pool)
+    return suited, unsuited
+
+
+def _same_model(asked: str, served: str) -> bool:
+    return asked.rstrip("/").rpartition("/")[2].casefold() == served.rstrip("/").rpartition("/")[2].casefold()
+
+
+def _fits(request: SongRequest, pool: PoolState, seconds: float) -> bool:
+    return fits(request, pool.limits) and seconds <= pool.limits.max_duration
+
+
+def fleet_limits(fleet: FleetState, model: str | None = None) -> list[Limits]:
+    """What each renderer pool that can run offers; what the fleet offers a request is `best_limits` of them."""
+    wanted = model or fleet.model
+    return [p.limits for p in fleet.of("render") if p.can_run and (wanted is None or _same_model(wanted, p.model))]
+
+
+# -- words
+
+
+def _never(request: SongRequest, obstacles: Iterable[str]) -> Decision:
+    why = "; ".join(obstacles) or "the fleet has no renderer pool"
+    return Decision(
+        "never", request, None, (), None, None, 0.0, (), 0.0, 0.0, 0.0, 0.0, None, f"nothing in this fleet can render this: {why}"
+    )  # fmt: skip
+
+
+def _limit_text(pool: PoolState) -> str:
+    return f"pool {pool.name}: {pool.limits.reason}"
+
+
+def _missing(pool: PoolState) -> str:
+    if pool.pending:
+        return "is starting a replica"
+    if pool.can_run:
+        return "has no replica and will start one"
+    return f"has no node{' with ' + pool.needs if pool.needs else ''}"
+
+
+def _why(chosen: Option, considered: Sequence[PoolState], spill_factor: float) -> str:
+    pool = chosen.pool
+    text = f"{pool.name} ({pool.profile.card})"
+    cheaper = [p for p in considered if p.profile.price < pool.profile.price]
+    if not cheaper:
+        text += (
+            ", the only pool that serves it" if len(considered) == 1 else f", the cheapest of {len(considered)} pools"
+        )
+    else:
+        text += ", not " + " or ".join(_why_not(p, pool, spill_factor, chosen) for p in cheaper)
+    if len(chosen.groups) > 1:
+        text += f", {sum(map(len, chosen.groups))} items on {len(chosen.groups)} replicas"
+    return f"{text} (begins in {chosen.wait_s:.1f} s, takes {chosen.seconds.wall_s:.1f} s)"
+
+
+def _why_not(cheaper: PoolState, chosen: PoolState, spill_factor: float, option: Option) -> str:
+    if not cheaper.can_run:
+        return f"{cheaper.name} (no node)"
+    wait = wait_s(cheaper)
+    if wait > spill_factor * option.wait_s and wait > MIN_PATIENCE_S:
+        return f"{cheaper.name} (begins in {wait:.1f} s)"
+    if cheaper.limits.max_duration < chosen.limits.max_duration or cheaper.limits.max_batch < chosen.limits.max_batch:
+        return f"{cheaper.name} (at most {cheaper.limits.max_duration:g} s x {cheaper.limits.max_batch})"
+    return f"{cheaper.name} (would end later)"
