@@ -178,12 +178,7 @@ class JobStore:
 
     def candidates(self, limit: int = 256) -> list[Job]:
         """Jobs that may be claimed now, in (priority, arrival) order: queued ones, and running ones without a live lease."""
-        query = (
-            sa.select(jobs)
-            .where(_claimable(time.time()))
-            .order_by(jobs.c.priority, jobs.c.created_at)
-            .limit(limit)
-        )
+        query = sa.select(jobs).where(_claimable(time.time())).order_by(jobs.c.priority, jobs.c.created_at).limit(limit)
         with self.engine.connect() as db:
             return [_job(row) for row in db.execute(query).mappings()]
 
@@ -310,7 +305,7 @@ class JobStore:
     def counts(self) -> dict[str, int]:
         with self.engine.connect() as db:
             rows = db.execute(sa.select(jobs.c.state, sa.func.count()).group_by(jobs.c.state)).all()
-        return {state: 0 for state in (QUEUED, RUNNING, *TERMINAL)} | {state: n for state, n in rows}
+        return dict.fromkeys((QUEUED, RUNNING, *TERMINAL), 0) | {state: n for state, n in rows}
 
     def position(self, job: Job) -> int:
         """1-based place in the queue; 0 once the job runs or has ended."""
@@ -321,7 +316,9 @@ class JobStore:
             sa.and_(jobs.c.priority == job.priority, jobs.c.created_at < job.created_at),
         )
         with self.engine.connect() as db:
-            n = db.execute(sa.select(sa.func.count()).select_from(jobs).where(jobs.c.state == QUEUED, ahead)).scalar_one()
+            n = db.execute(
+                sa.select(sa.func.count()).select_from(jobs).where(jobs.c.state == QUEUED, ahead)
+            ).scalar_one()
         return int(n) + 1
 
     def events_after(self, job_id: str, seq: int, limit: int = 500) -> list[Event]:

@@ -1,0 +1,47 @@
+# Two commands: `make run` sets up and serves, `make test` sets up and tests. Both reuse .venv; nothing is installed twice.
+PYTHON ?= python3
+CONFIG ?= serve_config.yaml
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+# One Ray on this machine for this user: no token file, no usage report. Set them yourself to choose otherwise.
+export RAY_AUTH_MODE ?= disabled
+export RAY_USAGE_STATS_ENABLED ?= 0
+
+.PHONY: run test lint constraints clean
+.DEFAULT_GOAL := run
+
+run: $(VENV)/.run-installed
+	@$(BIN)/acestep prepare $(CONFIG)
+	@exec $(BIN)/serve run $(CONFIG)
+
+test: $(VENV)/.test-installed
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.test-installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.run-installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing into $(VENV) (once; a few minutes) ..."
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.test-installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing into $(VENV) with the test tools (once; a few minutes) ..."
+	$(PIP) --editable '.[dev,s3]'
+	@touch $(VENV)/.run-installed $@
+
+constraints: # renews the pins from what .venv holds now
+	@(echo "# Pinned versions of everything that \`make run\` and \`make test\` install. Renew with \`make constraints\`."; \
+	  $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//') > constraints.txt
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,97 @@
+"""A small reference client of the HTTP API: submit, follow, fetch, cancel."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+
+from acestep.errors import AceStepError, Unavailable, error_from_dict
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+
+def server_url() -> str:
+    """`ACESTEP_URL`, else the address of a server on this machine."""
+    return os.environ.get("ACESTEP_URL", "").strip() or DEFAULT_URL
+
+
+class Client:
+    """Talks to one server.
+
+    Args:
+        url: Base address.
+        api_key: Sent as a bearer token; default `ACESTEP_API_KEY`.
+    """
+
+    def __init__(self, url: str | None = None, api_key: str | None = None, timeout_s: float = 30.0) -> None:
+        self.url = (url or server_url()).rstrip("/")
+        key = api_key if api_key is not None else os.environ.get("ACESTEP_API_KEY", "")
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout_s)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._http.close()
+
+    def submit(self, request: dict[str, Any]) -> dict[str, Any]:
+        """POST /v1/music. Returns the job."""
+        return self._json("POST", "/v1/music", json=request)
+
+    def job(self, job_id: str) -> dict[str, Any]:
+        return self._json("GET", f"/v1/jobs/{job_id}")
+
+    def cancel(self, job_id: str) -> dict[str, Any]:
+        return self._json("DELETE", f"/v1/jobs/{job_id}")
+
+    def wait(
+        self, job_id: str, on_change: Callable[[dict[str, Any]], None] | None = None, poll_s: float = 0.3
+    ) -> dict[str, Any]:
+        """Poll until the job has ended. Raises its error where it did not succeed."""
+        while True:
+            job = self.job(job_id)
+            if on_change:
+                on_change(job)
+            if job["state"] == "succeeded":
+                return job
+            if job["state"] in ("failed", "cancelled"):
+                raise error_from_dict(job["error"] or {"type": "internal", "message": f"the job {job['state']}"})
+            time.sleep(poll_s)
+
+    def audio(self, url: str) -> bytes:
+        """The bytes behind an audio URL of a job."""
+        response = self._request("GET", url)
+        return response.content
+
+    def _json(self, method: str, path: str, **kwargs: Any) -> dict[str, Any]:
+        data: dict[str, Any] = self._request(method, path, **kwargs).json()
+        return data
+
+    def _request(self, method: str, path: str, **kwargs: Any) -> httpx.Response:
+        try:
+            response = self._http.request(method, path, **kwargs)
+        except httpx.TransportError as error:
+            raise Unavailable(
+                f"no server answers at {self.url} ({type(error).__name__}). Start one with `make run`, name another with --url "
+                "or ACESTEP_URL, or use --local.",
+                url=self.url,
+            ) from error
+        if response.is_error:
+            raise problem_error(response)
+        return response
+
+
+def problem_error(response: httpx.Response) -> AceStepError:
+    """The error that a problem body describes."""
+    try:
+        body = response.json()
+    except ValueError:
+        body = {}
+    kind = str(body.get("type", "")).removeprefix("urn:acestep:")
+    message = str(body.get("detail") or f"HTTP {response.status_code} from {response.request.url}")
+    return error_from_dict({"type": kind, "message": message})

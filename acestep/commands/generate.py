@@ -1,0 +1,215 @@
+"""`acestep generate`: a song from the command line, through a server or in this process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from acestep.client import Client
+from acestep.errors import InvalidRequest
+from acestep.request import SongRequest
+
+app = typer.Typer(add_completion=False)
+_SUFFIX_FORMAT = {
+    ".wav": "wav",
+    ".flac": "flac",
+    ".mp3": "mp3",
+    ".opus": "opus",
+    ".ogg": "opus",
+    ".m4a": "aac",
+    ".aac": "aac",
+}
+_UNITS = {"planning": "codes", "rendering": "steps", "decoding": "frames", "encoding": "songs"}
+_err = Console(stderr=True)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="Description of the music.")] = "",
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="File to write; its suffix chooses the format.")
+    ] = Path("song.wav"),
+    lyrics: Annotated[str, typer.Option(help="Lyrics, or @FILE to read them from a file.")] = "",
+    duration: Annotated[float | None, typer.Option(help="Seconds, 10 to 600; left out: the planner decides.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same song.")] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", "-n", help="Number of variants.")] = 1,
+    thinking: Annotated[
+        bool, typer.Option("--thinking/--no-thinking", help="Let the planner write audio codes.")
+    ] = True,
+    bpm: Annotated[int | None, typer.Option(help="30 to 300.")] = None,
+    key: Annotated[str | None, typer.Option(help="Such as 'F# minor'.")] = None,
+    language: Annotated[str | None, typer.Option(help="Language of the lyrics, such as en.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps; left out: the checkpoint's default.")] = None,
+    param: Annotated[
+        list[str] | None,
+        typer.Option("--param", "-p", help="Any other field of a request, as name=value (JSON or text)."),
+    ] = None,
+    local: Annotated[bool, typer.Option("--local", help="Make it in this process, without a server.")] = False,
+    url: Annotated[str | None, typer.Option(help="Server; default ACESTEP_URL or http://127.0.0.1:8000.")] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the whole result as JSON.")] = False,
+) -> None:
+    """Make a song."""
+    fields = {
+        "prompt": prompt, "lyrics": _text_or_file(lyrics), "duration": duration, "seed": seed, "batch_size": batch_size,
+        "thinking": thinking, "bpm": bpm, "key_scale": key, "vocal_language": language, "steps": steps,
+        **dict(_parameter(p) for p in param or []),
+    }  # fmt: skip
+    fields = {k: v for k, v in fields.items() if v is not None}
+    if "formats" not in fields and "format" not in fields:
+        fields["formats"] = [_format_of(output)]
+    request = _validated(fields)
+    if not output.parent.is_dir():
+        raise InvalidRequest(f"--output: there is no folder {output.parent}", field="output")
+    job = _local(request, output) if local else _served(fields, output, url)
+    if json_output:
+        typer.echo(json.dumps(job, indent=1, ensure_ascii=False))
+    else:
+        _report(job)
+
+
+def _served(fields: dict[str, Any], output: Path, url: str | None) -> dict[str, Any]:
+    with Client(url) as client, _Bars() as bars:
+        job = client.submit(fields)
+        _err.print(f"job {job['id']}", highlight=False)
+        try:
+            job = client.wait(job["id"], bars.job)
+        except KeyboardInterrupt:
+            client.cancel(job["id"])
+            raise
+        for item in job["result"]["items"]:
+            for number, audio in enumerate(item["audio"]):
+                path = _path(output, item["index"], len(job["result"]["items"]), audio["format"] if number else None)
+                path.write_bytes(client.audio(audio["url"]))
+                audio["file"] = str(path)
+    return job
+
+
+def _local(request: SongRequest, output: Path) -> dict[str, Any]:
+    from acestep.local import Studio
+
+    with _Bars() as bars:
+        bars.stage("loading", 0, 0)
+        with Studio() as studio:
+            made = studio.make(request, on_progress=lambda p: bars.stage(p.stage, p.done, p.total))
+    job = made.view()
+    for item in job["result"]["items"]:
+        for number, audio in enumerate(item["audio"]):
+            path = _path(output, item["index"], len(job["result"]["items"]), audio["format"] if number else None)
+            path.write_bytes(made.files[item["index"], audio["format"]])
+            audio["file"] = str(path)
+    return job
+
+
+class _Bars:
+    """One live progress bar per stage, on standard error; silent where that is no terminal."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            SpinnerColumn(), TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(),
+            TextColumn("{task.fields[unit]}"), TimeElapsedColumn(), console=_err, disable=not _err.is_terminal,
+        )  # fmt: skip
+        self._tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> _Bars:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def job(self, job: dict[str, Any]) -> None:
+        if job["state"] == "succeeded":
+            for task in self._tasks.values():
+                self._progress.update(task, completed=self._progress.tasks[task].total or 1)
+            return
+        progress = job["progress"] or {}
+        self.stage(progress.get("stage", job["stage"]), progress.get("done", 0), progress.get("total", 0))
+
+    def stage(self, name: str, done: int, total: int) -> None:
+        if name not in self._tasks:
+            for task in self._tasks.values():
+                self._progress.update(task, completed=self._progress.tasks[task].total or 1)
+            self._tasks[name] = self._progress.add_task(name, total=total or None, unit=_UNITS.get(name, ""))
+        self._progress.update(self._tasks[name], completed=done, total=total or None)
+
+
+def _report(job: dict[str, Any]) -> None:
+    out = Console(highlight=False, soft_wrap=True)
+    plan, result = job["plan"] or {}, job["result"]
+    facts = {k: v for k, v in (plan.get("metadata") or {}).items() if v is not None}
+    codes = sum(len(c) for c in plan.get("codes") or [])
+    out.print(
+        "plan     "
+        + (", ".join(f"{k} {v}" for k, v in facts.items()) or "none")
+        + (f", {codes} codes" if codes else ""),
+        markup=False,
+    )
+    for item in result["items"]:
+        names = ", ".join(a["file"] for a in item["audio"])
+        out.print(
+            f"song     {names}: {item['duration']:.2f} s, {item['sample_rate']} Hz, seed {item['seed']}", markup=False
+        )
+    times = {k: v for part in result["timings"].values() for k, v in part.items() if k.endswith("_s") and v >= 0.005}
+    out.print("time     " + ", ".join(f"{k.removesuffix('_s')} {v:.2f} s" for k, v in times.items()), markup=False)
+    for warning in job["warnings"]:
+        out.print(
+            f"warning  {warning['field']}: {warning['asked']} -> {warning['given']} ({warning['reason']})", markup=False
+        )
+    if job.get("notice"):
+        out.print(f"note     {job['notice']}", markup=False)
+
+
+def _validated(fields: dict[str, Any]) -> SongRequest:
+    try:
+        request = SongRequest.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = ".".join(str(p) for p in first["loc"])
+        message = str(first["msg"]).removeprefix("Value error, ")
+        raise InvalidRequest(f"{name}: {message}" if name else message, field=name) from None
+    if not (request.prompt.strip() or request.src_audio or request.audio_codes or request.plan):
+        raise InvalidRequest("prompt: must not be empty", field="prompt")
+    return request
+
+
+def _text_or_file(value: str) -> str:
+    if not value.startswith("@"):
+        return value
+    try:
+        return Path(value[1:]).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"--lyrics: cannot read {value[1:]}: {error}", field="lyrics") from error
+
+
+def _parameter(text: str) -> tuple[str, Any]:
+    name, separator, value = text.partition("=")
+    if not separator or not name:
+        raise InvalidRequest(f"--param: {text!r} is not name=value", field="param")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def _format_of(output: Path) -> str:
+    try:
+        return _SUFFIX_FORMAT[output.suffix.lower()]
+    except KeyError:
+        raise InvalidRequest(
+            f"--output: {output.suffix or 'no suffix'} is not one of {', '.join(_SUFFIX_FORMAT)}", field="output"
+        ) from None
+
+
+def _path(output: Path, index: int, items: int, other_format: str | None) -> Path:
+    """`song.wav`; `song-1.wav` for further items; the format's own suffix for further formats."""
+    stem = output.stem if items == 1 else f"{output.stem}-{index}"
+    suffix = output.suffix
+    if other_format:
+        suffix = f".{other_format}"
+    return output.with_name(stem + suffix)

@@ -1,0 +1,136 @@
+"""The one place where failures become HTTP: RFC 9457 problem bodies, without tracebacks, secrets or the caller's own megabytes."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+
+from acestep.errors import AceStepError
+
+log = logging.getLogger(__name__)
+
+STATUS = {
+    "invalid_request": 422,
+    "limit_exceeded": 422,
+    "unauthorized": 401,
+    "forbidden": 403,
+    "not_found": 404,
+    "conflict": 409,
+    "gone": 410,
+    "too_large": 413,
+    "busy": 429,
+    "cancelled": 409,
+    "model_missing": 503,
+    "unavailable": 503,
+    "device_unavailable": 503,
+    "storage_permission": 503,
+    "out_of_memory": 503,
+    "deadline_exceeded": 504,
+    "invalid_output": 500,
+    "internal": 500,
+}
+_TITLES = {404: "Not found", 405: "Method not allowed", 400: "Bad request"}
+
+
+class NotFound(AceStepError):
+    type = "not_found"
+
+
+class Conflict(AceStepError):
+    type = "conflict"
+
+
+class TooLarge(AceStepError):
+    type = "too_large"
+
+
+def problem(status: int, type: str, detail: str, *, headers: dict[str, str] | None = None, **more: Any) -> JSONResponse:
+    """A problem document. `type` is one of the stable error types; `more` are extension members."""
+    body = {
+        "type": f"urn:acestep:{type}",
+        "title": _TITLES.get(status, type.replace("_", " ").capitalize()),
+        "status": status,
+        "detail": detail,
+        **more,
+    }
+    return JSONResponse(body, status_code=status, headers=headers, media_type="application/problem+json")
+
+
+def validation_problems(errors: Sequence[Any]) -> list[dict[str, Any]]:
+    """pydantic's errors as `{field, message, limit?}`, without echoing the input."""
+    found = []
+    for error in errors:
+        loc = [str(p) for p in error["loc"] if p not in ("body", "query", "path")]
+        message = str(error["msg"]).removeprefix("Value error, ")
+        if not loc and ": " in message:  # model-level checks name their field in front
+            name, _, rest = message.partition(": ")
+            if name.isidentifier():
+                loc, message = [name], rest
+        if error["type"] == "extra_forbidden":
+            message = "unknown field"
+        item: dict[str, Any] = {"field": ".".join(loc) or "body", "message": message}
+        context = error.get("ctx") or {}
+        limits = {
+            k: context[k] for k in ("ge", "gt", "le", "lt", "min_length", "max_length", "expected") if k in context
+        }
+        if limits:
+            item["limit"] = next(iter(limits.values())) if len(limits) == 1 else limits
+        found.append(item)
+    return found
+
+
+def _invalid(errors: Sequence[Any]) -> JSONResponse:
+    if any(e["type"] == "json_invalid" for e in errors):
+        context = errors[0].get("ctx") or {}
+        return problem(400, "invalid_request", f"the body is not JSON: {context.get('error', 'cannot be decoded')}")
+    found = validation_problems(errors)
+    detail = "; ".join(f"{e['field']}: {e['message']}" for e in found[:5])
+    return problem(422, "invalid_request", detail, errors=found)
+
+
+def from_error(error: AceStepError) -> JSONResponse:
+    details = dict(error.details)
+    headers = {}
+    if (retry := details.pop("retry_after", None)) is not None:
+        headers["Retry-After"] = str(max(1, round(retry)))
+    if "field" in details:
+        details["errors"] = [{k: v for k, v in {"field": details["field"], "message": error.message,
+                                                "limit": details.get("limit")}.items() if v is not None}]  # fmt: skip
+    details.pop("path", None)  # server paths are for the log, not for callers
+    return problem(STATUS.get(error.type, 500), error.type, error.message, headers=headers or None, **details)
+
+
+def install(app: FastAPI) -> None:
+    """Register the handlers on the application."""
+
+    @app.exception_handler(AceStepError)
+    async def _known(request: Request, error: AceStepError) -> JSONResponse:
+        return from_error(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def _request(request: Request, error: RequestValidationError) -> JSONResponse:
+        return _invalid(error.errors())
+
+    @app.exception_handler(ValidationError)
+    async def _model(request: Request, error: ValidationError) -> JSONResponse:
+        return _invalid(error.errors(include_url=False, include_input=False))
+
+    @app.exception_handler(HTTPException)
+    async def _http(request: Request, error: HTTPException) -> JSONResponse:
+        kinds = {404: "not_found", 401: "unauthorized", 403: "forbidden", 413: "too_large"}
+        kind = kinds.get(error.status_code, "invalid_request")
+        return problem(error.status_code, kind, str(error.detail), headers=dict(error.headers or {}) or None)
+
+    @app.exception_handler(Exception)
+    async def _unexpected(request: Request, error: Exception) -> JSONResponse:
+        incident = uuid.uuid4().hex[:12]
+        log.exception("incident %s: %s %s", incident, request.method, request.url.path)
+        return problem(500, "internal", f"an unexpected error; quote incident {incident}", incident=incident)

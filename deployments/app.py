@@ -1,0 +1,50 @@
+"""Import paths of `serve_config.yaml`: `deployments.app:router`, `:lm` and `:dit`.
+
+Each builder takes its application's `args` and returns a Serve application. Builders run in a light process: heavy imports wait until a
+replica starts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+
+from deployments.config import PlannerArgs, RendererArgs, RouterArgs, parse_args
+from deployments.pools import deployment_options
+
+
+def router(args: dict[str, Any]) -> Application:
+    """The HTTP ingress and dispatcher. Knows no pool by name: it finds them among the running applications."""
+    from deployments.router import Router
+
+    parsed = parse_args(RouterArgs, args, "router")
+    deployment = serve.deployment(serve.ingress()(Router)).options(
+        name="router",
+        num_replicas=parsed.num_replicas,
+        max_ongoing_requests=1000,
+        ray_actor_options={"num_cpus": parsed.num_cpus},
+        graceful_shutdown_timeout_s=15.0,
+        graceful_shutdown_wait_loop_s=0.2,
+        health_check_period_s=5.0,
+    )
+    return deployment.bind(parsed.model_dump(mode="json"))
+
+
+def lm(args: dict[str, Any]) -> Application:
+    """A planner pool."""
+    from deployments.lm import PlannerDeployment
+
+    parsed = parse_args(PlannerArgs, args, "lm")
+    options = deployment_options(parsed, default_share=0.4)
+    return serve.deployment(PlannerDeployment).options(name="lm", **options).bind(parsed.model_dump(mode="json"))
+
+
+def dit(args: dict[str, Any]) -> Application:
+    """A renderer pool."""
+    from deployments.dit import RendererDeployment
+
+    parsed = parse_args(RendererArgs, args, "dit")
+    options = deployment_options(parsed, default_share=0.6)
+    return serve.deployment(RendererDeployment).options(name="dit", **options).bind(parsed.model_dump(mode="json"))

@@ -1,0 +1,189 @@
+"""What the cluster has now: pools, their replicas, and what those replicas said of themselves.
+
+A pool is a Serve application that holds a deployment named `lm` (planner) or `dit` (renderer); nobody has to list them. The router
+polls the Serve controller once a second and asks each pool's replica for its description once it runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from acestep.errors import InvalidRequest
+from deployments.config import PlannerArgs, PoolArgs, RendererArgs, parse_args
+from deployments.pools import label_selector
+
+log = logging.getLogger(__name__)
+
+Role = Literal["plan", "render"]
+ROLE_OF_DEPLOYMENT: dict[str, Role] = {"lm": "plan", "dit": "render"}
+ARGS_OF_ROLE: dict[Role, type[PoolArgs]] = {"plan": PlannerArgs, "render": RendererArgs}
+POLL_S = 1.0
+DESCRIBE_EVERY_S = 10.0
+_EXCEPTION_LINE = re.compile(
+    r"^\s*(?:\w+\.)*(\w+(?:Error|Exception|Missing|Permission|Unavailable|Exceeded|Request|OutOfMemory)): (.+)$"
+)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """One pool as seen now."""
+
+    app: str
+    role: Role
+    args: PoolArgs
+    status: str = "DEPLOYING"
+    message: str = ""
+    running: int = 0
+    starting: int = 0
+    target: int = 0
+    nodes: tuple[str, ...] = ()
+    info: Mapping[str, Any] | None = None  # a replica's description; kept after the pool has gone to zero
+
+    @property
+    def why_not_ready(self) -> str | None:
+        """A sentence for people, or None while at least one replica serves."""
+        if self.running:
+            return None
+        if self.status in ("DEPLOY_FAILED", "UNHEALTHY") and (reason := exception_text(self.message)):
+            return reason
+        if selector := label_selector(self.args):
+            wanted = " and ".join(f"{k}={v}" for k, v in selector.items())
+            state = "is starting" if self.starting else "has no replica"
+            return f"pool {state}; it needs a Ray node labelled {wanted} with a free GPU share"
+        if self.starting:
+            return "a replica is starting and loading its model"
+        return "no replica; one starts when work arrives" if self.args.min_replicas == 0 else "no replica yet"
+
+
+@dataclass(frozen=True)
+class FleetView:
+    """A consistent picture of all pools."""
+
+    pools: tuple[Pool, ...] = ()
+    at: float = 0.0
+    apps: Mapping[str, str] = field(default_factory=dict)
+
+    def of(self, role: Role) -> tuple[Pool, ...]:
+        return tuple(p for p in self.pools if p.role == role)
+
+    def get(self, app: str) -> Pool | None:
+        return next((p for p in self.pools if p.app == app), None)
+
+
+def exception_text(message: str) -> str:
+    """The last exception line of a traceback that Serve reports, without the traceback."""
+    lines = [m for line in message.splitlines() if (m := _EXCEPTION_LINE.match(line))]
+    if lines:
+        return f"{lines[-1].group(1)}: {lines[-1].group(2)}"
+    return message.strip().splitlines()[-1] if message.strip() else ""
+
+
+def parse_details(details: Mapping[str, Any]) -> FleetView:
+    """Serve's own description of the cluster (`ServeInstanceDetails`) as pools."""
+    pools = []
+    apps = {}
+    for app, facts in details.get("applications", {}).items():
+        apps[app] = str(getattr(facts["status"], "value", facts["status"]))
+        deployments = facts.get("deployments") or {}
+        config = facts.get("deployed_app_config") or {}
+        role = next((ROLE_OF_DEPLOYMENT[d] for d in deployments if d in ROLE_OF_DEPLOYMENT), None)
+        if role is None:  # not built yet, or failed to: its import path still tells what it was to be
+            role = ROLE_OF_DEPLOYMENT.get(str(config.get("import_path", "")).rpartition(":")[2])
+        if role is None:
+            continue
+        try:
+            args = parse_args(ARGS_OF_ROLE[role], config.get("args"), app)
+        except InvalidRequest:
+            args = ARGS_OF_ROLE[role]()  # the application fails with this very message; it is shown from there
+        deployment = next((v for k, v in deployments.items() if k in ROLE_OF_DEPLOYMENT), {})
+        replicas = deployment.get("replicas", [])
+        states = [str(getattr(r["state"], "value", r["state"])) for r in replicas]
+        messages = [str(facts.get("message") or ""), str(deployment.get("message") or "")]
+        pools.append(
+            Pool(
+                app=app,
+                role=role,
+                args=args,
+                status=apps[app],
+                message="\n".join(m for m in messages if m),
+                running=states.count("RUNNING"),
+                starting=states.count("STARTING"),
+                target=int(deployment.get("target_num_replicas") or 0),
+                nodes=tuple(sorted({str(r.get("node_id")) for r in replicas})),
+            )  # fmt: skip
+        )
+    return FleetView(tuple(sorted(pools, key=lambda p: p.app)), time.time(), apps)
+
+
+class Fleet:
+    """Keeps a `FleetView` fresh. Lives in the router's event loop."""
+
+    def __init__(self) -> None:
+        self.view = FleetView()
+        self.changed = asyncio.Event()
+        self._handles: dict[str, DeploymentHandle] = {}
+        self._infos: dict[str, tuple[float, Mapping[str, Any]]] = {}
+        self._describing: dict[str, asyncio.Task[None]] = {}
+
+    async def run(self) -> None:
+        """Poll until cancelled. A failed poll keeps the last picture and is tried again."""
+        while True:
+            try:
+                await self.refresh()
+            except Exception:
+                log.exception("cannot read the fleet's state")
+            await asyncio.sleep(POLL_S)
+
+    async def refresh(self) -> None:
+        view = parse_details(await asyncio.to_thread(_serve_details))
+        for pool in view.pools:
+            if pool.running:
+                self._describe_soon(pool.app, pool.role)
+        pools = tuple(replace(p, info=self._infos[p.app][1]) if p.app in self._infos else p for p in view.pools)
+        self.view = replace(view, pools=pools)
+        self.changed.set()
+        self.changed = asyncio.Event()
+
+    def handle(self, app: str, role: Role) -> DeploymentHandle:
+        if app not in self._handles:
+            deployment = next(d for d, r in ROLE_OF_DEPLOYMENT.items() if r == role)
+            self._handles[app] = serve.get_deployment_handle(deployment, app_name=app)
+        return self._handles[app]
+
+    def _describe_soon(self, app: str, role: Role) -> None:
+        known = self._infos.get(app)
+        busy = self._describing.get(app)
+        if (known and time.monotonic() - known[0] < DESCRIBE_EVERY_S) or (busy and not busy.done()):
+            return
+        self._describing[app] = asyncio.create_task(self._describe(app, role))
+
+    async def _describe(self, app: str, role: Role) -> None:
+        try:
+            info = await asyncio.wait_for(_call(self.handle(app, role)), 5.0)
+        except Exception as error:
+            log.info("pool %s did not describe itself: %s", app, error)
+            return
+        self._infos[app] = (time.monotonic(), info)
+
+
+async def _call(handle: DeploymentHandle) -> Mapping[str, Any]:
+    info: Mapping[str, Any] = await handle.describe.remote()
+    return info
+
+
+def _serve_details() -> Mapping[str, Any]:
+    # The dashboard's own source; Serve has no public call that tells replicas and their states.
+    from ray.serve.context import _get_global_client
+
+    client = _get_global_client()
+    details: Mapping[str, Any] = client.get_serve_details() if client is not None else {}
+    return details
