@@ -1,40 +1,112 @@
-"""What a stage is told about the machine it runs on. One resolver makes these; both stages only read them."""
+"""What a stage is told about the machine it runs on. One resolver makes these; both stages only read them.
+
+`resolve` is the only way from hardware, arguments and environment to settings: the Serve applications, the command line and doctor all
+call it, so they cannot disagree. Every value comes with its reason.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
-Attention = Literal["flash", "sdpa", "eager"]
+from acestep.devices import Device, list_devices, pick, tier_row
+from acestep.gpu_config import GPUConfig, Limits, Role, get_limits
+from acestep.options import Book, Value, read_overrides
+from acestep.settings_planner import PlannerSettings, choose_planner, planner_settings
+from acestep.settings_renderer import RendererSettings, renderer_settings
 
+DEFAULT_RENDERER = "tiny"
 
-@dataclass(frozen=True)
-class PlannerSettings:
-    """Settings of one planner (LM) replica. Sizes in bytes, lengths in tokens."""
-
-    device: str = "cpu"
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    attention: Attention = "sdpa"
-    threads: int | None = None  # CPU threads; None keeps torch's own
-    slots: int = 16  # rows in flight; a CFG pair takes two
-    max_len: int = 8_192  # prompt + metadata + codes of one row
-    memory_bytes: int | None = None  # what weights and KV may take; None: all that is free
-    compile: bool = False  # CUDA graphs / torch.compile per bucket
+__all__ = ["PlannerSettings", "RendererSettings", "Resolved", "Value", "resolve"]
 
 
 @dataclass(frozen=True)
-class RendererSettings:
-    """Settings of one renderer (DiT + VAE) replica. Sizes in bytes, lengths in latent frames (25 per second)."""
+class Resolved:
+    """Everything a replica needs to know before it loads a model.
 
-    device: str = "cpu"
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    attention: Attention = "sdpa"
-    threads: int | None = None
-    offload: Literal["none", "stage"] = "none"  # stage: text encoder, conditions and VAE wait in host memory
-    offload_dit: bool = False  # the DiT too, outside its own stage
-    int8: bool = False
-    compile: bool = False
-    vae_tile_frames: int = 256
-    vae_overlap_frames: int = 9  # the decoder sees ±8.3 frames: 9 is exact
-    max_batch_frames: int | None = None  # frames that may share a step; None: from the cost profile
-    memory_bytes: int | None = None
+    Attributes:
+        role: What this process is for.
+        device, planner_device: Where the renderer and the planner compute; the same where nobody separates them.
+        config: Row of the tier table of `device`.
+        limits: What may be asked of this replica.
+        planner, renderer: Settings of the stages that this role runs; None for a stage that does not run here.
+        planner_model, renderer_model: Checkpoint names or folders.
+        lm_enabled, lm_reason: Whether the planner runs here, and why or why not.
+        values: Every setting with its reason.
+        warnings: Overrides that could not hold, and other things a user must hear.
+    """
+
+    role: Role
+    device: Device
+    planner_device: Device
+    config: GPUConfig
+    limits: Limits
+    planner: PlannerSettings | None
+    renderer: RendererSettings | None
+    planner_model: str | None
+    renderer_model: str | None
+    lm_enabled: bool
+    lm_reason: str
+    values: tuple[Value, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def tier(self) -> str:
+        return self.config.tier
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON-able data."""
+        return {**asdict(self), "tier": self.tier}
+
+
+def resolve(
+    role: Role = "both",
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    devices: Sequence[Device] | None = None,
+    device: Device | None = None,
+    env: Mapping[str, str] | None = None,
+) -> Resolved:
+    """Settings of a process from the hardware, its arguments and the environment.
+
+    Args:
+        role: `plan`, `render` or `both`. Two replicas that share one card are both told `both`, and each reads its own stage.
+        overrides: Arguments by option name (`acestep.options`); they win over the environment.
+        devices: What `list_devices()` gave; asked anew where None.
+        device: Compute on this one, whatever `overrides` say.
+        env: Environment; default the process's.
+
+    Raises:
+        InvalidRequest: an unknown setting, or a value that no machine could take.
+        DeviceUnavailable: the named device is not here.
+        OutOfMemory: the planner that was asked for has no room for one song.
+    """
+    book = Book(read_overrides(overrides, env))
+    present = list(devices) if devices is not None else [device] if device else list_devices(env=env)
+    main = device or pick(present, book.overrides["device"].value if "device" in book.overrides else "auto")
+    book.note("device", main.torch_name, f"{main.name}, {main.gib:.4g} GiB")
+    profile = book.overrides["tier_profile"].value if "tier_profile" in book.overrides else None
+    row = tier_row(main, profile)
+
+    lm_main = main
+    if role != "render":
+        if "lm_device" in book.overrides and device is None:
+            lm_main = pick(present, book.overrides["lm_device"].value)
+        book.note("lm_device", lm_main.torch_name, "the same as device" if lm_main == main else lm_main.name)
+    shares_card = role == "both" and lm_main == main
+
+    renderer_model = str(book.take("model", DEFAULT_RENDERER, "the tiny checkpoint runs anywhere"))
+    lm_row = tier_row(lm_main, profile)
+    planner_model, lm_enabled, lm_reason = choose_planner(book, role, lm_main, lm_row, renderer_model)
+    planner = planner_settings(book, role, lm_main, lm_row, planner_model) if planner_model else None
+    renderer = None
+    if role != "plan":
+        taken = (planner.memory_bytes or 0) if planner and shares_card else 0
+        renderer = renderer_settings(book, main, row, renderer_model, taken)
+    limits = get_limits(row, role, planner_on_card=lm_enabled and shares_card)
+    return Resolved(
+        role, main, lm_main, row, limits, planner, renderer, planner_model,
+        None if role == "plan" else renderer_model, lm_enabled, lm_reason,
+        tuple(book.values.values()), tuple(book.warnings),
+    )  # fmt: skip

@@ -1,0 +1,114 @@
+"""A request brought within what the chosen hardware can do: clamped with a reason, or refused where it is strict."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from acestep.errors import LimitExceeded
+from acestep.gpu_config import Limits
+from acestep.plan import CODES_PER_SECOND, Plan
+from acestep.request import Adjustment, SongRequest
+
+
+def fits(request: SongRequest, limits: Limits) -> bool:
+    """Whether the request is within the limits as it stands."""
+    return asked_seconds(request) <= limits.max_duration and request.batch_size <= limits.max_batch
+
+
+def asked_seconds(request: SongRequest) -> float:
+    """Longest song that the request names: its duration, its plan's, or the length of its codes; 0 where it names none."""
+    plan = request.plan or Plan()
+    codes = [len(c) for c in (request.audio_codes or (), *(plan.codes or ()))]
+    return max(request.duration or 0.0, plan.metadata.duration or 0.0, *(n / CODES_PER_SECOND for n in codes))
+
+
+def best_limits(request: SongRequest, offers: Sequence[Limits]) -> Limits:
+    """Of what several cards offer, the one that does the most of this request: what a fleet can do is the best of its cards.
+
+    Raises:
+        ValueError: `offers` is empty.
+    """
+    seconds = asked_seconds(request) or max(o.max_duration for o in offers)
+
+    def done(offer: Limits) -> tuple[float, float, int]:
+        song = min(seconds, offer.max_duration)
+        return song * min(request.batch_size, offer.max_batch), song, offer.max_batch
+
+    return max(offers, key=done)
+
+
+def apply_limits(request: SongRequest, limits: Limits) -> tuple[SongRequest, list[Adjustment]]:
+    """The request within `limits`, and what was changed for that.
+
+    Duration, batch size (with its seeds and code lists) and given codes are cut. A duration that the planner is to choose is not
+    touched here: the planner decodes it under the same `limits.max_duration`.
+
+    Raises:
+        LimitExceeded: something is beyond the limits and `request.strict` is set; `field`, `asked` and `limit` say what.
+    """
+    changes: dict[str, Any] = {}
+    adjustments: list[Adjustment] = []
+
+    def cut(field: str, asked: float, limit: float) -> None:
+        if request.strict:
+            raise LimitExceeded(
+                f"{field} {asked:g} is above {limit:g}: {limits.reason}. Ask for less, or leave out strict to have it cut.",
+                field=field, asked=asked, limit=limit, tier=limits.tier,
+            )  # fmt: skip
+        adjustments.append(Adjustment(field=field, asked=asked, given=limit, reason=limits.reason))
+
+    if request.duration is not None and request.duration > limits.max_duration:
+        cut("duration", request.duration, limits.max_duration)
+        changes["duration"] = limits.max_duration
+    if request.batch_size > limits.max_batch:
+        cut("batch_size", request.batch_size, limits.max_batch)
+        changes["batch_size"] = limits.max_batch
+        if isinstance(request.seed, tuple):
+            changes["seed"] = request.seed[: limits.max_batch]
+    max_codes = int(limits.max_duration * CODES_PER_SECOND)
+    if request.audio_codes is not None and len(request.audio_codes) > max_codes:
+        cut("audio_codes", len(request.audio_codes), max_codes)
+        changes["audio_codes"] = request.audio_codes[:max_codes]
+    if request.plan is not None:
+        plan = _cut_plan(request.plan, limits, max_codes, cut)
+        if plan is not request.plan:
+            changes["plan"] = plan
+    return (request.model_copy(update=changes) if changes else request), adjustments
+
+
+def _cut_plan(plan: Plan, limits: Limits, max_codes: int, cut: Any) -> Plan:
+    changes: dict[str, Any] = {}
+    if plan.metadata.duration is not None and plan.metadata.duration > limits.max_duration:
+        cut("plan.metadata.duration", plan.metadata.duration, limits.max_duration)
+        changes["metadata"] = plan.metadata.model_copy(update={"duration": limits.max_duration})
+    if plan.codes:
+        longest = max(len(codes) for codes in plan.codes)
+        if longest > max_codes:
+            cut("plan.codes", longest, max_codes)
+        if longest > max_codes or len(plan.codes) > limits.max_batch:
+            # More lists than songs: the batch was cut above, and said so there.
+            changes["codes"] = tuple(codes[:max_codes] for codes in plan.codes[: limits.max_batch])
+            changes["lm_seeds"] = plan.lm_seeds[: limits.max_batch]
+    return plan.model_copy(update=changes) if changes else plan
+
+
+def without_planner(request: SongRequest, reason: str) -> tuple[SongRequest, list[Adjustment]]:
+    """The request for a fleet that has no planner: `thinking` goes off, and the response says so.
+
+    Args:
+        request: What was asked.
+        reason: Why there is no planner, such as `Resolved.lm_reason`.
+
+    Raises:
+        LimitExceeded: the request wants planning and is strict.
+    """
+    if not request.thinking or request.plan is not None or request.audio_codes is not None:
+        return request, []
+    if request.strict:
+        raise LimitExceeded(
+            f"thinking: no planner is loaded ({reason}). Send thinking=false, or leave out strict.",
+            field="thinking", asked=True, limit=False,
+        )  # fmt: skip
+    changed = request.model_copy(update={"thinking": False})
+    return changed, [Adjustment(field="thinking", asked=True, given=False, reason=reason)]
