@@ -8,10 +8,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from acestep.errors import InvalidRequest
 
+Attention = Literal["flash", "sdpa", "eager"]
 AUTO = ("", "auto", "none", "null")
 
 

@@ -12,13 +12,13 @@ from typing import Any
 
 from acestep.devices import Device, list_devices, pick, tier_row
 from acestep.gpu_config import GPUConfig, Limits, Role, get_limits
-from acestep.options import Book, Value, read_overrides
+from acestep.options import Attention, Book, Value, read_overrides
 from acestep.settings_planner import PlannerSettings, choose_planner, planner_settings
 from acestep.settings_renderer import RendererSettings, renderer_settings
 
 DEFAULT_RENDERER = "tiny"
 
-__all__ = ["PlannerSettings", "RendererSettings", "Resolved", "Value", "resolve"]
+__all__ = ["Attention", "PlannerSettings", "RendererSettings", "Resolved", "Value", "resolve"]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from acestep import weights
 from acestep.devices import Device, cpu_threads
 from acestep.errors import OutOfMemory
 from acestep.gpu_config import GIB, PLANNER_SIZES, GPUConfig, Role, get_limits, get_lm_model_size, is_tiny
-from acestep.options import Book
+from acestep.options import Attention, Book
 
 DEFAULT_PLANNER = "tiny-lm"
 PROMPT_ALLOWANCE = 2_800  # tokens of prompt, lyrics and metadata that a row has room for beside its codes
@@ -28,7 +28,7 @@ class PlannerSettings:
 
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16"] = "float32"
-    attention: Literal["flash", "sdpa", "eager"] = "sdpa"
+    attention: Attention = "sdpa"
     threads: int | None = None  # CPU threads; None keeps torch's own
     slots: int = 16  # rows in flight; a CFG pair takes two
     max_len: int = 8_192  # prompt + metadata + codes of one row

@@ -10,7 +10,7 @@ from acestep import weights
 from acestep.devices import Device
 from acestep.gpu_config import DETECTED_GRACE_GIB, GIB, GPUConfig, is_tiny
 from acestep.memory import CONTEXT_BYTES, TILES, decode_bytes
-from acestep.options import Book, Override
+from acestep.options import Attention, Book, Override
 from acestep.settings_planner import is_old, take_threads
 
 OFFLOAD_BELOW_GIB = 20
@@ -25,7 +25,7 @@ class RendererSettings:
 
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    attention: Literal["flash", "sdpa", "eager"] = "sdpa"
+    attention: Attention = "sdpa"
     threads: int | None = None
     offload: Literal["none", "stage"] = "none"  # stage: text encoder, conditions and VAE wait in host memory
     offload_dit: bool = False  # the DiT too, outside its own stage
@@ -80,10 +80,10 @@ def _dots(capability: tuple[int, int]) -> str:
     return f"{capability[0]}.{capability[1]}"
 
 
-def _attention(book: Book, device: Device, dtype: str) -> Literal["flash", "sdpa", "eager"]:
+def _attention(book: Book, device: Device, dtype: str) -> Attention:
     standard: Literal["sdpa", "eager"] = "eager" if is_old(device) else "sdpa"
     missing = _why_no_flash(device, dtype)
-    default: Literal["flash", "sdpa", "eager"] = standard if missing else "flash"
+    default: Attention = standard if missing else "flash"
     if is_old(device):
         reason = "float16 overflows in this card's attention: the softmax runs in float32"
     elif missing:
