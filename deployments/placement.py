@@ -130,6 +130,8 @@ class Decision:
         max_duration: What the planner may write at most, in seconds: the chosen renderer's limit.
         groups: Batch items by replica, such as ((0, 1), (2, 3)).
         est_plan_s, est_render_s: Work that the job adds to each pool's backlog, in one replica's seconds.
+        plan_wall_s, render_wall_s: How long each stage takes once begun, corrections included.
+        plan_profile_s, render_profile_s: The same as the cost profile alone has it: what `Corrections.refine` wants as prediction.
         eta_s: From now to the end; None where that depends on a card that is not there.
         reason: For people.
     """
@@ -146,6 +148,8 @@ class Decision:
     est_render_s: float
     plan_wall_s: float
     render_wall_s: float
+    plan_profile_s: float
+    render_profile_s: float
     eta_s: float | None
     reason: str
 
@@ -230,6 +234,8 @@ def choose(
         est_render_s=renderer.seconds.work_s,
         plan_wall_s=planner.seconds.wall_s if planner else 0.0,
         render_wall_s=renderer.seconds.wall_s,
+        plan_profile_s=planner.seconds.wall_s / planner.pool.correction if planner else 0.0,
+        render_profile_s=renderer.seconds.wall_s / renderer.pool.correction,
         eta_s=max(planned_s, renderer.wait_s) + renderer.seconds.wall_s if all(p.can_run for p in chosen) else None,
         reason=reason,
     )
@@ -380,7 +386,7 @@ def fleet_limits(fleet: FleetState, model: str | None = None) -> list[Limits]:
 def _never(request: SongRequest, obstacles: Iterable[str]) -> Decision:
     why = "; ".join(obstacles) or "the fleet has no renderer pool"
     return Decision(
-        "never", request, None, (), None, None, 0.0, (), 0.0, 0.0, 0.0, 0.0, None, f"nothing in this fleet can render this: {why}"
+        "never", request, None, (), None, None, 0.0, (), 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, None, f"nothing in this fleet can render this: {why}"
     )  # fmt: skip
 
 

@@ -1,0 +1,114 @@
+"""In which order waiting jobs are served: fair between callers, by deadline within a caller's share, nobody forgotten.
+
+Callers (API keys) are kept level in seconds of work, so one that sends 1,000 jobs gets no more of the fleet than one that sends ten. Among
+the callers that are within `SLACK_S` of the least served one, the most urgent job goes first. A job without a deadline counts as due
+`PATIENCE_S` after it came, which is what makes it age. Pure functions: the store says what waits, the dispatcher takes the answer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+PATIENCE_S = 600.0
+SLACK_S = 30.0
+PRIORITY_S = 60.0  # what one step of priority is worth in urgency
+USAGE_HALF_LIFE_S = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A job that waits. Times are unix seconds.
+
+    Attributes:
+        key: Whose job it is.
+        work_s: Seconds of work, all stages.
+        priority: Lower goes first; each unit counts as a minute of urgency.
+        weight: The caller's share: 2 gets twice the work of 1.
+    """
+
+    id: str
+    key: str
+    work_s: float
+    submitted: float
+    deadline: float | None = None
+    priority: float = 0.0
+    weight: float = 1.0
+
+    @property
+    def due(self) -> float:
+        """When it should be done: its deadline, or its patience's end if that comes first."""
+        patience = self.submitted + PATIENCE_S
+        return (patience if self.deadline is None else min(self.deadline, patience)) + self.priority * PRIORITY_S
+
+
+def next_jobs(
+    candidates: Iterable[Waiting], usage: Mapping[str, float], now: float, limit: int | None = None
+) -> list[Waiting]:
+    """The first `limit` jobs to serve, in order.
+
+    Args:
+        usage: Seconds of work that each caller had lately, running work included; see `Usage`.
+        limit: None orders all.
+    """
+    order = _ordered(candidates, usage, now)
+    return list(order) if limit is None else [job for job, _ in zip(order, range(limit), strict=False)]
+
+
+def place(
+    job_id: str, candidates: Iterable[Waiting], usage: Mapping[str, float], now: float
+) -> tuple[int, float] | None:
+    """(1-based position, seconds of work that go before it) of a waiting job; None where it does not wait."""
+    ahead = 0.0
+    for position, job in enumerate(_ordered(candidates, usage, now), 1):
+        if job.id == job_id:
+            return position, ahead
+        ahead += job.work_s
+    return None
+
+
+def _ordered(candidates: Iterable[Waiting], usage: Mapping[str, float], now: float) -> Iterator[Waiting]:
+    queues: dict[str, deque[Waiting]] = defaultdict(deque)
+    for job in sorted(candidates, key=lambda j: (j.due, j.submitted, j.id)):
+        queues[job.key].append(job)
+    had = {key: max(0.0, usage.get(key, 0.0)) / queue[0].weight for key, queue in queues.items()}
+
+    def share(key: str) -> float:
+        # An overdue job forgives its caller's lead second by second, so every job's turn comes whatever others do.
+        return had[key] - max(0.0, now - queues[key][0].due)
+
+    while queues:
+        shares = {key: share(key) for key in queues}
+        bar = min(shares.values()) + SLACK_S
+        key = min(
+            (k for k, s in shares.items() if s <= bar), key=lambda k: (queues[k][0].due, queues[k][0].submitted, k)
+        )
+        job = queues[key].popleft()
+        had[key] += job.work_s / job.weight
+        if not queues[key]:
+            del queues[key]
+        yield job
+
+
+class Usage:
+    """Seconds of work given to each caller, old work forgotten by half every five minutes."""
+
+    def __init__(self, half_life_s: float = USAGE_HALF_LIFE_S) -> None:
+        self.half_life_s = half_life_s
+        self._seen: dict[str, tuple[float, float]] = {}  # seconds, at
+
+    def add(self, key: str, work_s: float, now: float) -> None:
+        self._seen[key] = (self._of(key, now) + work_s, now)
+
+    def at(self, now: float) -> dict[str, float]:
+        """Every caller's usage; who has next to none is dropped."""
+        usage = {key: self._of(key, now) for key in self._seen}
+        for key in [k for k, s in usage.items() if s < 1e-3]:
+            del self._seen[key], usage[key]
+        return usage
+
+    def _of(self, key: str, now: float) -> float:
+        seconds, at = self._seen.get(key, (0.0, now))
+        return seconds * math.exp2(-max(0.0, now - at) / self.half_life_s)
