@@ -50,11 +50,11 @@ def prepare_command(
     for application in data["applications"]:  # type: ignore[attr-defined]
         builder = application["import_path"].rpartition(":")[2]
         if builder == "lm":
-            args = parse_args(PlannerArgs, application.get("args"), application["name"])
-            checkpoint = checkpoint_for("plan", args)
+            checkpoint = checkpoint_for("plan", parse_args(PlannerArgs, application.get("args"), application["name"]))
         elif builder == "dit":
-            args = parse_args(RendererArgs, application.get("args"), application["name"])
-            checkpoint = checkpoint_for("render", args)
+            checkpoint = checkpoint_for(
+                "render", parse_args(RendererArgs, application.get("args"), application["name"])
+            )
         else:
             continue
         typer.echo(

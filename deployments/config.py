@@ -35,10 +35,16 @@ class PoolArgs(_Args):
     num_gpus: float | None = Field(
         None, ge=0, description="GPU share; null: from need_gb and tiers, or what this machine has."
     )
+    shared_card: bool = Field(
+        False, description="Planner and renderer share one card; the tier table's limits for sharing hold."
+    )
     num_cpus: float = Field(0.5, ge=0, description="Ray CPUs that one replica reserves (not its thread count).")
     num_replicas: int | None = Field(None, ge=0, description="Fixed size; excludes the min and max below.")
     min_replicas: int = Field(1, ge=0)
     max_replicas: int = Field(1, ge=1)
+    nodes_on_demand: bool = Field(
+        False, description="The cluster adds nodes of these tiers when replicas wait for them."
+    )
     drain_backlog_s: float = Field(30.0, gt=0, description="Scale so that what waits is worked off within this time.")
     downscale_delay_s: float = Field(300.0, ge=0)
     graceful_shutdown_s: float = Field(900.0, ge=0, description="How long a leaving replica may finish its songs.")

@@ -11,10 +11,10 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
@@ -24,6 +24,7 @@ from acestep.request import Adjustment, SongRequest
 from acestep.song import Progress, Song
 from deployments.fleet import Fleet
 from deployments.jobs.store import Job, JobStore, LeaseLost
+from deployments.placement import Decision
 from deployments.routing import NoPool, Routing
 
 log = logging.getLogger(__name__)
@@ -32,6 +33,9 @@ STAGE_ATTEMPTS = 3
 BACKOFF_S = 1.0
 POLL_S = 0.5
 _REPLICA_LOST = (RayActorError, BackPressureError, DeploymentUnavailableError)
+_STAGE_ORDER = ("queued", "planning", "rendering", "decoding", "encoding")
+
+Report = Callable[[Progress], Awaitable[None]]
 
 
 class Dispatcher:
@@ -158,92 +162,114 @@ class Dispatcher:
             raise DeadlineExceeded("the job's deadline passed before it was done") from None
 
     async def _make(self, job: Job) -> Song:
-        plan = job.plan
-        request, adjustments = job.request, job.adjustments
+        request, adjustments, plan = job.request, job.adjustments, job.plan
         if plan is None:
             request, adjustments, plan = await self._plan(job)
             await asyncio.to_thread(self.store.save_plan, job.id, self.owner, plan)
         return await self._render(job, request, adjustments, plan)
 
     async def _plan(self, job: Job) -> tuple[SongRequest, tuple[Adjustment, ...], Plan]:
-        lost: Exception | None = None
         for attempt in range(STAGE_ATTEMPTS):
-            choice = await self._choose(job, job.request, job.adjustments, plan=None)
-            request = choice.request
+            choice = await self._choose(job, job.request, None)
+            request, adjustments = choice.request, (*job.adjustments, *choice.adjustments)
             await asyncio.to_thread(
-                self.store.save_request, job.id, self.owner, request, choice.adjustments,
+                self.store.save_request, job.id, self.owner, request, adjustments,
                 plan_pool=choice.planner, render_pool=choice.renderer,
                 est_plan_s=choice.est_plan_s, est_render_s=choice.est_render_s,
             )  # fmt: skip
             if choice.planner is None:
-                given = Metadata(
-                    bpm=request.bpm, duration=request.duration, keyscale=request.key_scale,
-                    language=request.vocal_language, timesignature=request.time_signature,
-                )  # fmt: skip
-                codes = (request.audio_codes,) if request.audio_codes else None
-                return request, choice.adjustments, request.plan or Plan(metadata=given, codes=codes)
-            handle = self.fleet.handle(choice.planner, "plan")
+                return request, adjustments, plan_from(request)
+            arguments = (request.model_dump(mode="json"), choice.max_duration, job.priority, _left(job))
             try:
-                async with self.routing.occupy(choice.planner, choice.est_plan_s):
-                    result = await self._follow(
-                        job, handle.options(stream=True), "plan",
-                        request.model_dump(mode="json"), choice.max_duration, job.priority, _left(job),
-                    )  # fmt: skip
-                return request, choice.adjustments, Plan.model_validate(result)
+                async with self.routing.occupy(choice.planner, "plan", choice.est_plan_s, choice.plan_wall_s):
+                    handle = self.fleet.handle(choice.planner, "plan")
+                    result = await self._follow(job, handle, "plan", arguments, self._save(job))
+                return request, adjustments, Plan.model_validate(result)
             except _REPLICA_LOST as error:
-                lost = error
-                log.warning("job %s: planner replica of %s lost (%s)", job.id, choice.planner, type(error).__name__)
-                await asyncio.sleep(BACKOFF_S * (attempt + 1))
-        raise Unavailable(f"the planner was lost {STAGE_ATTEMPTS} times in a row: {type(lost).__name__}") from lost
+                await self._lost(job, choice.planner, error, attempt)
+        raise AssertionError("unreachable: the last attempt raises")
 
     async def _render(self, job: Job, request: SongRequest, adjustments: tuple[Adjustment, ...], plan: Plan) -> Song:
-        lost: Exception | None = None
+        done: dict[tuple[int, ...], Song] = {}
         for attempt in range(STAGE_ATTEMPTS):
-            choice = await self._choose(job, request, adjustments, plan=plan)
+            choice = await self._choose(job, request, plan)
+            if choice.adjustments:
+                adjustments = (*adjustments, *choice.adjustments)
+            request, plan = choice.request, choice.plan or plan
             await asyncio.to_thread(
-                self.store.save_request, job.id, self.owner, choice.request, choice.adjustments,
+                self.store.save_request, job.id, self.owner, request, adjustments,
                 render_pool=choice.renderer, est_render_s=choice.est_render_s,
             )  # fmt: skip
-            handle = self.fleet.handle(choice.renderer, "render")
+            assert choice.renderer is not None, "only the outcome `never` has no renderer, and that raised"
+            finished = {i for items in done for i in items}
+            groups = [g for group in choice.groups if (g := tuple(i for i in group if i not in finished))]
+            report = _JointProgress(self._save(job), len(groups))
+            tasks = [
+                asyncio.ensure_future(self._render_group(job, choice, request, plan, items, report.part(n)))
+                for n, items in enumerate(groups)
+            ]
             try:
-                async with self.routing.occupy(choice.renderer, choice.est_render_s):
-                    result = await self._follow(
-                        job, handle.options(stream=True), "render", job.id,
-                        choice.request.model_dump(mode="json"), plan.model_dump(mode="json"), None, job.priority, _left(job),
-                    )  # fmt: skip
-                return Song.model_validate(result)
-            except _REPLICA_LOST as error:
-                lost = error
-                log.warning("job %s: renderer replica of %s lost (%s)", job.id, choice.renderer, type(error).__name__)
-                await asyncio.sleep(BACKOFF_S * (attempt + 1))
-        raise Unavailable(f"the renderer was lost {STAGE_ATTEMPTS} times in a row: {type(lost).__name__}") from lost
+                async with self.routing.occupy(choice.renderer, "render", choice.est_render_s, choice.render_wall_s):
+                    results = await asyncio.gather(*tasks, return_exceptions=True)
+            finally:
+                for task in tasks:
+                    task.cancel()
+            done |= {items: r for items, r in zip(groups, results, strict=True) if isinstance(r, Song)}
+            failures = [r for r in results if isinstance(r, BaseException)]
+            if not failures:
+                return merge_songs(list(done.values()))
+            for failure in failures:
+                if not isinstance(failure, _REPLICA_LOST):
+                    raise failure
+            await self._lost(job, choice.renderer, failures[0], attempt)
+        raise AssertionError("unreachable: the last attempt raises")
 
-    async def _choose(
-        self, job: Job, request: SongRequest, adjustments: tuple[Adjustment, ...], plan: Plan | None
-    ) -> Any:
-        """A routing choice, waiting while a pool that could serve has no replica yet."""
-        told = False
+    async def _render_group(
+        self, job: Job, choice: Decision, request: SongRequest, plan: Plan, items: tuple[int, ...], report: Report
+    ) -> Song:
+        handle = self.fleet.handle(choice.renderer or "", "render")
+        arguments = (
+            job.id, request.model_dump(mode="json"), plan.model_dump(mode="json"), items, job.priority, _left(job)
+        )  # fmt: skip
+        return Song.model_validate(await self._follow(job, handle, "render", arguments, report))
+
+    async def _lost(self, job: Job, pool: str, error: BaseException, attempt: int) -> None:
+        log.warning("job %s: a replica of %s was lost (%s)", job.id, pool, type(error).__name__)
+        if attempt + 1 == STAGE_ATTEMPTS:
+            raise Unavailable(f"pool {pool} lost its replica {STAGE_ATTEMPTS} times in a row") from error
+        await asyncio.sleep(BACKOFF_S * (attempt + 1))
+
+    def _save(self, job: Job) -> Report:
+        async def save(progress: Progress) -> None:
+            await asyncio.to_thread(self.store.save_progress, job.id, self.owner, progress)
+
+        return save
+
+    async def _choose(self, job: Job, request: SongRequest, plan: Plan | None) -> Decision:
+        """Where to go on, waiting while the pools that could serve have no replica."""
+        told = ""
         while True:
             try:
-                choice = self.routing.choose(self.fleet.view, request, adjustments, plan)
+                decision = self.routing.choose(self.fleet.view, job, request, plan)
             except NoPool as reason:
-                if not told:
-                    log.info("job %s waits: %s", job.id, reason)
-                    told = True
+                if str(reason) != told:
+                    told = str(reason)
+                    log.info("job %s waits: %s", job.id, told)
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self.fleet.changed.wait(), POLL_S * 4)
+                    await asyncio.wait_for(self.fleet.changed.wait(), 4 * POLL_S)
                 continue
-            log.info("job %s: %s", job.id, choice.reason)
-            return choice
+            log.info("job %s %s", job.id, decision.reason)
+            return decision
 
-    async def _follow(self, job: Job, handle: DeploymentHandle, method: str, *args: Any) -> dict[str, Any]:
-        """Consume a stage's stream: progress into the store, the result out. Leaving early cancels the replica's work."""
-        stream = getattr(handle, method).remote(*args)
+    async def _follow(
+        self, job: Job, handle: DeploymentHandle, method: str, arguments: tuple[Any, ...], report: Report
+    ) -> dict[str, Any]:
+        """Consume a stage's stream: report progress, return the result. Leaving early cancels the replica's work."""
+        stream = getattr(handle.options(stream=True), method).remote(*arguments)
         try:
-            async for message in _messages(stream):
+            async for message in stream:
                 if "progress" in message:
-                    progress = Progress.model_validate(message["progress"])
-                    await asyncio.to_thread(self.store.save_progress, job.id, self.owner, progress)
+                    await report(Progress.model_validate(message["progress"]))
                 elif "error" in message:
                     raise error_from_dict(message["error"])
                 else:
@@ -254,17 +280,42 @@ class Dispatcher:
         raise Internal(f"the stage's {method} stream ended without a result")
 
 
-async def _messages(stream: Any) -> AsyncIterator[dict[str, Any]]:
-    try:
-        async for message in stream:
-            yield message
-    except (*_REPLICA_LOST, AceStepError):
-        raise
-    except RayError as error:
-        cause = getattr(error, "cause", None)
-        if isinstance(cause, AceStepError):
-            raise cause from None
-        raise
+class _JointProgress:
+    """One progress for a batch that is spread over replicas: the earliest stage, the units of all parts in it."""
+
+    def __init__(self, report: Report, parts: int) -> None:
+        self._report = report
+        self._latest: list[Progress | None] = [None] * parts
+
+    def part(self, number: int) -> Report:
+        async def report(progress: Progress) -> None:
+            self._latest[number] = progress
+            known = [p for p in self._latest if p is not None]
+            stage = min(known, key=lambda p: _STAGE_ORDER.index(p.stage)).stage
+            alike = [p for p in known if p.stage == stage]
+            await self._report(
+                Progress(stage=stage, done=sum(p.done for p in alike), total=sum(p.total for p in alike))
+            )
+
+        return report
+
+
+def plan_from(request: SongRequest) -> Plan:
+    """The plan of a request that no planner touches: what the caller gave."""
+    if request.plan is not None:
+        return request.plan
+    given = Metadata(
+        bpm=request.bpm, duration=request.duration, keyscale=request.key_scale,
+        language=request.vocal_language, timesignature=request.time_signature,
+    )  # fmt: skip
+    return Plan(metadata=given, codes=(request.audio_codes,) if request.audio_codes else None)
+
+
+def merge_songs(songs: Sequence[Song]) -> Song:
+    """The parts of a batch that was spread over replicas as one result; stage times are those of the slowest part."""
+    items = tuple(sorted((i for s in songs for i in s.items), key=lambda i: i.index))
+    slowest = max(songs, key=lambda s: sum(s.timings.model_dump().values()))
+    return slowest.model_copy(update={"items": items})
 
 
 def _left(job: Job) -> float | None:

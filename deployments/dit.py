@@ -34,12 +34,10 @@ class RendererDeployment:
     def __init__(self, args: dict[str, Any]) -> None:
         from acestep.dit.renderer import Renderer
 
-        from acestep.checkpoints import resolve
-
         self.args = parse_args(RendererArgs, args, "dit")
         self.storage = Storage(self.args.files_url)
         start = start_replica("render", self.args)
-        checkpoint = resolve(start.model, "renderer")
+        checkpoint = start.checkpoint()
         began = time.monotonic()
         self.renderer = Renderer.load(checkpoint, start.settings.renderer)
         self.info: ReplicaInfo = start.info(
@@ -89,8 +87,8 @@ class RendererDeployment:
         self, job_id: str, request: SongRequest, plan: Plan, rendered: Rendered, item: RenderedItem
     ) -> SongItem:
         from acestep.audio.manifest import manifest, tags
-        from acestep.audio.writing import content_type, encode, extension
 
+        from acestep.audio.writing import content_type, encode, extension
         from acestep.song import SAMPLE_RATE
 
         facts = manifest(request, plan, item.index, item.seed, self.info.to_dict(), rendered.settings)

@@ -71,12 +71,23 @@ class FleetView:
     pools: tuple[Pool, ...] = ()
     at: float = 0.0
     apps: Mapping[str, str] = field(default_factory=dict)
+    node_labels: tuple[Mapping[str, str], ...] = ()
 
     def of(self, role: Role) -> tuple[Pool, ...]:
         return tuple(p for p in self.pools if p.role == role)
 
+    def has_node(self, selector: Mapping[str, str]) -> bool:
+        """Whether a live node carries the labels; `in(a,b)` as in Ray's selectors."""
+        return any(all(_matches(labels.get(k), v) for k, v in selector.items()) for labels in self.node_labels)
+
     def get(self, app: str) -> Pool | None:
         return next((p for p in self.pools if p.app == app), None)
+
+
+def _matches(value: str | None, wanted: str) -> bool:
+    if wanted.startswith("in(") and wanted.endswith(")"):
+        return value in wanted[3:-1].split(",")
+    return value == wanted
 
 
 def exception_text(message: str) -> str:
@@ -144,7 +155,8 @@ class Fleet:
             await asyncio.sleep(POLL_S)
 
     async def refresh(self) -> None:
-        view = parse_details(await asyncio.to_thread(_serve_details))
+        details, labels = await asyncio.to_thread(_serve_details), await asyncio.to_thread(_node_labels)
+        view = replace(parse_details(details), node_labels=labels)
         for pool in view.pools:
             if pool.running:
                 self._describe_soon(pool.app, pool.role)
@@ -187,3 +199,9 @@ def _serve_details() -> Mapping[str, Any]:
     client = _get_global_client()
     details: Mapping[str, Any] = client.get_serve_details() if client is not None else {}
     return details
+
+
+def _node_labels() -> tuple[Mapping[str, str], ...]:
+    import ray
+
+    return tuple(node.get("Labels") or {} for node in ray.nodes() if node.get("Alive"))

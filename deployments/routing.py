@@ -1,140 +1,168 @@
 """Which pools a job goes to, and how much this router may have in flight.
 
-Joins what the fleet says (`fleet.FleetView`) with the pure choice of a pool. Holds the little state that a router has: the seconds of work
-it has given to each pool and not got back.
+Turns what the fleet says (`fleet.FleetView`) and what waits into the input of the pure choice (`placement.choose`). Holds the little
+state a router has: what it gave to each pool and did not get back, and how far off the cost profiles were.
 """
 
 from __future__ import annotations
 
 import contextlib
+import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from acestep.gpu_config import Limits
-from acestep.limits import apply_limits, best_limits
+from acestep.cost import Corrections, Profile
+from acestep.errors import InvalidRequest
+from acestep.gpu_config import Limits, get_gpu_config, get_limits
 from acestep.plan import Plan
-from acestep.request import Adjustment, SongRequest
+from acestep.profiles import find, named
+from acestep.request import SongRequest
 from deployments.fleet import FleetView, Pool
 from deployments.jobs.store import Job
-
-TASKS_WITHOUT_PLANNER = ("cover", "cover-nofsq", "repaint", "extract")
+from deployments.placement import Decision, FleetState, PoolState, choose
+from deployments.pools import label_selector
 
 
 class NoPool(Exception):
     """No pool can take the work now; the text says what is missing."""
 
 
-@dataclass(frozen=True)
-class Choice:
-    """Where a stage runs, with the request as that place can do it."""
+@dataclass
+class Load:
+    """Work of this router on one pool."""
 
-    request: SongRequest
-    adjustments: tuple[Adjustment, ...]
-    planner: str | None
-    renderer: str
-    max_duration: float
-    est_plan_s: float
-    est_render_s: float
-    reason: str
-
-
-def needs_planner(request: SongRequest) -> bool:
-    """Whether any phase of the planner runs for this request (decision flow of the planner protocol)."""
-    if request.task in TASKS_WITHOUT_PLANNER:
-        return False
-    if request.plan is not None:
-        return request.thinking and not request.plan.codes and request.audio_codes is None
-    return request.thinking or request.use_cot_metas or request.use_cot_caption or request.use_cot_language
+    in_flight: int = 0
+    seconds: float = 0.0
 
 
 class Routing:
     """Chooses pools and counts what is in flight."""
 
     def __init__(self) -> None:
-        self._in_flight: dict[str, int] = defaultdict(int)
-        self._seconds: dict[str, float] = defaultdict(float)
+        self._load: dict[str, Load] = defaultdict(Load)
+        self._waiting: Mapping[str, float] = {}
+        self.corrections = Corrections()
 
-    def admit(self, view: FleetView, request: SongRequest) -> tuple[SongRequest, tuple[Adjustment, ...]]:
-        """The request as the fleet can do it. Before any renderer is known nothing is changed; dispatch does it then."""
-        offers = [limits for p in view.of("render") if (limits := pool_limits(p))]
-        if not offers:
-            return request, ()
-        clamped, adjustments = apply_limits(request, best_limits(request, offers))
-        return clamped, tuple(adjustments)
+    def set_waiting(self, seconds: Mapping[str, float]) -> None:
+        """Seconds of work in the store that wait for each pool."""
+        self._waiting = seconds
+
+    def admit(self, view: FleetView, request: SongRequest) -> Decision | None:
+        """Where a new request would go, cut to what the fleet can do. None while a pool's abilities are not known yet.
+
+        Raises:
+            LimitExceeded: beyond the fleet, and strict.
+            InvalidRequest: nothing in this fleet can ever do it.
+        """
+        if not view.pools or any(pool_limits(p) is None for p in view.pools):
+            return None
+        state = self.state(view)
+        decision = choose(request, state)
+        if decision.outcome == "never":
+            raise InvalidRequest(decision.reason, field="task" if request.task != "text2music" else "model")
+        return decision
+
+    def choose(self, view: FleetView, job: Job, request: SongRequest, plan: Plan | None) -> Decision:
+        """Pools for what is left to do of a job.
+
+        Raises:
+            NoPool: none can take it now.
+            LimitExceeded, InvalidRequest: none ever can.
+        """
+        state = self.state(view)
+        if not state.of("render"):
+            raise NoPool(_missing(view))
+        accepted_as_is = job.render_pool is not None  # it was cut at submit; from then on it waits for its card
+        left = None if job.deadline is None else job.deadline - time.time()
+        decision = choose(request, state, plan=plan, clamp=not accepted_as_is, deadline_in_s=left)
+        if decision.outcome == "never":
+            raise InvalidRequest(decision.reason, field="model")
+        if decision.outcome == "wait":
+            raise NoPool(decision.reason)
+        return decision
 
     def window(self, view: FleetView) -> int:
         """How many jobs this router may hold: what the running replicas can work on, and some to follow."""
-        planners = sum(p.running * int((p.info or {}).get("capacity", 1)) for p in view.of("plan"))
+        planners = sum(p.running * _slots(p) for p in view.of("plan"))
         renderers = sum(p.running for p in view.of("render"))
         return max(2, planners + 2 * renderers)
 
     def order(self, jobs: Sequence[Job]) -> list[Job]:
         return sorted(jobs, key=lambda j: (j.priority, j.created_at))
 
-    def choose(
-        self, view: FleetView, request: SongRequest, adjustments: Sequence[Adjustment], plan: Plan | None
-    ) -> Choice:
-        """Pools for what is left to do.
-
-        Raises:
-            NoPool: none can take it now.
-            LimitExceeded: no pool of the fleet can do it, and the request is strict.
-        """
-        renderers = [(p, limits) for p in view.of("render") if p.running and (limits := pool_limits(p))]
-        if not renderers:
-            raise NoPool(_missing(view, "render", "renderer"))
-        limits = best_limits(request, [r[1] for r in renderers])
-        renderer = next(p for p, offer in renderers if offer is limits)
-        request, more = apply_limits(request, limits)
-        planner = None
-        if plan is None and needs_planner(request):
-            planners = [p for p in view.of("plan") if p.running and p.info]
-            if not planners and not view.of("plan"):
-                request, off = without_planner(request, "the fleet has no planner")
-                more = [*more, *off]
-            elif not planners:
-                raise NoPool(_missing(view, "plan", "planner"))
-            else:
-                planner = min(planners, key=lambda p: self._in_flight[p.app])
-        return Choice(
-            request, (*adjustments, *more), planner.app if planner else None, renderer.app, limits.max_duration, 0.0, 0.0,
-            f"plan on {planner.app if planner else 'nothing'}, render on {renderer.app}",
-        )  # fmt: skip
-
     @contextlib.asynccontextmanager
-    async def occupy(self, pool: str, seconds: float) -> AsyncIterator[None]:
-        """Count a stage as in flight on a pool."""
-        self._in_flight[pool] += 1
-        self._seconds[pool] += seconds
+    async def occupy(self, pool: str, stage: str, work_s: float, wall_s: float) -> AsyncIterator[None]:
+        """Count a stage as in flight on a pool; on success, learn from how long it took."""
+        load = self._load[pool]
+        load.in_flight += 1
+        load.seconds += work_s
+        alone = load.in_flight == 1
+        began = time.monotonic()
         try:
             yield
+            if alone:  # else the time has others' work in it
+                self.corrections.refine(pool, stage, wall_s, time.monotonic() - began)
         finally:
-            self._in_flight[pool] -= 1
-            self._seconds[pool] -= seconds
+            load.in_flight -= 1
+            load.seconds -= work_s
+
+    def state(self, view: FleetView) -> FleetState:
+        """The fleet as `placement` wants it: pools whose abilities are known."""
+        return FleetState(tuple(state for p in view.pools if (state := self._pool_state(p, view))))
+
+    def _pool_state(self, pool: Pool, view: FleetView) -> PoolState | None:
+        limits = pool_limits(pool)
+        if limits is None:
+            return None
+        info = pool.info or {}
+        load = self._load[pool.app]
+        selector = label_selector(pool.args)
+        return PoolState(
+            name=pool.app,
+            role=pool.role,
+            model=str(info.get("model") or pool.args.model or ""),
+            limits=limits,
+            profile=pool_profile(pool, limits.tier),
+            tasks=frozenset(info.get("tasks") or ()),
+            running=pool.running if pool.info else 0,
+            pending=pool.starting,
+            max_replicas=pool.args.num_replicas if pool.args.num_replicas is not None else pool.args.max_replicas,
+            reachable=not selector or view.has_node(selector) or pool.args.nodes_on_demand,
+            slots=_slots(pool),
+            busy=load.in_flight,
+            waiting_s=self._waiting.get(pool.app, 0.0),
+            running_s=load.seconds,
+            correction=self.corrections.factor(pool.app, pool.role),
+            needs=" and ".join(f"{k}={v}" for k, v in selector.items()),
+        )
 
 
 def pool_limits(pool: Pool) -> Limits | None:
-    """What a pool's cards can do, as its replica said; None before one ran."""
-    facts: Any = (pool.info or {}).get("limits")
-    return Limits(**facts) if facts else None
+    """What a pool's cards can do: as its replica said, else by its tiers; None where neither is known yet."""
+    if facts := (pool.info or {}).get("limits"):
+        return Limits(**facts)
+    if pool.args.tiers:
+        least = min(pool.args.tiers, key=lambda t: get_gpu_config(t).opens_gib)
+        return get_limits(get_gpu_config(least), pool.role)
+    return None
 
 
-def without_planner(request: SongRequest, reason: str) -> tuple[SongRequest, list[Adjustment]]:
-    """The request with everything off that only a planner can do."""
-    switches = ("thinking", "use_cot_metas", "use_cot_caption", "use_cot_language")
-    on = [s for s in switches if getattr(request, s)]
-    changed = request.model_copy(update=dict.fromkeys(on, False))
-    asked = [s for s in on if s in request.model_fields_set]
-    return changed, [Adjustment(field=s, asked=True, given=False, reason=reason) for s in asked or ["thinking"]]
+def pool_profile(pool: Pool, tier: str) -> Profile:
+    """Cost profile of a pool: as its args or its replica say, else a typical card of its tier."""
+    if pool.args.profile:
+        return named(pool.args.profile)
+    facts: Any = (pool.info or {}).get("profile")
+    return Profile.model_validate(facts) if facts else find(tier=tier)
 
 
-def _missing(view: FleetView, role: Any, name: str) -> str:
-    pools = view.of(role)
-    if not pools:
-        return f"the fleet has no {name} pool"
-    return (
-        "; ".join(f"{p.app}: {p.why_not_ready}" for p in pools if p.why_not_ready)
-        or f"no {name} has described itself yet"
-    )
+def _slots(pool: Pool) -> int:
+    return int((pool.info or {}).get("capacity") or 1)
+
+
+def _missing(view: FleetView) -> str:
+    renderers = view.of("render")
+    if not renderers:
+        return "the fleet has no renderer pool"
+    return "; ".join(f"{p.app}: {p.why_not_ready or 'has not described itself yet'}" for p in renderers)

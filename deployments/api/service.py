@@ -36,10 +36,13 @@ class Service:
 
         Returns (job, created): False where the idempotency key was known already.
         """
-        request, adjustments = self.routing.admit(self.fleet.view, request)
-        job, created = await asyncio.to_thread(
-            self.store.add, str(uuid.uuid4()), request.with_seeds(), adjustments=adjustments, **columns
-        )
+        if (decision := self.routing.admit(self.fleet.view, request)) is not None:
+            request = decision.request
+            columns |= {
+                "adjustments": decision.adjustments, "plan_pool": decision.planner, "render_pool": decision.renderer,
+                "est_plan_s": decision.est_plan_s, "est_render_s": decision.est_render_s,
+            }  # fmt: skip
+        job, created = await asyncio.to_thread(self.store.add, str(uuid.uuid4()), request.with_seeds(), **columns)
         if created:
             self.dispatcher.wake()
         return job, created
