@@ -1,0 +1,185 @@
+"""Attention of the DiT: key masks that make padding exact, and sliding windows that never hold S×S scores.
+
+Shapes: queries `[B, H, S, D]`, keys and values `[B, H_kv, S_k, D]` with `H_kv` dividing `H`. Masks are additive, in the dtype of
+the queries, and finite, because a row that may see nothing must not become NaN and leak into its neighbours' values.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from acestep.settings import Attention as Backend
+
+log = logging.getLogger(__name__)
+
+_EAGER_QUERY_BLOCK = 512  # bounds the float32 scores of the eager kernel
+
+
+def masked_value(dtype: torch.dtype) -> float:
+    # Half of the smallest number: adding a negative score to it must not overflow to -inf.
+    return torch.finfo(dtype).min / 2
+
+
+def key_mask(lengths: Sequence[int], width: int, device: torch.device, dtype: torch.dtype) -> Tensor | None:
+    """Additive mask `[B, 1, 1, width]` that hides keys at and past each row's length; None where nothing is padded."""
+    if all(length == width for length in lengths):
+        return None
+    valid = torch.arange(width, device=device) < torch.tensor(lengths, device=device)[:, None]
+    return additive(valid[:, None, None, :], dtype)
+
+
+def additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+    return mask.masked_fill_(~allowed, masked_value(dtype))
+
+
+@dataclass(frozen=True)
+class WindowLayout:
+    """How the sliding layers of one batch are cut: queries in blocks of `block`, each seeing `window` more on both sides.
+
+    `mask` is `[B or 1, 1, S, S]` where one block holds everything (`blocks` is 1), else `[B * blocks, 1, block, block + 2 *
+    window]`; None where no key is hidden at all.
+    """
+
+    window: int
+    block: int
+    blocks: int
+    mask: Tensor | None
+
+
+def window_layout(
+    lengths: Sequence[int], width: int, window: int, device: torch.device, dtype: torch.dtype
+) -> WindowLayout:
+    """Layout for rows of `lengths` tokens padded to `width`, where token i sees tokens j with |i - j| <= window."""
+    padded = any(length != width for length in lengths)
+    block = 2 * window
+    if width <= 2 * block:
+        if width <= window + 1 and not padded:
+            return WindowLayout(window, width, 1, None)
+        at = torch.arange(width, device=device)
+        allowed = ((at[:, None] - at[None, :]).abs() <= window)[None, None]
+        if padded:
+            allowed = allowed & (at < torch.tensor(lengths, device=device)[:, None])[:, None, None, :]
+        return WindowLayout(window, width, 1, additive(allowed, dtype))
+    blocks = -(-width // block)
+    query = torch.arange(block, device=device)
+    key = torch.arange(block + 2 * window, device=device) - window
+    band = (query[:, None] - key[None, :]).abs() <= window
+    position = torch.arange(blocks, device=device)[:, None] * block + key[None, :]  # [blocks, keys]
+    rows = torch.tensor(lengths if padded else [width], device=device)
+    inside = (position >= 0) & (position < rows[:, None, None])  # [B or 1, blocks, keys]
+    allowed = band & inside[:, :, None, :]
+    mask = additive(allowed, dtype).expand(len(lengths), -1, -1, -1)
+    return WindowLayout(window, block, blocks, mask.reshape(-1, 1, *mask.shape[2:]))
+
+
+class Attention:
+    """The attention kernels of one replica.
+
+    Args:
+        backend: "flash" (flash-attn, half precision on CUDA), "sdpa" or "eager" (float32 softmax, for cards on which float16
+            scores overflow). A backend that cannot run here falls back to "sdpa" with a warning.
+        device, dtype: Where and in what the queries come.
+    """
+
+    def __init__(self, backend: Backend, device: torch.device, dtype: torch.dtype) -> None:
+        self._flash = _load_flash(device, dtype) if backend == "flash" else None
+        self.backend: Backend = "sdpa" if backend == "flash" and self._flash is None else backend
+        self._kernel = eager_attention if backend == "eager" else sdpa_attention
+
+    def full(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Every query sees every key that `mask` leaves."""
+        if self._flash is not None and mask is None:
+            return self._run_flash(q, k, v, (-1, -1))
+        return self._kernel(q, k, v, mask)
+
+    def sliding(self, q: Tensor, k: Tensor, v: Tensor, layout: WindowLayout, padded: bool) -> Tensor:
+        """Queries see keys within the layout's window. Memory grows with S, not with S²."""
+        if self._flash is not None and not padded:
+            return self._run_flash(q, k, v, (layout.window, layout.window))
+        if layout.blocks == 1:
+            return self._kernel(q, k, v, layout.mask)
+        batch, heads, width, dim = q.shape
+        fill = layout.blocks * layout.block - width
+        span = layout.block + 2 * layout.window
+        sides = (0, 0, layout.window, layout.window + fill)
+        blocks = F.pad(q, (0, 0, 0, fill)).view(batch, heads, layout.blocks, layout.block, dim)
+        keys, values = (F.pad(x, sides).unfold(2, span, layout.block).transpose(-1, -2) for x in (k, v))
+        rows = [x.transpose(1, 2).flatten(0, 1) for x in (blocks, keys, values)]
+        out = self._kernel(rows[0], rows[1], rows[2], layout.mask)
+        out = out.view(batch, layout.blocks, heads, layout.block, dim).transpose(1, 2)
+        return out.reshape(batch, heads, -1, dim)[:, :, :width]
+
+    def _run_flash(self, q: Tensor, k: Tensor, v: Tensor, window: tuple[int, int]) -> Tensor:
+        assert self._flash is not None
+        try:
+            out = self._flash(*(x.transpose(1, 2) for x in (q, k, v)), window_size=window)
+            return out.transpose(1, 2)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError) as error:
+            log.warning("flash attention failed (%s); continuing with PyTorch's attention", error)
+            self._flash, self.backend = None, "sdpa"
+            if window == (-1, -1):
+                return self._kernel(q, k, v, None)
+            width = q.shape[2]
+            layout = window_layout([width] * q.shape[0], width, window[0], q.device, q.dtype)
+            return self.sliding(q, k, v, layout, padded=False)
+
+
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """PyTorch's fused attention. Keys and values are repeated for grouped heads where a mask rules out the kernels that group."""
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1 and mask is not None:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        groups = 1
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=groups > 1)
+
+
+def eager_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Plain attention with scores and softmax in float32, a block of queries at a time."""
+    groups = q.shape[1] // k.shape[1]
+    k = k.repeat_interleave(groups, dim=1).float()
+    v = v.repeat_interleave(groups, dim=1).float()
+    scale = q.shape[-1] ** -0.5
+    out = []
+    for start in range(0, q.shape[2], _EAGER_QUERY_BLOCK):
+        part = slice(start, start + _EAGER_QUERY_BLOCK)
+        scores = (q[:, :, part].float() * scale) @ k.transpose(-1, -2)
+        if mask is not None:
+            scores = scores + (mask if mask.shape[-2] == 1 else mask[..., part, :]).float()
+        out.append((scores.softmax(dim=-1) @ v).to(q.dtype))
+    return torch.cat(out, dim=2)
+
+
+def _load_flash(device: torch.device, dtype: torch.dtype) -> Callable[..., Any] | None:
+    """`flash_attn_func` of an installed flash-attn, or of the pre-fetched `kernels` build of it; None with a warning."""
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+        log.warning(
+            "flash attention needs CUDA and half precision, not %s in %s; using PyTorch's attention", device, dtype
+        )
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.hip is None and capability < (8, 0):
+        log.warning("flash attention needs compute capability 8.0, this card has %d.%d; using PyTorch's", *capability)
+        return None
+    try:
+        from flash_attn import flash_attn_func
+
+        return flash_attn_func
+    except ImportError:
+        pass
+    try:
+        from kernels import get_kernel
+
+        return get_kernel("kernels-community/flash-attn2").flash_attn_func
+    except Exception as error:  # absent package, no network, no build for this torch: all mean the same to the caller
+        log.warning("flash attention is not installed (%s); using PyTorch's attention", error)
+        return None

@@ -1,0 +1,170 @@
+"""Text, lyrics and timbre as one sequence for the DiT's cross-attention.
+
+Encodes one song at a time, so nothing is padded, and keeps the last encodings: variants of one prompt are encoded once, and so is
+the timbre of "no reference audio", which every such song shares.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from acestep.checkpoints.load import RendererComponents
+from acestep.dit.prompts import MAX_LYRIC_TOKENS, MAX_TEXT_TOKENS
+from acestep.song import LATENT_FPS, SAMPLE_RATE
+
+REFERENCE_SECONDS = 30
+_KEPT = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Texts:
+    """Token ids of the two texts, and which of them were cut."""
+
+    caption: Tensor
+    lyrics: Tensor
+    caption_tokens: int  # before cutting
+    lyric_tokens: int
+
+
+class Conditions:
+    """The condition side of the renderer. The modules must be on `device` when a method is called."""
+
+    def __init__(self, components: RendererComponents, device: torch.device, dtype: torch.dtype) -> None:
+        self._parts = components
+        self._device = device
+        self._dtype = dtype
+        self._encoded: OrderedDict[tuple[object, ...], Tensor] = OrderedDict()
+        self._silent_timbre: Tensor | None = None
+        if components.is_xl:
+            restore_timbre_token(components)
+
+    @property
+    def silence(self) -> Tensor:
+        """Latents of silence, `[15000, C]`."""
+        silence: Tensor = self._parts.condition_encoder.silence_latent[0]
+        return silence
+
+    def silence_of(self, frames: int) -> Tensor:
+        """Latents of `frames` frames of silence, on the device."""
+        silence = self.silence
+        repeats = -(-frames // len(silence))
+        return silence.repeat(repeats, 1)[:frames].to(self._device, self._dtype)
+
+    @torch.inference_mode()
+    def null(self) -> Tensor:
+        """The learned "no condition", as a sequence of one token: cross-attention to copies of one key gives its value."""
+        return self._parts.condition_encoder.null_condition_emb[0].to(self._device, self._dtype)
+
+    def tokenize(self, caption: str, lyrics: str) -> Texts:
+        ids, counts = [], []
+        for text, limit in ((caption, MAX_TEXT_TOKENS), (lyrics, MAX_LYRIC_TOKENS)):
+            full = self._parts.tokenizer(text, return_tensors="pt").input_ids
+            cut = self._parts.tokenizer(text, truncation=True, max_length=limit, return_tensors="pt").input_ids
+            ids.append(cut)
+            counts.append(int(full.shape[1]))
+        return Texts(ids[0], ids[1], counts[0], counts[1])
+
+    @torch.inference_mode()
+    def encode(self, caption: str, lyrics: str, references: Sequence[Tensor] = (), key: object = None) -> Tensor:
+        """The packed condition `[lyric tokens + timbre tokens + text tokens, width]`.
+
+        Args:
+            references: Latents `[750, C]` of each reference audio.
+            key: Identifies `references` for the cache; must differ where they differ.
+        """
+        cache_key = (caption, lyrics, key)
+        if cache_key in self._encoded:
+            self._encoded.move_to_end(cache_key)
+            return self._encoded[cache_key]
+        encoder = self._parts.condition_encoder
+        texts = self.tokenize(caption, lyrics)
+        text_states = self._parts.text_encoder(input_ids=texts.caption.to(self._device)).last_hidden_state
+        # Lyrics are only looked up here: the lyric encoder is what reads them.
+        lyric_states = self._parts.text_encoder.get_input_embeddings()(texts.lyrics.to(self._device))
+        mask = torch.ones(lyric_states.shape[:2], dtype=torch.bool, device=self._device)
+        packed = torch.cat(
+            [
+                encoder.lyric_encoder(inputs_embeds=lyric_states, attention_mask=mask)[0],
+                self._timbre(references),
+                encoder.text_projector(text_states)[0],
+            ]
+        )
+        self._encoded[cache_key] = packed
+        if len(self._encoded) > _KEPT:
+            self._encoded.popitem(last=False)
+        return packed
+
+    def _timbre(self, references: Sequence[Tensor]) -> Tensor:
+        if not references:
+            if self._silent_timbre is None:
+                frames = math.ceil(REFERENCE_SECONDS * LATENT_FPS)
+                self._silent_timbre = self._encode_timbre(self.silence_of(frames)[None])
+            return self._silent_timbre
+        return self._encode_timbre(torch.stack([r.to(self._device, self._dtype) for r in references]))
+
+    def _encode_timbre(self, latents: Tensor) -> Tensor:
+        order = torch.zeros(len(latents), dtype=torch.long, device=self._device)
+        tokens, _ = self._parts.condition_encoder.timbre_encoder(latents, order)
+        timbre: Tensor = tokens[0]
+        return timbre
+
+    @torch.inference_mode()
+    def hints(self, codes: Sequence[int], frames: int) -> Tensor:
+        """Latents `[frames, C]` that 5 Hz audio codes stand for, cut or continued with silence."""
+        indices = torch.tensor(codes, dtype=torch.long, device=self._device)[None, :, None]
+        quantized = self._parts.audio_tokenizer.quantizer.get_output_from_indices(indices)
+        hints = self._parts.audio_token_detokenizer(quantized.to(self._dtype))[0, :frames]
+        if len(hints) == frames:
+            return hints
+        return torch.cat([hints, self.silence_of(frames - len(hints))])
+
+    @torch.inference_mode()
+    def through_codes(self, latents: Tensor) -> Tensor:
+        """Latents reduced to what 5 Hz codes keep of them: what a cover follows. `[L, C]` in and out."""
+        quantized, _ = self._parts.audio_tokenizer.tokenize(latents[None].to(self._dtype), self._silence_row())
+        hints: Tensor = self._parts.audio_token_detokenizer(quantized)[0, : len(latents)]
+        return hints
+
+    @torch.inference_mode()
+    def codes_of(self, latents: Tensor) -> tuple[int, ...]:
+        """5 Hz codes of latents `[L, C]`; the last code covers what is left."""
+        _, indices = self._parts.audio_tokenizer.tokenize(latents[None].to(self._dtype), self._silence_row())
+        return tuple(int(code) for code in indices[0, :, 0].tolist())
+
+    def _silence_row(self) -> Tensor:
+        return self.silence[None].to(self._device, self._dtype)
+
+
+def restore_timbre_token(components: RendererComponents) -> None:
+    """Put the learned first token of XL's timbre encoder in front of its input, which diffusers 0.42.1 leaves out.
+
+    The encoder pools its first position; without the token that is the first frame of the audio. Done once per encoder.
+    """
+    encoder = components.condition_encoder.timbre_encoder
+    if getattr(encoder, "_first_token_restored", False):
+        return
+
+    def prepend(module: torch.nn.Module, args: object, output: Tensor) -> Tensor:
+        token = encoder.special_token.to(output.dtype).expand(output.shape[0], 1, -1)
+        return torch.cat([token, output], dim=1)
+
+    encoder.embed_tokens.register_forward_hook(prepend)
+    encoder._first_token_restored = True
+
+
+def reference_excerpt(audio: Tensor) -> Tensor:
+    """30 s of reference audio `[2, n]` for the timbre encoder: ten seconds each from its front, middle and back.
+
+    Shorter audio is repeated first. The places are fixed, so that a request gives the same song again.
+    """
+    target, part = REFERENCE_SECONDS * SAMPLE_RATE, REFERENCE_SECONDS * SAMPLE_RATE // 3
+    if audio.shape[1] < target:
+        audio = audio.repeat(1, -(-target // audio.shape[1]))
+    middle, back = audio.shape[1] // 3, audio.shape[1] - part
+    return torch.cat([audio[:, :part], audio[:, middle : middle + part], audio[:, back:]], dim=1)

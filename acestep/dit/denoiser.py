@@ -1,0 +1,272 @@
+"""One evaluation of the DiT for rows that share nothing but the weights.
+
+Works on diffusers' `AceStepTransformer1DModel` as it is loaded, but calls its blocks itself: every row has its own length, time,
+prompt and context, padding is hidden by key masks, keys and values of the conditions are projected once per song instead of
+once per step, and no S×S mask is ever built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers.ace_step_transformer import AceStepTransformer1DModel, _ace_step_rotary_freqs
+from torch import Tensor
+
+from acestep.dit.attention import Attention, WindowLayout, key_mask, window_layout
+from acestep.settings import Attention as Backend
+
+_KEPT_BATCHES = 4  # a batch and the halves it may be split into
+_CONDITION_BUCKET = 128  # tokens, where shapes must repeat for a compiled forward
+
+
+@dataclass(frozen=True, eq=False)
+class Projected:
+    """Cross-attention keys and values of one condition, per layer `[1, H_kv, E, D]`."""
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+    @property
+    def tokens(self) -> int:
+        return int(self.keys[0].shape[2])
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One evaluation: latents `x` `[L, C]` in float32 at time `t`, with `context` `[L, 2C]` and a projected condition."""
+
+    x: Tensor
+    t: float
+    context: Tensor
+    condition: Projected
+
+
+@dataclass(frozen=True, eq=False)
+class _Batch:
+    """What stays the same from step to step for one composition of rows."""
+
+    frames: tuple[int, ...]
+    width: int  # tokens, padding included
+    context: Tensor
+    rope: tuple[Tensor, Tensor]
+    full_mask: Tensor | None
+    window: WindowLayout
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    cross_mask: Tensor | None
+    held: tuple[object, ...]  # keeps the ids of the cache key from being reused
+
+
+class Denoiser:
+    """Velocities of the DiT.
+
+    Args:
+        transformer: Loaded and on `device`; may carry LoRA layers.
+        device, dtype: Where and in what to compute. Latents come and go as float32.
+        backend: Attention kernel.
+        compile: Compile the forward per shape, and pad songs and conditions so that few shapes occur.
+    """
+
+    def __init__(
+        self,
+        transformer: AceStepTransformer1DModel,
+        device: torch.device,
+        dtype: torch.dtype,
+        backend: Backend = "sdpa",
+        compile: bool = False,
+    ) -> None:
+        self.transformer: Any = transformer  # its submodules are untyped
+        self.device = device
+        self.dtype = dtype
+        self.attention = Attention(backend, device, dtype)
+        self.patch = int(self.transformer.patch_size)
+        self._window = int(self.transformer.config.sliding_window)
+        self._pad_to_buckets = compile
+        self._run: Any = torch.compile(self._forward, dynamic=False) if compile else self._forward
+        self._batches: dict[tuple[Any, ...], _Batch] = {}
+
+    def forget(self) -> None:
+        """Drop what is kept between steps, to give its memory back."""
+        self._batches.clear()
+
+    def set_precision(self, dtype: torch.dtype) -> None:
+        """Convert the weights. Half to float32 and back loses nothing."""
+        self.forget()
+        self.transformer.to(dtype)
+        self.dtype = dtype
+        self.attention = Attention(self.attention.backend, self.device, dtype)
+
+    @torch.inference_mode()
+    def project(self, tokens: Tensor) -> Projected:
+        """Keys and values of a condition `[E, width of the condition encoder]`, for all layers."""
+        states = self.transformer.condition_embedder(tokens[None].to(self.device, self.dtype))
+        keys, values = [], []
+        for block in self.transformer.layers:
+            attn = block.cross_attn
+            shape = (attn.kv_heads, attn.head_dim)
+            keys.append(attn.norm_k(attn.to_k(states).unflatten(-1, shape)).transpose(1, 2))
+            values.append(attn.to_v(states).unflatten(-1, shape).transpose(1, 2))
+        return Projected(tuple(keys), tuple(values))
+
+    @torch.inference_mode()
+    def velocity(self, rows: Sequence[Row]) -> list[Tensor]:
+        """Velocity `[L, C]` in float32 of each row, the same whatever other rows are there."""
+        batch = self._batch_of(rows)
+        latents = batch.context.new_zeros((len(rows), batch.context.shape[1], rows[0].x.shape[1]))
+        for i, row in enumerate(rows):
+            latents[i, : len(row.x)] = row.x
+        times = torch.tensor([row.t for row in rows], dtype=torch.float32, device=self.device)
+        out = self._run(
+            latents, times, batch.context, batch.rope, batch.full_mask, batch.window, batch.keys, batch.values,
+            batch.cross_mask,
+        )  # fmt: skip
+        return [out[i, :frames].float() for i, frames in enumerate(batch.frames)]
+
+    def _batch_of(self, rows: Sequence[Row]) -> _Batch:
+        key = tuple((id(row.context), id(row.condition)) for row in rows)
+        batch = self._batches.get(key)
+        if batch is None:
+            while len(self._batches) >= _KEPT_BATCHES:
+                del self._batches[next(iter(self._batches))]
+            batch = self._batches[key] = self._build(rows)
+        return batch
+
+    def _build(self, rows: Sequence[Row]) -> _Batch:
+        frames = tuple(len(row.x) for row in rows)
+        tokens = [-(-f // self.patch) for f in frames]
+        width = max(tokens)
+        if self._pad_to_buckets:
+            width = bucket(width, self.patch)
+        context = torch.zeros(
+            (len(rows), width * self.patch, rows[0].context.shape[1]), dtype=self.dtype, device=self.device
+        )
+        for i, row in enumerate(rows):
+            context[i, : frames[i]] = row.context
+        keys, values, cross_mask = self._stack([row.condition for row in rows])
+        theta = self.transformer.rope_theta
+        return _Batch(
+            frames=frames,
+            width=width,
+            context=context,
+            rope=_ace_step_rotary_freqs(width, self.transformer.head_dim, theta, self.device, self.dtype),
+            full_mask=key_mask(tokens, width, self.device, self.dtype),
+            window=window_layout(tokens, width, self._window, self.device, self.dtype),
+            keys=keys,
+            values=values,
+            cross_mask=cross_mask,
+            held=tuple((row.context, row.condition) for row in rows),
+        )
+
+    def _stack(self, conditions: Sequence[Projected]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor | None]:
+        first = conditions[0]
+        if not self._pad_to_buckets and all(c is first for c in conditions):
+            count = len(conditions)
+            return (
+                tuple(k.expand(count, -1, -1, -1) for k in first.keys),
+                tuple(v.expand(count, -1, -1, -1) for v in first.values),
+                None,
+            )
+        lengths = [c.tokens for c in conditions]
+        width = max(lengths)
+        if self._pad_to_buckets:
+            width = -(-width // _CONDITION_BUCKET) * _CONDITION_BUCKET
+
+        def stacked(parts: list[Tensor]) -> Tensor:
+            out = parts[0].new_zeros((len(parts), parts[0].shape[1], width, parts[0].shape[3]))
+            for i, part in enumerate(parts):
+                out[i, :, : part.shape[2]] = part[0]
+            return out
+
+        layers = range(len(first.keys))
+        return (
+            tuple(stacked([c.keys[n] for c in conditions]) for n in layers),
+            tuple(stacked([c.values[n] for c in conditions]) for n in layers),
+            key_mask(lengths, width, self.device, self.dtype),
+        )
+
+    def _forward(
+        self,
+        latents: Tensor,
+        times: Tensor,
+        context: Tensor,
+        rope: tuple[Tensor, Tensor],
+        full_mask: Tensor | None,
+        window: WindowLayout,
+        keys: tuple[Tensor, ...],
+        values: tuple[Tensor, ...],
+        cross_mask: Tensor | None,
+    ) -> Tensor:
+        model = self.transformer
+        # The model was trained with a second time input, (t - r), that is 0 in plain flow matching.
+        temb_t, proj_t = self._embed_time(model.time_embed, times)
+        temb_r, proj_r = self._embed_time(model.time_embed_r, torch.zeros_like(times))
+        temb, proj = temb_t + temb_r, proj_t + proj_r
+
+        states = model.proj_in_conv(torch.cat([context, latents], dim=-1).transpose(1, 2)).transpose(1, 2)
+        for block, kind, key, value in zip(model.layers, model.layer_types, keys, values, strict=True):
+            gates = (block.scale_shift_table + proj).chunk(6, dim=1)
+            shift, scale, gate = gates[:3]
+            inner = (block.self_attn_norm(states) * (1 + scale) + shift).type_as(states)
+            inner = self._self_attention(block.self_attn, inner, rope, full_mask, window, kind == "sliding_attention")
+            states = (states + inner * gate).type_as(states)
+
+            inner = block.cross_attn_norm(states).type_as(states)
+            states = states + self._cross_attention(block.cross_attn, inner, key, value, cross_mask)
+
+            shift, scale, gate = gates[3:]
+            inner = (block.mlp_norm(states) * (1 + scale) + shift).type_as(states)
+            states = (states + block.mlp(inner) * gate).type_as(states)
+
+        shift, scale = (model.scale_shift_table + temb.unsqueeze(1)).chunk(2, dim=1)
+        states = (model.norm_out(states) * (1 + scale) + shift).type_as(states)
+        velocity: Tensor = model.proj_out_conv(states.transpose(1, 2)).transpose(1, 2)
+        return velocity
+
+    def _embed_time(self, embed: Any, times: Tensor) -> tuple[Tensor, Tensor]:
+        # As AceStepTimestepEmbedding.forward, with the time itself kept in float32.
+        frequencies = embed.time_sinusoid(times * embed.scale).to(self.dtype)
+        temb = embed.linear_2(embed.act1(embed.linear_1(frequencies)))
+        return temb, embed.time_proj(embed.act2(temb)).unflatten(1, (6, -1))
+
+    def _self_attention(
+        self,
+        attn: Any,
+        states: Tensor,
+        rope: tuple[Tensor, Tensor],
+        full_mask: Tensor | None,
+        window: WindowLayout,
+        sliding: bool,
+    ) -> Tensor:
+        q = attn.norm_q(attn.to_q(states).unflatten(-1, (attn.heads, attn.head_dim)))
+        k = attn.norm_k(attn.to_k(states).unflatten(-1, (attn.kv_heads, attn.head_dim)))
+        v = attn.to_v(states).unflatten(-1, (attn.kv_heads, attn.head_dim))
+        q, k = (_rotate(x, rope) for x in (q, k))
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        if sliding:
+            out = self.attention.sliding(q, k, v, window, padded=full_mask is not None)
+        else:
+            out = self.attention.full(q, k, v, full_mask)
+        return attn.to_out[0](out.transpose(1, 2).flatten(2))
+
+    def _cross_attention(self, attn: Any, states: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        q = attn.norm_q(attn.to_q(states).unflatten(-1, (attn.heads, attn.head_dim))).transpose(1, 2)
+        out = self.attention.full(q, key, value, mask)
+        return attn.to_out[0](out.transpose(1, 2).flatten(2))
+
+
+def _rotate(states: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary embedding of `[B, S, H, D]` in Qwen3's layout, where the two halves of D pair up."""
+    freqs: Any = rope
+    rotated: Any = apply_rotary_emb(states, freqs, use_real=True, use_real_unbind_dim=-2, sequence_dim=1)
+    return rotated
+
+
+def bucket(tokens: int, patch: int) -> int:
+    """`tokens` rounded up to whole 10 s up to a minute, then to whole 30 s: 24 shapes for songs of up to 10 minutes."""
+    second = 25 / patch
+    step = 10 * second if tokens <= 60 * second else 30 * second
+    return int(-(-tokens // step) * step)

@@ -1,0 +1,395 @@
+"""The renderer's engine: many songs in flight, one piece of work per step.
+
+A piece is a denoising step of a batch, a VAE tile, or one part of a song's preparation. Songs go by (priority, arrival); others join
+the first one's denoising steps where the frames of all of them fit the budget. An item's numbers do not depend on who shares its steps.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from acestep.checkpoints.published import VariantDefaults
+from acestep.dit import tasks
+from acestep.dit.denoiser import Denoiser, Row
+from acestep.dit.preparation import Item, Preparation, Prepared, read_source, song_samples, work_codes
+from acestep.dit.residency import Residency
+from acestep.dit.sampler import Walk, Walker
+from acestep.dit.vae import Vae
+from acestep.dit.work import CodesWork, Rendered, RenderedItem, RenderWork
+from acestep.engine import Ticket
+from acestep.errors import AceStepError, Internal, InvalidOutput, OutOfMemory
+from acestep.song import SAMPLES_PER_FRAME, Progress, RenderTimings
+
+log = logging.getLogger(__name__)
+
+Work = RenderWork | CodesWork
+Result = Rendered | tuple[int, ...]
+
+_MAX_SONGS = 16
+_MAX_PREEMPTING = 4  # songs that may overtake a running one
+
+
+class _Run:
+    """One item on its way: denoising (`pending` rows), then decoding (`tiles`), then done (`audio`)."""
+
+    def __init__(self, item: Item, device: torch.device) -> None:
+        self.item = item
+        self.precision: torch.dtype | None = None  # None: the renderer's own
+        self.latents: Tensor | None = None
+        self.tiles: Iterator[tuple[int, Tensor]] | None = None
+        self.chunks: list[Tensor] = []
+        self.audio: Tensor | None = None
+        self.start(device)
+
+    def start(self, device: torch.device) -> None:
+        self.walker = Walker(self.item.path, device)
+        self._walk: Walk = self.walker.walk()
+        self.pending: list[Row] | None = next(self._walk)
+
+    def send(self, velocities: Sequence[Tensor]) -> None:
+        """Give the walk its velocities; afterwards it has new pending rows, or latents."""
+        try:
+            self.pending = self._walk.send(velocities)
+        except StopIteration as done:
+            self.pending = None
+            self.latents = done.value
+
+    @property
+    def frames(self) -> int:
+        return self.item.path.frames
+
+
+class _Song:
+    """A ticket in flight: being prepared, then its runs."""
+
+    def __init__(
+        self, ticket: Ticket[Any, Any], order: int, preparation: Generator[None, None, Any], frames: int
+    ) -> None:
+        self.ticket = ticket
+        self.rank = (ticket.priority, order)
+        self.preparation: Generator[None, None, Any] | None = preparation
+        self.prepared: Prepared | None = None
+        self.runs: list[_Run] = []
+        self.frames = frames  # rows × frames it asks for, as far as is known
+        self.seconds = dict.fromkeys(("conditions_s", "denoise_s", "decode_s"), 0.0)
+
+    @property
+    def denoising(self) -> bool:
+        return self.preparation is not None or any(run.latents is None for run in self.runs)
+
+
+class RenderEngine:
+    """Implements `acestep.engine.Engine` for `RenderWork` and `CodesWork`.
+
+    Args:
+        budget: Rows times padded frames that may share a denoising step. A single item always may.
+    """
+
+    def __init__(
+        self,
+        preparation: Preparation,
+        denoiser: Denoiser,
+        vae: Vae,
+        residency: Residency,
+        defaults: VariantDefaults,
+        name: str,
+        device: torch.device,
+        budget: int,
+        retry_in_float32: bool,
+    ) -> None:
+        self._preparation = preparation
+        self._denoiser = denoiser
+        self._vae = vae
+        self._residency = residency
+        self._defaults = defaults
+        self._name = name
+        self._device = device
+        self._budget = budget
+        self._dtype = denoiser.dtype
+        self._retry_in_float32 = retry_in_float32 and denoiser.dtype != torch.float32
+        self._songs: list[_Song] = []
+        self._order = itertools.count()
+        self._denoise_steps = 0
+        self._rows = 0
+        self._halved = 0
+        self._retried = 0
+
+    # -- acestep.engine.Engine
+
+    def has_room(self, ticket: Ticket[Work, Result]) -> bool:
+        ahead = [song for song in self._songs if song.denoising]
+        if not ahead:
+            return len(self._songs) < _MAX_SONGS
+        if ticket.priority < min(song.rank[0] for song in ahead):
+            return len(ahead) < _MAX_PREEMPTING
+        return (
+            len(self._songs) < _MAX_SONGS
+            and sum(song.frames for song in ahead) + self._frames_of(ticket.work) <= self._budget
+        )
+
+    def add(self, ticket: Ticket[Work, Result]) -> None:
+        work = ticket.work
+        if isinstance(work, CodesWork):
+            preparation: Generator[None, None, Any] = self._codes(work)
+        else:
+            tasks.check(work.request, self._defaults, self._name)
+            preparation = self._preparation.prepare(work)
+        self._songs.append(_Song(ticket, next(self._order), preparation, self._frames_of(work)))
+        self._songs.sort(key=lambda song: song.rank)
+
+    def remove(self, ticket: Ticket[Work, Result]) -> None:
+        self._songs = [song for song in self._songs if song.ticket is not ticket]
+        self._denoiser.forget()
+
+    def reset(self) -> None:
+        self._songs.clear()
+        self._denoiser.forget()
+        self._residency.leave()
+
+    def stats(self) -> dict[str, Any]:
+        songs = list(self._songs)
+        runs = [run for song in songs for run in list(song.runs)]
+        return {
+            "songs": len(songs),
+            "preparing": sum(song.preparation is not None for song in songs),
+            "denoising": sum(run.latents is None for run in runs),
+            "decoding": sum(run.latents is not None and run.audio is None for run in runs),
+            "batch_frames": self._budget,
+            "denoise_steps": self._denoise_steps,
+            "denoise_rows": self._rows,
+            "vae_tiles": self._vae.tiles,
+            "batches_halved": self._halved,
+            "float32_retries": self._retried,
+            "offload_moves": self._residency.moves,
+            "attention": self._denoiser.attention.backend,
+        }
+
+    def step(self) -> bool:
+        for song in self._songs:
+            if song.preparation is not None:
+                self._prepare(song)
+                return True
+        for song in self._songs:
+            for run in song.runs:
+                if run.latents is not None and run.audio is None:
+                    self._decode(song, run)
+                    return True
+            if song.runs:
+                self._denoise()
+                return True
+        return False
+
+    # -- preparation
+
+    def _prepare(self, song: _Song) -> None:
+        assert song.preparation is not None
+        begin = time.monotonic()
+        try:
+            next(song.preparation)
+        except StopIteration as done:
+            song.preparation = None
+            if isinstance(done.value, Prepared):
+                song.prepared = done.value
+                song.runs = [_Run(item, self._device) for item in done.value.items]
+                song.frames = sum(run.frames * len(run.pending or ()) for run in song.runs)
+            else:
+                self._close(song, result=done.value)
+        except torch.OutOfMemoryError as error:
+            self._close(song, error=self._out_of_memory("the conditions of a song", error))
+        except AceStepError as error:
+            self._close(song, error=error)
+        except Exception:
+            log.exception("preparation of %s failed", song.ticket.id)
+            self._close(song, error=Internal(f"the song could not be prepared; quote id {song.ticket.id}"))
+        song.seconds["conditions_s"] += time.monotonic() - begin
+
+    def _codes(self, work: CodesWork) -> Generator[None, None, tuple[int, ...]]:
+        latents = yield from self._preparation.encode(read_source(work.path, "audio"))
+        return self._preparation.codes_of(latents)
+
+    # -- denoising
+
+    def _denoise(self) -> None:
+        begin = time.monotonic()
+        batch = self._batch()
+        first = batch[0][1]
+        self._residency.need("dit")
+        precision = first.precision or self._dtype
+        if precision != self._denoiser.dtype:
+            self._denoiser.set_precision(precision)
+        rows = [row for _, run in batch for row in run.pending or ()]
+        outcomes = iter(self._evaluate(rows))
+        self._denoise_steps += 1
+        self._rows += len(rows)
+        for song, run in batch:
+            mine = [next(outcomes) for _ in run.pending or ()]
+            if failure := next((o for o in mine if isinstance(o, AceStepError)), None):
+                self._close(song, error=failure)
+                continue
+            before = run.walker.done
+            run.send([o for o in mine if isinstance(o, Tensor)])
+            if run.walker.done > before:
+                self._report(song, run, "rendering", run.walker.done, run.walker.total)
+            if run.latents is not None:
+                self._check_latents(song, run)
+        seconds = time.monotonic() - begin
+        for song in {id(song): song for song, _ in batch}.values():
+            song.seconds["denoise_s"] += seconds
+
+    def _batch(self) -> list[tuple[_Song, _Run]]:
+        """The first item in order, and after it those that fit the budget together with it."""
+        waiting = [(song, run) for song in self._songs for run in song.runs if run.pending is not None]
+        batch, rows, longest = [waiting[0]], len(waiting[0][1].pending or ()), waiting[0][1].frames
+        for song, run in waiting[1:]:
+            more, longer = rows + len(run.pending or ()), max(longest, run.frames)
+            if run.precision == waiting[0][1].precision and more * longer <= self._budget:
+                batch.append((song, run))
+                rows, longest = more, longer
+        return batch
+
+    def _evaluate(self, rows: Sequence[Row]) -> list[Tensor | AceStepError]:
+        """Velocities of `rows`. Where memory runs out, of two halves, and where one of them does not fit, its rows fail."""
+        try:
+            return list(self._denoiser.velocity(rows))
+        except torch.OutOfMemoryError as error:
+            log.warning("a batch of %d rows did not fit: %s", len(rows), error)
+        self._free()
+        self._halved += 1
+        if len(rows) > 1:
+            self._budget = min(self._budget, len(rows) // 2 * max(len(row.x) for row in rows))
+        middle = max(1, len(rows) // 2)
+        outcomes: list[Tensor | AceStepError] = []
+        for half in (rows[:middle], rows[middle:]):
+            if not half:
+                continue
+            try:
+                outcomes += self._denoiser.velocity(half)
+            except torch.OutOfMemoryError as error:
+                failure = self._out_of_memory(f"{len(half)} row(s) of {max(len(r.x) for r in half)} frames", error)
+                outcomes += [failure] * len(half)
+        return outcomes
+
+    def _check_latents(self, song: _Song, run: _Run) -> None:
+        latents = run.latents
+        assert latents is not None
+        if bool(torch.isfinite(latents).all()) and bool(latents.any()):
+            run.tiles = self._vae.decode(latents)
+            return
+        if self._retry_in_float32 and run.precision is None:
+            log.warning("item %d of %s is not finite; denoising it again in float32", run.item.index, song.ticket.id)
+            self._retried += 1
+            run.precision, run.latents = torch.float32, None
+            run.start(self._device)
+            return
+        self._close(song, error=self._invalid(run, "the DiT gave latents that are not finite, or all zero"))
+
+    # -- decoding
+
+    def _decode(self, song: _Song, run: _Run) -> None:
+        begin = time.monotonic()
+        self._residency.need("vae")
+        assert run.tiles is not None
+        try:
+            frame, piece = next(run.tiles)
+        except AceStepError as error:
+            self._close(song, error=error)
+            return
+        if not bool(torch.isfinite(piece).all()):
+            self._close(song, error=self._invalid(run, "the VAE gave samples that are not finite"))
+            return
+        first = frame * SAMPLES_PER_FRAME
+        chunk = piece[:, : run.item.samples - first].clone()
+        if run.item.splice is not None:
+            chunk = run.item.splice(first, chunk)
+        run.chunks.append(chunk)
+        self._hand_out(song, run, first, chunk)
+        done = frame + -(-piece.shape[1] // SAMPLES_PER_FRAME)
+        self._report(song, run, "decoding", done, run.frames)
+        song.seconds["decode_s"] += time.monotonic() - begin
+        if done >= run.frames:
+            run.audio = torch.cat(run.chunks, dim=1)
+            run.chunks = []
+            if all(other.audio is not None for other in song.runs):
+                self._close(song, result=self._rendered(song))
+
+    def _hand_out(self, song: _Song, run: _Run, first: int, chunk: Tensor) -> None:
+        work = song.ticket.work
+        if work.on_audio is None or song.ticket.cancelled:
+            return
+        try:
+            work.on_audio(run.item.index, first, chunk)
+        except Exception:  # a listener's defect must not stop other callers' work
+            log.exception("audio listener of %s failed", song.ticket.id)
+
+    def _rendered(self, song: _Song) -> Rendered:
+        assert song.prepared is not None
+        request = song.ticket.work.request
+        items = []
+        for run in song.runs:
+            assert run.audio is not None
+            items.append(RenderedItem(run.item.index, run.item.seed, run.audio))
+        return Rendered(
+            items=tuple(items),
+            timings=RenderTimings(queued_s=song.ticket.queued_s, **song.seconds),
+            settings={"task": request.task, **song.prepared.sampling.as_settings()},
+            adjustments=song.prepared.adjustments,
+        )
+
+    # -- shared
+
+    def _frames_of(self, work: Work) -> int:
+        """Rows times frames that a work asks for; more than any budget where only its source audio will tell."""
+        if isinstance(work, CodesWork) or work.src_audio is not None:
+            return self._budget + 1
+        samples = [song_samples(work, work_codes(work, index), None) for index in work.indices]
+        guidance = work.request.guidance_scale or self._defaults.guidance_scale
+        rows = 2 if min(guidance, self._defaults.guidance_scale) > 1.0 else 1
+        return sum(rows * -(-s // SAMPLES_PER_FRAME) for s in samples)
+
+    def _close(self, song: _Song, *, result: Any = None, error: AceStepError | None = None) -> None:
+        self._songs = [other for other in self._songs if other is not song]
+        self._denoiser.forget()
+        if error is not None:
+            song.ticket.fail(error)
+        else:
+            song.ticket.finish(result)
+
+    @staticmethod
+    def _report(song: _Song, run: _Run, stage: Any, done: int, total: int) -> None:
+        song.ticket.progress(Progress(stage=stage, done=done, total=total, item=run.item.index))
+
+    @staticmethod
+    def _invalid(run: _Run, what: str) -> InvalidOutput:
+        return InvalidOutput(
+            f"item {run.item.index}: {what}. Try another seed; if it stays, the checkpoint or the precision is at fault.",
+            item=run.item.index, seed=run.item.seed,
+        )  # fmt: skip
+
+    def _free(self) -> None:
+        self._denoiser.forget()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _out_of_memory(self, what: str, error: BaseException) -> OutOfMemory:
+        self._free()
+        details = {}
+        if self._device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(self._device)
+            details = {
+                "free_bytes": free,
+                "total_bytes": total,
+                "held_bytes": torch.cuda.memory_allocated(self._device),
+            }
+        log.warning("out of memory for %s: %s (%s)", what, error, details)
+        free_mib = f", {details['free_bytes'] >> 20} MiB are free" if details else ""
+        return OutOfMemory(
+            f"{what} do not fit in the memory of {self._device}{free_mib}. Ask for a shorter song or use a larger card.",
+            **details,
+        )

@@ -1,0 +1,289 @@
+"""From a request to what each of its items is denoised from: lengths, contexts, conditions, windows.
+
+Written as a generator that pauses after each piece of work (a VAE tile, one encoding), so that the engine can interleave songs and
+drop a cancelled one quickly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+
+import torch
+from torch import Tensor, nn
+
+from acestep.audio.reading import read_audio
+from acestep.checkpoints.published import VariantDefaults
+from acestep.dit.conditions import Conditions, reference_excerpt
+from acestep.dit.denoiser import Denoiser, Projected
+from acestep.dit.prompts import MAX_LYRIC_TOKENS, MAX_TEXT_TOKENS, caption_text, lyrics_text
+from acestep.dit.residency import Residency
+from acestep.dit.sampler import Path, Repaint, Side
+from acestep.dit.sampling import Sampling, resolve
+from acestep.dit.tasks import RULES, check_files, follows_source, instruction
+from acestep.dit.vae import Vae
+from acestep.dit.window import Splice, Window, window_of
+from acestep.dit.work import RenderWork
+from acestep.plan import CODES_PER_SECOND
+from acestep.request import Adjustment
+from acestep.song import SAMPLE_RATE, SAMPLES_PER_FRAME
+
+DEFAULT_SECONDS = 60.0
+_AUTO_MASK = 2.0  # upstream's mark for "the model decides where" in the mask channels
+_INJECTION = {"conservative": 1.0, "aggressive": 0.0}
+
+
+@dataclass(frozen=True, eq=False)
+class Item:
+    """One song to be: its path to latents, its exact length, and what is put back around it."""
+
+    index: int
+    seed: int
+    samples: int
+    path: Path
+    splice: Splice | None
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    items: tuple[Item, ...]
+    sampling: Sampling
+    adjustments: tuple[Adjustment, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class _Source:
+    audio: Tensor
+    latents: Tensor  # [L, C], float32
+    window: Window | None
+
+
+class Preparation:
+    """Makes `Prepared` of works, on the engine thread."""
+
+    def __init__(
+        self,
+        conditions: Conditions,
+        vae: Vae,
+        denoiser: Denoiser,
+        residency: Residency,
+        defaults: VariantDefaults,
+        device: torch.device,
+    ) -> None:
+        self._conditions = conditions
+        self._vae = vae
+        self._denoiser = denoiser
+        self._residency = residency
+        self._defaults = defaults
+        self._device = device
+
+    def prepare(self, work: RenderWork) -> Generator[None, None, Prepared]:
+        """Raises the errors of `check_files`, `read_source` and `window_of` for what only shows with the audio at hand."""
+        request = work.request
+        check_files(request, work.src_audio, work.reference_audio)
+        sampling, adjustments = resolve(request, self._defaults)
+        source = (yield from self._source(work)) if work.src_audio is not None else None
+        references = []
+        for path in work.reference_audio:
+            excerpt = reference_excerpt(read_source(path, "reference_audio"))
+            references.append((yield from self.encode(excerpt)))
+        reference_key = (
+            object() if references else None
+        )  # a file may change under its name: shared within this work only
+
+        contexts: dict[object, Tensor] = {}
+        projected: dict[object, Projected] = {}
+        texts: dict[int, list[tuple[str, str]]] = {}
+        lengths: dict[int, int] = {}
+        for index in work.indices:
+            codes = work_codes(work, index)
+            samples = song_samples(work, codes, source)
+            lengths[index] = samples
+            adjustments += _length_adjustments(work, samples, source)
+            frames = -(-samples // SAMPLES_PER_FRAME)
+            self._residency.need("conditions")
+            key = (codes, frames)
+            if key not in contexts:
+                contexts[key] = self._context(work, codes, frames, source)
+                yield
+            texts[index] = self._texts(work, codes, samples / SAMPLE_RATE)
+            for caption, lyrics in texts[index]:
+                if (caption, lyrics) not in projected:
+                    adjustments += self._cuts(caption, lyrics)
+                    tokens = self._conditions.encode(caption, lyrics, references, key=reference_key)
+                    yield
+                    self._residency.need("dit")
+                    projected[caption, lyrics] = self._denoiser.project(tokens)
+                    yield
+        self._residency.need("dit")
+        null = self._denoiser.project(self._conditions.null())
+        items = []
+        for index in work.indices:
+            codes = work_codes(work, index)
+            frames = -(-lengths[index] // SAMPLES_PER_FRAME)
+            context = contexts[codes, frames]
+            sides = [Side(context, projected[texts[index][0]], null)]
+            if len(texts[index]) > 1:
+                silent = contexts.setdefault(("silence", frames), self._silence(frames))
+                sides.append(Side(silent, projected[texts[index][1]], null))
+            items.append(self._item(work, index, lengths[index], sampling, sides, source))
+        if not follows_source(request, codes=bool(work_codes(work, 0))) and request.audio_cover_strength != 1.0:
+            adjustments.append(
+                Adjustment(
+                    field="audio_cover_strength", asked=request.audio_cover_strength, given=1.0,
+                    reason="there are no audio codes to follow",
+                )
+            )  # fmt: skip
+        return Prepared(tuple(items), sampling, tuple(_unique(adjustments)))
+
+    def encode(self, audio: Tensor) -> Generator[None, None, Tensor]:
+        """Latents of PCM, tile by tile."""
+        self._residency.need("vae")
+        steps = self._vae.encode(audio)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as done:
+                latents: Tensor = done.value
+                return latents
+            yield
+            self._residency.need("vae")
+
+    def codes_of(self, latents: Tensor) -> tuple[int, ...]:
+        """5 Hz codes of latents."""
+        self._residency.need("conditions")
+        return self._conditions.codes_of(latents.to(self._device))
+
+    def _source(self, work: RenderWork) -> Generator[None, None, _Source]:
+        assert work.src_audio is not None
+        audio = read_source(work.src_audio, "src_audio")
+        yield
+        window = None
+        if RULES[work.request.task].window:
+            window = window_of(work.request, audio.shape[1])
+            audio = nn.functional.pad(audio, (window.left, window.right))
+        latents = yield from self.encode(audio)
+        return _Source(audio, latents, window)
+
+    def _context(self, work: RenderWork, codes: tuple[int, ...] | None, frames: int, source: _Source | None) -> Tensor:
+        """Context channels `[L, 2C]`: what to follow, and where to make something."""
+        request = work.request
+        if codes:
+            return self._with_mask(self._conditions.hints(codes, frames))
+        if source is None or RULES[request.task].source == "no":
+            return self._silence(frames)
+        latents = source.latents.to(self._device, self._denoiser.dtype)
+        if request.task == "cover":
+            return self._with_mask(self._conditions.through_codes(latents))
+        if source.window is None:
+            return self._with_mask(latents)
+        start, end = source.window.start, source.window.end
+        if request.task == "repaint":
+            latents = latents.clone()
+            latents[start:end] = self._conditions.silence_of(frames)[start:end]
+        mask = torch.full_like(latents, _AUTO_MASK if request.chunk_mask_mode == "auto" else 0.0)
+        if request.chunk_mask_mode == "explicit":
+            mask[start:end] = 1.0
+        return torch.cat([latents, mask], dim=-1)
+
+    def _silence(self, frames: int) -> Tensor:
+        return self._with_mask(self._conditions.silence_of(frames))
+
+    @staticmethod
+    def _with_mask(latents: Tensor) -> Tensor:
+        return torch.cat([latents, torch.ones_like(latents)], dim=-1)
+
+    def _texts(self, work: RenderWork, codes: tuple[int, ...] | None, seconds: float) -> list[tuple[str, str]]:
+        """The texts of the main conditioning and, where a cover lets go of its source on the way, of the rest."""
+        request, metadata = work.request, work.plan.metadata
+        lyrics = lyrics_text(request, metadata)
+        texts = [(caption_text(request, metadata, instruction(request, codes=bool(codes)), seconds), lyrics)]
+        if follows_source(request, codes=bool(codes)) and request.audio_cover_strength < 1.0:
+            texts.append((caption_text(request, metadata, RULES["text2music"].instruction, seconds), lyrics))
+        return texts
+
+    def _cuts(self, caption: str, lyrics: str) -> list[Adjustment]:
+        texts = self._conditions.tokenize(caption, lyrics)
+        cuts = []
+        for field, tokens, limit in (
+            ("prompt", texts.caption_tokens, MAX_TEXT_TOKENS),
+            ("lyrics", texts.lyric_tokens, MAX_LYRIC_TOKENS),
+        ):
+            if tokens > limit:
+                reason = f"the model reads at most {limit} tokens"
+                cuts.append(Adjustment(field=field, asked=f"{tokens} tokens", given=f"{limit} tokens", reason=reason))
+        return cuts
+
+    def _item(
+        self, work: RenderWork, index: int, samples: int, sampling: Sampling, sides: list[Side], source: _Source | None
+    ) -> Item:
+        request = work.request
+        window = source.window if source is not None else None
+        repaint = splice = None
+        if source is not None and window is not None and not window.is_everything:
+            aggressive = request.repaint_mode == "aggressive"
+            repaint = Repaint(
+                clean=source.latents.to(self._device),
+                start=window.start,
+                end=window.end,
+                injection=_INJECTION.get(request.repaint_mode, 1.0 - request.repaint_strength),
+                crossfade=0 if aggressive else request.repaint_latent_crossfade_frames,
+                known=window.known,
+            )
+            if not aggressive:
+                splice = Splice(source.audio, window, round(request.repaint_wav_crossfade_sec * SAMPLE_RATE))
+        noisy = source is not None and request.cover_noise_strength > 0.0
+        path = Path(
+            frames=-(-samples // SAMPLES_PER_FRAME),
+            channels=sides[0].context.shape[1] // 2,
+            seed=request.seeds[index],
+            sampling=sampling,
+            main=sides[0],
+            after=sides[1] if len(sides) > 1 else None,
+            cover_strength=request.audio_cover_strength,
+            source=source.latents.to(self._device) if source is not None and noisy else None,
+            source_strength=request.cover_noise_strength if noisy else 0.0,
+            repaint=repaint,
+        )
+        return Item(index, request.seeds[index], samples, path, splice)
+
+
+def read_source(path: FilePath, field: str) -> Tensor:
+    """PCM `[2, n]` at 48 kHz of an audio file. Raises `InvalidRequest` as `read_audio` does."""
+    return torch.from_numpy(read_audio(path, field=field))
+
+
+def work_codes(work: RenderWork, index: int) -> tuple[int, ...] | None:
+    """Audio codes of an item: the request's own, else the plan's. Only covers and plain songs follow codes."""
+    if RULES[work.request.task].source == "yes":
+        return None
+    return work.request.audio_codes or work.plan.codes_of(index)
+
+
+def song_samples(work: RenderWork, codes: tuple[int, ...] | None, source: _Source | None) -> int:
+    """Length of an item in samples: the source's, else as asked, as coded, as planned, or a minute."""
+    if source is not None:
+        return int(source.audio.shape[1])
+    if work.request.duration is not None:
+        seconds = work.request.duration
+    elif codes:
+        seconds = len(codes) / CODES_PER_SECOND
+    else:
+        seconds = work.plan.metadata.duration or DEFAULT_SECONDS
+    return round(seconds * SAMPLE_RATE)
+
+
+def _length_adjustments(work: RenderWork, samples: int, source: _Source | None) -> list[Adjustment]:
+    asked = work.request.duration
+    if source is None or asked is None or round(asked * SAMPLE_RATE) == samples:
+        return []
+    given = round(samples / SAMPLE_RATE, 3)
+    return [Adjustment(field="duration", asked=asked, given=given, reason="the source audio decides the length")]
+
+
+def _unique(adjustments: list[Adjustment]) -> list[Adjustment]:
+    seen: dict[tuple[str, str], Adjustment] = {}
+    for adjustment in adjustments:
+        seen.setdefault((adjustment.field, adjustment.reason), adjustment)
+    return list(seen.values())

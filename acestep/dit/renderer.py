@@ -1,0 +1,204 @@
+"""`Renderer`: a checkpoint on a device, ready to make songs for many callers at once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from acestep.checkpoints.checkpoint import Checkpoint
+from acestep.checkpoints.load import RendererComponents, load_renderer
+from acestep.checkpoints.published import VariantDefaults
+from acestep.dit import tasks
+from acestep.dit.conditions import Conditions
+from acestep.dit.denoiser import Denoiser
+from acestep.dit.engine import RenderEngine, Result, Work
+from acestep.dit.preparation import Preparation
+from acestep.dit.residency import Residency
+from acestep.dit.vae import Vae
+from acestep.dit.work import CodesWork, Rendered, RenderWork
+from acestep.engine import EngineThread, Ticket
+from acestep.errors import DeviceUnavailable, ModelMissing
+from acestep.request import SongRequest
+from acestep.settings import RendererSettings
+from acestep.song import Progress
+
+log = logging.getLogger(__name__)
+
+# Frames that share a denoising step where the settings leave it open. A CPU gains nothing from batches, and without them a song is
+# the same bit for bit whatever runs beside it. A card is filled by about a minute of audio.
+_BATCH_FRAMES = {"cpu": 0}
+_BATCH_FRAMES_GPU = 2_048
+
+
+@dataclass(frozen=True)
+class RendererInfo:
+    """What a renderer is, for health and manifests."""
+
+    name: str
+    hash: str
+    notice: str | None
+    device: str
+    dtype: str
+    attention: str
+    defaults: VariantDefaults
+    tasks: tuple[str, ...]
+
+
+class Renderer:
+    """Renders songs on one device, on one engine thread. Made by `load`; close it when done."""
+
+    def __init__(
+        self,
+        components: RendererComponents,
+        settings: RendererSettings,
+        *,
+        name: str,
+        defaults: VariantDefaults,
+        hash: str = "",
+        notice: str | None = None,
+    ) -> None:
+        device, dtype = torch.device(settings.device), getattr(torch, settings.dtype)
+        if settings.int8:
+            quantize(components.transformer)
+        groups = {
+            "conditions": (
+                components.text_encoder,
+                components.condition_encoder,
+                components.audio_tokenizer,
+                components.audio_token_detokenizer,
+            ),
+            "dit": (components.transformer,),
+            "vae": (components.vae,),
+        }
+        offloaded = {"conditions", "vae"} if settings.offload == "stage" else set()
+        if settings.offload_dit:
+            offloaded.add("dit")
+        vae = Vae(
+            components.vae, device, settings.vae_tile_frames, settings.vae_overlap_frames, compile=settings.compile
+        )
+        residency = Residency(groups, device, frozenset(offloaded))
+        denoiser = Denoiser(components.transformer, device, dtype, settings.attention, compile=settings.compile)
+        conditions = Conditions(components, device, dtype)
+        budget = settings.max_batch_frames
+        if budget is None:
+            budget = _BATCH_FRAMES.get(device.type, _BATCH_FRAMES_GPU)
+        engine = RenderEngine(
+            Preparation(conditions, vae, denoiser, residency, defaults, device),
+            denoiser,
+            vae,
+            residency,
+            defaults,
+            name=name,
+            device=device,
+            budget=budget,
+            retry_in_float32=not settings.int8,
+        )
+        self.info = RendererInfo(
+            name=name,
+            hash=hash,
+            notice=notice,
+            device=str(device),
+            dtype=settings.dtype,
+            attention=denoiser.attention.backend,
+            defaults=defaults,
+            tasks=tuple(defaults.tasks),
+        )
+        self._thread: EngineThread[Work, Result] = EngineThread(engine, name=f"render-{device}")
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, settings: RendererSettings) -> Renderer:
+        """Load a renderer checkpoint as `settings` say.
+
+        Raises:
+            ModelMissing: the checkpoint is no renderer, or is incomplete.
+            DeviceUnavailable: the device is not there or int8 is asked for without torchao.
+        """
+        if checkpoint.kind != "renderer" or checkpoint.defaults is None:
+            raise ModelMissing(
+                f"{checkpoint.name} is a {checkpoint.kind}, not a renderer checkpoint.", path=str(checkpoint.path)
+            )
+        if settings.threads is not None and settings.device == "cpu":
+            torch.set_num_threads(settings.threads)
+        # Parts that will be offloaded must not be on the card all at once, not even while loading.
+        start_on = "cpu" if settings.offload != "none" or settings.offload_dit else settings.device
+        try:
+            components = load_renderer(checkpoint, device=start_on, dtype=getattr(torch, settings.dtype))
+        except (RuntimeError, AssertionError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise DeviceUnavailable(f"{settings.device} cannot be used: {error}", device=settings.device) from error
+        return cls(
+            components,
+            settings,
+            name=checkpoint.name,
+            defaults=checkpoint.defaults,
+            hash=checkpoint.hash,
+            notice=checkpoint.notice,
+        )
+
+    def check(self, request: SongRequest) -> None:
+        """Refuse what this checkpoint cannot do. Raises `InvalidRequest`, which names the field."""
+        tasks.check(request, self.info.defaults, self.info.name)
+
+    def submit(
+        self,
+        work: RenderWork,
+        *,
+        id: str | None = None,
+        priority: float = 0.0,
+        deadline: float | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> Ticket[RenderWork, Rendered]:
+        """Queue a work. The ticket's future gives `Rendered` or raises an `AceStepError`.
+
+        Raises:
+            InvalidRequest: see `check`.
+            Unavailable: closed, or too much waits already.
+        """
+        self.check(work.request)
+        ticket: Any = self._thread.submit(work, id=id, priority=priority, deadline=deadline, on_progress=on_progress)
+        return ticket
+
+    def submit_codes(self, path: Path, *, priority: float = 0.0) -> Ticket[CodesWork, tuple[int, ...]]:
+        """Queue the reading of 5 Hz audio codes from a file."""
+        ticket: Any = self._thread.submit(CodesWork(path), priority=priority)
+        return ticket
+
+    def audio_to_codes(self, path: Path) -> tuple[int, ...]:
+        """5 Hz audio codes of a file. Waits for its turn on the engine thread."""
+        return self.submit_codes(path).result()
+
+    def cancel(self, ticket: Ticket[Any, Any]) -> None:
+        """Drop a work before the engine's next step or VAE tile."""
+        self._thread.cancel(ticket)
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.alive
+
+    def stats(self) -> dict[str, Any]:
+        return self._thread.stats()
+
+    def close(self) -> None:
+        """Stop after the step in progress; unfinished works fail as cancelled."""
+        self._thread.close()
+
+
+def quantize(module: torch.nn.Module) -> None:
+    """int8 weights for all linear layers, in place: half the memory of bfloat16, the same speed.
+
+    Raises:
+        DeviceUnavailable: torchao is not installed.
+    """
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    except ImportError as error:
+        raise DeviceUnavailable(
+            "int8 weights need torchao, which is not installed: pip install 'acestep-serve[gpu]', or switch int8 off."
+        ) from error
+    quantize_(module, Int8WeightOnlyConfig())

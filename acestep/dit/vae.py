@@ -1,0 +1,161 @@
+"""Latents to PCM and back, tile by tile.
+
+A decoded sample depends on at most 8.3 latent frames around it, so tiles that overlap by 9 give the same audio as one piece, and so
+they do for encoding (6.9 frames). Memory then depends on the tile and not on the song.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Generator, Iterator
+from typing import Any
+
+import torch
+from diffusers.models.autoencoders.autoencoder_oobleck import AutoencoderOobleck, Snake1d
+from torch import Tensor, nn
+from torch.nn.utils import remove_weight_norm
+
+from acestep.errors import OutOfMemory
+
+log = logging.getLogger(__name__)
+
+FIRST_CORE_FRAMES = 64  # 2.56 s: soon there for a listener
+_SMALLEST_CORE_FRAMES = 16
+_ACTIVATIONS = 4.5  # live copies of the widest activation while decoding
+
+
+class Vae:
+    """Tiled decoding and encoding.
+
+    Args:
+        vae: Loaded; its weight norms are folded and its activations replaced in place by equal, cheaper ones.
+        tile: Frames per tile, overlap included.
+        overlap: Frames on each side that only give context.
+        compile: Compile the decoder for the tile's shape.
+    """
+
+    def __init__(
+        self, vae: AutoencoderOobleck, device: torch.device, tile: int = 256, overlap: int = 9, compile: bool = False
+    ) -> None:
+        self.vae = vae
+        self.hop = int(vae.hop_length)
+        config: Any = vae.config
+        self._width = int(config.decoder_channels) * self.hop  # values per frame in the widest activation
+        self._device = device
+        self._tile = tile
+        self._overlap = overlap
+        self._full_tiles = compile  # a compiled decoder must see few shapes
+        fold(vae)
+        self._decoder: Any = torch.compile(vae.decoder, dynamic=False) if compile else vae.decoder
+        self.tiles = 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = next(self.vae.decoder.parameters()).dtype
+        return dtype
+
+    def decode(self, latents: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Pieces of PCM (first frame, float32 `[2, n]` on the CPU) of latents `[L, C]`, in order."""
+        frames = len(latents)
+        begin, core = 0, min(FIRST_CORE_FRAMES, self._core())
+        while begin < frames:
+            end = min(begin + core, frames)
+            try:
+                piece = self._decode_window(latents, begin, end)
+            except torch.OutOfMemoryError as error:
+                core = self._shrink(end - begin, error)
+                continue
+            self.tiles += 1
+            yield begin, piece
+            begin, core = end, self._core()
+
+    @torch.inference_mode()
+    def _decode_window(self, latents: Tensor, begin: int, end: int) -> Tensor:
+        first, last = max(0, begin - self._overlap), min(len(latents), end + self._overlap)
+        if self._full_tiles and last - first < self._tile <= len(latents):
+            first = max(0, last - self._tile)
+            last = first + self._tile
+        window = latents[first:last].T[None].to(self._device, self.dtype)
+        whole = last - first == self._tile
+        audio = (self._decoder if whole else self.vae.decoder)(window)
+        return audio[0, :, (begin - first) * self.hop : (end - first) * self.hop].float().cpu()
+
+    def encode(self, audio: Tensor) -> Generator[None, None, Tensor]:
+        """Latents `[frames, C]` of PCM `[2, n]`; yields after each tile. The mean of the posterior, so no seed is involved.
+
+        PCM that ends within a frame is continued with silence.
+        """
+        frames = -(-audio.shape[1] // self.hop)
+        audio = nn.functional.pad(audio, (0, frames * self.hop - audio.shape[1]))
+        parts, begin, core = [], 0, self._core()
+        while begin < frames:
+            end = min(begin + core, frames)
+            try:
+                parts.append(self._encode_window(audio, begin, end, frames))
+            except torch.OutOfMemoryError as error:
+                core = self._shrink(end - begin, error)
+                continue
+            self.tiles += 1
+            begin = end
+            yield
+        return torch.cat(parts)
+
+    @torch.inference_mode()
+    def _encode_window(self, audio: Tensor, begin: int, end: int, frames: int) -> Tensor:
+        first, last = max(0, begin - self._overlap), min(frames, end + self._overlap)
+        window = audio[None, :, first * self.hop : last * self.hop].to(self._device, self.dtype)
+        mean = self.vae.encode(window).latent_dist.mode()[0].T
+        return mean[begin - first : end - first].float()
+
+    def _core(self) -> int:
+        tile = self._tile
+        if self._device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self._device)
+            tile = min(tile, int(0.8 * free / self._bytes(1)))
+        return max(tile - 2 * self._overlap, _SMALLEST_CORE_FRAMES)
+
+    def _bytes(self, frames: int) -> int:
+        return int(frames * self._width * self.dtype.itemsize * _ACTIVATIONS)
+
+    def _shrink(self, core: int, error: BaseException) -> int:
+        """Half of a core that did not fit; gives up below the smallest."""
+        free = 0
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+            free, _ = torch.cuda.mem_get_info(self._device)
+        needed = self._bytes(core + 2 * self._overlap)
+        if core <= _SMALLEST_CORE_FRAMES:
+            raise OutOfMemory(
+                f"a VAE tile of {core} frames does not fit: about {needed >> 20} MiB needed, "
+                f"{free >> 20} MiB free. Use a card with more memory or offload.",
+                needed_bytes=needed, free_bytes=free,
+            ) from error  # fmt: skip
+        log.warning("a VAE tile of %d frames did not fit; halving it", core)
+        return max(core // 2, _SMALLEST_CORE_FRAMES)
+
+
+class FoldedSnake(nn.Module):
+    """Snake activation x + sin²(αx) / β with its constants computed once: four passes over memory in place of six."""
+
+    def __init__(self, snake: Snake1d) -> None:
+        super().__init__()
+        alpha, beta = (x.exp() if snake.logscale else x for x in (snake.alpha.data.float(), snake.beta.data.float()))
+        dtype = snake.alpha.dtype
+        self.register_buffer("alpha", alpha.to(dtype))
+        self.register_buffer("gain", (beta + 1e-9).reciprocal().to(dtype))
+        self.alpha: Tensor
+        self.gain: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        wave = (x * self.alpha).sin_()
+        return torch.addcmul(x, wave * self.gain, wave)
+
+
+def fold(vae: AutoencoderOobleck) -> None:
+    """Fold weight norms into the weights and constants into the activations. Does nothing the second time."""
+    for module in list(vae.modules()):
+        if hasattr(module, "weight_g"):
+            remove_weight_norm(module)
+        for name, child in module.named_children():
+            if isinstance(child, Snake1d):
+                setattr(module, name, FoldedSnake(child))
