@@ -1,0 +1,217 @@
+"""Uploads to samples: whatever libsndfile or FFmpeg reads, by content and not by name, within limits that hold before and while decoding.
+
+A file is refused by what it *claims* before anything is decoded, and decoding stops at the limit whatever it claimed. What cannot be
+decoded, or stops early, is an error: silence is never put in its place.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import numpy.typing as npt
+import soundfile
+import soxr
+
+from acestep.errors import InvalidRequest
+from acestep.request import MAX_DURATION_S
+from acestep.song import CHANNELS, SAMPLE_RATE
+
+Samples = npt.NDArray[np.float32]
+
+# Self-contained media only: no playlists, no demuxer that opens other files or the network.
+_DEMUXERS = "aac,ac3,aiff,amr,ape,asf,au,avi,caf,flac,flv,matroska,webm,mov,mp3,mpegts,ogg,tta,w64,wav,wv"
+_WAV_SIZE_UNKNOWN = (0, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)  # written by programs that stream to a pipe
+_BLOCK_S = 1.0
+# Containers round lengths to packets, and MP3 headers to frames; a missing tenth is not rounding.
+_MAY_MISS_S, _MAY_MISS_SHARE = 0.5, 0.1
+
+
+@dataclass(frozen=True)
+class ReadLimits:
+    """What an upload may be. Durations in seconds, rates in Hz."""
+
+    max_bytes: int = 256 * 1024 * 1024
+    max_duration_s: float = MAX_DURATION_S
+    max_channels: int = 8
+    min_rate: int = 4_000
+    max_rate: int = 384_000
+
+
+DEFAULT_LIMITS = ReadLimits()
+
+
+def read_audio(source: bytes | Path, *, field: str, limits: ReadLimits = DEFAULT_LIMITS) -> Samples:
+    """Decode one audio file.
+
+    Args:
+        source: The file's bytes, or its path.
+        field: Name of the request's field, for the error.
+        limits: What is accepted.
+
+    Returns:
+        float32 [2, samples] at 48 kHz within ±1; mono is doubled, more channels are mixed down by their layout.
+
+    Raises:
+        InvalidRequest: too large, too long, too many channels, an impossible rate, unknown content, broken or cut short, empty,
+            not finite. `field` is in the details, and `limit` where there is one.
+    """
+    data = _bytes(source, field, limits)
+    _check_wav_size(data, field)
+    samples = _by_soundfile(data, field, limits)
+    if samples is None:
+        samples = _by_ffmpeg(data, field, limits)
+    if samples.shape[1] == 0:
+        raise InvalidRequest(f"{field}: the file holds no audio.", field=field)
+    if not np.isfinite(samples).all():
+        raise InvalidRequest(f"{field}: the file holds samples that are no finite numbers.", field=field)
+    if samples.shape[0] == 1:
+        samples = np.repeat(samples, CHANNELS, axis=0)
+    return np.ascontiguousarray(np.clip(samples, -1.0, 1.0))
+
+
+def _bytes(source: bytes | Path, field: str, limits: ReadLimits) -> bytes:
+    if isinstance(source, Path):
+        try:
+            size = source.stat().st_size
+            data = source.read_bytes() if size <= limits.max_bytes else b""
+        except OSError as error:
+            raise InvalidRequest(
+                f"{field}: the file cannot be read: {error.strerror or error}.", field=field
+            ) from error
+    else:
+        data, size = source, len(source)
+    if size > limits.max_bytes:
+        raise InvalidRequest(
+            f"{field}: the file has {size} bytes; at most {limits.max_bytes} are accepted.",
+            field=field, limit=limits.max_bytes, asked=size,
+        )  # fmt: skip
+    if not data:
+        raise InvalidRequest(f"{field}: the file is empty.", field=field)
+    return data
+
+
+def _check_wav_size(data: bytes, field: str) -> None:
+    """libsndfile and FFmpeg both read a WAV that is shorter than it claims as if nothing were missing."""
+    if data[:4] != b"RIFF" or data[8:12] != b"WAVE":
+        return
+    at = 12
+    while at + 8 <= len(data):
+        chunk, size = data[at : at + 4], int.from_bytes(data[at + 4 : at + 8], "little")
+        if chunk == b"data":
+            held = len(data) - at - 8
+            if size not in _WAV_SIZE_UNKNOWN and size > held:
+                raise InvalidRequest(
+                    f"{field}: the file is cut short: it claims {size} bytes of audio and holds {held}.", field=field
+                )
+            return
+        at += 8 + size + size % 2
+
+
+class _Collector:
+    """Takes decoded blocks, resamples them as they come, and stops at the limit."""
+
+    def __init__(self, rate: int, channels: int, claimed_s: float | None, field: str, limits: ReadLimits) -> None:
+        if not limits.min_rate <= rate <= limits.max_rate:
+            raise InvalidRequest(
+                f"{field}: a sample rate of {rate} Hz is not accepted; {limits.min_rate} to {limits.max_rate} is.",
+                field=field, limit=limits.max_rate, asked=rate,
+            )  # fmt: skip
+        if not 1 <= channels <= limits.max_channels:
+            raise InvalidRequest(
+                f"{field}: {channels} channels are not accepted; 1 to {limits.max_channels} are.",
+                field=field, limit=limits.max_channels, asked=channels,
+            )  # fmt: skip
+        if claimed_s is not None and claimed_s > limits.max_duration_s:
+            raise _too_long(f"the file says it is {claimed_s:.1f} s long", claimed_s, field, limits)
+        self._rate, self._claimed_s, self._field, self._limits = rate, claimed_s, field, limits
+        self._channels = min(channels, CHANNELS)
+        self._resampler = soxr.ResampleStream(rate, SAMPLE_RATE, self._channels, dtype="float32")
+        self._blocks: list[Samples] = []
+        self._samples = 0
+
+    def add(self, block: Samples) -> None:
+        """One block, float32 [samples, channels]."""
+        self._samples += len(block)
+        if self._samples > self._limits.max_duration_s * self._rate:
+            raise _too_long("the file decodes to more than it says", None, self._field, self._limits)
+        self._blocks.append(block if self._rate == SAMPLE_RATE else self._resampler.resample_chunk(block))
+
+    def finish(self) -> Samples:
+        """Everything, float32 [channels, samples] at 48 kHz."""
+        decoded_s = self._samples / self._rate
+        if self._claimed_s is not None:
+            missing = self._claimed_s - decoded_s
+            if missing > _MAY_MISS_S and missing > self._claimed_s * _MAY_MISS_SHARE:
+                raise InvalidRequest(
+                    f"{self._field}: the file is cut short or broken: it claims {self._claimed_s:.2f} s and decodes to "
+                    f"{decoded_s:.2f} s.",
+                    field=self._field,
+                )
+        nothing = np.zeros((0, self._channels), np.float32)
+        if self._rate != SAMPLE_RATE and self._samples:
+            self._blocks.append(self._resampler.resample_chunk(nothing, last=True))
+        return np.concatenate([nothing, *self._blocks]).T
+
+
+def _too_long(what: str, seconds: float | None, field: str, limits: ReadLimits) -> InvalidRequest:
+    return InvalidRequest(
+        f"{field}: {what}; at most {limits.max_duration_s:g} s are accepted.",
+        field=field, limit=limits.max_duration_s, asked=seconds,
+    )  # fmt: skip
+
+
+def _by_soundfile(data: bytes, field: str, limits: ReadLimits) -> Samples | None:
+    """Mono and stereo through libsndfile. None: not its kind, or more channels, whose layout only FFmpeg knows."""
+    try:
+        file = soundfile.SoundFile(io.BytesIO(data))
+    except (soundfile.LibsndfileError, TypeError):  # TypeError: headerless raw, which needs to be told its format
+        return None
+    with file:
+        known = 0 < file.frames < 2**62
+        claimed = file.frames / file.samplerate if known and file.samplerate else None
+        collector = _Collector(file.samplerate, file.channels, claimed, field, limits)
+        if file.channels > CHANNELS:
+            return None
+        try:
+            while len(block := file.read(int(file.samplerate * _BLOCK_S), dtype="float32", always_2d=True)):
+                collector.add(block)
+        except soundfile.LibsndfileError as error:
+            raise InvalidRequest(f"{field}: the file cannot be decoded: {error.error_string}", field=field) from error
+    return collector.finish()
+
+
+def _by_ffmpeg(data: bytes, field: str, limits: ReadLimits) -> Samples:
+    # Nested protocols are off: nothing in the file can make this process open a URL or another file.
+    options = {"format_whitelist": _DEMUXERS, "protocol_whitelist": "none"}
+    try:
+        opened: Any = av.open(io.BytesIO(data), options=options)
+        with opened as container:
+            if not container.streams.audio:
+                raise InvalidRequest(f"{field}: the file has no audio stream.", field=field)
+            stream = container.streams.audio[0]
+            if stream.codec_context is None:
+                raise InvalidRequest(f"{field}: the file's audio codec is unknown.", field=field)
+            rate = stream.rate or 0
+            collector = _Collector(rate, stream.channels or 0, _claimed_seconds(container, stream), field, limits)
+            resampler = av.AudioResampler(format="flt", layout="mono" if stream.channels == 1 else "stereo", rate=rate)
+            for frame in itertools.chain(container.decode(stream), [None]):
+                if frame is not None and frame.sample_rate != rate:
+                    raise ValueError(f"the sample rate changes from {rate} to {frame.sample_rate} Hz")
+                for out in resampler.resample(frame):
+                    collector.add(out.to_ndarray().reshape(out.samples, -1).astype(np.float32, copy=False))
+    except (av.FFmpegError, ValueError, OSError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InvalidRequest(f"{field}: the file is no audio that can be decoded ({reason}).", field=field) from error
+    return collector.finish()
+
+
+def _claimed_seconds(container: Any, stream: Any) -> float | None:
+    if stream.duration is not None and stream.time_base:
+        return float(stream.duration * stream.time_base)
+    return None if container.duration is None else container.duration / av.time_base

@@ -1,0 +1,171 @@
+"""Uploads: what is read, and what is refused before it can do harm."""
+
+import io
+import struct
+import time
+
+import av
+import numpy as np
+import pytest
+import soundfile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from acestep.audio.formats import FORMATS
+from acestep.audio.reading import ReadLimits, read_audio
+from acestep.audio.writing import encode
+from acestep.errors import InvalidRequest
+
+RATE = 48_000
+SECONDS = 2
+STREAMINFO_TOTAL = slice(18, 26)  # rate, channels, bits and 36 bits of total samples, in a FLAC file
+
+
+def tone(rate=RATE, channels=2, seconds=SECONDS, hz=440.0):
+    t = np.arange(int(rate * seconds)) / rate
+    return np.repeat(0.5 * np.sin(2 * np.pi * hz * t)[None], channels, axis=0).astype(np.float32)
+
+
+def written(audio, rate, container, subtype=None):
+    buffer = io.BytesIO()
+    soundfile.write(buffer, audio.T, rate, format=container, subtype=subtype)
+    return buffer.getvalue()
+
+
+def claiming(flac, samples):
+    data = bytearray(flac)
+    value = int.from_bytes(data[STREAMINFO_TOTAL], "big")
+    data[STREAMINFO_TOTAL] = (value >> 36 << 36 | samples).to_bytes(8, "big")
+    return bytes(data)
+
+
+def refused(data, **limits):
+    with pytest.raises(InvalidRequest, match=r"^src_audio: ") as caught:
+        read_audio(data, field="src_audio", limits=ReadLimits(**limits))
+    assert caught.value.details["field"] == "src_audio"
+    return caught.value
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_every_format_that_is_written_is_read(fmt):
+    audio = tone()
+    back = read_audio(encode(audio, RATE, fmt), field="src_audio")
+    assert back.dtype == np.float32
+    assert back.shape[0] == 2
+    assert 0 <= back.shape[1] - audio.shape[1] < 1_024
+    inside = slice(RATE // 2, RATE)
+    assert np.abs(back[:, inside] - audio[:, inside]).max() < 0.1
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("rate", [8_000, 22_050, 44_100, 96_000])
+def test_any_rate_becomes_48_khz_stereo(rate, channels):
+    back = read_audio(written(tone(rate, channels), rate, "FLAC"), field="src_audio")
+    assert back.shape == (2, SECONDS * RATE)
+    expected = tone()
+    inside = slice(RATE // 2, 3 * RATE // 2)
+    assert np.abs(back[:, inside] - expected[:, inside]).max() < 1e-3
+
+
+def test_surround_is_mixed_down_by_its_layout():
+    audio = np.zeros((6, RATE), np.float32)
+    audio[0] = tone(channels=1, seconds=1)[0]  # front left
+    back = read_audio(written(audio, RATE, "WAV"), field="src_audio")
+    assert back.shape == (2, RATE)
+    assert np.abs(back[0]).max() > 0.1
+    assert np.abs(back[1]).max() == 0.0
+
+
+def test_the_name_of_a_file_says_nothing(tmp_path):
+    path = tmp_path / "song.txt"
+    path.write_bytes(written(tone(), RATE, "OGG"))
+    assert read_audio(path, field="src_audio").shape == (2, SECONDS * RATE)
+    path.write_bytes(b"just text, whatever the name may be" * 100)
+    with pytest.raises(InvalidRequest):
+        read_audio(path.rename(tmp_path / "song.wav"), field="src_audio")
+    with pytest.raises(InvalidRequest, match="cannot be read"):
+        read_audio(tmp_path / "absent.wav", field="src_audio")
+
+
+def test_audio_of_a_video_container_is_read():
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="matroska") as container:
+        stream = container.add_stream("libopus", rate=RATE, layout="stereo")
+        frame = av.AudioFrame.from_ndarray(tone().T.reshape(1, -1).copy(), format="flt", layout="stereo")
+        frame.sample_rate = RATE
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    assert read_audio(buffer.getvalue(), field="src_audio").shape[1] == pytest.approx(SECONDS * RATE, abs=1_024)
+
+
+def test_a_small_file_that_claims_ten_hours_is_refused_unread():
+    begin = time.monotonic()
+    header = struct.pack("<IHHIIHH", 16, 1, 1, 8_000, 8_000, 1, 8)
+    wav = b"RIFF" + struct.pack("<I", 2**31) + b"WAVEfmt " + header + b"data" + struct.pack("<I", 8_000 * 36_000)
+    assert "cut short" in refused(wav + bytes(900)).message
+    flac = written(tone(), RATE, "FLAC")
+    error = refused(claiming(flac, RATE * 36_000)[:1000])
+    assert "36000.0 s" in error.message
+    assert error.details["limit"] == 600.0
+    assert time.monotonic() - begin < 60  # never a decode of hours
+
+
+def test_decoding_stops_at_the_limit_whatever_the_file_claims():
+    bomb = written(np.zeros((1, RATE * 900), np.float32), RATE, "FLAC")
+    assert len(bomb) < 200_000
+    assert "900.0 s" in refused(bomb).message
+    assert "decodes to more" in refused(claiming(bomb, 0)).message  # 0: unknown
+    looks_short = read_audio(claiming(bomb, RATE), field="src_audio")
+    assert looks_short.shape[1] <= 600 * RATE
+
+
+def test_limits_are_named():
+    data = written(tone(), RATE, "WAV")
+    assert refused(data, max_bytes=1000).details["limit"] == 1000
+    assert refused(data, max_duration_s=1.0).details["limit"] == 1.0
+    assert refused(written(np.zeros((12, 10)), RATE, "WAV")).details["asked"] == 12
+    assert "100 Hz" in refused(written(np.zeros((1, 10)), 100, "WAV")).message
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"abc" * 1000,
+        b"\x89PNG\r\n\x1a\n" + bytes(1000),
+        b"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\nfile:///etc/hostname\n#EXT-X-ENDLIST\n",
+        b"ffconcat version 1.0\nfile /etc/hostname\n",
+        b"v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=audio 5004 RTP/AVP 0\n",
+        written(np.zeros((2, 0)), RATE, "WAV"),
+        written(np.full((2, 10), np.nan), RATE, "WAV", "FLOAT"),
+    ],
+    ids=["empty", "junk", "picture", "playlist", "concat", "sdp", "no samples", "nan"],
+)
+def test_what_is_no_audio_is_an_error_and_never_silence(data):
+    refused(data)
+
+
+@pytest.mark.parametrize("fmt", ["wav", "flac", "mp3", "aac"])
+def test_a_file_cut_in_half_is_refused(fmt):
+    data = encode(tone(seconds=5), RATE, fmt)
+    refused(data[: len(data) // 2])
+
+
+def test_a_wav_from_a_pipe_has_no_length_and_is_read():
+    data = bytearray(encode(tone(), RATE, "wav"))
+    data[4:8] = data[40:44] = b"\xff" * 4
+    assert read_audio(bytes(data), field="src_audio").shape == (2, SECONDS * RATE)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(sorted(FORMATS)), st.integers(0, 2**31), st.integers(1, 200))
+def test_damaged_files_are_read_or_refused_but_never_crash(fmt, seed, damage):
+    data = np.frombuffer(encode(tone(seconds=0.2), RATE, fmt), np.uint8).copy()
+    rng = np.random.default_rng(seed)
+    data[rng.integers(0, len(data), damage)] = rng.integers(0, 256, damage)
+    try:
+        back = read_audio(data.tobytes(), field="src_audio")
+    except InvalidRequest:
+        return
+    assert back.shape[0] == 2
+    assert np.isfinite(back).all()
