@@ -37,12 +37,19 @@ class Plan(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     metadata: Metadata = Metadata()
+    item_metadata: tuple[Metadata, ...] = Field(
+        (), max_length=8, description="One per item where the items do not share `metadata` (lm_share_cot off)."
+    )
     codes: tuple[tuple[Annotated[int, Field(ge=0, lt=NUM_CODES)], ...], ...] | None = Field(None, max_length=8)
     lm_seeds: tuple[int, ...] = ()
     model: str | None = Field(None, max_length=256, description="Planner checkpoint; null where none ran.")
     model_hash: str | None = Field(None, max_length=128)
     notice: str | None = Field(None, max_length=256)
     timings: PlanTimings = PlanTimings()
+
+    def metadata_of(self, item: int) -> Metadata:
+        """Metadata of batch item `item`."""
+        return self.item_metadata[item] if self.item_metadata else self.metadata
 
     def codes_of(self, item: int) -> tuple[int, ...] | None:
         """Codes of batch item `item`; a single list serves all items."""

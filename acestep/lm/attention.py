@@ -1,0 +1,68 @@
+"""Attention of a flat batch over the arena."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from acestep.lm.cache import Arena, Span
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Consecutive new tokens of one row: `length` of them after the span's `past` tokens."""
+
+    span: Span
+    past: int
+    length: int
+
+
+class RowAttention:
+    """Writes the new keys and values, then attends row by row on views of the arena: no copy, no padding, no mask for one token.
+
+    A row's result depends on that row alone, bit for bit.
+
+    Args:
+        tokens: Tokens of the forward; those beyond the segments are padding and give zeros.
+    """
+
+    def __init__(self, arena: Arena, segments: list[Segment], tokens: int) -> None:
+        self._arena = arena
+        self._segments = segments
+        self._tokens = tokens
+        device = arena.keys[0].device
+        places = [range(s.span.start + s.past, s.span.start + s.past + s.length) for s in segments]
+        self._places = torch.tensor([p for places_ in places for p in places_], device=device)
+        self._masks = {(s.past, s.length): _mask(s, device) for s in segments if s.length > 1 and s.past}
+
+    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        keys, values = self._arena.keys[layer], self._arena.values[layer]
+        written = len(self._places)
+        keys.index_copy_(0, self._places, k[:written])
+        values.index_copy_(0, self._places, v[:written])
+        _, heads, dim = q.shape
+        kv_heads = k.shape[1]
+        out = q.new_zeros(self._tokens, heads * dim)
+        at = 0
+        for s in self._segments:
+            begin, end = s.span.start, s.span.start + s.past + s.length
+            row_k, row_v = keys[begin:end].transpose(0, 1)[None], values[begin:end].transpose(0, 1)[None]
+            if s.length == 1:
+                # The heads that share a key head stand as its queries: grouped attention without repeating keys.
+                row = F.scaled_dot_product_attention(q[at].view(1, kv_heads, -1, dim), row_k, row_v)
+                out[at] = row.view(-1)
+            else:
+                row = F.scaled_dot_product_attention(
+                    q[at : at + s.length].transpose(0, 1)[None], row_k, row_v,
+                    attn_mask=self._masks.get((s.past, s.length)), is_causal=s.past == 0, enable_gqa=heads != kv_heads,
+                )  # fmt: skip
+                out[at : at + s.length] = row[0].transpose(0, 1).reshape(s.length, -1)
+            at += s.length
+        return out
+
+
+def _mask(segment: Segment, device: torch.device) -> torch.Tensor:
+    reach = torch.arange(segment.past, segment.past + segment.length, device=device)[:, None]
+    return torch.arange(segment.past + segment.length, device=device)[None, :] <= reach

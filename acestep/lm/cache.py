@@ -1,0 +1,107 @@
+"""Keys and values of all rows in one arena per layer.
+
+A row owns a contiguous span of tokens, reserved at its exact length before it starts; nothing is ever grown, moved or evicted.
+"""
+
+from __future__ import annotations
+
+import bisect
+from dataclasses import dataclass
+
+import torch
+
+from acestep.lm.model import ModelConfig
+
+
+@dataclass(slots=True)
+class Span:
+    """Tokens `start … start + size - 1` of the arena, of which `used` hold something."""
+
+    start: int
+    size: int
+    used: int = 0
+
+
+class SpanAllocator:
+    """First fit over `capacity` tokens; spans are multiples of `page` long and start at one."""
+
+    def __init__(self, capacity: int, page: int = 1) -> None:
+        self.page = page
+        self.capacity = capacity // page * page
+        self._free: list[tuple[int, int]] = [(0, self.capacity)] if self.capacity else []  # (start, size), sorted
+
+    def rounded(self, size: int) -> int:
+        return -(-size // self.page) * self.page
+
+    @property
+    def free(self) -> int:
+        return sum(size for _, size in self._free)
+
+    def allocate(self, sizes: list[int]) -> list[Span] | None:
+        """A span for every size, or None where they do not all fit."""
+        before = list(self._free)
+        spans = []
+        for size in sizes:
+            span = self._take(self.rounded(size))
+            if span is None:
+                self._free = before
+                return None
+            spans.append(span)
+        return spans
+
+    def fits(self, sizes: list[int]) -> bool:
+        before = list(self._free)
+        spans = self.allocate(sizes)
+        self._free = before
+        return spans is not None
+
+    def _take(self, size: int) -> Span | None:
+        for i, (start, room) in enumerate(self._free):
+            if room >= size:
+                self._free[i : i + 1] = [(start + size, room - size)] if room > size else []
+                return Span(start, size)
+        return None
+
+    def release(self, span: Span) -> None:
+        at = bisect.bisect(self._free, (span.start, 0))
+        start, size = span.start, span.size
+        if at < len(self._free) and self._free[at][0] == start + size:
+            size += self._free.pop(at)[1]
+        if at and sum(self._free[at - 1]) == start:
+            at -= 1
+            before = self._free.pop(at)
+            start, size = before[0], before[1] + size
+        self._free.insert(at, (start, size))
+
+
+class Arena:
+    """Storage of `tokens` keys and values per layer.
+
+    On the CPU memory is committed by the system as it is first written, so a large arena costs what its rows used at their peak.
+    """
+
+    def __init__(self, config: ModelConfig, tokens: int, *, device: torch.device, dtype: torch.dtype, page: int = 1) -> None:
+        self.allocator = SpanAllocator(tokens, page)
+        shape = (self.allocator.capacity, config.kv_heads, config.head_dim)
+        self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.layers)]
+        self.values = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.layers)]
+        self.bytes_per_token = config.kv_elements_per_token * dtype.itemsize
+        self.used_tokens = 0  # as of the last step
+
+    @property
+    def bytes(self) -> int:
+        return self.allocator.capacity * self.bytes_per_token
+
+    @property
+    def reserved_bytes(self) -> int:
+        return (self.allocator.capacity - self.allocator.free) * self.bytes_per_token
+
+    @property
+    def used_bytes(self) -> int:
+        return self.used_tokens * self.bytes_per_token
+
+    def copy(self, source: Span, target: Span, length: int) -> None:
+        """The first `length` tokens of a row into another row."""
+        for store in (*self.keys, *self.values):
+            store[target.start : target.start + length] = store[source.start : source.start + length]
+        target.used = length

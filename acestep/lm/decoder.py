@@ -1,0 +1,293 @@
+"""Continuous batching of planner outputs: rows join, advance together by one token per step, and leave.
+
+A `Job` is one or more outputs of one prompt, each with its own program and seed. With guidance every output is a pair of rows (with and
+without conditions) that is admitted, stepped and removed as one; the drawn token is appended to both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch.nn import functional as F
+
+from acestep.lm.attention import RowAttention, Segment
+from acestep.lm.cache import Arena, Span
+from acestep.lm.grammar import Choice, Grammar, Program
+from acestep.lm.heads import Heads
+from acestep.lm.invariance import invariant_rows
+from acestep.lm.model import PlannerModel
+from acestep.lm.sampling import SamplingParams, penalise, sample
+
+PREFILL_CHUNK = 512  # prompt tokens per row and step, so that a long prompt does not hold up the others
+
+
+@dataclass(eq=False)
+class Row:
+    """One sequence of the model: its place in the arena and the tokens that wait to be read."""
+
+    span: Span
+    pending: list[int]
+    hidden: int = -1  # where its newest hidden state lies in the step's result
+
+
+@dataclass(eq=False)
+class Output:
+    """One sequence of tokens in the making.
+
+    Attributes:
+        program: Holds the result when `done`.
+        drawn: The counter of the noise, one up with every drawn token.
+        written: All tokens appended, for the repetition penalty.
+    """
+
+    program: Program
+    seed: int
+    params: SamplingParams
+    drawn: int = 0
+    written: list[int] = field(default_factory=list)
+    choice: Choice | None = None
+    cond: Row | None = None
+    uncond: Row | None = None
+    done: bool = False
+
+    @property
+    def rows(self) -> list[Row]:
+        return [row for row in (self.cond, self.uncond) if row is not None]
+
+
+class Job:
+    """Outputs that share one prompt.
+
+    Args:
+        prompt: Ids of the conditional prompt.
+        uncond: Ids of the unconditional prompt; None switches guidance off.
+        outputs: Program and seed of each output. All programs must start alike.
+        stream: Separates the noise of jobs that share a seed.
+    """
+
+    def __init__(
+        self,
+        prompt: list[int],
+        uncond: list[int] | None,
+        outputs: Sequence[tuple[Program, int]],
+        params: SamplingParams,
+        *,
+        stream: int = 0,
+    ) -> None:
+        self.prompt = prompt
+        self.uncond = uncond
+        self.params = params
+        self.outputs = [Output(program, seed, params, drawn=stream << 32) for program, seed in outputs]
+        self.stream = stream
+        self.steps = 0
+        self.prompt_read = False
+
+    @property
+    def rows(self) -> int:
+        """Rows that it takes."""
+        return len(self.outputs) * (1 if self.uncond is None else 2)
+
+    @property
+    def done(self) -> bool:
+        return all(output.done for output in self.outputs)
+
+    def sizes(self) -> list[int]:
+        """Tokens of every row, exact where the program's length is: the last token is never read."""
+        prompts = [self.prompt] if self.uncond is None else [self.prompt, self.uncond]
+        return [len(p) + max(o.program.max_tokens - 1, 0) for o in self.outputs for p in prompts]
+
+
+class Decoder:
+    """All rows in flight on one device.
+
+    Args:
+        rows: Most rows in flight.
+        arena_tokens: Tokens of keys and values over all rows.
+    """
+
+    def __init__(self, model: PlannerModel, grammar: Grammar, *, rows: int, arena_tokens: int) -> None:
+        self.model = model
+        self.max_rows = rows
+        self.arena = Arena(model.config, arena_tokens, device=model.device, dtype=model.dtype)
+        self.jobs: list[Job] = []
+        self.rows_used = 0
+        self.drawn_total = 0
+        self._heads = Heads(model, grammar)
+        exact = model.device.type == "cpu" and model.dtype == torch.float32
+        self.invariant_rows = invariant_rows([*model.matrices, *self._heads.matrices]) if exact else None
+        self._min_rows = self.invariant_rows or 1
+
+    def fits(self, job: Job) -> bool:
+        """Whether `add` would find rows and memory now."""
+        return self.rows_used + job.rows <= self.max_rows and self.arena.allocator.fits(job.sizes())
+
+    def can_ever_fit(self, job: Job) -> bool:
+        allocator = self.arena.allocator
+        return job.rows <= self.max_rows and sum(map(allocator.rounded, job.sizes())) <= allocator.capacity
+
+    def add(self, job: Job) -> None:
+        """Reserve its rows; the next step reads its prompt. Only where `fits`."""
+        spans = self.arena.allocator.allocate(job.sizes())
+        if spans is None or self.rows_used + job.rows > self.max_rows:
+            raise RuntimeError("a job was added that does not fit")
+        places = iter(spans)
+        for i, output in enumerate(job.outputs):
+            move = output.program.start()
+            output.choice = move.choice
+            output.written = list(move.forced)
+            # Only the first output reads the prompt; the others take over its keys and values.
+            output.cond = Row(next(places), [*job.prompt, *move.forced] if i == 0 else [])
+            if job.uncond is not None:
+                output.uncond = Row(next(places), [*job.uncond, *move.forced] if i == 0 else [])
+        self.rows_used += job.rows
+        self.jobs.append(job)
+
+    def remove(self, job: Job) -> None:
+        """Free all rows of a job, finished or not. Unknown jobs are ignored."""
+        if job in self.jobs:
+            self.jobs.remove(job)
+            for output in job.outputs:
+                self._release(output)
+
+    def reset(self) -> None:
+        for job in list(self.jobs):
+            self.remove(job)
+
+    @torch.inference_mode()
+    def step(self) -> list[Job]:
+        """Read pending tokens (of each prompt at most a chunk), then draw one token for every output that is up to date.
+
+        Returns:
+            Jobs that are finished. Their rows are free again.
+        """
+        due: list[Output] = []
+        reading: list[tuple[Row, int]] = []
+        for job in self.jobs:
+            job.steps += 1
+            leader = job.outputs[0]
+            for output in job.outputs if job.prompt_read else [leader]:
+                if output.done:
+                    continue
+                taken = _portions(output)
+                reading += taken
+                if all(length == len(row.pending) for row, length in taken) and len(taken) == len(output.rows):
+                    due.append(output)
+        hidden = self._read(reading)
+        for job in self.jobs:
+            if not job.prompt_read and job.outputs[0] in due:
+                due += self._share_prompt(job)
+        if due:
+            self._draw(due, hidden)
+        self.arena.used_tokens = sum(row.span.used for job in self.jobs for o in job.outputs for row in o.rows)
+        finished = [job for job in self.jobs if job.done]
+        for job in finished:
+            self.remove(job)
+        return finished
+
+    def _read(self, reading: list[tuple[Row, int]]) -> torch.Tensor:
+        """One forward over the first tokens of every row. Returns the hidden state after the last of each: (rows, hidden)."""
+        ids: list[int] = []
+        positions: list[int] = []
+        segments: list[Segment] = []
+        last: list[int] = []
+        for at, (row, length) in enumerate(reading):
+            past = row.span.used
+            segments.append(Segment(row.span, past, length))
+            ids += row.pending[:length]
+            positions += range(past, past + length)
+            last.append(len(ids) - 1)
+            row.pending = row.pending[length:]
+            row.hidden = at
+            row.span.used = past + length
+        padding = max(0, self._min_rows - len(ids))
+        device = self.model.device
+        hidden = self.model.forward(
+            torch.tensor(ids + [0] * padding, device=device),
+            torch.tensor(positions + [0] * padding, device=device),
+            RowAttention(self.arena, segments, len(ids) + padding),
+        )
+        return hidden[torch.tensor(last, device=device)]
+
+    def _share_prompt(self, job: Job) -> list[Output]:
+        leader, *followers = job.outputs
+        for output in followers:
+            for source, target in zip(leader.rows, output.rows, strict=True):
+                self.arena.copy(source.span, target.span, source.span.used)
+                target.hidden = source.hidden
+        job.prompt_read = True
+        return followers
+
+    def _draw(self, due: list[Output], hidden: torch.Tensor) -> None:
+        groups: dict[tuple[str, bool], list[Output]] = {}
+        for output in due:
+            groups.setdefault((output.choice.kind, output.choice.end), []).append(output)
+        drawn = [(outputs, self._sample(outputs, hidden)) for outputs in groups.values()]
+        for outputs, indices in drawn:
+            for output, index in zip(outputs, indices.tolist(), strict=True):
+                self._advance(output, self._heads.token(output.choice, index))
+        self.drawn_total += len(due)
+
+    def _sample(self, outputs: list[Output], hidden: torch.Tensor) -> torch.Tensor:
+        device = hidden.device
+        params = [o.params for o in outputs]
+        greedy = torch.tensor([p.temperature == 0 or o.choice.greedy for o, p in zip(outputs, params, strict=True)])
+        return sample(
+            self._logits(outputs, hidden),
+            torch.tensor([o.seed for o in outputs], device=device),
+            torch.tensor([o.drawn for o in outputs], device=device),
+            torch.tensor([p.top_k for p in params]),
+            torch.tensor([p.top_p for p in params]),
+            greedy,
+        )
+
+    def _logits(self, outputs: list[Output], hidden: torch.Tensor) -> torch.Tensor:
+        """Guided logits over temperature. Both are linear, so they are applied to the hidden states: one product per output."""
+        choices = [o.choice for o in outputs]
+        cond = hidden[[o.cond.hidden for o in outputs]].float()
+        heat = torch.tensor([[o.params.temperature or 1.0] for o in outputs], device=hidden.device)
+        scale = torch.tensor([[o.params.cfg_scale if o.uncond else 1.0] for o in outputs], device=hidden.device)
+        uncond = hidden[[(o.uncond or o.cond).hidden for o in outputs]].float()
+        if all(o.params.repetition_penalty == 1.0 for o in outputs):
+            return self._product((uncond + scale * (cond - uncond)) / heat, choices)
+        # The penalty is not linear: it comes first, on the conditional logits alone.
+        logits, base = self._product(cond, choices), self._product(uncond, choices)
+        for row, output in enumerate(outputs):
+            if output.params.repetition_penalty != 1.0:
+                used = {self._heads.index(output.choice, token) for token in output.written} - {None}
+                penalise(logits[row], torch.tensor(sorted(used), device=hidden.device, dtype=torch.long), output.params.repetition_penalty)
+        guided = torch.where(logits.isfinite(), base + scale * (logits - base), -torch.inf)
+        return guided / heat
+
+    def _product(self, hidden: torch.Tensor, choices: list[Choice]) -> torch.Tensor:
+        padding = max(0, self._min_rows - len(hidden))
+        return self._heads.logits(F.pad(hidden, (0, 0, 0, padding)).to(self.model.dtype), choices)
+
+    def _advance(self, output: Output, token: int) -> None:
+        output.drawn += 1
+        move = output.program.advance(token)
+        output.choice = move.choice
+        if move.choice is None:
+            self._release(output)
+            return
+        run = [token, *move.forced]
+        output.written += run
+        for row in output.rows:
+            row.pending = list(run)
+
+    def _release(self, output: Output) -> None:
+        for row in output.rows:
+            self.arena.allocator.release(row.span)
+            self.rows_used -= 1
+        output.cond = output.uncond = None
+        output.done = True
+
+
+def _portions(output: Output) -> list[tuple[Row, int]]:
+    """What each row reads in this step: a chunk, but rows of one output end their prompts in the same step."""
+    rows = output.rows
+    ends = all(len(row.pending) <= PREFILL_CHUNK for row in rows)
+    return [
+        (row, min(len(row.pending), PREFILL_CHUNK)) for row in rows if ends or len(row.pending) > PREFILL_CHUNK
+    ]

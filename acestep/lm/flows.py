@@ -1,0 +1,278 @@
+"""Which jobs a piece of work needs, in which order, and what becomes of their outputs.
+
+A flow is a generator: it yields the jobs that may run side by side, is resumed when they are done, and returns the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+
+from acestep.errors import LimitExceeded
+from acestep.lm.decoder import Job
+from acestep.lm.grammar import MAX_CAPTION_TOKENS, CodesProgram, CotProgram, Grammar, OpenProgram
+from acestep.lm.metadata import known_fields, metadata_of, parse_lyrics, parse_reasoning, unquote
+from acestep.lm.prompts import PromptBuilder
+from acestep.lm.sampling import SamplingParams
+from acestep.lm.work import FormatWork, InspireWork, PlannerWork, PlanWork, Sample, TextWork, UnderstandWork
+from acestep.plan import CODES_PER_SECOND, Metadata, Plan
+from acestep.request import INSTRUMENTAL, MAX_DURATION_S, MAX_SEED, MIN_DURATION_S, SongRequest
+
+Flow = Generator[list[Job], None, Plan | Sample]
+
+METADATA_TASKS = ("text2music", "lego", "complete")  # the others take everything from their source audio
+CODES_TASKS = ("text2music",)
+UNDERSTAND_TOKENS, WRITE_TOKENS = 4_096, 2_048  # most new tokens of understand, and of inspire and format
+
+CODES_STREAM, METADATA_STREAM = 0, 1  # noise streams, so that both phases can share a seed
+_RENDER_GROWTH = 1.3  # a caption rendered as YAML has more tokens than as it was drawn: folds and quotes
+
+
+def planning_seeds(request: SongRequest) -> tuple[int, ...]:
+    """The planner's seed of each item: `lm_seed + i` where given, else the item's own."""
+    if request.lm_seed is None:
+        return request.seeds
+    return tuple((request.lm_seed + i) % (MAX_SEED + 1) for i in range(request.batch_size))
+
+
+@dataclass(frozen=True)
+class FlowBuilder:
+    """Makes flows for one model.
+
+    Attributes:
+        max_len: Tokens that one row may have.
+        max_rows_per_job: Rows that one job may take; more outputs become more jobs.
+    """
+
+    grammar: Grammar
+    prompts: PromptBuilder
+    max_len: int
+    max_rows_per_job: int
+
+    def flow(self, work: PlannerWork) -> Flow:
+        return self._plan(work) if isinstance(work, PlanWork) else self._sample(work)
+
+    # -- songs
+
+    def _plan(self, work: PlanWork) -> Flow:
+        request = work.request
+        limit = min(work.max_duration, MAX_DURATION_S)
+        seeds = planning_seeds(request)
+        thinks = request.thinking and request.task in CODES_TASKS and request.audio_codes is None
+        ready = request.plan is not None and bool(request.plan.codes)
+        if request.plan is not None:
+            metadata = [request.plan.metadata_of(i) for i in range(request.batch_size)]
+            shared = not request.plan.item_metadata
+        else:
+            metadata = yield from self._metadata(request, limit, seeds, thinks)
+            shared = request.lm_share_cot
+        codes: tuple[tuple[int, ...], ...] | None = None
+        if request.audio_codes is not None:
+            codes = (request.audio_codes,)
+        elif ready:
+            codes = request.plan.codes if request.plan else None
+        elif thinks:
+            codes = yield from self._codes(work, metadata, limit, seeds)
+        return Plan(
+            metadata=metadata[0],
+            item_metadata=() if shared else tuple(metadata),
+            codes=codes,
+            lm_seeds=seeds,
+        )
+
+    def _metadata(
+        self, request: SongRequest, limit: float, seeds: tuple[int, ...], thinks: bool
+    ) -> Generator[list[Job], None, list[Metadata]]:
+        """Phase 1, once per request or once per item."""
+        duration = min(request.duration, limit) if request.duration is not None else None
+        if request.audio_codes is not None:
+            duration = len(request.audio_codes) / CODES_PER_SECOND
+        given = Metadata(
+            bpm=request.bpm, duration=duration, keyscale=request.key_scale, timesignature=request.time_signature,
+            language=None if request.vocal_language == "unknown" else request.vocal_language,
+        )  # fmt: skip
+        complete = None not in (given.bpm, given.keyscale, given.timesignature, given.duration)
+        if not request.use_cot_metas or complete or request.task not in METADATA_TASKS:
+            return [given] * request.batch_size
+        known = known_fields(given.model_dump(exclude={"caption"}), limit)
+        prompt = self.prompts.plan(request.prompt, _lyrics(request))
+        caption_tokens, limit = self._caption_room(request, len(prompt), duration if thinks else 0.0, limit)
+        params = _music_params(request, cfg=False)
+        outputs: list[tuple[CotProgram | OpenProgram, int]] = [
+            (
+                self.grammar.plan(
+                    known, max_duration=int(limit), caption_tokens=caption_tokens, language=request.use_cot_language
+                )
+                if request.constrained_decoding
+                else self._open(len(prompt), MAX_CAPTION_TOKENS * 2, reasoning_only=True),
+                seed,
+            )
+            for seed in (seeds[:1] if request.lm_share_cot else seeds)
+        ]
+        yield self._jobs(prompt, None, outputs, params, METADATA_STREAM)
+        found = [self._read_metadata(program, limit, given) for program, _ in outputs]
+        return found if not request.lm_share_cot else found * request.batch_size
+
+    def _caption_room(
+        self, request: SongRequest, prompt: int, duration: float | None, limit: float
+    ) -> tuple[int, float]:
+        """Caption tokens and seconds that leave room for the codes in `max_len`."""
+        fields = self.grammar.plan({}, max_duration=int(MAX_DURATION_S), caption_tokens=0).max_tokens
+        room = self.max_len - 1 - prompt - fields - 16
+        wanted = MAX_CAPTION_TOKENS if request.use_cot_caption else 0
+        if duration is None:  # the planner decides: only on what fits
+            limit = min(limit, (room - int(wanted * _RENDER_GROWTH)) // CODES_PER_SECOND)
+            duration = MIN_DURATION_S
+        room -= int(duration * CODES_PER_SECOND)
+        caption = min(wanted, int(room / _RENDER_GROWTH))
+        if caption < min(wanted, 32) or room < 0 or limit < MIN_DURATION_S:
+            raise self._too_long(prompt + fields + int(duration * CODES_PER_SECOND) + 1, prompt, duration)
+        return caption, limit
+
+    def _codes(
+        self, work: PlanWork, metadata: list[Metadata], limit: float, seeds: tuple[int, ...]
+    ) -> Generator[list[Job], None, tuple[tuple[int, ...], ...]]:
+        """Phase 2: all items side by side; items with the same metadata share their prompt."""
+        request, lyrics = work.request, _lyrics(work.request)
+        guided = request.lm_cfg_scale > 1.0
+        params = _music_params(request, cfg=guided)
+        uncond = None
+        if guided:
+            uncond = (
+                self.prompts.codes_unconditional_legacy(request.prompt, lyrics, request.lm_negative_prompt)
+                if work.legacy_cfg_prompt
+                else self.prompts.codes_unconditional(request.lm_negative_prompt)
+            )
+        jobs: list[Job] = []
+        programs: list[CodesProgram | OpenProgram] = [None] * len(seeds)  # type: ignore[list-item]
+        for same in dict.fromkeys(metadata):
+            prompt = self.prompts.codes(request.prompt, lyrics, same)
+            items = [i for i, m in enumerate(metadata) if m == same]
+            for i in items:
+                programs[i] = self._codes_program(request, same, limit, max(len(prompt), len(uncond or ())))
+            jobs += self._jobs(prompt, uncond, [(programs[i], seeds[i]) for i in items], params, CODES_STREAM)
+        yield jobs
+        return tuple(self._read_codes(program, metadata[i]) for i, program in enumerate(programs))
+
+    def _codes_program(
+        self, request: SongRequest, metadata: Metadata, limit: float, prompt: int
+    ) -> CodesProgram | OpenProgram:
+        count = int(min(metadata.duration, limit) * CODES_PER_SECOND) if metadata.duration is not None else None
+        if prompt + (count or 1) + 1 > self.max_len:
+            raise self._too_long(prompt + (count or 1) + 1, prompt, metadata.duration)
+        most = min(int(limit * CODES_PER_SECOND), self.max_len - prompt - 1)
+        if not request.constrained_decoding:
+            return self._open(prompt, min((count or most) + 10, self.max_len - prompt - 1))
+        return CodesProgram(self.grammar.tokenizer, count, limit=most)
+
+    def _read_codes(self, program: CodesProgram | OpenProgram, metadata: Metadata) -> tuple[int, ...]:
+        if isinstance(program, CodesProgram):
+            return tuple(program.codes)
+        t = self.grammar.tokenizer
+        codes = [id - t.first_code for id in program.ids if t.first_code <= id < t.first_code + t.num_codes]
+        if metadata.duration is not None:
+            codes = codes[: int(metadata.duration * CODES_PER_SECOND)]
+        return tuple(codes)
+
+    # -- descriptions
+
+    def _sample(self, work: TextWork) -> Flow:
+        instrumental = False
+        given: dict[str, object] = {}
+        match work:
+            case UnderstandWork():
+                prompt, most = self.prompts.understand(work.codes), UNDERSTAND_TOKENS
+            case InspireWork():
+                prompt, most = self.prompts.inspire(work.query, instrumental=work.instrumental), WRITE_TOKENS
+                instrumental = work.instrumental
+                given = {"language": work.vocal_language}
+            case FormatWork():
+                prompt, most = self.prompts.format(work.caption, work.lyrics), WRITE_TOKENS
+                given = {
+                    "bpm": work.bpm, "duration": work.duration, "keyscale": work.keyscale,
+                    "language": work.language, "timesignature": work.timesignature,
+                }  # fmt: skip
+        limit = min(work.max_duration, MAX_DURATION_S)
+        known = known_fields(given, limit)
+        most = min(most, self.max_len - 64 - len(prompt))
+        block = self.grammar.plan({}, max_duration=int(limit), caption_tokens=MAX_CAPTION_TOKENS).max_tokens
+        if most <= block:
+            raise self._too_long(len(prompt) + block + 64, len(prompt), None)
+        program: CotProgram | OpenProgram = (
+            self.grammar.plan(known, max_duration=int(limit), lyrics_tokens=most - block)
+            if work.constrained_decoding
+            else self._open(len(prompt), most)
+        )
+        params = SamplingParams(temperature=work.temperature, top_k=work.top_k, top_p=work.top_p)
+        yield self._jobs(prompt, None, [(program, work.seed)], params, METADATA_STREAM)
+        metadata = self._read_metadata(program, limit, Metadata(**_typed(known)))
+        lyrics = self._read_lyrics(program)
+        if not lyrics and isinstance(work, FormatWork):
+            lyrics = work.lyrics
+        if not lyrics and instrumental:
+            lyrics = INSTRUMENTAL
+        return Sample(
+            **metadata.model_dump(),
+            lyrics=lyrics,
+            instrumental=instrumental or lyrics.strip().lower() in ("", "[inst]", "[instrumental]"),
+            seed=work.seed,
+        )
+
+    # -- shared
+
+    def _jobs(
+        self,
+        prompt: list[int],
+        uncond: list[int] | None,
+        outputs: list[tuple[CotProgram | OpenProgram, int]] | list[tuple[CodesProgram | OpenProgram, int]],
+        params: SamplingParams,
+        stream: int,
+    ) -> list[Job]:
+        per_job = max(1, self.max_rows_per_job // (1 if uncond is None else 2))
+        return [
+            Job(prompt, uncond, outputs[i : i + per_job], params, stream=stream) for i in range(0, len(outputs), per_job)
+        ]
+
+    def _open(self, prompt: int, limit: int, *, reasoning_only: bool = False) -> OpenProgram:
+        t = self.grammar.tokenizer
+        stop = [t.eos, t.pad, *([t.end_think] if reasoning_only else [])]
+        return OpenProgram(stop, limit=min(limit, self.max_len - prompt - 1))
+
+    def _read_metadata(self, program: CotProgram | OpenProgram, limit: float, given: Metadata) -> Metadata:
+        """What was written, under what the caller gave."""
+        if isinstance(program, CotProgram):
+            caption = unquote(self.grammar.tokenizer.decode(program.caption_ids))
+            found = metadata_of({**program.values, "caption": caption}, limit)
+        else:
+            found = metadata_of(parse_reasoning(self.grammar.tokenizer.decode(program.ids)), limit)
+        return found.model_copy(update=given.model_dump(exclude_none=True))
+
+    def _read_lyrics(self, program: CotProgram | OpenProgram) -> str:
+        ids = program.lyrics_ids if isinstance(program, CotProgram) else program.ids
+        return parse_lyrics(self.grammar.tokenizer.decode(ids))
+
+    def _too_long(self, needed: int, prompt: int, duration: float | None) -> LimitExceeded:
+        seconds = f" and {duration:g} s of codes" if duration else ""
+        return LimitExceeded(
+            f"the prompt of {prompt} tokens{seconds} needs {needed} tokens; this planner has {self.max_len}. "
+            "Shorten the lyrics or the prompt, or ask for a shorter song.",
+            field="lyrics", limit=self.max_len, asked=needed, prompt_tokens=prompt,
+        )  # fmt: skip
+
+
+def _lyrics(request: SongRequest) -> str:
+    return INSTRUMENTAL if request.instrumental else request.lyrics
+
+
+def _music_params(request: SongRequest, *, cfg: bool) -> SamplingParams:
+    return SamplingParams(
+        temperature=request.lm_temperature,
+        top_k=request.lm_top_k,
+        top_p=request.lm_top_p,
+        repetition_penalty=request.lm_repetition_penalty,
+        cfg_scale=request.lm_cfg_scale if cfg else 1.0,
+    )
+
+
+def _typed(known: dict[str, str]) -> dict[str, object]:
+    return {k: int(v) if k == "bpm" else float(v) if k == "duration" else v for k, v in known.items()}

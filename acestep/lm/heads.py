@@ -1,0 +1,83 @@
+"""Logits over no more of the vocabulary than a choice needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn import functional as F
+
+from acestep.lm.grammar import Choice, Grammar
+from acestep.lm.model import PlannerModel
+
+
+class Heads:
+    """Slices of the output matrix: audio codes, text, everything, or a handful of ids. All are views; nothing is copied."""
+
+    def __init__(self, model: PlannerModel, grammar: Grammar) -> None:
+        t = grammar.tokenizer
+        self._tokenizer = t
+        self._head = model.head
+        self._eos = model.head[t.eos : t.eos + 1]
+        self._codes = model.head[t.first_code : t.first_code + t.num_codes]
+        self._text = model.head[: t.text_size]
+        device = model.device
+        self._forbidden = {name: torch.from_numpy(~mask).to(device) for name, mask in grammar.text_classes.items()}
+        self._never = torch.zeros(len(model.head), dtype=torch.bool, device=device)
+        self._never[t.first_code + t.num_codes :] = True  # unused audio tokens and padding of the matrix
+
+    @property
+    def matrices(self) -> list[torch.Tensor]:
+        return [self._codes, self._text]
+
+    def logits(self, hidden: torch.Tensor, choices: Sequence[Choice]) -> torch.Tensor:
+        """float32 logits of rows whose choices are of one kind and agree on `end`; what is not allowed is -inf.
+
+        Args:
+            hidden: (rows or more, hidden_size); rows beyond `choices` are padding for the product's sake.
+
+        Returns:
+            (len(choices), width); `token` turns an index into an id.
+        """
+        kind, rows = choices[0].kind, len(choices)
+        if kind == "ids":
+            width = max(len(c.ids) for c in choices)
+            logits = torch.full((rows, width), -torch.inf, device=hidden.device)
+            for i, choice in enumerate(choices):
+                logits[i, : len(choice.ids)] = F.linear(hidden[i : i + 1], self._head[list(choice.ids)])[0]
+            return logits
+        if kind == "any":
+            return F.linear(hidden, self._head)[:rows].float().masked_fill_(self._never, -torch.inf)
+        logits = F.linear(hidden, self._codes if kind == "codes" else self._text)[:rows].float()
+        if kind == "text":
+            logits.masked_fill_(torch.stack([self._forbidden[c.text] for c in choices]), -torch.inf)
+        if choices[0].end:
+            logits = torch.cat((logits, F.linear(hidden, self._eos)[:rows].float()), -1)
+        return logits
+
+    def token(self, choice: Choice, index: int) -> int:
+        """The id at `index` of a row of logits."""
+        t = self._tokenizer
+        match choice.kind:
+            case "ids":
+                return choice.ids[index]
+            case "codes":
+                return t.first_code + index if index < t.num_codes else t.eos
+            case "text":
+                return index if index < t.text_size else t.eos
+            case "any":
+                return index
+
+    def index(self, choice: Choice, token: int) -> int | None:
+        """The inverse of `token`; None for ids that are not among the logits."""
+        t = self._tokenizer
+        match choice.kind:
+            case "ids":
+                return choice.ids.index(token) if token in choice.ids else None
+            case "codes":
+                at = token - t.first_code
+                return at if 0 <= at < t.num_codes else (t.num_codes if choice.end and token == t.eos else None)
+            case "text":
+                return token if token < t.text_size else (t.text_size if choice.end and token == t.eos else None)
+            case "any":
+                return token

@@ -1,0 +1,42 @@
+"""How many tokens of keys and values a planner may keep."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from acestep.errors import OutOfMemory
+from acestep.lm.model import PlannerModel
+
+_CPU_SHARE = 0.5  # of free host memory, where nothing was said
+_DEVICE_RESERVE = 0.1  # of the device's memory, for activations, logits and graphs
+
+
+def arena_tokens(model: PlannerModel, *, rows: int, max_len: int, memory_bytes: int | None) -> int:
+    """Enough for all rows at full length, or what fits.
+
+    Args:
+        memory_bytes: What weights and keys and values may take together; None for what is free.
+
+    Raises:
+        OutOfMemory: Not even one pair of rows fits at a quarter of `max_len`.
+    """
+    per_token = model.config.kv_elements_per_token * model.dtype.itemsize
+    free = memory_bytes - model.weight_bytes if memory_bytes is not None else _free_bytes(model.device)
+    wanted, least = rows * max_len, 2 * max_len // 4
+    tokens = min(wanted, max(free, 0) // per_token)
+    if tokens < least:
+        raise OutOfMemory(
+            f"{free} bytes are left for keys and values after {model.weight_bytes} bytes of weights; one song of the shortest "
+            f"kind needs {least * per_token}. Use a smaller planner or a lower max_len.",
+            needed_bytes=least * per_token, free_bytes=free,
+        )  # fmt: skip
+    return tokens
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return int(free - _DEVICE_RESERVE * total)
+    return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * _CPU_SHARE)

@@ -1,0 +1,143 @@
+"""Drawing tokens for all rows at once, in float32, from counter-based noise.
+
+The draw is exact softmax sampling in two stages: a block of tokens by its mass, then a token of the block, each by a Gumbel race. So
+a row needs some hundred random numbers per token instead of one for every word of the vocabulary, and a last-bit difference in the
+logits almost never changes the winner. Top-p needs no sort: a token is in the nucleus if the mass of all likelier tokens is below p;
+one that is not is struck out together with all that are no likelier, and the draw is repeated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+BLOCK = 256  # 64 000 codes are 250 blocks
+
+_MASK32 = 0xFFFF_FFFF
+# SplitMix64 (Steele, Lea, Flood 2014): golden-ratio increment and finaliser, as signed 64-bit integers.
+_GAMMA, _MIX1, _MIX2 = (c - 2**64 for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the tokens of one output are drawn.
+
+    Attributes:
+        temperature: 0 takes the best token.
+        top_k: 0 is off.
+        top_p: 1 is off.
+        repetition_penalty: Of tokens already written, on the conditional logits; 1 is off.
+        cfg_scale: Guidance; 1 is off.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    cfg_scale: float = 1.0
+
+
+def mix64(x: torch.Tensor) -> torch.Tensor:
+    """SplitMix64's finaliser on int64, wrapping."""
+    x = (x ^ _shift(x, 30)) * _MIX1
+    x = (x ^ _shift(x, 27)) * _MIX2
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: torch.Tensor, bits: int) -> torch.Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)  # logical: torch's own keeps the sign
+
+
+def gumbel(key: torch.Tensor, lane: torch.Tensor) -> torch.Tensor:
+    """Standard Gumbel noise, float32 of shape (rows, lanes): a pure function of `key` (rows,) and `lane` (lanes,)."""
+    bits = mix64(key[:, None] + (lane + 1)[None, :] * _GAMMA) & _MASK32
+    uniform = (bits.to(torch.float64) + 0.5) * 2.0**-32
+    return -torch.log(-torch.log(uniform)).to(torch.float32)
+
+
+def keys(seeds: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+    """One noise key per row of its seed and its token count: nothing else in the batch matters."""
+    return mix64(mix64(seeds + _GAMMA) + (steps + 1) * _GAMMA)
+
+
+def penalise(logits: torch.Tensor, used: torch.Tensor, penalty: float) -> None:
+    """Repetition penalty in place on one row's conditional logits: `used` are unique indices into it."""
+    chosen = logits[used]
+    logits[used] = torch.where(chosen < 0, chosen * penalty, chosen / penalty)
+
+
+def sample(
+    logits: torch.Tensor,
+    seeds: torch.Tensor,
+    steps: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    greedy: torch.Tensor,
+) -> torch.Tensor:
+    """Draw one index per row.
+
+    Args:
+        logits: (rows, width) float32 after guidance, mask (-inf) and temperature. Overwritten.
+        seeds, steps: (rows,) int64, the row's seed and how many draws it made before.
+        top_k: (rows,) int64 on the CPU, 0 for off.
+        top_p: (rows,) float32 on the CPU, 1 for off.
+        greedy: (rows,) bool on the CPU, where the best token is taken.
+
+    Returns:
+        (rows,) int64 on the logits' device.
+    """
+    if bool(greedy.all()):
+        return logits.argmax(-1)
+    if bool((top_k > 0).any()):
+        _keep_top_k(logits, top_k)
+    rows, width = logits.shape
+    best = logits.argmax(-1) if bool(greedy.any()) else None
+    probabilities = torch.softmax(logits, -1)
+    if width % BLOCK:
+        probabilities = torch.nn.functional.pad(probabilities, (0, BLOCK - width % BLOCK))
+    key = keys(seeds, steps)
+    drawn = _draw(probabilities, key)
+    limited = (top_p < 1.0) & ~greedy
+    if bool(limited.any()):
+        _redraw_outside_nucleus(probabilities, key, drawn, limited.nonzero()[:, 0], top_p)
+    return drawn if best is None else torch.where(greedy.to(drawn.device), best, drawn)
+
+
+def _keep_top_k(logits: torch.Tensor, top_k: torch.Tensor) -> None:
+    width = logits.shape[1]
+    for row, k in enumerate(top_k.tolist()):
+        if 0 < k < width:
+            threshold = logits[row].topk(k).values[-1]
+            logits[row].masked_fill_(logits[row] < threshold, -torch.inf)
+
+
+def _draw(probabilities: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    rows, width = probabilities.shape
+    count = width // BLOCK
+    blocks = probabilities.view(rows, count, BLOCK)
+    # The first lanes are the token race's, so that a row's noise does not depend on the width beside it.
+    noise = gumbel(key, torch.arange(BLOCK + count, device=probabilities.device))
+    block = (blocks.sum(-1).log_() + noise[:, BLOCK:]).argmax(-1)
+    inside = blocks[torch.arange(rows, device=block.device), block]
+    return block * BLOCK + (inside.log_() + noise[:, :BLOCK]).argmax(-1)
+
+
+def _redraw_outside_nucleus(
+    probabilities: torch.Tensor, key: torch.Tensor, drawn: torch.Tensor, rows: torch.Tensor, top_p: torch.Tensor
+) -> None:
+    rows = rows.to(drawn.device)
+    limits = top_p.to(drawn.device)[rows]
+    p = probabilities if len(rows) == len(drawn) else probabilities[rows]
+    key = key[rows]
+    while True:
+        threshold = p.gather(1, drawn[rows][:, None])
+        likelier = p > threshold
+        outside = ((p * likelier).sum(-1) >= limits).nonzero()[:, 0]
+        if not len(outside):
+            return
+        # The nucleus lies within what is likelier: strike the rest out and draw again with fresh noise.
+        p = p[outside] * likelier[outside]
+        rows, limits = rows[outside], limits[outside]
+        key = mix64(key[outside] + _GAMMA)
+        drawn[rows] = _draw(p, key)
