@@ -84,7 +84,8 @@ class Denoiser:
         self.dtype = dtype
         self.attention = Attention(backend, device, dtype)
         self.patch = int(self.transformer.patch_size)
-        self._window = int(self.transformer.config.sliding_window)
+        config: Any = transformer.config
+        self._window = int(config.sliding_window)
         self._pad_to_buckets = compile
         self._run: Any = torch.compile(self._forward, dynamic=False) if compile else self._forward
         self._batches: dict[tuple[Any, ...], _Batch] = {}

@@ -1,0 +1,127 @@
+"""One evaluation of the DiT: equal to diffusers' forward where that is exact, and the same in every company."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from acestep.checkpoints.load import RendererComponents
+from acestep.dit.attention import Attention, eager_attention, sdpa_attention, window_layout
+from acestep.dit.denoiser import Denoiser, Row, bucket
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", params=["tiny", "tiny-xl"])
+def parts(request: pytest.FixtureRequest, load_parts: Any) -> RendererComponents:
+    return load_parts(request.param)
+
+
+def inputs(parts: RendererComponents, frames: int, tokens: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    channels = parts.transformer.config.audio_acoustic_hidden_dim
+    width = parts.condition_encoder.config.hidden_size
+    return (
+        torch.randn(frames, channels, generator=generator),
+        torch.randn(frames, 2 * channels, generator=generator),
+        torch.randn(tokens, width, generator=generator),
+    )
+
+
+def theirs(parts: RendererComponents, x: Tensor, context: Tensor, condition: Tensor, t: float) -> Tensor:
+    time = torch.tensor([t])
+    with torch.no_grad():
+        return parts.transformer(
+            hidden_states=x[None], timestep=time, timestep_r=time, encoder_hidden_states=condition[None],
+            context_latents=context[None], return_dict=False,
+        )[0][0]  # fmt: skip
+
+
+# 2.0 s in one block; 21 s with a dense window; 61 s in blocks of the window; odd lengths, whose last patch is half empty.
+@pytest.mark.parametrize("frames", [50, 51, 525, 1526, 1539])
+def test_equals_diffusers_alone(parts: RendererComponents, frames: int, rel: Any) -> None:
+    x, context, condition = inputs(parts, frames, 40, seed=frames)
+    denoiser = Denoiser(parts.transformer, CPU, torch.float32)
+    row = Row(x, 0.7, context, denoiser.project(condition))
+    assert rel(denoiser.velocity([row])[0], theirs(parts, x, context, condition, 0.7)) <= 1e-6
+
+
+def test_rows_of_any_length_time_and_prompt_share_a_batch(parts: RendererComponents, rel: Any) -> None:
+    denoiser = Denoiser(parts.transformer, CPU, torch.float32)
+    shapes = [(50, 3, 1.0), (1701, 300, 0.25), (525, 40, 0.6), (51, 41, 0.01)]
+    rows = []
+    for n, (frames, tokens, t) in enumerate(shapes):
+        x, context, condition = inputs(parts, frames, tokens, seed=n)
+        rows.append(Row(x, t, context, denoiser.project(condition)))
+    together = denoiser.velocity(rows)
+    for row, got in zip(rows, together, strict=True):
+        assert rel(got, denoiser.velocity([row])[0]) <= 1e-6
+
+
+def test_a_poisoned_row_stays_alone(parts: RendererComponents) -> None:
+    denoiser = Denoiser(parts.transformer, CPU, torch.float32)
+    rows = []
+    for n, frames in enumerate((600, 1400, 80)):
+        x, context, condition = inputs(parts, frames, 20 + n, seed=n)
+        rows.append(Row(x, 0.5, context, denoiser.project(condition)))
+    rows[1].x[3, 0] = float("nan")
+    first, second, third = denoiser.velocity(rows)
+    assert first.isfinite().all()
+    assert second.isnan().any()
+    assert third.isfinite().all()
+
+
+def test_the_null_condition_is_one_token(parts: RendererComponents, rel: Any) -> None:
+    # diffusers repeats the learned embedding to the length of the prompt; equal keys give their common value either way.
+    x, context, _ = inputs(parts, 100, 1, seed=1)
+    null = parts.condition_encoder.null_condition_emb[0]
+    denoiser = Denoiser(parts.transformer, CPU, torch.float32)
+    got = denoiser.velocity([Row(x, 0.5, context, denoiser.project(null))])[0]
+    assert rel(got, theirs(parts, x, context, null.expand(77, -1), 0.5)) <= 1e-6
+
+
+def test_padding_to_buckets_changes_nothing(parts: RendererComponents, rel: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(torch, "compile", lambda run, **options: run)  # the shapes of a compiled forward, run eagerly
+    x, context, condition = inputs(parts, 301, 40, seed=2)
+    plain, padded = (Denoiser(parts.transformer, CPU, torch.float32, compile=c) for c in (False, True))
+    got = padded.velocity([Row(x, 0.5, context, padded.project(condition))])[0]
+    assert rel(got, plain.velocity([Row(x, 0.5, context, plain.project(condition))])[0]) <= 1e-6
+
+
+def test_buckets_are_few() -> None:
+    widths = {bucket(tokens, 2) for tokens in range(1, 7501)}
+    assert len(widths) == 24
+    assert all(bucket(tokens, 2) >= tokens for tokens in range(1, 7501))
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_eager_equals_fused(mask: bool, rel: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 4, 700, 16, generator=generator)
+    k, v = (torch.randn(2, 2, 90, 16, generator=generator) for _ in range(2))
+    hidden = torch.zeros(2, 1, 1, 90).masked_fill(torch.arange(90) > 50, -1e4) if mask else None
+    assert rel(eager_attention(q, k, v, hidden), sdpa_attention(q, k, v, hidden)) <= 1e-6
+
+
+def test_half_precision_softmax_does_not_overflow() -> None:
+    # Scores beyond 65504 are infinite in float16; the float32 softmax of the eager kernel is not impressed.
+    q = torch.full((1, 1, 4, 16), 200.0, dtype=torch.float16)
+    k = torch.full((1, 1, 4, 16), 200.0, dtype=torch.float16)
+    v = torch.ones((1, 1, 4, 16), dtype=torch.float16)
+    assert torch.equal(eager_attention(q, k, v, None), v)
+
+
+def test_sliding_layers_never_hold_all_scores() -> None:
+    width, window = 7500, 128
+    layout = window_layout([width], width, window, CPU, torch.float32)
+    assert layout.mask is not None
+    assert layout.mask.numel() < width * 5 * window
+
+
+def test_an_unusable_backend_falls_back_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    attention = Attention("flash", CPU, torch.float32)
+    assert attention.backend == "sdpa"
+    assert "flash attention needs CUDA" in caplog.text
