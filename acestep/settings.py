@@ -10,10 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from acestep.activations import CONTEXT_BYTES
 from acestep.devices import Device, list_devices, pick, tier_row
+from acestep.errors import OutOfMemory
 from acestep.gpu_config import GPUConfig, Limits, Role, get_limits
 from acestep.options import Attention, Book, Value, read_overrides
-from acestep.settings_planner import PlannerSettings, choose_planner, planner_settings
+from acestep.settings_fit import fit_renderer
+from acestep.settings_planner import PlannerSettings, choose_planner, planner_settings, smaller_planner
 from acestep.settings_renderer import RendererSettings, renderer_settings
 
 DEFAULT_RENDERER = "tiny"
@@ -80,7 +83,7 @@ def resolve(
     Raises:
         InvalidRequest: an unknown setting, or a value that no machine could take.
         DeviceUnavailable: the named device is not here.
-        OutOfMemory: the planner that was asked for has no room for one song.
+        OutOfMemory: the model has no room for one song, or the planner that was asked for has none.
     """
     book = Book(read_overrides(overrides, env))
     present = list(devices) if devices is not None else [device] if device else list_devices(env=env)
@@ -98,15 +101,37 @@ def resolve(
 
     renderer_model = str(book.take("model", DEFAULT_RENDERER, "the tiny checkpoint runs anywhere"))
     lm_row = tier_row(lm_main, profile)
-    planner_model, lm_enabled, lm_reason = choose_planner(book, role, lm_main, lm_row, renderer_model)
-    planner = planner_settings(book, role, lm_main, lm_row, planner_model) if planner_model else None
-    renderer = None
-    if role != "plan":
-        taken = (planner.memory_bytes or 0) if planner and shares_card else 0
-        renderer = renderer_settings(book, main, row, renderer_model, taken)
-    limits = get_limits(row, role, planner_on_card=lm_enabled and shares_card)
+    planner_model, lm_reason = choose_planner(book, role, lm_main, lm_row, renderer_model)
+    while True:
+        planner = None
+        limits = get_limits(row, role, planner_on_card=planner_model is not None and shares_card)
+        renderer = None
+        try:
+            if planner_model is not None:
+                planner = planner_settings(book, role, lm_main, lm_row, planner_model, renderer_model)
+            if role != "plan":
+                taken = planner.memory_bytes + CONTEXT_BYTES if planner and planner.memory_bytes and shares_card else 0
+                renderer = renderer_settings(book, main, row, renderer_model, taken)
+                renderer, limits = fit_renderer(book, renderer, main, renderer_model, limits)
+            break
+        except OutOfMemory as error:
+            if planner_model is None or "lm_model" in book.overrides or (planner is not None and not shares_card):
+                raise
+            planner_model, lm_reason = _step_down(book, planner_model, lm_reason, error)
     return Resolved(
-        role, main, lm_main, row, limits, planner, renderer, planner_model,
-        None if role == "plan" else renderer_model, lm_enabled, lm_reason,
-        tuple(book.values.values()), tuple(book.warnings),
+        role, main, lm_main, row, limits, planner, renderer, planner_model, None if role == "plan" else renderer_model,
+        planner is not None, lm_reason, tuple(book.values.values()), tuple(dict.fromkeys(book.warnings)),
     )  # fmt: skip
+
+
+def _step_down(book: Book, model: str, reason: str, error: OutOfMemory) -> tuple[str | None, str]:
+    """The planner one size below one that leaves no room, or none, where nobody insists on one."""
+    smaller = smaller_planner(model)
+    if smaller is not None:
+        book.note("lm_model", smaller, f"{model} leaves too little room: {error.message}")
+        return smaller, reason
+    if "init_llm" in book.overrides:
+        raise error
+    reason = f"off, since even {model} leaves too little room: {error.message}"
+    book.note("init_llm", False, reason)
+    return None, reason

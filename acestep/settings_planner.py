@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from acestep import weights
+from acestep.activations import CONTEXT_BYTES
 from acestep.devices import Device, cpu_threads
 from acestep.errors import OutOfMemory
 from acestep.gpu_config import GIB, PLANNER_SIZES, GPUConfig, Role, get_limits, get_lm_model_size, is_tiny
@@ -17,9 +18,9 @@ MAX_SLOTS = 64
 CPU_SLOTS = 16
 CPU_MAX_LEN = 8_192
 WORK_BYTES = 256 << 20  # logits, sampling and the activations of a prefill
-# What the renderer on the same card keeps where the table sets no bound on the planner: 5.9 GiB of 2B weights, 3.2 of activations of
-# a full batch, 0.5 of context, and slack.
-RENDERER_RESERVE_GIB = 10.5
+# What the renderer on the same card keeps where the table sets no bound on the planner: its weights, ten minutes of activations, its
+# context, and slack (acestep.memory says 8.1 and 13.7).
+RENDERER_RESERVE_GIB = {"2B": 9.0, "XL": 15.0}
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,10 @@ class PlannerSettings:
 
 def choose_planner(
     book: Book, role: Role, device: Device, row: GPUConfig, renderer_model: str
-) -> tuple[str | None, bool, str]:
-    """Checkpoint (None where the planner is off), whether it is on, and why."""
+) -> tuple[str | None, str]:
+    """Checkpoint (None where the planner is off), and why it is on or off."""
     if role == "render":
-        return None, False, "this replica only renders"
+        return None, "this replica only renders"
     offered = row.available_lm_models
     where = _where(device, row)
     if is_tiny(renderer_model):
@@ -62,8 +63,8 @@ def choose_planner(
     elif not enabled:
         reason += "; ACESTEP_INIT_LLM=true switches it on"
     if not enabled:
-        return None, False, reason
-    return (model if is_tiny(model) else _allowed(book, model, device, row)), True, reason
+        return None, reason
+    return (model if is_tiny(model) else _allowed(book, model, device, row)), reason
 
 
 def _where(device: Device, row: GPUConfig) -> str:
@@ -87,8 +88,17 @@ def _allowed(book: Book, model: str, device: Device, row: GPUConfig) -> str:
     return str(book.correct("lm_model", best, f"{where} holds planners of {', '.join(offered)}"))
 
 
-def planner_settings(book: Book, role: Role, device: Device, row: GPUConfig, model: str) -> PlannerSettings:
-    """Settings of the planner `model` on `device`.
+def smaller_planner(model: str) -> str | None:
+    """The published planner one size below, or None."""
+    size = get_lm_model_size(model)
+    at = PLANNER_SIZES.index(size) if size in PLANNER_SIZES else 0
+    return f"acestep-5Hz-lm-{PLANNER_SIZES[at - 1]}" if at else None
+
+
+def planner_settings(
+    book: Book, role: Role, device: Device, row: GPUConfig, model: str, renderer_model: str
+) -> PlannerSettings:
+    """Settings of the planner `model` on `device`, beside the renderer `renderer_model` where the role is both.
 
     Raises:
         OutOfMemory: not even one song fits.
@@ -97,13 +107,14 @@ def planner_settings(book: Book, role: Role, device: Device, row: GPUConfig, mod
     config = weights.PLANNERS[size]
     _engine(book)
     dtype = _dtype(book, device)
-    share = _share(book, role, device, row, size)
+    share = _share(book, role, device, row, size, renderer_model)
     longest = get_limits(row, "plan" if role == "plan" else "both").max_duration
     wanted = CPU_MAX_LEN if on_cpu else -(-(int(longest * 5) + PROMPT_ALLOWANCE) // 1024) * 1024
     max_len = int(book.take("lm_max_len", wanted, "prompt, lyrics, metadata and the codes of the longest song"))
 
     budget = share if share is not None else int(0.5 * device.free_bytes if on_cpu else 0.9 * device.memory_bytes)
-    fixed = weights.planner_bytes(config, dtype) + WORK_BYTES
+    context = 0 if on_cpu else CONTEXT_BYTES
+    fixed = weights.planner_bytes(config, dtype) + WORK_BYTES + context
     per_row = weights.kv_bytes_per_token(config, dtype) * max_len
     most = CPU_SLOTS if on_cpu else MAX_SLOTS
     rows = max(0, min(most, (budget - fixed) // per_row))
@@ -132,7 +143,7 @@ def planner_settings(book: Book, role: Role, device: Device, row: GPUConfig, mod
         threads=take_threads(book),
         slots=slots,
         max_len=max_len,
-        memory_bytes=share,
+        memory_bytes=None if share is None else share - context,
         compile=compiled,
     )
 
@@ -166,7 +177,9 @@ def _dtype(book: Book, device: Device) -> str:
     return str(dtype)
 
 
-def _share(book: Book, role: Role, device: Device, row: GPUConfig, size: str) -> int | None:
+def _share(
+    book: Book, role: Role, device: Device, row: GPUConfig, size: str, renderer_model: str
+) -> int | None:
     """Bytes set aside for the planner, or None for all that is free."""
     table = row.planner_memory_gib(size)
     if not device.is_card:
@@ -176,8 +189,9 @@ def _share(book: Book, role: Role, device: Device, row: GPUConfig, size: str) ->
     elif size == "tiny":
         gib = book.take("lm_memory_gb", 0.5, "the tiny planner takes next to nothing")
     elif size in row.available_lm_models and table is None:
-        rest = round(device.gib - RENDERER_RESERVE_GIB, 1)
-        gib = book.take("lm_memory_gb", rest, f"unrestricted by the tier table; the renderer keeps {RENDERER_RESERVE_GIB:g} GiB")
+        reserve = RENDERER_RESERVE_GIB[weights.renderer_size(renderer_model)]
+        rest = round(device.memory_bytes / GIB - reserve, 1)
+        gib = book.take("lm_memory_gb", rest, f"unrestricted by the tier table; the renderer keeps {reserve:g} GiB")
     else:
         gib = book.take("lm_memory_gb", table or 3, f"what the tier table sets aside for {size}")
     if gib is None:

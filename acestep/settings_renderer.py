@@ -7,15 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from acestep import weights
+from acestep.activations import CONTEXT_BYTES, TILES, decode_bytes
 from acestep.devices import Device
 from acestep.gpu_config import DETECTED_GRACE_GIB, GIB, GPUConfig, is_tiny
-from acestep.memory import CONTEXT_BYTES, TILES, decode_bytes
 from acestep.options import Attention, Book, Override
 from acestep.settings_planner import is_old, take_threads
 
 OFFLOAD_BELOW_GIB = 20
 SMALL_BELOW_GIB = 12  # DiT offload and int8
-INT8_BELOW_SHARE_GIB = 6  # of a card that is shared with a planner: less does not hold the 2B DiT with room to work
 GPU_EXTRA = "pip install 'acestep-serve[gpu]'"
 
 
@@ -50,11 +49,16 @@ def renderer_settings(book: Book, device: Device, row: GPUConfig, model: str, pl
         threads=take_threads(book),
         offload=offload,
         offload_dit=offload_dit,
-        int8=_int8(book, device, row, model, memory),
+        int8=_int8(book, device, row, model),
         compile=_compile(book, device, model),
         vae_overlap_frames=int(book.take("vae_overlap_frames", 9, "the decoder sees 8.3 frames to each side: 9 is exact")),
         memory_bytes=memory,
     )
+    return with_tile(book, settings, device, model)
+
+
+def with_tile(book: Book, settings: RendererSettings, device: Device, model: str) -> RendererSettings:
+    """`settings` with the VAE tile for the memory that they leave free."""
     tile, reason = _tile(settings, device, model)
     return replace(settings, vae_tile_frames=int(book.take("vae_tile_frames", tile, reason)))
 
@@ -133,16 +137,18 @@ def _offload(book: Book, device: Device, row: GPUConfig, model: str) -> tuple[Li
     return "stage" if stage or dit else "none", dit
 
 
-def _int8(book: Book, device: Device, row: GPUConfig, model: str, memory: int | None) -> bool:
-    left = (memory or device.memory_bytes) / GIB
-    small_card = row.opens_gib < SMALL_BELOW_GIB
-    small = (small_card or left < INT8_BELOW_SHARE_GIB) and device.kind in ("cuda", "rocm", "xpu") and not is_tiny(model)
-    missing = None if _installed("torchao") else f"torchao is not installed ({GPU_EXTRA})"
+def int8_missing(device: Device) -> str | None:
+    """Why int8 weights cannot be had on this device, or None where they can."""
     if device.kind == "mps":
-        missing = "torchao has no int8 kernels for mps"
+        return "torchao has no int8 kernels for mps"
+    return None if _installed("torchao") else f"torchao is not installed ({GPU_EXTRA})"
+
+
+def _int8(book: Book, device: Device, row: GPUConfig, model: str) -> bool:
+    small = row.opens_gib < SMALL_BELOW_GIB and device.kind in ("cuda", "rocm", "xpu") and not is_tiny(model)
+    missing = int8_missing(device)
     if small:
-        size = f"{device.gib:.4g} GiB is below {SMALL_BELOW_GIB}" if small_card else f"the planner leaves {left:.3g} GiB"
-        int8 = book.take("int8", missing is None, missing or f"{size}: halves the DiT")
+        int8 = book.take("int8", missing is None, missing or f"{device.gib:.4g} GiB is below {SMALL_BELOW_GIB}: halves the DiT")
     else:
         int8 = book.take("int8", False, "saves memory and no time, and there is enough")
     if int8 and missing:

@@ -35,7 +35,7 @@ _VAE = {
     "decoder_channels": 128, "decoder_input_channels": 64, "audio_channels": 2,
 }  # fmt: skip
 _SHARED: dict[str, Config] = {
-    "text_encoder": {**PLANNERS["0.6B"], "vocab_size": 151_669, "headless": True},
+    "text_encoder": {**PLANNERS["0.6B"], "vocab_size": 151_669},
     "condition_encoder": _ENCODER,
     "audio_tokenizer": _ENCODER,
     "audio_token_detokenizer": _ENCODER,
@@ -75,8 +75,13 @@ def _encoder_layers(c: Config, layers: int) -> int:
 def language_model(c: Config) -> int:
     """Qwen3, with its head where the embeddings are not tied."""
     embedding = c["vocab_size"] * c["hidden_size"]
-    head = 0 if c.get("tie_word_embeddings", True) or c.get("headless") else embedding
+    head = 0 if c.get("tie_word_embeddings", True) else embedding
     return embedding + head + _encoder_layers(c, c["num_hidden_layers"]) + int(c["hidden_size"])
+
+
+def text_encoder(c: Config) -> int:
+    """Qwen3 without a head."""
+    return language_model({**c, "tie_word_embeddings": True})
 
 
 def transformer(c: Config) -> int:
@@ -138,7 +143,7 @@ def vae(c: Config) -> int:
 
 
 _COUNT = {
-    "text_encoder": language_model,
+    "text_encoder": text_encoder,
     "condition_encoder": condition_encoder,
     "transformer": transformer,
     "audio_tokenizer": audio_tokenizer,
