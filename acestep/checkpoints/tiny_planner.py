@@ -13,20 +13,22 @@ import numpy as np
 
 # Qwen3's special tokens, in the order of their ids.
 SPECIAL_TOKENS = tuple(
-    "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> <|quad_start|> "
-    "<|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|> <tool_call> </tool_call> "
-    "<|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|> <tool_response> </tool_response> "
-    "<think> </think>".split()
+    """
+<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> <|quad_start|>
+<|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|> <tool_call> </tool_call>
+<|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|> <tool_response> </tool_response>
+<think> </think>
+""".split()
 )
 TINY_CODES = 2_000
 TINY_PADDING_CODES = range(64_000, 64_032)  # audio tokens that exist in the vocabulary and are never valid output
 
 # Byte-level spelling: "Ġ" is a space, "Ċ" a newline. Each word becomes a token, and so do its prefixes.
-_MERGED_WORDS = (
-    "bpm caption duration keyscale language timesignature genres minor major Ġminor Ġmajor Caption Lyric Instruction Generate "
-    "audio Ġaudio semantic tokens based given conditions system user assistant instrumental Ġthe Ġand Ġof Ġa Ġwith Ġpiano "
-    "Ġdrums Ġvoice Verse Chorus false true .Ċ ,Ċ ĊĊ ]Ċ ĠĠ ``"
-).split()
+_MERGED_WORDS = """
+bpm caption duration keyscale language timesignature genres minor major Ġminor Ġmajor Caption Lyric Instruction Generate
+audio Ġaudio semantic tokens based given conditions system user assistant instrumental Ġthe Ġand Ġof Ġa Ġwith Ġpiano
+Ġdrums Ġvoice Verse Chorus false true .Ċ ,Ċ ĊĊ ]Ċ ĠĠ ``
+""".split()
 
 _HIDDEN, _LAYERS, _HEADS, _KV_HEADS, _HEAD_DIM, _MLP = 64, 2, 4, 2, 16, 128
 _STD = 0.08  # of every matrix; gives logits with a spread of about 0.6

@@ -178,9 +178,9 @@ class Decoder:
         for job in self.jobs:
             if not job.prompt_read and job.outputs[0] in due:
                 due += self._share_prompt(job)
+        self.arena.used_tokens = sum(row.span.used for job in self.jobs for o in job.outputs for row in o.rows)
         if due:
             self._draw(due, hidden)
-        self.arena.used_tokens = sum(row.span.used for job in self.jobs for o in job.outputs for row in o.rows)
         finished = [job for job in self.jobs if job.done]
         for job in finished:
             self.remove(job)
@@ -268,11 +268,11 @@ class Decoder:
         output.drawn += 1
         move = output.program.advance(token)
         output.choice = move.choice
+        run = [token, *move.forced]
+        output.written += run
         if move.choice is None:
             self._release(output)
             return
-        run = [token, *move.forced]
-        output.written += run
         for row in output.rows:
             row.pending = list(run)
 
