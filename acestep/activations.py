@@ -31,7 +31,9 @@ def decode_bytes(vae: Config, frames: int, dtype: str) -> int:
 
 def encode_bytes(vae: Config, frames: int, dtype: str) -> int:
     """Encoding one tile of audio that is `frames` latent frames long."""
-    return int(_ENCODE_WIDTHS * _hop(vae) * max(vae["encoder_hidden_size"], _LEAST_CHANNELS) * DTYPE_BYTES[dtype] * frames)
+    return int(
+        _ENCODE_WIDTHS * _hop(vae) * max(vae["encoder_hidden_size"], _LEAST_CHANNELS) * DTYPE_BYTES[dtype] * frames
+    )
 
 
 def item_bytes(dit: Config, frames: int, dtype: str) -> int:

@@ -177,10 +177,10 @@ def simulated_gib(env: Mapping[str, str] | None = None) -> float | None:
 
 def get_gpu_memory_gb(index: int = 0) -> float:
     """GiB of accelerator `index` (or of the simulated card), 0.0 where there is none. Does not touch CUDA."""
-    from acestep.devices import list_devices
+    from acestep.cards import list_cards
 
-    cards = [d for d in list_devices(probe_torch=False) if d.simulated or d.kind != "cpu"]
-    return cards[index].total_bytes / GIB if index < len(cards) else 0.0
+    cards = [device for device in list_cards() if device.is_card]
+    return cards[index].gib if index < len(cards) else 0.0
 
 
 def _row(gib: float, detected: bool, profile: Profile) -> GPUConfig:
@@ -327,7 +327,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m acestep.gpu_config", description="The tier tables, from the data.")
     parser.add_argument("--markdown", action="store_true", help="print them as Markdown (what happens anyway)")
     parser.add_argument("--profile", choices=sorted(PROFILES), help="one table only")
-    parser.add_argument("--write", metavar="FILE", help="renew the tables between the markers of a Markdown file instead")
+    parser.add_argument(
+        "--write", metavar="FILE", help="renew the tables between the markers of a Markdown file instead"
+    )
     options = parser.parse_args(arguments)
     if options.write:
         refresh_file(options.write)

@@ -98,6 +98,11 @@ def read_configs(folder: Path) -> dict[str, Config]:
     return {name: json.loads((folder / name / "config.json").read_text(encoding="utf-8")) for name in names}
 
 
+def is_guided(model: str) -> bool:
+    """Whether a published renderer is evaluated twice per step by default; guidance is distilled into the turbo ones."""
+    return any(variant in model.lower() for variant in ("base", "sft"))
+
+
 def known_configs(model: str) -> dict[str, Config]:
     """Configurations of a published renderer by its name, for before it is downloaded."""
     return RENDERERS[renderer_size(model)]

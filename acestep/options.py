@@ -78,11 +78,17 @@ _OPTIONS = (
     Option("compile", "ACESTEP_COMPILE_MODEL", _flag, "torch.compile for the renderer"),
     Option("lm_compile", "ACESTEP_LM_COMPILE", _flag, "CUDA graphs for the planner"),
     Option("vae_tile_frames", "ACESTEP_VAE_TILE_FRAMES", _number(32, 15_000, True), "latent frames decoded at once"),
-    Option("vae_overlap_frames", "ACESTEP_VAE_OVERLAP_FRAMES", _number(0, 64, True), "frames around a tile; 9 is exact"),
+    Option(
+        "vae_overlap_frames", "ACESTEP_VAE_OVERLAP_FRAMES", _number(0, 64, True), "frames around a tile; 9 is exact"
+    ),
     Option("threads", "ACESTEP_THREADS", _number(1, 256, True), "CPU threads of a stage"),
     Option("memory_gb", "ACESTEP_MEMORY_GB", _number(0.1, 4096, False), "most that the renderer may take of its card"),
-    Option("lm_memory_gb", "ACESTEP_LM_MEMORY_GB", _number(0.1, 4096, False), "most that the planner may take of its card"),
-    Option("lm_slots", "ACESTEP_LM_SLOTS", _number(2, 1024, True), "rows in the planner's batch; a guided song takes two"),
+    Option(
+        "lm_memory_gb", "ACESTEP_LM_MEMORY_GB", _number(0.1, 4096, False), "most that the planner may take of its card"
+    ),
+    Option(
+        "lm_slots", "ACESTEP_LM_SLOTS", _number(2, 1024, True), "rows in the planner's batch; a guided song takes two"
+    ),
     Option("lm_max_len", "ACESTEP_LM_MAX_LEN", _number(256, 40_960, True), "tokens of one row"),
     Option("lm_backend", "ACESTEP_LM_BACKEND", _one_of("torch", "pt", "vllm", "mlx"), "upstream's engine choice"),
     Option("lm_offload_to_cpu", "ACESTEP_LM_OFFLOAD_TO_CPU", _flag, "the planner waits in host memory between songs"),
@@ -134,7 +140,11 @@ class Book:
         """Replace an override that cannot hold, with a warning."""
         asked = self.values[name]
         self.values[name] = Value(name, value, asked.source, why)
-        who = f"{name}={asked.value}" if asked.source in ("argument", "default") else f"{name}={asked.value} ({asked.source})"
+        who = (
+            f"{name}={asked.value}"
+            if asked.source in ("argument", "default")
+            else f"{name}={asked.value} ({asked.source})"
+        )
         self.warnings.append(f"{who} cannot hold, {value} is used: {why}")
         return value
 

@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from acestep.activations import CONTEXT_BYTES
-from acestep.devices import Device, list_devices, pick, tier_row
+from acestep.cards import Device, pick, tier_row
+from acestep.devices import list_devices
 from acestep.errors import OutOfMemory
 from acestep.gpu_config import GPUConfig, Limits, Role, get_limits
 from acestep.options import Attention, Book, Value, read_overrides

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from acestep.devices import Device
+from acestep.cards import Device
 from acestep.errors import OutOfMemory
 from acestep.gpu_config import GIB, Limits, is_tiny
-from acestep.memory import Admission, RenderTask, admit_render, known_configs, longest_song
+from acestep.memory import Admission, RenderTask, admit_render, is_guided, known_configs, longest_song
 from acestep.options import Book
 from acestep.request import MIN_DURATION_S
 from acestep.settings_renderer import RendererSettings, int8_missing, with_tile
@@ -28,7 +28,7 @@ def fit_renderer(
     """
     if is_tiny(model) or device.kind == "cpu":
         return settings, limits
-    task = RenderTask(limits.max_duration, limits.max_batch, guided=not _is_turbo(model))
+    task = RenderTask(limits.max_duration, limits.max_batch, guided=is_guided(model))
     configs, room = known_configs(model), device.memory_bytes
 
     def admission(candidate: RendererSettings) -> Admission | None:
@@ -41,7 +41,7 @@ def fit_renderer(
         found = admission(settings)
         if found is not None:
             return _admitted(book, settings, found), limits
-        if name not in book.overrides and _can(name, device):
+        if name not in book.overrides and not _is_on(settings, name) and _can(name, device):
             reason = f"songs of {task.seconds:g} s do not fit into {_room(settings, room) / GIB:.2f} GiB otherwise"
             book.note(name, True, reason)
             settings = with_tile(book, _switched(settings, name), device, model)
@@ -57,10 +57,6 @@ def fit_renderer(
     return settings, replace(limits, max_duration=seconds, reason=reason)
 
 
-def _is_turbo(model: str) -> bool:
-    return "turbo" in model.lower()
-
-
 def _room(settings: RendererSettings, room: int) -> int:
     return min(room, settings.memory_bytes or room)
 
@@ -69,6 +65,14 @@ def _can(name: str, device: Device) -> bool:
     if device.kind not in ("cuda", "rocm", "xpu"):
         return False
     return name != "int8" or int8_missing(device) is None
+
+
+def _is_on(settings: RendererSettings, name: str) -> bool:
+    return {
+        "offload_to_cpu": settings.offload != "none",
+        "offload_dit_to_cpu": settings.offload_dit,
+        "int8": settings.int8,
+    }[name]
 
 
 def _switched(settings: RendererSettings, name: str) -> RendererSettings:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from acestep import weights
+from acestep import host, weights
 from acestep.activations import CONTEXT_BYTES
-from acestep.devices import Device, cpu_threads
+from acestep.cards import Device
 from acestep.errors import OutOfMemory
 from acestep.gpu_config import GIB, PLANNER_SIZES, GPUConfig, Role, get_limits, get_lm_model_size, is_tiny
 from acestep.options import Attention, Book
@@ -79,7 +79,9 @@ def _allowed(book: Book, model: str, device: Device, row: GPUConfig) -> str:
     where, offered = _where(device, row), row.available_lm_models
     if not offered:
         offered = PLANNER_SIZES[:1]
-        book.warnings.append(f"the planner is on, although {where} is meant for the renderer alone: little memory is left for it")
+        book.warnings.append(
+            f"the planner is on, although {where} is meant for the renderer alone: little memory is left for it"
+        )
     size = get_lm_model_size(model)
     if size in offered:
         return model
@@ -150,7 +152,7 @@ def planner_settings(
 
 def take_threads(book: Book) -> int:
     """CPU threads of a stage: stated, never left to the library, so that a replica and a plain process compute alike."""
-    return int(book.take("threads", cpu_threads(), "physical cores that this process may use, at most 8"))
+    return int(book.take("threads", host.cpu_threads(), "physical cores that this process may use, at most 8"))
 
 
 def is_old(device: Device) -> bool:
@@ -169,7 +171,9 @@ def _engine(book: Book) -> None:
 def _dtype(book: Book, device: Device) -> str:
     old = is_old(device)
     if device.kind in ("cpu", "mps") or old:
-        dtype = book.take("lm_dtype", "float32", f"bfloat16 is slow or missing on {'this card' if old else device.kind}")
+        dtype = book.take(
+            "lm_dtype", "float32", f"bfloat16 is slow or missing on {'this card' if old else device.kind}"
+        )
     else:
         dtype = book.take("lm_dtype", "bfloat16", "the weights are trained in it; float16 overflows")
     if dtype == "bfloat16" and old:
@@ -177,9 +181,7 @@ def _dtype(book: Book, device: Device) -> str:
     return str(dtype)
 
 
-def _share(
-    book: Book, role: Role, device: Device, row: GPUConfig, size: str, renderer_model: str
-) -> int | None:
+def _share(book: Book, role: Role, device: Device, row: GPUConfig, size: str, renderer_model: str) -> int | None:
     """Bytes set aside for the planner, or None for all that is free."""
     table = row.planner_memory_gib(size)
     if not device.is_card:

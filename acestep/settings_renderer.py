@@ -8,7 +8,7 @@ from typing import Literal
 
 from acestep import weights
 from acestep.activations import CONTEXT_BYTES, TILES, decode_bytes
-from acestep.devices import Device
+from acestep.cards import Device
 from acestep.gpu_config import DETECTED_GRACE_GIB, GIB, GPUConfig, is_tiny
 from acestep.options import Attention, Book, Override
 from acestep.settings_planner import is_old, take_threads
@@ -51,7 +51,9 @@ def renderer_settings(book: Book, device: Device, row: GPUConfig, model: str, pl
         offload_dit=offload_dit,
         int8=_int8(book, device, row, model),
         compile=_compile(book, device, model),
-        vae_overlap_frames=int(book.take("vae_overlap_frames", 9, "the decoder sees 8.3 frames to each side: 9 is exact")),
+        vae_overlap_frames=int(
+            book.take("vae_overlap_frames", 9, "the decoder sees 8.3 frames to each side: 9 is exact")
+        ),
         memory_bytes=memory,
     )
     return with_tile(book, settings, device, model)
@@ -148,7 +150,9 @@ def _int8(book: Book, device: Device, row: GPUConfig, model: str) -> bool:
     small = row.opens_gib < SMALL_BELOW_GIB and device.kind in ("cuda", "rocm", "xpu") and not is_tiny(model)
     missing = int8_missing(device)
     if small:
-        int8 = book.take("int8", missing is None, missing or f"{device.gib:.4g} GiB is below {SMALL_BELOW_GIB}: halves the DiT")
+        int8 = book.take(
+            "int8", missing is None, missing or f"{device.gib:.4g} GiB is below {SMALL_BELOW_GIB}: halves the DiT"
+        )
     else:
         int8 = book.take("int8", False, "saves memory and no time, and there is enough")
     if int8 and missing:

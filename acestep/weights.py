@@ -168,7 +168,9 @@ def renderer_bytes(configs: Mapping[str, Config], dtype: str, *, int8: bool = Fa
 
 def kv_bytes_per_token(config: Config, dtype: str) -> int:
     """Keys and values of one token in all layers of a planner."""
-    return int(2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"] * DTYPE_BYTES[dtype])
+    return int(
+        2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"] * DTYPE_BYTES[dtype]
+    )
 
 
 def planner_bytes(config: Config, dtype: str, *, head_rows: int = 64_001) -> int:
