@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -111,8 +110,3 @@ def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
 @pytest.fixture
 def rel() -> Callable[[torch.Tensor, torch.Tensor], float]:
     return relative_error
-
-
-@pytest.fixture
-def clone() -> Callable[[Any], Any]:
-    return copy.deepcopy

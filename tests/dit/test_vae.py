@@ -1,0 +1,139 @@
+"""Tiles equal the whole, and folding changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from acestep.checkpoints.load import RendererComponents
+from acestep.checkpoints.modules import AutoencoderOobleck
+from acestep.checkpoints.tiny import CHANNELS
+from acestep.dit.vae import FoldedSnake, Vae, fold
+from acestep.errors import OutOfMemory
+
+CPU = torch.device("cpu")
+Fresh = Callable[[], AutoencoderOobleck]
+
+
+@pytest.fixture
+def fresh(load_parts: Callable[[str], RendererComponents]) -> Fresh:
+    """A tiny VAE as it is loaded; `Vae` changes what it is given."""
+    return lambda: load_parts("tiny").vae
+
+
+def drained(encoding: Any) -> torch.Tensor:
+    while True:
+        try:
+            next(encoding)
+        except StopIteration as done:
+            return done.value
+
+
+def latents_of(frames: int) -> torch.Tensor:
+    return torch.randn(frames, CHANNELS, generator=torch.Generator().manual_seed(frames), dtype=torch.float64)
+
+
+def test_folding_changes_nothing(fresh: Fresh, rel: Any) -> None:
+    vae = fresh()
+    latents = latents_of(40).float().T[None]
+    with torch.no_grad():
+        before = vae.decode(latents).sample
+        fold(vae)
+        fold(vae)
+        assert rel(vae.decode(latents).sample, before) <= 1e-6
+    assert not any(hasattr(module, "weight_g") for module in vae.modules())
+    assert any(isinstance(module, FoldedSnake) for module in vae.modules())
+
+
+@pytest.mark.parametrize("tile", [60, 256])
+def test_decoded_tiles_equal_the_whole(fresh: Fresh, tile: int, rel: Any) -> None:
+    vae = Vae(fresh().double(), CPU, tile=tile, overlap=9)
+    latents = latents_of(301)
+    with torch.no_grad():
+        whole = vae.vae.decode(latents.T[None]).sample[0].float()
+    pieces = list(vae.decode(latents))
+    assert [begin * vae.hop for begin, _ in pieces] == [
+        sum(piece.shape[1] for _, piece in pieces[:n]) for n in range(len(pieces))
+    ]
+    assert all(piece.shape[1] <= tile * vae.hop for _, piece in pieces)
+    assert rel(torch.cat([piece for _, piece in pieces], dim=1), whole) <= 1e-7
+    # 9 frames are needed: with 6 the tiles differ from the whole, so this test would notice.
+    short = Vae(vae.vae, CPU, tile=tile, overlap=6)
+    assert rel(torch.cat([piece for _, piece in short.decode(latents)], dim=1), whole) > 1e-7
+
+
+def test_the_first_piece_is_short(fresh: Fresh) -> None:
+    vae = Vae(fresh(), CPU)
+    _, piece = next(iter(vae.decode(latents_of(500).float())))
+    assert piece.shape == (2, 64 * 1920)
+    assert vae.tiles == 1
+
+
+def test_encoded_tiles_equal_the_whole(fresh: Fresh, rel: Any) -> None:
+    vae = Vae(fresh().double(), CPU, tile=60)
+    audio = torch.randn(2, 130 * 1920, generator=torch.Generator().manual_seed(0)) * 0.2
+    with torch.no_grad():
+        whole = vae.vae.encode(audio[None].double()).latent_dist.mode()[0].T.float()
+    assert rel(drained(vae.encode(audio)), whole) <= 1e-6
+    assert vae.tiles == 4
+
+
+def test_encoding_draws_nothing(fresh: Fresh) -> None:
+    vae = Vae(fresh(), CPU)
+    audio = torch.randn(2, 20 * 1920, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(1)
+    first = drained(vae.encode(audio))
+    torch.manual_seed(2)
+    assert torch.equal(drained(vae.encode(audio)), first)
+
+
+def test_audio_that_ends_within_a_frame(fresh: Fresh) -> None:
+    vae = Vae(fresh(), CPU)
+    assert len(drained(vae.encode(torch.zeros(2, 5 * 1920 + 1)))) == 6
+
+
+def test_full_tiles_for_a_compiled_decoder(fresh: Fresh, rel: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(torch, "compile", lambda module, **options: module)
+    latents = latents_of(301)
+    plain = Vae(fresh().double(), CPU, tile=100)
+    compiled = Vae(fresh().double(), CPU, tile=100, compile=True)
+    widths: list[int] = []
+    compiled.vae.decoder.register_forward_pre_hook(lambda module, args: widths.append(args[0].shape[-1]))
+    got = torch.cat([piece for _, piece in compiled.decode(latents)], dim=1)
+    assert rel(got, torch.cat([piece for _, piece in plain.decode(latents)], dim=1)) <= 1e-7
+    assert set(widths) == {100}
+
+
+def test_a_vae_in_its_own_precision(fresh: Fresh) -> None:
+    # diffusers hands latents over as they are and fails where VAE and DiT differ.
+    vae = Vae(fresh(), CPU)
+    _, piece = next(iter(vae.decode(latents_of(10).bfloat16())))
+    assert piece.dtype == torch.float32
+
+
+class _SmallCard(torch.nn.Module):
+    """A decoder that has no room for more than `room` frames."""
+
+    def __init__(self, decoder: torch.nn.Module, room: int) -> None:
+        super().__init__()
+        self.decoder, self.room = decoder, room
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        if latents.shape[-1] > self.room:
+            raise torch.OutOfMemoryError("no room")
+        return self.decoder(latents)
+
+
+def test_tiles_shrink_until_they_fit(fresh: Fresh, rel: Any) -> None:
+    latents = latents_of(200).float()
+    plain = Vae(fresh(), CPU)
+    whole = torch.cat([piece for _, piece in plain.decode(latents)], dim=1)
+    plain.vae.decoder = _SmallCard(plain.vae.decoder, room=60)
+    tight = Vae(plain.vae, CPU)
+    assert rel(torch.cat([piece for _, piece in tight.decode(latents)], dim=1), whole) <= 1e-6
+    plain.vae.decoder.room = 10
+    with pytest.raises(OutOfMemory, match="MiB needed"):
+        list(tight.decode(latents))
