@@ -1,0 +1,359 @@
+"""Every task on every variant, what it keeps of its source, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import soundfile
+import torch
+from torch import Tensor
+
+from acestep.dit.renderer import Renderer
+from acestep.dit.tasks import RULES, instruction
+from acestep.dit.window import Splice, window_of
+from acestep.dit.work import Rendered, RenderWork
+from acestep.errors import AceStepError, InvalidRequest, LimitExceeded
+from acestep.request import SongRequest
+
+SECONDS = 4.0
+SongFile = Callable[..., Path]
+
+
+def render(
+    renderer: Renderer, source: Path | None = None, references: tuple[Path, ...] = (), **fields: Any
+) -> Rendered:
+    fields = {"prompt": "p", "seed": 1, "steps": 2, **fields}
+    request = SongRequest(
+        src_audio=str(source) if source else None, reference_audio=tuple(str(r) for r in references), **fields
+    )
+    return renderer.submit(RenderWork(request, src_audio=source, reference_audio=references)).result(60)
+
+
+def audio_of(
+    renderer: Renderer, source: Path | None = None, references: tuple[Path, ...] = (), **fields: Any
+) -> Tensor:
+    return render(renderer, source, references, **fields).items[0].audio
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-base", "tiny-xl"])
+@pytest.mark.parametrize("task", [task for task, rule in RULES.items() if rule.source != "no"])
+def test_every_task_on_every_variant(renderers: dict[str, Renderer], song_file: SongFile, name: str, task: Any) -> None:
+    source = song_file(SECONDS)
+    fields: dict[str, Any] = {"task": task}
+    if RULES[task].window:
+        fields |= {"repainting_start": 1.0, "repainting_end": 2.0}
+    if task not in renderers[name].info.tasks:
+        with pytest.raises(InvalidRequest, match=f"^task: {name} cannot do {task}") as refused:
+            render(renderers[name], source, **fields)
+        assert refused.value.details["field"] == "task"
+        return
+    audio = audio_of(renderers[name], source, **fields)
+    assert audio.shape == (2, round(SECONDS * 48_000))
+    assert audio.isfinite().all()
+    assert not torch.equal(audio, audio_of(renderers[name], source, **fields | {"seed": 2}))
+
+
+@pytest.mark.parametrize(
+    ("rate", "channels", "seconds"), [(44_100, 1, 3.0), (16_000, 2, 3.3), (96_000, 2, 3.01), (48_000, 6, 3.0)]
+)
+def test_sources_of_any_shape(
+    renderers: dict[str, Renderer], song_file: SongFile, rate: int, channels: int, seconds: float
+) -> None:
+    audio = audio_of(renderers["tiny"], song_file(seconds, rate, channels), task="cover")
+    assert audio.shape == (2, round(seconds * 48_000))
+
+
+def test_source_and_reference_do_not_depend_on_global_randomness(
+    renderers: dict[str, Renderer], song_file: SongFile
+) -> None:
+    # diffusers draws from the VAE's posterior with the global generator, so a seed does not give the same song again.
+    results = []
+    for state in (1, 2):
+        torch.manual_seed(state)
+        results.append(audio_of(renderers["tiny"], song_file(SECONDS), (song_file(2.0, seed=5),), task="cover"))
+    assert torch.equal(*results)
+
+
+class TestCover:
+    def test_lets_go_of_its_source_after_a_share_of_the_steps(
+        self, renderers: dict[str, Renderer], song_file: SongFile
+    ) -> None:
+        source, other = song_file(SECONDS), song_file(SECONDS, seed=9)
+        cover = {"task": "cover", "steps": 4}
+        follows = audio_of(renderers["tiny"], source, **cover)
+        # int(4 * 0.2) = 0 steps with the source: which source it was cannot be heard.
+        loose = audio_of(renderers["tiny"], source, **cover, audio_cover_strength=0.2)
+        assert torch.equal(loose, audio_of(renderers["tiny"], other, **cover, audio_cover_strength=0.2))
+        assert not torch.equal(follows, audio_of(renderers["tiny"], other, **cover))
+        half = audio_of(renderers["tiny"], source, **cover, audio_cover_strength=0.5)
+        assert torch.equal(half, audio_of(renderers["tiny"], source, **cover, audio_cover_strength=0.74))
+        assert not torch.equal(half, audio_of(renderers["tiny"], source, **cover, audio_cover_strength=0.75))
+
+    def test_without_any_source_steps_it_is_text2music(
+        self, renderers: dict[str, Renderer], song_file: SongFile, rel: Any
+    ) -> None:
+        source = song_file(10.0)
+        loose = audio_of(renderers["tiny"], source, task="cover", audio_cover_strength=0.0)
+        assert torch.equal(loose, audio_of(renderers["tiny"], duration=10))
+
+    def test_nofsq_follows_the_latents_themselves(self, renderers: dict[str, Renderer], song_file: SongFile) -> None:
+        source = song_file(SECONDS)
+        assert not torch.equal(
+            audio_of(renderers["tiny"], source, task="cover"), audio_of(renderers["tiny"], source, task="cover-nofsq")
+        )
+
+    def test_starting_from_the_source(self, renderers: dict[str, Renderer], song_file: SongFile) -> None:
+        source = song_file(10.0)
+        fields = {"task": "text2music", "steps": 8}
+        free = render(renderers["tiny"], duration=10, **fields)
+        bound = render(renderers["tiny"], source, **fields, cover_noise_strength=0.7)
+        assert not torch.equal(free.items[0].audio, bound.items[0].audio)
+        # Nearest to 0.3 is the last of the 8 shifted times: one step is left, and the noise hardly matters.
+        progress: list[int] = []
+        request = SongRequest(prompt="p", seed=1, steps=8, src_audio=str(source), cover_noise_strength=0.7)
+        ticket = renderers["tiny"].submit(
+            RenderWork(request, src_audio=source),
+            on_progress=lambda p: progress.append(p.total) if p.stage == "rendering" else None,
+        )
+        ticket.result(60)
+        assert progress == [1]
+
+
+class TestRepaint:
+    WINDOW = {"task": "repaint", "repainting_start": 1.0, "repainting_end": 2.0}
+
+    def latents(self, renderer: Renderer, source: Path, **fields: Any) -> tuple[Tensor, Tensor]:
+        """Final latents and those of the source."""
+        engine: Any = renderer._thread.engine
+        request = SongRequest(prompt="p", seed=1, src_audio=str(source), **{"steps": 4, **fields})
+        preparation = engine._preparation.prepare(RenderWork(request, src_audio=source))
+        try:
+            while True:
+                next(preparation)
+        except StopIteration as done:
+            (item,) = done.value.items
+        from acestep.dit.sampler import Walker
+
+        walk = Walker(item.path, torch.device("cpu")).walk()
+        rows = next(walk)
+        try:
+            while True:
+                rows = walk.send(engine._denoiser.velocity(rows))
+        except StopIteration as done:
+            return done.value, item.path.repaint.clean
+
+    @pytest.mark.parametrize("mode", ["conservative", "balanced", "aggressive"])
+    @pytest.mark.parametrize("method", ["ode", "sde"])
+    def test_latents_outside_are_the_source_bit_for_bit(
+        self, make_renderer: Any, song_file: SongFile, mode: str, method: str
+    ) -> None:
+        got, clean = self.latents(
+            make_renderer("tiny"), song_file(SECONDS), repaint_mode=mode, infer_method=method, **self.WINDOW
+        )
+        assert torch.equal(got[:25], clean[:25])
+        assert torch.equal(got[50:], clean[50:])
+        assert not torch.isclose(got[30:45], clean[30:45]).all()
+
+    def test_crossfade_blends_inside_the_window(self, make_renderer: Any, song_file: SongFile, rel: Any) -> None:
+        source, renderer = song_file(SECONDS), make_renderer("tiny")
+        sharp, clean = self.latents(renderer, source, **self.WINDOW, repaint_latent_crossfade_frames=0)
+        soft, _ = self.latents(renderer, source, **self.WINDOW, repaint_latent_crossfade_frames=4)
+        assert torch.allclose(soft[25], 0.2 * sharp[25] + 0.8 * clean[25])
+        assert torch.allclose(soft[49], 0.2 * sharp[49] + 0.8 * clean[49])
+        assert torch.equal(soft[29:46], sharp[29:46])
+
+    def test_modes_differ_in_how_long_the_source_is_held(self, make_renderer: Any, song_file: SongFile) -> None:
+        source, renderer = song_file(SECONDS), make_renderer("tiny")
+        made = [
+            self.latents(renderer, source, **self.WINDOW, **mode, repaint_latent_crossfade_frames=0)[0]
+            for mode in (
+                {"repaint_mode": "aggressive"},
+                {"repaint_mode": "balanced", "repaint_strength": 1.0},
+                {"repaint_mode": "balanced", "repaint_strength": 0.5},
+                {"repaint_mode": "balanced", "repaint_strength": 0.0},
+                {"repaint_mode": "conservative"},
+            )
+        ]
+        assert torch.equal(made[0], made[1])
+        assert torch.equal(made[3], made[4])
+        assert not torch.equal(made[1], made[2])
+        assert not torch.equal(made[2], made[3])
+
+    def test_samples_outside_are_the_source_itself(self, renderers: dict[str, Renderer], song_file: SongFile) -> None:
+        source = song_file(SECONDS)
+        original = torch.from_numpy(soundfile.read(source, dtype="float32")[0].T.copy())
+        audio = audio_of(renderers["tiny"], source, **self.WINDOW, repaint_wav_crossfade_sec=0.1)
+        assert torch.equal(audio[:, :48_000], original[:, :48_000])
+        assert torch.equal(audio[:, 96_000:], original[:, 96_000:])
+        assert not torch.isclose(audio[:, 60_000:80_000], original[:, 60_000:80_000], atol=1e-3).all()
+        first = (audio[:, 48_000:48_010] - original[:, 48_000:48_010]).abs().max()
+        assert first < (audio[:, 60_000:80_000] - original[:, 60_000:80_000]).abs().max() / 20
+
+    def test_outpainting_on_both_sides(self, renderers: dict[str, Renderer], song_file: SongFile) -> None:
+        # diffusers clamps the window to the source without a word.
+        source = song_file(SECONDS)
+        audio = audio_of(renderers["tiny"], source, task="repaint", repainting_start=-1.5, repainting_end=6.0)
+        assert audio.shape[1] == round((1.5 + 6.0) * 48_000)
+        before = audio_of(renderers["tiny"], source, task="repaint", repainting_start=-1.5, repainting_end=0.5)
+        assert before.shape[1] == round((1.5 + SECONDS) * 48_000)
+        original = torch.from_numpy(soundfile.read(source, dtype="float32")[0].T.copy())
+        assert torch.equal(before[:, 96_000:], original[:, 24_000:])
+
+    def test_mask_modes_tell_the_model_different_things(
+        self, renderers: dict[str, Renderer], song_file: SongFile
+    ) -> None:
+        source = song_file(SECONDS)
+        explicit = audio_of(renderers["tiny"], source, **self.WINDOW, chunk_mask_mode="explicit")
+        assert not torch.equal(explicit, audio_of(renderers["tiny"], source, **self.WINDOW, chunk_mask_mode="auto"))
+
+    def test_explicit_context_equals_the_pipelines(
+        self, renderers: dict[str, Renderer], pipelines: Any, song_file: SongFile, rel: Any
+    ) -> None:
+        # With nothing held or spliced, what is made inside the window is what the pipeline makes of the same latents.
+        source = song_file(SECONDS)
+        original = torch.from_numpy(soundfile.read(source, dtype="float32")[0].T.copy())
+        pipeline = pipelines["tiny"]
+        posterior = type(pipeline.vae.encode(original[None]).latent_dist)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(posterior, "sample", lambda self, generator=None: self.mode())
+            theirs = pipeline(
+                prompt="p", lyrics="[Instrumental]", vocal_language="unknown", audio_duration=SECONDS, task_type="repaint",
+                src_audio=original, repainting_start=1.0, repainting_end=2.0, num_inference_steps=4, output_type="latent",
+                generator=torch.Generator().manual_seed(1),
+            ).audios[0]  # fmt: skip
+        ours, _ = self.latents(
+            renderers["tiny"], source, **self.WINDOW, repaint_mode="aggressive", chunk_mask_mode="explicit"
+        )
+        assert rel(ours[25:50], theirs[25:50]) <= 1e-5
+
+
+class TestReference:
+    def test_several_references_of_any_kind(self, renderers: dict[str, Renderer], song_file: SongFile) -> None:
+        # diffusers takes one, in stereo, for the whole batch.
+        one, two = song_file(2.0, 44_100, 1, seed=3), song_file(35.0, 16_000, 2, seed=4)
+        plain = audio_of(renderers["tiny"], duration=10)
+        first = audio_of(renderers["tiny"], None, (one,), duration=10)
+        both = audio_of(renderers["tiny"], None, (one, two), duration=10)
+        assert not torch.equal(plain, first)
+        assert not torch.equal(first, both)
+
+    def test_one_reference_equals_the_pipeline(
+        self, renderers: dict[str, Renderer], pipelines: Any, song_file: SongFile, rel: Any
+    ) -> None:
+        reference = song_file(31.0, seed=6)
+        original = torch.from_numpy(soundfile.read(reference, dtype="float32")[0].T.copy())
+        pipeline = pipelines["tiny"]
+        posterior = type(pipeline.vae.encode(original[None, :, :1920]).latent_dist)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(posterior, "sample", lambda self, generator=None: self.mode())
+            theirs = pipeline(
+                prompt="p", lyrics="[Instrumental]", vocal_language="unknown", audio_duration=10.0, num_inference_steps=2,
+                reference_audio=original, generator=torch.Generator().manual_seed(1),
+            ).audios[0]  # fmt: skip
+        ours = audio_of(renderers["tiny"], None, (reference,), duration=10)
+        assert rel(ours / ours.abs().max(), theirs / theirs.abs().max()) <= 1e-5
+
+
+def test_codes_come_back(renderers: dict[str, Renderer], song_file: SongFile) -> None:
+    codes = renderers["tiny"].audio_to_codes(song_file(SECONDS))
+    assert len(codes) == 20
+    assert all(0 <= code < 64_000 for code in codes)
+    assert len(renderers["tiny"].audio_to_codes(song_file(3.3))) == 17
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"task": "repaint", "audio_codes": (1,)}, "src_audio"),
+        ({"task": "cover-nofsq", "audio_codes": (1,)}, "src_audio"),
+        ({"task": "repaint", "src_audio": "x", "audio_codes": (1,)}, "audio_codes"),
+        ({"task": "repaint", "src_audio": "x", "repainting_start": 3.0, "repainting_end": 2.0}, "repainting_end"),
+        ({"src_audio": "x"}, "src_audio"),
+        ({"cover_noise_strength": 0.5}, "cover_noise_strength"),
+        ({"task": "repaint", "src_audio": "x", "cover_noise_strength": 0.5}, "cover_noise_strength"),
+        ({"steps": 21}, "steps"),
+        ({"timesteps": tuple(1 - i / 30 for i in range(21))}, "timesteps"),
+        ({"sampler": "heun", "infer_method": "sde"}, "sampler"),
+        ({"repainting_start": 1.0}, "repainting_start"),
+        ({"track_name": "drums"}, "track_name"),
+        ({"track_classes": ("drums",)}, "track_classes"),
+        ({"global_caption": "g"}, "global_caption"),
+        ({"task": "repaint", "src_audio": "x", "audio_cover_strength": 0.5}, "audio_cover_strength"),
+    ],
+)
+def test_refused_before_anything_runs(renderers: dict[str, Renderer], fields: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"^{field}: ") as refused:
+        renderers["tiny"].check(SongRequest(**{"seed": 1, **fields}))
+    assert refused.value.details["field"] == field
+
+
+def test_missing_or_broken_audio_is_an_error_never_silence(
+    renderers: dict[str, Renderer], tmp_path: Path, song_file: SongFile
+) -> None:
+    broken = tmp_path / "broken.wav"
+    broken.write_bytes(b"RIFF\0\0\0\0WAVEnothing")
+    request = SongRequest(task="cover", src_audio="x", seed=1)
+    for work in (
+        RenderWork(request),
+        RenderWork(request, src_audio=broken),
+        RenderWork(request, src_audio=tmp_path / "absent.wav"),
+        RenderWork(SongRequest(reference_audio=("y",), seed=1)),
+    ):
+        with pytest.raises(AceStepError) as refused:
+            renderers["tiny"].submit(work).result(60)
+        assert refused.value.details["field"] in ("src_audio", "reference_audio")
+
+
+class TestWindow:
+    @staticmethod
+    def of(start: float, end: float | None, source_s: float = 4.0) -> Any:
+        request = SongRequest(task="repaint", src_audio="x", repainting_start=start, repainting_end=end, seed=1)
+        return window_of(request, round(source_s * 48_000))
+
+    def test_in_frames(self) -> None:
+        window = self.of(1.0, 2.02)
+        assert (window.start, window.end, window.left, window.right) == (25, 50, 0, 0)
+        assert window.known == (0, 100)
+
+    def test_to_the_end(self) -> None:
+        window = self.of(1.0, None, source_s=4.01)
+        assert (window.end, window.end_sample, window.samples) == (101, 192_480, 192_480)
+
+    def test_added_parts(self) -> None:
+        window = self.of(-1.01, 5.0)
+        assert (window.left, window.right, window.samples) == (48_480, 48_000, 288_480)
+        assert (window.start, window.end) == (0, 151)
+        assert window.known == (26, 125)
+
+    def test_limits(self) -> None:
+        with pytest.raises(LimitExceeded, match="601"):
+            self.of(-600.0, None, source_s=1.0)
+        with pytest.raises(InvalidRequest, match="past the end of the source"):
+            self.of(4.5, 6.0)
+        with pytest.raises(InvalidRequest, match="shorter than one latent frame"):
+            self.of(1.0, 1.01)
+
+    def test_splice_in_pieces_equals_splice_at_once(self) -> None:
+        window = self.of(1.0, 2.0)
+        generator = torch.Generator().manual_seed(0)
+        source, made = (torch.randn(2, window.samples, generator=generator) for _ in range(2))
+        splice = Splice(source, window, fade=1000)
+        pieces = [splice(first, made[:, first : first + 37_000]) for first in range(0, window.samples, 37_000)]
+        assert torch.equal(torch.cat(pieces, dim=1), splice(0, made))
+
+
+def test_instructions() -> None:
+    def of(codes: bool = False, **fields: Any) -> str:
+        return instruction(SongRequest(seed=1, src_audio="x", **fields), codes=codes)
+
+    assert of() == "Fill the audio semantic mask based on the given conditions:"
+    assert of(codes=True) == of(task="cover") == "Generate audio semantic tokens based on the given conditions:"
+    assert of(task="extract", track_name="vocals") == "Extract the VOCALS track from the audio:"
+    assert of(task="extract") == "Extract the track from the audio:"
+    assert of(task="lego", track_name="bass") == "Generate the BASS track based on the audio context:"
+    assert of(task="complete", track_classes=("drums", "bass")) == "Complete the input track with DRUMS | BASS:"
+    assert of(task="complete") == "Complete the input track:"
+    assert of(instruction="Do it ") == "Do it"
