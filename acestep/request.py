@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from acestep.plan import Plan
+from acestep.plan import Metadata, Plan
 
 MIN_DURATION_S = 10.0
 MAX_DURATION_S = 600.0
@@ -30,10 +30,11 @@ TRACKS = (
 )  # fmt: skip
 
 # The 51 values that the planner's `language:` field can take (spec: planner output grammar).
-LANGUAGES = tuple(
-    "ar az bg bn ca cs da de el en es fa fi fr he hi hr ht hu id is it ja ko la lt ms ne nl no pa pl pt ro ru sa sk sr "
-    "sv sw ta te th tl tr uk ur vi yue zh unknown".split()
-)
+LANGUAGES = (
+    "ar", "az", "bg", "bn", "ca", "cs", "da", "de", "el", "en", "es", "fa", "fi", "fr", "he", "hi", "hr", "ht", "hu", "id",
+    "is", "it", "ja", "ko", "la", "lt", "ms", "ne", "nl", "no", "pa", "pl", "pt", "ro", "ru", "sa", "sk", "sr", "sv", "sw",
+    "ta", "te", "th", "tl", "tr", "uk", "ur", "vi", "yue", "zh", "unknown",
+)  # fmt: skip
 TIME_SIGNATURES = ("2", "3", "4", "6")
 _KEY = re.compile(r"^\s*([A-Ga-g])\s*(#|b|♯|♭)?\s*(m|min|minor|maj|major)?\s*$", re.IGNORECASE)
 
@@ -84,7 +85,9 @@ def _language(value: str | None) -> str | None:
 
 
 def _duration(value: Any) -> Any:
-    return None if value in (-1, "-1") and not isinstance(value, bool) else value
+    if isinstance(value, bool):
+        raise ValueError("must be a number of seconds")
+    return None if value in (-1, "-1") else value
 
 
 def _seed(value: Any) -> Any:
@@ -229,6 +232,19 @@ class SongRequest(BaseModel):
         if isinstance(self.seed, tuple):
             return self.seed
         return tuple((self.seed + i) % (MAX_SEED + 1) for i in range(self.batch_size))
+
+    def own_plan(self) -> Plan:
+        """The plan where no planner runs: what the caller gave."""
+        if self.plan is not None:
+            return self.plan
+        given = Metadata(
+            bpm=self.bpm,
+            duration=self.duration,
+            keyscale=self.key_scale,
+            language=self.vocal_language,
+            timesignature=self.time_signature,
+        )
+        return Plan(metadata=given, codes=(self.audio_codes,) if self.audio_codes else None)
 
     def with_seeds(self) -> SongRequest:
         """This request with its random seed drawn: from here on every run of it gives the same songs."""

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from acestep.plan import Plan
+from acestep.request import Adjustment
 
 SAMPLE_RATE = 48_000
 CHANNELS = 2
@@ -73,3 +74,4 @@ class Song(BaseModel):
     notice: str | None = None
     timings: RenderTimings = RenderTimings()
     settings: dict[str, Any] = Field(default_factory=dict, description="Steps, shift, guidance as used.")
+    adjustments: tuple[Adjustment, ...] = Field((), description="What the renderer changed of the request, and why.")

@@ -77,6 +77,16 @@ class RendererArgs(PoolArgs):
     )
 
 
+class KeyArgs(_Args):
+    """One API key. Only its hash stands here, since Serve shows the arguments in its dashboard."""
+
+    name: str = Field(min_length=1, max_length=64, description="Owner of the jobs that are sent with it.")
+    sha256: str = Field(pattern="^[0-9a-f]{64}$", description="SHA-256 of the key: `printf %s KEY | sha256sum`.")
+    requests_per_minute: int | None = Field(None, ge=1, description="Null: the router's.")
+    concurrent_jobs: int | None = Field(None, ge=1, description="Null: the router's.")
+    audio_seconds_per_day: float | None = Field(None, gt=0, description="Null: the router's.")
+
+
 class RouterArgs(_Args):
     """`deployments.app:router`."""
 
@@ -85,7 +95,59 @@ class RouterArgs(_Args):
     database_url: str | None = Field(None, description="SQLAlchemy URL of the job store. Null: SQLite in ACESTEP_HOME.")
     files_url: str | None = Field(None, description="The renderers' file store. Null: ACESTEP_HOME/files.")
     lease_s: float = Field(15.0, gt=0, description="A router that is silent for this long loses its jobs to another.")
-    max_body_bytes: int = Field(16 << 20, ge=1024)
+
+    # Who may call, and how much
+    api_keys: tuple[KeyArgs, ...] = Field(
+        (), description="Besides those in ACESTEP_API_KEY (comma-separated). No key at all: open to everybody."
+    )
+    open_models_and_chat: bool = Field(
+        False, description="/v1/models and /v1/chat/completions need no key, as on ACE-Step's own server."
+    )
+    requests_per_minute: int | None = Field(None, ge=1, description="Per key. Null: no limit.")
+    concurrent_jobs: int | None = Field(None, ge=1, description="Per key, queued and running. Null: no limit.")
+    audio_seconds_per_day: float | None = Field(None, gt=0, description="Per key, in any 24 hours. Null: no limit.")
+    cors_origins: tuple[str, ...] = Field(
+        ("null", "http://localhost", "http://127.0.0.1"), description="Browser origins; '*' allows all."
+    )
+    cors_origin_regex: str | None = r"^https?://(localhost|127\.0\.0\.1)(:\d+)?$"
+
+    # How much at once
+    max_queue: int = Field(200, ge=1, description="Jobs that may wait; beyond it 429.")
+    max_body_bytes: int = Field(16 << 20, ge=1024, description="Of a request without files.")
+    max_upload_bytes: int = Field(128 << 20, ge=1024, description="Of a request with files, chat included.")
+    max_wait_s: float = Field(60.0, ge=0, description="Longest `Prefer: wait=n`.")
+    max_run_s: float = Field(
+        3600.0, gt=0, description="A job that runs for longer, counted from its start, is cancelled."
+    )
+    chat_timeout_s: float = Field(
+        600.0, gt=0, description="A chat completion that is not streamed ends with 504 after it."
+    )
+    cancel_with_stream: bool = Field(True, description="A chat stream that its client closes cancels the job.")
+    unknown_task: Literal["failed", "queued"] = Field(
+        "failed", description="What /query_result says of an id it never issued; ACE-Step's own server says queued."
+    )
+
+    # Source audio
+    audio_roots: tuple[str, ...] | None = Field(
+        None,
+        description="Folders whose files may be named as source audio. Null: the file store, and on a loopback address the "
+        "temporary folder.",
+    )
+
+    # What is kept
+    keep_jobs_s: float = Field(7 * 86_400.0, gt=0, description="Ended jobs, their audio and their events.")
+    keep_uploads_s: float = Field(86_400.0, gt=0, description="Uploaded files that no waiting job uses.")
+    url_lifetime_s: float = Field(86_400.0, gt=0, description="How long a signed audio URL works.")
+
+    # Webhooks
+    webhook_networks: tuple[str, ...] = Field(
+        (), description="Private networks that webhooks may reach, such as 10.1.0.0/16. Public addresses always may."
+    )
+    webhook_retry_s: tuple[float, ...] = Field(
+        (5, 300, 1_800, 7_200, 18_000, 36_000, 50_400, 72_000),
+        description="Pauses between attempts; then a dead letter.",
+    )
+    webhook_timeout_s: float = Field(15.0, gt=0)
 
 
 def parse_args(model: type[T], args: dict[str, Any] | None, application: str) -> T:

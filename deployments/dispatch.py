@@ -19,7 +19,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from acestep.errors import AceStepError, Cancelled, DeadlineExceeded, Internal, Unavailable, error_from_dict
-from acestep.plan import Metadata, Plan
+from acestep.plan import Plan
 from acestep.request import Adjustment, SongRequest
 from acestep.song import Progress, Song
 from deployments.fleet import Fleet
@@ -178,7 +178,7 @@ class Dispatcher:
                 est_plan_s=choice.est_plan_s, est_render_s=choice.est_render_s,
             )  # fmt: skip
             if choice.planner is None:
-                return request, adjustments, plan_from(request)
+                return request, adjustments, request.own_plan()
             arguments = (request.model_dump(mode="json"), choice.max_duration, job.priority, _left(job))
             try:
                 async with self.routing.occupy(choice.planner, "plan", choice.est_plan_s, choice.plan_wall_s):
@@ -217,7 +217,11 @@ class Dispatcher:
             done |= {items: r for items, r in zip(groups, results, strict=True) if isinstance(r, Song)}
             failures = [r for r in results if isinstance(r, BaseException)]
             if not failures:
-                return merge_songs(list(done.values()))
+                song = merge_songs(list(done.values()))
+                if song.adjustments:
+                    changed = (*adjustments, *song.adjustments)
+                    await asyncio.to_thread(self.store.save_request, job.id, self.owner, request, changed)
+                return song
             for failure in failures:
                 if not isinstance(failure, _REPLICA_LOST):
                     raise failure
@@ -300,22 +304,12 @@ class _JointProgress:
         return report
 
 
-def plan_from(request: SongRequest) -> Plan:
-    """The plan of a request that no planner touches: what the caller gave."""
-    if request.plan is not None:
-        return request.plan
-    given = Metadata(
-        bpm=request.bpm, duration=request.duration, keyscale=request.key_scale,
-        language=request.vocal_language, timesignature=request.time_signature,
-    )  # fmt: skip
-    return Plan(metadata=given, codes=(request.audio_codes,) if request.audio_codes else None)
-
-
 def merge_songs(songs: Sequence[Song]) -> Song:
     """The parts of a batch that was spread over replicas as one result; stage times are those of the slowest part."""
     items = tuple(sorted((i for s in songs for i in s.items), key=lambda i: i.index))
     slowest = max(songs, key=lambda s: sum(s.timings.model_dump().values()))
-    return slowest.model_copy(update={"items": items})
+    adjustments = tuple({a.model_dump_json(): a for s in songs for a in s.adjustments}.values())
+    return slowest.model_copy(update={"items": items, "adjustments": adjustments})
 
 
 def _left(job: Job) -> float | None:

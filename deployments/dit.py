@@ -6,24 +6,23 @@ Audio is encoded and stored here, where it was made; only names, sizes and hashe
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from acestep.errors import AceStepError
+from acestep.finish import Maker, finish
 from acestep.plan import Plan
 from acestep.request import SongRequest
-from acestep.song import AudioFile, Progress, Song, SongItem
+from acestep.song import Progress, Song
 from deployments.config import RendererArgs, parse_args
 from deployments.replica import ReplicaInfo, start_replica
 from deployments.storage import Storage
 from deployments.streaming import ProgressMailbox, failure, follow
 
 if TYPE_CHECKING:
-    from acestep.dit.renderer import Rendered, RenderedItem
+    from acestep.dit.work import Rendered
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +55,7 @@ class RendererDeployment:
         timeout_s: float | None = None,
     ) -> AsyncIterator[dict[str, Any]]:
         """Render (some) items of a job and store their files. Streams progress, then the `Song`."""
-        from acestep.dit.renderer import RenderWork
+        from acestep.dit.work import RenderWork
 
         mailbox = ProgressMailbox()
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
@@ -75,44 +74,8 @@ class RendererDeployment:
             yield failure(error)
 
     def _store(self, job_id: str, request: SongRequest, plan: Plan, rendered: Rendered) -> Song:
-        began = time.monotonic()
-        items = tuple(self._store_item(job_id, request, plan, rendered, item) for item in rendered.items)
-        timings = rendered.timings.model_copy(update={"encode_s": time.monotonic() - began})
-        return Song(
-            items=items, plan=plan, renderer=self.info.model, renderer_hash=self.info.model_hash,
-            device=self.info.device, notice=self.info.notice, timings=timings, settings=rendered.settings,
-        )  # fmt: skip
-
-    def _store_item(
-        self, job_id: str, request: SongRequest, plan: Plan, rendered: Rendered, item: RenderedItem
-    ) -> SongItem:
-        from acestep.audio.manifest import manifest, tags
-
-        from acestep.audio.writing import content_type, encode, extension
-        from acestep.song import SAMPLE_RATE
-
-        facts = manifest(request, plan, item.index, item.seed, self.info.to_dict(), rendered.settings)
-        files = []
-        for fmt in request.formats:
-            data = encode(item.audio, SAMPLE_RATE, fmt, bitrate_kbps=request.bitrate_kbps, tags=tags(facts))
-            name = f"songs/{job_id}/{item.index}-{fmt}{extension(fmt)}"
-            self.storage.put(name, data)
-            files.append(
-                AudioFile(
-                    format=fmt,
-                    content_type=content_type(fmt),
-                    path=name,
-                    bytes=len(data),
-                    sha256=hashlib.sha256(data).hexdigest(),
-                )  # fmt: skip
-            )
-        name = f"songs/{job_id}/{item.index}-manifest.json"
-        self.storage.put(name, json.dumps(facts, indent=1, ensure_ascii=False).encode())
-        samples = item.audio.shape[-1]
-        return SongItem(
-            index=item.index, seed=item.seed, duration=samples / SAMPLE_RATE, samples=samples, files=tuple(files),
-            manifest=name,
-        )  # fmt: skip
+        maker = Maker(self.info.model, self.info.model_hash, self.info.device, self.info.notice)
+        return finish(request, plan, rendered, maker, self.storage.put, prefix=f"songs/{job_id}/")
 
     async def describe(self) -> dict[str, Any]:
         return {**self.info.to_dict(), "stats": self.renderer.stats()}

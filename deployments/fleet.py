@@ -119,19 +119,18 @@ def parse_details(details: Mapping[str, Any]) -> FleetView:
         replicas = deployment.get("replicas", [])
         states = [str(getattr(r["state"], "value", r["state"])) for r in replicas]
         messages = [str(facts.get("message") or ""), str(deployment.get("message") or "")]
-        pools.append(
-            Pool(
-                app=app,
-                role=role,
-                args=args,
-                status=apps[app],
-                message="\n".join(m for m in messages if m),
-                running=states.count("RUNNING"),
-                starting=states.count("STARTING"),
-                target=int(deployment.get("target_num_replicas") or 0),
-                nodes=tuple(sorted({str(r.get("node_id")) for r in replicas})),
-            )  # fmt: skip
+        pool = Pool(
+            app=app,
+            role=role,
+            args=args,
+            status=apps[app],
+            message="\n".join(m for m in messages if m),
+            running=states.count("RUNNING"),
+            starting=states.count("STARTING"),
+            target=int(deployment.get("target_num_replicas") or 0),
+            nodes=tuple(sorted({str(r.get("node_id")) for r in replicas})),
         )
+        pools.append(pool)
     return FleetView(tuple(sorted(pools, key=lambda p: p.app)), time.time(), apps)
 
 

@@ -2,60 +2,79 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from acestep.errors import AceStepError, Cancelled
-from acestep.plan import Plan
+from acestep.errors import AceStepError, Unavailable
 from acestep.request import SongRequest
 from acestep.song import Progress
 from deployments.config import PlannerArgs, parse_args
-from deployments.replica import ReplicaInfo, start_replica
+from deployments.replica import start_replica
 from deployments.streaming import ProgressMailbox, failure, follow
 
+if TYPE_CHECKING:
+    from acestep.lm.planner import Planner
+
 log = logging.getLogger(__name__)
+TALK_PRIORITY = -1.0  # somebody looks at a screen: before songs
 
 
 class PlannerDeployment:
-    """Plans songs. One engine thread steps every song in flight; the methods here only queue and wait."""
+    """Plans songs. One engine thread steps every song in flight; the methods here only queue and wait.
+
+    Where the tier table or a setting switches the planner off, the replica runs without a model and says so.
+    """
 
     def __init__(self, args: dict[str, Any]) -> None:
-        from acestep.lm.planner import Planner
-
-        from acestep.checkpoints import resolve
-
         self.args = parse_args(PlannerArgs, args, "lm")
         start = start_replica("plan", self.args)
-        checkpoint = resolve(start.model, "planner")
+        self._planner: Planner | None = None
+        if not start.settings.lm_enabled or start.settings.planner is None:
+            reason = start.settings.lm_reason
+            self.info = start.info(model=str(start.model), model_hash=None, notice=None, disabled=reason)
+            log.warning("the planner is off here: %s", reason)
+            return
+        from acestep.lm.planner import Planner
+
+        checkpoint = start.checkpoint()
         began = time.monotonic()
-        self.planner = Planner.load(
+        self._planner = Planner.load(
             checkpoint.path, start.settings.planner, name=checkpoint.name, model_hash=checkpoint.hash
         )
-        self.info: ReplicaInfo = start.info(
-            model=checkpoint.name, model_hash=checkpoint.hash, notice=checkpoint.notice,
-            capacity=self.planner.capacity, load_s=time.monotonic() - began,
-        )  # fmt: skip
-        log.info("planner ready: %s", self.info)
+        self.info = start.info(
+            model=checkpoint.name,
+            model_hash=checkpoint.hash,
+            notice=checkpoint.notice,
+            capacity=start.settings.planner.slots,
+            load_s=time.monotonic() - began,
+        )
+        log.info("planner %s is ready on %s", self.info.model, self.info.device)
+
+    @property
+    def planner(self) -> Planner:
+        if self._planner is None:
+            raise Unavailable(f"the planner is off: {self.info.disabled}")
+        return self._planner
 
     async def plan(
         self, request: dict[str, Any], max_duration: float, priority: float = 0.0, timeout_s: float | None = None
     ) -> AsyncIterator[dict[str, Any]]:
         """Plan a `SongRequest` whose seeds are drawn. Streams progress, then the `Plan`."""
-        from acestep.lm.planner import PlanWork
+        from acestep.lm.work import PlanWork
 
         work = PlanWork(SongRequest.model_validate(request), max_duration)
         async for message in self._run(work, priority, timeout_s):
             yield message
 
-    async def ask(self, kind: str, **fields: Any) -> dict[str, Any]:
-        """understand, inspire or format: one `{"result": ...}` or `{"error": ...}`."""
-        from acestep.lm.planner import FormatWork, InspireWork, UnderstandWork
+    async def ask(self, kind: str, fields: dict[str, Any]) -> dict[str, Any]:
+        """understand, inspire or format: one `{"result": ...}` (a `Sample`) or `{"error": ...}`."""
+        from acestep.lm.work import FormatWork, InspireWork, UnderstandWork
 
         work = {"understand": UnderstandWork, "inspire": InspireWork, "format": FormatWork}[kind](**fields)
-        async for message in self._run(work, priority=-1.0, timeout_s=None):
+        last: dict[str, Any] = {}
+        async for message in self._run(work, TALK_PRIORITY, None):
             last = message
         return last
 
@@ -63,26 +82,23 @@ class PlannerDeployment:
         mailbox = ProgressMailbox()
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         try:
-            ticket = self.planner.submit(work, priority=priority, deadline=deadline, on_progress=mailbox.put)
-            async for item in follow(ticket, mailbox, self.planner.cancel):
+            planner = self.planner
+            ticket = planner.submit(work, priority=priority, deadline=deadline, on_progress=mailbox.put)
+            async for item in follow(ticket, mailbox, planner.cancel):
                 if isinstance(item, Progress):
                     yield {"progress": item.model_dump()}
                 else:
-                    yield {"result": item.model_dump(mode="json") if isinstance(item, Plan) else item.model_dump()}
-        except asyncio.CancelledError:
-            raise
-        except Cancelled as error:
-            yield failure(error)
+                    yield {"result": item.model_dump(mode="json")}
         except AceStepError as error:
             yield failure(error)
 
     async def describe(self) -> dict[str, Any]:
-        return {**self.info.to_dict(), "stats": self.planner.stats()}
+        return {**self.info.to_dict(), "stats": self._planner.stats() if self._planner else {}}
 
     def check_health(self) -> None:
-        if not self.planner.alive:
+        if self._planner is not None and not self._planner.stats()["alive"]:
             raise RuntimeError("the planner's engine thread has ended")
 
     def __del__(self) -> None:
-        if planner := getattr(self, "planner", None):
+        if planner := getattr(self, "_planner", None):
             planner.close()

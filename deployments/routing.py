@@ -10,7 +10,7 @@ import contextlib
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from acestep.cost import Corrections, Profile
@@ -59,7 +59,7 @@ class Routing:
         if not view.pools or any(pool_limits(p) is None for p in view.pools):
             return None
         state = self.state(view)
-        decision = choose(request, state)
+        decision = _say_why_off(view, choose(request, state))
         if decision.outcome == "never":
             raise InvalidRequest(decision.reason, field="task" if request.task != "text2music" else "model")
         return decision
@@ -76,7 +76,7 @@ class Routing:
             raise NoPool(_missing(view))
         accepted_as_is = job.render_pool is not None  # it was cut at submit; from then on it waits for its card
         left = None if job.deadline is None else job.deadline - time.time()
-        decision = choose(request, state, plan=plan, clamp=not accepted_as_is, deadline_in_s=left)
+        decision = _say_why_off(view, choose(request, state, plan=plan, clamp=not accepted_as_is, deadline_in_s=left))
         if decision.outcome == "never":
             raise InvalidRequest(decision.reason, field="model")
         if decision.outcome == "wait":
@@ -114,9 +114,9 @@ class Routing:
 
     def _pool_state(self, pool: Pool, view: FleetView) -> PoolState | None:
         limits = pool_limits(pool)
-        if limits is None:
-            return None
         info = pool.info or {}
+        if limits is None or info.get("disabled"):
+            return None
         load = self._load[pool.app]
         selector = label_selector(pool.args)
         return PoolState(
@@ -155,6 +155,18 @@ def pool_profile(pool: Pool, tier: str) -> Profile:
         return named(pool.args.profile)
     facts: Any = (pool.info or {}).get("profile")
     return Profile.model_validate(facts) if facts else find(tier=tier)
+
+
+def _say_why_off(view: FleetView, decision: Decision) -> Decision:
+    """A planner that its card or a setting switches off is a better reason than that there is none."""
+    reasons = {str(r) for p in view.of("plan") if (r := (p.info or {}).get("disabled"))}
+    if decision.planner is not None or not reasons:
+        return decision
+    said = tuple(
+        a.model_copy(update={"reason": "; ".join(sorted(reasons))}) if a.field == "thinking" else a
+        for a in decision.adjustments
+    )
+    return replace(decision, adjustments=said)
 
 
 def _slots(pool: Pool) -> int:

@@ -141,28 +141,27 @@ class _Bars:
 
 def _report(job: dict[str, Any]) -> None:
     out = Console(highlight=False, soft_wrap=True)
+
+    def line(text: str) -> None:  # a caption is model output: no control character of it may reach the terminal
+        out.print("".join(c if c.isprintable() else "\ufffd" for c in text), markup=False)
+
     plan, result = job["plan"] or {}, job["result"]
     facts = {k: v for k, v in (plan.get("metadata") or {}).items() if v is not None}
     codes = sum(len(c) for c in plan.get("codes") or [])
-    out.print(
+    line(
         "plan     "
         + (", ".join(f"{k} {v}" for k, v in facts.items()) or "none")
-        + (f", {codes} codes" if codes else ""),
-        markup=False,
+        + (f", {codes} codes" if codes else "")
     )
     for item in result["items"]:
         names = ", ".join(a["file"] for a in item["audio"])
-        out.print(
-            f"song     {names}: {item['duration']:.2f} s, {item['sample_rate']} Hz, seed {item['seed']}", markup=False
-        )
+        line(f"song     {names}: {item['duration']:.2f} s, {item['sample_rate']} Hz, seed {item['seed']}")
     times = {k: v for part in result["timings"].values() for k, v in part.items() if k.endswith("_s") and v >= 0.005}
-    out.print("time     " + ", ".join(f"{k.removesuffix('_s')} {v:.2f} s" for k, v in times.items()), markup=False)
+    line("time     " + ", ".join(f"{k.removesuffix('_s')} {v:.2f} s" for k, v in times.items()))
     for warning in job["warnings"]:
-        out.print(
-            f"warning  {warning['field']}: {warning['asked']} -> {warning['given']} ({warning['reason']})", markup=False
-        )
+        line(f"warning  {warning['field']}: {warning['asked']} -> {warning['given']} ({warning['reason']})")
     if job.get("notice"):
-        out.print(f"note     {job['notice']}", markup=False)
+        line(f"note     {job['notice']}")
 
 
 def _validated(fields: dict[str, Any]) -> SongRequest:

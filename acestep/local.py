@@ -1,0 +1,155 @@
+"""`Studio`: both stages in one process, for `acestep generate --local`. Same settings, same engines, same songs as the service."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from acestep.checkpoints import resolve as resolve_checkpoint
+from acestep.cost import needs_planner
+from acestep.errors import InvalidRequest
+from acestep.finish import Maker, finish
+from acestep.limits import apply_limits, without_planner
+from acestep.plan import Plan
+from acestep.request import Adjustment, SongRequest
+from acestep.settings import Resolved
+from acestep.settings import resolve as resolve_settings
+from acestep.song import Progress, Song
+
+if TYPE_CHECKING:
+    from acestep.dit.renderer import Renderer
+    from acestep.lm.planner import Planner
+
+OnProgress = Callable[[Progress], None]
+
+
+@dataclass(frozen=True)
+class Made:
+    """A song made here: the request as done, the result, and the encoded files by (item, format)."""
+
+    request: SongRequest
+    song: Song
+    adjustments: tuple[Adjustment, ...]
+    files: dict[tuple[int, str], bytes] = field(repr=False)
+    seconds: float = 0.0
+
+    def view(self) -> dict[str, Any]:
+        """In the words of the HTTP API's job."""
+        song = self.song
+        items = [
+            {
+                **item.model_dump(exclude={"files", "manifest"}),
+                "audio": [f.model_dump(exclude={"path"}) for f in item.files],
+            }
+            for item in song.items
+        ]
+        timings = {"plan": song.plan.timings.model_dump(), "render": song.timings.model_dump()}
+        return {
+            "state": "succeeded",
+            "request": self.request.model_dump(mode="json", exclude_defaults=True),
+            "seeds": list(self.request.seeds),
+            "warnings": [a.model_dump(mode="json") for a in self.adjustments],
+            "plan": song.plan.model_dump(mode="json"),
+            "result": {
+                "items": items,
+                "renderer": song.renderer,
+                "device": song.device,
+                "settings": song.settings,
+                "timings": timings,
+            },
+            "notice": song.notice,
+        }
+
+
+class Studio:
+    """Loads what a request needs, once. Use as a context manager.
+
+    Args:
+        overrides: Settings by option name (`acestep.options`); they win over the environment.
+    """
+
+    def __init__(self, overrides: dict[str, Any] | None = None) -> None:
+        self._overrides = overrides
+        self.settings: Resolved = resolve_settings("both", overrides)
+        self._planner: Planner | None = None
+        self._renderer: Renderer | None = None
+
+    def __enter__(self) -> Studio:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for stage in (self._planner, self._renderer):
+            if stage is not None:
+                stage.close()
+
+    def make(self, request: SongRequest, on_progress: OnProgress | None = None) -> Made:
+        """Plan, render and encode one request.
+
+        Raises:
+            AceStepError: as the service would answer.
+        """
+        began = time.monotonic()
+        request, adjustments = apply_limits(request.with_seeds(), self.settings.limits)
+        plan = request.own_plan()
+        if needs_planner(request):
+            if self.settings.lm_enabled:
+                plan = self._plan(request, on_progress)
+            else:
+                request, off = without_planner(request, self.settings.lm_reason)
+                adjustments += off
+        renderer = self.renderer()
+        renderer.check(request)
+        from acestep.dit.work import RenderWork
+
+        work = RenderWork(
+            request,
+            plan,
+            src_audio=_existing("src_audio", request.src_audio),
+            reference_audio=tuple(p for r in request.reference_audio if (p := _existing("reference_audio", r))),
+        )
+        rendered = renderer.submit(work, on_progress=on_progress).result()
+        files: dict[str, bytes] = {}
+        info = renderer.info
+        maker = Maker(info.name, info.hash, self.settings.device.name, info.notice)
+        song = finish(request, plan, rendered, maker, files.__setitem__)
+        by_item = {(item.index, f.format): files[f.path] for item in song.items for f in item.files}
+        return Made(request, song, (*adjustments, *song.adjustments), by_item, time.monotonic() - began)
+
+    def _plan(self, request: SongRequest, on_progress: OnProgress | None) -> Plan:
+        from acestep.lm.work import PlanWork
+
+        ticket = self.planner().submit(PlanWork(request, self.settings.limits.max_duration), on_progress=on_progress)
+        plan: Plan = ticket.result()
+        return plan
+
+    def planner(self) -> Planner:
+        if self._planner is None:
+            from acestep.lm.planner import Planner
+
+            assert self.settings.planner is not None, "lm_enabled implies settings for it"
+            checkpoint = resolve_checkpoint(str(self.settings.planner_model), "planner")
+            self._planner = Planner.load(
+                checkpoint.path, self.settings.planner, name=checkpoint.name, model_hash=checkpoint.hash
+            )
+        return self._planner
+
+    def renderer(self) -> Renderer:
+        if self._renderer is None:
+            from acestep.dit.renderer import Renderer
+
+            assert self.settings.renderer is not None, "the role `both` renders"
+            checkpoint = resolve_checkpoint(str(self.settings.renderer_model), "renderer")
+            self._renderer = Renderer.load(checkpoint, self.settings.renderer)
+        return self._renderer
+
+
+def _existing(field: str, name: str | None) -> Path | None:
+    if name is None:
+        return None
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise InvalidRequest(f"{field}: there is no file {path}", field=field)
+    return path

@@ -1,0 +1,144 @@
+"""Starts the real thing: `serve run` on a copy of serve_config.yaml, in its own process session, state folder and Ray."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+START_TIMEOUT_S = 120.0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Server:
+    """One `serve run`. `stop()` sends Ctrl-C and waits.
+
+    Args:
+        edit: Changes the config before it is written.
+        env: Further environment.
+        home: State folder, kept by the caller; else a temporary one.
+    """
+
+    def __init__(
+        self,
+        edit: Callable[[dict[str, Any]], None] | None = None,
+        env: dict[str, str] | None = None,
+        home: Path | None = None,
+    ) -> None:
+        # Short: Ray keeps unix sockets in there, whose paths may have 107 characters.
+        self.folder = Path(tempfile.mkdtemp(prefix="ace-"))
+        self.home = home or self.folder / "home"
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
+        config["http_options"]["port"] = self.port
+        if edit:
+            edit(config)
+        self.config = self.folder / "serve_config.yaml"
+        self.config.write_text(yaml.safe_dump(config))
+        self.log = self.folder / "serve.log"
+        self.env = {
+            **{k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "ACESTEP_"))},
+            "ACESTEP_HOME": str(self.home),
+            "RAY_TMPDIR": str(self.folder),
+            "RAY_AUTH_MODE": "disabled",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_DISABLE_DOCKER_CPU_WARNING": "1",
+            "HF_HUB_OFFLINE": "1",
+            **(env or {}),
+        }
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self, ready: bool = True) -> Server:
+        """Start; with `ready` wait until both stages serve."""
+        serve = Path(sys.executable).with_name("serve")
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [str(serve), "run", str(self.config)], cwd=self.folder, env=self.env, stdout=log, stderr=log,
+                start_new_session=True, preexec_fn=_default_sigint,
+            )  # fmt: skip
+        self.wait_for("/readyz" if ready else "/livez")
+        return self
+
+    def wait_for(self, path: str, status: int = 200, timeout_s: float = START_TIMEOUT_S) -> httpx.Response:
+        """Poll a path until it answers with `status`."""
+        until = time.monotonic() + timeout_s
+        last: Any = None
+        while time.monotonic() < until:
+            assert self.process is not None, "not started"
+            if self.process.poll() is not None:
+                raise AssertionError(f"serve run ended with {self.process.returncode}:\n{self.output()[-4000:]}")
+            try:
+                last = httpx.get(self.url + path, timeout=5.0)
+                if last.status_code == status and (
+                    path != "/livez" or last.headers["content-type"] == "application/json"
+                ):
+                    return last
+            except httpx.TransportError as error:
+                last = error
+            time.sleep(0.25)
+        shown = last.text if isinstance(last, httpx.Response) else repr(last)
+        raise AssertionError(f"{path} never answered {status}; last: {shown}\n{self.output()[-4000:]}")
+
+    def output(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def interrupt(self, timeout_s: float = 60.0) -> float:
+        """Ctrl-C, as a terminal sends it: to the whole process group. Returns the seconds until all of it had ended."""
+        assert self.process is not None, "not started"
+        began = time.monotonic()
+        os.killpg(self.process.pid, signal.SIGINT)
+        self.process.wait(timeout_s)
+        return time.monotonic() - began
+
+    def stop(self) -> None:
+        if self.process is None:
+            return
+        try:
+            if self.process.poll() is None:
+                self.interrupt()
+        finally:
+            _kill_session(self.process.pid)
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def __enter__(self) -> Server:
+        try:
+            return self.start()
+        except BaseException:
+            self.stop()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+def _default_sigint() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _kill_session(leader: int) -> None:
+    """End what is left of a session that we started, and nothing else."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            session = int((folder / "stat").read_text().rpartition(")")[2].split()[3])
+            if session == leader:
+                os.kill(int(folder.name), signal.SIGKILL)
+        except (OSError, ValueError, IndexError):
+            continue  # it ended while we looked
