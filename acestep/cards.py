@@ -135,7 +135,7 @@ def nvml_devices(env: Mapping[str, str] | None = None) -> list[Device]:
             card.mig,
             card.driver,
             uuid=card.uuid,
-        )  # fmt: skip
+        )
         for index, card in enumerate(nvml.visible(nvml.read_cards(), mask))
     ]
 

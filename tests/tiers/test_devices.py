@@ -1,0 +1,237 @@
+"""Cards from NVML and torch. NVML itself is stood in for by its own module with its calls replaced: no card is needed."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import pynvml
+import pytest
+
+from acestep import devices, host, nvml
+from acestep.cards import Device, cpu_device, list_cards, pick, tier_row
+from acestep.devices import list_devices
+from acestep.errors import DeviceUnavailable, InvalidRequest
+from acestep.gpu_config import GIB
+
+MIB = 2**20
+
+
+class Driver:
+    """Three cards: an 8 GB one, one that fell off the bus, and an A100 cut into two slices."""
+
+    CARDS = {
+        0: ("NVIDIA GeForce RTX 4060", "GPU-aaaa", 8188, (8, 9)),
+        1: ("NVIDIA broken", "GPU-bbbb", 0, (7, 5)),
+        2: ("NVIDIA A100-SXM4-40GB", "GPU-cccc", 40960, (8, 0)),
+    }
+    SLICES = {
+        (2, 0): ("NVIDIA A100-SXM4-40GB MIG 3g.20gb", "MIG-dddd", 19968),
+        (2, 3): ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "MIG-eeee", 4864),
+    }
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.open = 0
+        for name in dir(self):
+            if name.startswith("nvml"):
+                monkeypatch.setattr(pynvml, name, getattr(self, name))
+
+    def nvmlInit(self) -> None:
+        self.open += 1
+
+    def nvmlShutdown(self) -> None:
+        self.open -= 1
+
+    def nvmlSystemGetDriverVersion(self) -> bytes:
+        return b"570.1"
+
+    def nvmlDeviceGetCount(self) -> int:
+        return len(self.CARDS)
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> Any:
+        return index
+
+    def _of(self, handle: Any) -> tuple[Any, ...]:
+        return self.SLICES[handle] if isinstance(handle, tuple) else self.CARDS[handle]
+
+    def nvmlDeviceGetName(self, handle: Any) -> str:
+        return self._of(handle)[0]
+
+    def nvmlDeviceGetUUID(self, handle: Any) -> str:
+        return self._of(handle)[1]
+
+    def nvmlDeviceGetMemoryInfo(self, handle: Any) -> Any:
+        if handle == 1:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
+        size = self._of(handle)[2] * MIB
+        return SimpleNamespace(total=size, free=size // 2)
+
+    def nvmlDeviceGetCudaComputeCapability(self, handle: Any) -> tuple[int, int]:
+        return self.CARDS[handle][3]
+
+    def nvmlDeviceGetMigMode(self, handle: Any) -> tuple[int, int]:
+        if handle == 0:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+        return (1, 1) if handle == 2 else (0, 0)
+
+    def nvmlDeviceGetMaxMigDeviceCount(self, handle: Any) -> int:
+        return 7
+
+    def nvmlDeviceGetMigDeviceHandleByIndex(self, handle: Any, i: int) -> Any:
+        if (handle, i) not in self.SLICES:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
+        return (handle, i)
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return Driver(monkeypatch)
+
+
+def test_every_card_and_slice_is_listed(driver: Driver, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        found = list_cards({})
+    assert [(d.index, d.kind, d.mig, d.total_bytes // MIB) for d in found[:-1]] == [
+        (0, "cuda", None, 8188),
+        (1, "cuda", "3g.20gb", 19968),
+        (2, "cuda", "1g.5gb", 4864),
+    ]
+    assert found[-1].kind == "cpu"
+    assert "card 1" in caplog.text
+    assert driver.open == 0
+    first = found[0]
+    assert (first.capability, first.driver, first.free_bytes) == ((8, 9), "570.1", 4094 * MIB)
+    assert [tier_row(d).tier for d in found] == ["tier4", "tier6", "tier2", "tier1"]
+
+
+@pytest.mark.parametrize(
+    ("mask", "uuids"),
+    [
+        ("0", ["GPU-aaaa"]),
+        ("2,0", ["MIG-dddd", "GPU-aaaa"]),
+        ("MIG-e,GPU-a", ["MIG-eeee", "GPU-aaaa"]),
+        ("0,9,2", ["GPU-aaaa"]),
+        ("", []),
+        ("-1", []),
+    ],
+)
+def test_cuda_visible_devices(driver: Driver, mask: str, uuids: list[str]) -> None:
+    found = list_cards({"CUDA_VISIBLE_DEVICES": mask})[:-1]
+    assert [d.uuid for d in found] == uuids
+    assert [d.index for d in found] == list(range(len(uuids)))
+
+
+@pytest.mark.parametrize("error", [pynvml.NVMLError(pynvml.NVML_ERROR_DRIVER_NOT_LOADED), OSError("bad ELF"), KeyError(1)])
+def test_a_missing_or_broken_driver_leaves_the_cpu(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(pynvml, "nvmlInit", fail)
+    assert nvml.read_cards() == []
+    assert [d.kind for d in list_cards({})] == ["cpu"]
+
+
+def test_a_driver_that_breaks_after_its_start(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> int:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_UNKNOWN)
+
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", fail)
+    assert [d.kind for d in list_cards({})] == ["cpu"]
+    assert driver.open == 0
+
+
+def test_a_card_that_this_torch_cannot_use_is_listed_as_such(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "_torch_cards", lambda: [])
+    found = list_devices(env={})
+    assert [d.usable for d in found] == [False, False, False, True]
+    assert pick(found, "auto").kind == "cpu"
+    with pytest.raises(DeviceUnavailable, match="this torch cannot use it"):
+        pick(found, "cuda")
+
+
+def test_torch_and_nvml_see_one_card_once(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = Device(0, "cuda", "RTX 4060", 7900 * MIB, 7000 * MIB, (8, 9), usable=True, uuid="aaaa")
+    monkeypatch.setattr(devices, "_torch_cards", lambda: [seen])
+    first, *rest = list_devices(env={"CUDA_VISIBLE_DEVICES": "0"})
+    assert (first.total_bytes // MIB, first.usable, first.driver) == (8188, True, "570.1")
+    assert [d.kind for d in rest] == ["cpu"]
+
+
+def test_torch_that_fails_leaves_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> list[Device]:
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(devices, "_torch_cards", fail)
+    monkeypatch.setattr(nvml, "read_cards", lambda: [])
+    assert [d.kind for d in list_devices(env={})] == ["cpu"]
+
+
+def test_simulation_without_a_card() -> None:
+    card, cpu = list_devices(env={"MAX_CUDA_VRAM": "8", "CUDA_VISIBLE_DEVICES": ""})
+    assert card.simulated
+    assert card.is_card
+    assert card.torch_name == "cpu"
+    assert card.gib == 8
+    assert card.memory_bytes == min(8 * GIB, cpu.total_bytes)
+    assert tier_row(card).tier == "tier4"
+    assert not cpu.is_card
+    assert tier_row(cpu).tier == "tier1"
+    for name in ("auto", "cuda", "cuda:0", "cpu"):
+        assert pick([card, cpu], name) is card
+
+
+def test_simulation_on_a_card(driver: Driver) -> None:
+    card = list_cards({"MAX_CUDA_VRAM": "4", "CUDA_VISIBLE_DEVICES": "0"})[0]
+    assert (card.kind, card.simulated, card.gib, card.physical_bytes) == ("cuda", True, 4.0, 8188 * MIB)
+    assert card.memory_bytes == 4 * GIB
+    larger = list_cards({"MAX_CUDA_VRAM": "80", "CUDA_VISIBLE_DEVICES": "0"})[0]
+    assert tier_row(larger).tier == "unlimited"
+    assert larger.memory_bytes == 8188 * MIB
+
+
+@pytest.mark.parametrize(("size", "given", "reported"), [("15.7", "tier5", "tier6"), ("23.99", "tier6", "unlimited")])
+def test_simulated_size_given_or_reported(size: str, given: str, reported: str) -> None:
+    env = {"MAX_CUDA_VRAM": size, "CUDA_VISIBLE_DEVICES": ""}
+    assert tier_row(list_cards(env)[0]).tier == given
+    assert tier_row(list_cards({**env, "MAX_CUDA_VRAM_AS_DETECTED": "1"})[0]).tier == reported
+
+
+@pytest.mark.parametrize("list_them", [list_cards, lambda env: list_devices(env=env)])
+def test_simulation_that_is_no_number(list_them: Any) -> None:
+    with pytest.raises(InvalidRequest, match="MAX_CUDA_VRAM"):
+        list_them({"MAX_CUDA_VRAM": "abc"})
+
+
+def test_pick_by_name() -> None:
+    cards = [
+        Device(0, "cuda", "a", GIB, GIB, usable=True),
+        Device(1, "cuda", "b", GIB, GIB, usable=True),
+        Device(0, "mps", "c", GIB, GIB, usable=True),
+        cpu_device(),
+    ]
+    assert pick(cards, None).torch_name == "cuda:0"
+    assert pick(cards, "cuda:1").name == "b"
+    assert pick(cards, "mps").torch_name == "mps"
+    assert pick(cards, "CPU").kind == "cpu"
+    with pytest.raises(DeviceUnavailable, match="cuda:7.*cuda:0, cuda:1, mps, cpu"):
+        pick(cards, "cuda:7")
+    assert Device(1, "rocm", "MI", GIB, GIB).torch_name == "cuda:1"
+
+
+def test_threads_do_not_depend_on_what_ray_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = host.cpu_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert host.cpu_threads() == before
+    assert 1 <= before <= 8
+    monkeypatch.setattr(host, "_cgroup_cpus", lambda: 1)
+    assert host.cpu_threads() == 1
+
+
+def test_host_memory_is_the_containers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "_cgroup_limit", lambda: (GIB, GIB // 4))
+    assert host.memory() == (GIB, 3 * GIB // 4)
+    monkeypatch.setattr(host, "_cgroup_limit", lambda: None)
+    total, free = host.memory()
+    assert 0 < free <= total
