@@ -80,13 +80,13 @@ async def create_song(request: Annotated[SongRequest, Body()], response: Respons
     check_prompt(request)
     job, _ = await service.submit(request)
     response.headers["Location"] = f"/v1/jobs/{job.id}"
-    return job_view(job, position=service.store.position(job))
+    return job_view(job, position=service.store.ahead(job).position)
 
 
 @router.get("/jobs/{job_id}", summary="State, progress, plan and result of a job")
 async def get_job(job_id: str, service: Svc) -> dict[str, Any]:
     job = await _existing(service, job_id)
-    return job_view(job, position=service.store.position(job))
+    return job_view(job, position=service.store.ahead(job).position)
 
 
 @router.delete("/jobs/{job_id}", summary="Cancel a job; an ended one stays as it is")

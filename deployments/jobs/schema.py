@@ -1,4 +1,7 @@
-"""Tables of the job store. Times are unix seconds; JSON columns hold what the models of `acestep` dump."""
+"""Tables of the job store. Times are unix seconds; JSON columns hold what the models of `acestep` dump.
+
+A change here needs a migration in `migrations/versions`; a test compares the two.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +32,7 @@ jobs = sa.Table(
     sa.Column("render_pool", sa.String(64)),
     sa.Column("est_plan_s", sa.Float, nullable=False, server_default="0"),
     sa.Column("est_render_s", sa.Float, nullable=False, server_default="0"),
+    sa.Column("audio_s", sa.Float, nullable=False, server_default="0"),  # asked for, for limits per key
     sa.Column("attempts", sa.Integer, nullable=False, server_default="0"),
     sa.Column("cancel_requested", sa.Boolean, nullable=False, server_default=sa.false()),
     sa.Column("lease_owner", sa.String(64)),
@@ -40,6 +44,7 @@ jobs = sa.Table(
     sa.Index("jobs_by_state", "state", "priority", "created_at"),
     sa.Index("jobs_by_lease", "lease_owner"),
     sa.Index("jobs_by_created", "created_at"),
+    sa.Index("jobs_by_owner", "owner_key", "created_at"),
     sa.UniqueConstraint("owner_key", "idempotency_key", name="jobs_idempotency"),
 )
 
@@ -52,4 +57,36 @@ events = sa.Table(
     sa.Column("type", sa.String(32), nullable=False),
     sa.Column("data", sa.JSON, nullable=False),
     sa.Index("events_by_job", "job_id", "seq"),
+)
+
+files = sa.Table(
+    "files",
+    metadata,
+    sa.Column("id", sa.String(64), primary_key=True),
+    sa.Column("owner_key", sa.String(64), nullable=False, server_default=""),
+    sa.Column("name", sa.String(255), nullable=False),  # as the caller called it; never a path
+    sa.Column("bytes", sa.BigInteger, nullable=False),
+    sa.Column("sha256", sa.String(64), nullable=False),
+    sa.Column("duration", sa.Float, nullable=False),
+    sa.Column("created_at", sa.Float, nullable=False),
+    sa.Index("files_by_created", "created_at"),
+)
+
+webhooks = sa.Table(  # an outbox: written in the transaction that ends the job, sent afterwards
+    "webhooks",
+    metadata,
+    sa.Column("id", sa.String(64), primary_key=True),
+    sa.Column("job_id", sa.String(64), sa.ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
+    sa.Column("owner_key", sa.String(64), nullable=False, server_default=""),
+    sa.Column("url", sa.String(2048), nullable=False),
+    sa.Column("type", sa.String(32), nullable=False),
+    sa.Column("state", sa.String(16), nullable=False),  # pending, delivered, dead
+    sa.Column("attempts", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("next_at", sa.Float),
+    sa.Column("last_status", sa.Integer),
+    sa.Column("last_error", sa.String(255)),
+    sa.Column("created_at", sa.Float, nullable=False),
+    sa.Column("delivered_at", sa.Float),
+    sa.Index("webhooks_by_state", "state", "next_at"),
+    sa.Index("webhooks_by_job", "job_id"),
 )

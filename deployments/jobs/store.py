@@ -10,24 +10,26 @@ All methods block; callers on an event loop use `asyncio.to_thread`.
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.engine import Connection, Engine, RowMapping
+from sqlalchemy.engine import Connection, RowMapping
 
 from acestep.errors import AceStepError, InvalidRequest
-from acestep.paths import home, writable
 from acestep.plan import Plan
 from acestep.request import Adjustment, SongRequest
 from acestep.song import Progress, Song
-from deployments.jobs.schema import events, jobs, metadata
+from deployments.jobs.database import default_database_url, open_database, writer
+from deployments.jobs.schema import events, jobs, webhooks
 
 QUEUED, RUNNING, SUCCEEDED, FAILED, CANCELLED = "queued", "running", "succeeded", "failed", "cancelled"
 TERMINAL = (SUCCEEDED, FAILED, CANCELLED)
 MAX_ATTEMPTS = 3
+DAY_S = 86_400.0
+_ADMISSION_LOCK = 0x0ACE57EA  # PostgreSQL advisory lock: limits are counted and used up by one router at a time
 
 
 class LeaseLost(Exception):
@@ -36,6 +38,36 @@ class LeaseLost(Exception):
 
 class IdempotencyConflict(InvalidRequest):
     """The same idempotency key came with another body."""
+
+
+class Busy(AceStepError):
+    """A limit on how much may be asked for at once; `retry_after` in seconds."""
+
+    type = "busy"
+
+
+@dataclass(frozen=True)
+class Caps:
+    """Limits that a new job must keep. None means no limit.
+
+    Attributes:
+        queued: Jobs of everybody that wait.
+        active: Jobs of this owner, waiting and running.
+        audio_s: Seconds of audio that this owner asked for within 24 hours.
+    """
+
+    queued: int | None = None
+    active: int | None = None
+    audio_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """What goes before a waiting job: 1-based place, and seconds of work by stage."""
+
+    position: int
+    plan_s: float
+    render_s: float
 
 
 @dataclass(frozen=True)
@@ -63,6 +95,7 @@ class Job:
     render_pool: str | None = None
     est_plan_s: float = 0.0
     est_render_s: float = 0.0
+    audio_s: float = 0.0
     attempts: int = 0
     cancel_requested: bool = False
     lease_owner: str | None = None
@@ -85,13 +118,8 @@ class Event:
     data: dict[str, Any]
 
 
-def default_database_url() -> str:
-    """SQLite in the state directory."""
-    return f"sqlite:///{writable(home()) / 'jobs.sqlite3'}"
-
-
 class JobStore:
-    """Open the store and create its tables.
+    """Open the store and bring its tables up to date.
 
     Args:
         url: SQLAlchemy URL; None means SQLite under `ACESTEP_HOME`.
@@ -99,9 +127,8 @@ class JobStore:
 
     def __init__(self, url: str | None = None) -> None:
         self.url = url or default_database_url()
-        self.engine = _engine(self.url)
-        self._writer = self.engine.execution_options(write=True)
-        metadata.create_all(self._writer)
+        self.engine = open_database(self.url)
+        self._writer = writer(self.engine)
 
     def close(self) -> None:
         self.engine.dispose()
@@ -125,34 +152,42 @@ class JobStore:
         est_render_s: float = 0.0,
         plan_pool: str | None = None,
         render_pool: str | None = None,
+        audio_s: float = 0.0,
+        caps: Caps | None = None,
     ) -> tuple[Job, bool]:
         """Write a new job down. Returns (job, created); with a known idempotency key the earlier job and False.
 
+        Args:
+            extra: What an API needs later. `webhook` in it is the URL that hears of the job's end.
+            audio_s: Seconds of audio asked for, over all items.
+            caps: Checked in the same transaction, so that two requests cannot both take the last place.
+
         Raises:
             IdempotencyConflict: the key was used with another body.
+            Busy: beyond `caps`; nothing was written.
         """
+        if idempotency_key is not None and (known := self.earlier(owner_key, idempotency_key, body_hash)):
+            return known, False
         now = time.time()
-        values = dict(
-            id=job_id, kind=kind, state=QUEUED, stage="queued", request=request.model_dump(mode="json"),
-            adjustments=[a.model_dump(mode="json") for a in adjustments], extra=extra or {}, priority=priority,
-            deadline=deadline, owner_key=owner_key, idempotency_key=idempotency_key, body_hash=body_hash,
-            est_plan_s=est_plan_s, est_render_s=est_render_s, plan_pool=plan_pool, render_pool=render_pool,
-            attempts=0, cancel_requested=False, created_at=now,
-        )  # fmt: skip
+        values = {
+            "id": job_id, "kind": kind, "state": QUEUED, "stage": "queued", "request": request.model_dump(mode="json"),
+            "adjustments": [a.model_dump(mode="json") for a in adjustments], "extra": extra or {}, "priority": priority,
+            "deadline": deadline, "owner_key": owner_key, "idempotency_key": idempotency_key, "body_hash": body_hash,
+            "est_plan_s": est_plan_s, "est_render_s": est_render_s, "plan_pool": plan_pool, "render_pool": render_pool,
+            "audio_s": audio_s, "attempts": 0, "cancel_requested": False, "created_at": now,
+        }  # fmt: skip
         try:
             with self._writer.begin() as db:
+                if caps is not None:
+                    _check(db, caps, owner_key, audio_s, now)
                 db.execute(jobs.insert().values(**values))
                 _event(db, job_id, "queued", {})
         except sa.exc.IntegrityError:
             if idempotency_key is None:
                 raise
-            earlier = self._by_idempotency_key(owner_key, idempotency_key)
+            earlier = self.earlier(owner_key, idempotency_key, body_hash)
             if earlier is None:
                 raise
-            if earlier.body_hash != body_hash:
-                raise IdempotencyConflict(
-                    "this Idempotency-Key was already used with another request body", field="Idempotency-Key"
-                ) from None
             return earlier, False
         return self.get_existing(job_id), True
 
@@ -162,10 +197,10 @@ class JobStore:
             taken = db.execute(
                 jobs.update()
                 .where(jobs.c.id == job_id, jobs.c.state == QUEUED, jobs.c.lease_owner.is_(None))
-                .values(state=CANCELLED, finished_at=time.time(), cancel_requested=True, error=_CANCELLED_ERROR)
+                .values(cancel_requested=True)
             ).rowcount
             if taken:
-                _event(db, job_id, CANCELLED, {})
+                _close(db, job_id, CANCELLED, error=_CANCELLED_ERROR)
             else:
                 db.execute(
                     jobs.update()
@@ -288,38 +323,72 @@ class JobStore:
             raise KeyError(job_id)
         return job
 
-    def list(self, *, state: str | None = None, owner_key: str | None = None, limit: int = 50, before: float | None = None,
-             ids: Sequence[str] | None = None) -> list[Job]:  # fmt: skip
-        query = sa.select(jobs).order_by(jobs.c.created_at.desc()).limit(limit)
-        if state is not None:
-            query = query.where(jobs.c.state == state)
+    def list(
+        self,
+        *,
+        states: Sequence[str] = (),
+        kind: str | None = None,
+        owner_key: str | None = None,
+        before: tuple[float, str] | None = None,
+        limit: int = 50,
+    ) -> list[Job]:
+        """Newest first. `before` is (created_at, id) of the last job of the page before."""
+        query = sa.select(jobs).order_by(jobs.c.created_at.desc(), jobs.c.id.desc()).limit(limit)
+        if states:
+            query = query.where(jobs.c.state.in_(states))
+        if kind is not None:
+            query = query.where(jobs.c.kind == kind)
         if owner_key is not None:
             query = query.where(jobs.c.owner_key == owner_key)
         if before is not None:
-            query = query.where(jobs.c.created_at < before)
-        if ids is not None:
-            query = query.where(jobs.c.id.in_(list(ids)))
+            at, last = before
+            query = query.where(sa.or_(jobs.c.created_at < at, sa.and_(jobs.c.created_at == at, jobs.c.id < last)))
         with self.engine.connect() as db:
             return [_job(row) for row in db.execute(query).mappings()]
 
+    def many(self, ids: Sequence[str]) -> dict[str, Job]:
+        """Those of the ids that exist."""
+        found: dict[str, Job] = {}
+        with self.engine.connect() as db:
+            for start in range(0, len(ids), 500):  # SQLite limits variables per query
+                query = sa.select(jobs).where(jobs.c.id.in_(ids[start : start + 500]))
+                found |= {row["id"]: _job(row) for row in db.execute(query).mappings()}
+        return found
+
     def counts(self) -> dict[str, int]:
         with self.engine.connect() as db:
-            rows = db.execute(sa.select(jobs.c.state, sa.func.count()).group_by(jobs.c.state)).all()
-        return dict.fromkeys((QUEUED, RUNNING, *TERMINAL), 0) | {state: n for state, n in rows}
+            rows = db.execute(sa.select(jobs.c.state, sa.func.count().label("n")).group_by(jobs.c.state)).all()
+        return dict.fromkeys((QUEUED, RUNNING, *TERMINAL), 0) | {r.state: r.n for r in rows}
 
-    def position(self, job: Job) -> int:
-        """1-based place in the queue; 0 once the job runs or has ended."""
+    def ahead(self, job: Job) -> Ahead:
+        """What goes before the job by priority and arrival; position 0 once it runs or has ended."""
         if job.state != QUEUED:
-            return 0
-        ahead = sa.or_(
+            return Ahead(0, 0.0, 0.0)
+        first = sa.or_(
             jobs.c.priority < job.priority,
             sa.and_(jobs.c.priority == job.priority, jobs.c.created_at < job.created_at),
         )
+        query = sa.select(
+            sa.func.count().filter(jobs.c.state == QUEUED),
+            sa.func.coalesce(sa.func.sum(jobs.c.est_plan_s).filter(jobs.c.planned_at.is_(None)), 0.0),
+            sa.func.coalesce(sa.func.sum(jobs.c.est_render_s), 0.0),
+        ).where(sa.or_(jobs.c.state == RUNNING, sa.and_(jobs.c.state == QUEUED, first)))
         with self.engine.connect() as db:
-            n = db.execute(
-                sa.select(sa.func.count()).select_from(jobs).where(jobs.c.state == QUEUED, ahead)
-            ).scalar_one()
-        return int(n) + 1
+            waiting, plan_s, render_s = db.execute(query).one()
+        return Ahead(int(waiting) + 1, float(plan_s), float(render_s))
+
+    def mean_seconds(self, last: int = 50) -> float | None:
+        """Mean time from start to end of the last songs; None before the first."""
+        recent = (
+            sa.select((jobs.c.finished_at - jobs.c.started_at).label("seconds"))
+            .where(jobs.c.state == SUCCEEDED, jobs.c.started_at.is_not(None))
+            .order_by(jobs.c.finished_at.desc())
+            .limit(last)
+            .subquery()
+        )
+        with self.engine.connect() as db:
+            mean = db.execute(sa.select(sa.func.avg(recent.c.seconds))).scalar_one()
+        return None if mean is None else float(mean)
 
     def events_after(self, job_id: str, seq: int, limit: int = 500) -> list[Event]:
         query = (
@@ -328,13 +397,42 @@ class JobStore:
         with self.engine.connect() as db:
             return [Event(**row) for row in db.execute(query).mappings()]
 
-    # -- inner
+    def earlier(self, owner_key: str, key: str, body_hash: str | None) -> Job | None:
+        """The job that was made with this idempotency key.
 
-    def _by_idempotency_key(self, owner_key: str, key: str) -> Job | None:
+        Raises:
+            IdempotencyConflict: it had another body.
+        """
         query = sa.select(jobs).where(jobs.c.owner_key == owner_key, jobs.c.idempotency_key == key)
         with self.engine.connect() as db:
             row = db.execute(query).mappings().first()
-        return _job(row) if row else None
+        if row is None:
+            return None
+        if row["body_hash"] != body_hash:
+            raise IdempotencyConflict(
+                "this Idempotency-Key was already used with another request body", field="Idempotency-Key"
+            )
+        return _job(row)
+
+    # -- keeping
+
+    def ended_before(self, at: float, limit: int = 200) -> list[str]:
+        """Ids of jobs that ended before `at`, oldest first."""
+        query = (
+            sa.select(jobs.c.id)
+            .where(jobs.c.state.in_(TERMINAL), jobs.c.finished_at < at)
+            .order_by(jobs.c.finished_at)
+            .limit(limit)
+        )
+        with self.engine.connect() as db:
+            return list(db.execute(query).scalars())
+
+    def delete(self, job_id: str) -> bool:
+        """Forget an ended job with its events and webhooks. False where it is not there or has not ended."""
+        with self._writer.begin() as db:
+            return bool(db.execute(jobs.delete().where(jobs.c.id == job_id, jobs.c.state.in_(TERMINAL))).rowcount)
+
+    # -- inner
 
     @staticmethod
     def _fenced(db: Connection, job_id: str, owner: str, **values: Any) -> None:
@@ -358,11 +456,48 @@ def _mine(job_id: str, owner: str) -> sa.Update:
 
 
 def _close(db: Connection, job_id: str, state: str, error: dict[str, Any] | None = None) -> None:
-    values: dict[str, Any] = {"state": state, "finished_at": time.time(), "lease_owner": None, "lease_until": None}
+    now = time.time()
+    values: dict[str, Any] = {"state": state, "finished_at": now, "lease_owner": None, "lease_until": None}
     if error is not None:
         values["error"] = error
-    db.execute(jobs.update().where(jobs.c.id == job_id).values(**values))
+    row = db.execute(
+        jobs.update().where(jobs.c.id == job_id).values(**values).returning(jobs.c.extra, jobs.c.owner_key)
+    ).one()
     _event(db, job_id, state, {"error": error} if error else {})
+    if url := row.extra.get("webhook"):
+        db.execute(
+            webhooks.insert().values(
+                id=f"msg_{uuid.uuid4().hex}", job_id=job_id, owner_key=row.owner_key, url=url, type=f"job.{state}",
+                state="pending", next_at=now, created_at=now,
+            )
+        )  # fmt: skip
+
+
+def _check(db: Connection, caps: Caps, owner_key: str, audio_s: float, now: float) -> None:
+    if db.dialect.name == "postgresql":
+        db.execute(sa.select(sa.func.pg_advisory_xact_lock(_ADMISSION_LOCK)))
+    if caps.queued is not None and _count(db, jobs.c.state == QUEUED) >= caps.queued:
+        raise Busy(f"{caps.queued} jobs wait already", limit=caps.queued)
+    if caps.active is not None:
+        active = _count(db, jobs.c.owner_key == owner_key, jobs.c.state.in_((QUEUED, RUNNING)))
+        if active >= caps.active:
+            raise Busy(f"this key has {active} jobs under way; its limit is {caps.active}", limit=caps.active)
+    if caps.audio_s is not None:
+        spent = sa.select(sa.func.coalesce(sa.func.sum(jobs.c.audio_s), 0.0), sa.func.min(jobs.c.created_at)).where(
+            jobs.c.owner_key == owner_key, jobs.c.created_at > now - DAY_S, jobs.c.state.not_in((FAILED, CANCELLED)),
+            jobs.c.audio_s > 0,
+        )  # fmt: skip
+        used, oldest = db.execute(spent).one()
+        if used + audio_s > caps.audio_s:
+            raise Busy(
+                f"this key asked for {used:.0f} s of audio within 24 hours; with {audio_s:.0f} s more it is above its "
+                f"limit of {caps.audio_s:.0f} s",
+                limit=caps.audio_s, retry_after=max(1.0, (oldest or now) + DAY_S - now),
+            )  # fmt: skip
+
+
+def _count(db: Connection, *where: sa.ColumnElement[bool]) -> int:
+    return int(db.execute(sa.select(sa.func.count()).select_from(jobs).where(*where)).scalar_one())
 
 
 def _event(db: Connection, job_id: str, type: str, data: dict[str, Any]) -> None:
@@ -377,29 +512,3 @@ def _job(row: RowMapping) -> Job:
         if data[name] is not None:
             data[name] = model.model_validate(data[name])  # type: ignore[attr-defined]
     return Job(**data)
-
-
-def _engine(url: str) -> Engine:
-    parsed = sa.make_url(url)
-    if parsed.get_backend_name() != "sqlite":
-        return sa.create_engine(parsed, pool_pre_ping=True)
-    if parsed.database:
-        writable(Path(parsed.database).parent)
-    engine = sa.create_engine(parsed, connect_args={"timeout": 30.0, "check_same_thread": False})
-
-    @sa.event.listens_for(engine, "connect")
-    def _pragmas(connection: Any, _: Any) -> None:
-        connection.isolation_level = None  # transactions begin where SQLAlchemy says, below
-        cursor = connection.cursor()
-        cursor.execute("PRAGMA journal_mode=WAL")
-        cursor.execute("PRAGMA synchronous=FULL")  # an answered 202 must survive a power cut
-        cursor.execute("PRAGMA foreign_keys=ON")
-        cursor.close()
-
-    @sa.event.listens_for(engine, "begin")
-    def _begin(connection: Connection) -> None:
-        # Writers wait for the lock from the start: upgrading from a read lock fails at once when two try it.
-        write = connection.get_execution_options().get("write", False)
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
-
-    return engine

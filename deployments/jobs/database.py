@@ -1,0 +1,88 @@
+"""Opens the job database and brings its tables up to date."""
+
+from __future__ import annotations
+
+import importlib.util
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from alembic.command import upgrade
+from alembic.config import Config
+from sqlalchemy.engine import Connection, Engine
+
+from acestep.errors import InvalidRequest
+from acestep.paths import home, writable
+
+_MIGRATION_LOCK = 0x0ACE57E9  # PostgreSQL advisory lock: routers that start together migrate one after another
+
+
+def default_database_url() -> str:
+    """SQLite in the state directory."""
+    return f"sqlite:///{writable(home()) / 'jobs.sqlite3'}"
+
+
+def open_database(url: str) -> Engine:
+    """An engine whose database has the newest tables.
+
+    Raises:
+        InvalidRequest: the URL is not understood, or its driver is not installed.
+    """
+    engine = _engine(url)
+    migrate(engine)
+    return engine
+
+
+def writer(engine: Engine) -> Engine:
+    """The engine for transactions that write: on SQLite they take the lock when they begin."""
+    return engine.execution_options(write=True)
+
+
+def migrate(engine: Engine, revision: str = "head") -> None:
+    """Run the missing migrations, in one transaction under a lock."""
+    config = Config()
+    config.set_main_option("script_location", str(resources.files("deployments.jobs") / "migrations"))
+    with writer(engine).begin() as connection:
+        if connection.dialect.name == "postgresql":
+            connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
+        config.attributes["connection"] = connection
+        upgrade(config, revision)
+
+
+def _engine(url: str) -> Engine:
+    try:
+        parsed = sa.make_url(url)
+    except sa.exc.ArgumentError:
+        raise InvalidRequest(
+            "database_url: not an SQLAlchemy URL such as sqlite:///jobs.sqlite3", field="database_url"
+        ) from None
+    backend = parsed.get_backend_name()
+    if backend == "postgresql" and parsed.drivername == "postgresql":
+        parsed = parsed.set(drivername="postgresql+psycopg")
+    if backend == "postgresql" and importlib.util.find_spec("psycopg") is None:
+        raise InvalidRequest(
+            "database_url: PostgreSQL needs the extra: pip install 'acestep-serve[postgres]'", field="database_url"
+        )
+    if backend != "sqlite":
+        return sa.create_engine(parsed, pool_pre_ping=True, pool_size=8, max_overflow=24)
+    if parsed.database:
+        writable(Path(parsed.database).parent)
+    engine = sa.create_engine(parsed, connect_args={"timeout": 30.0, "check_same_thread": False})
+
+    @sa.event.listens_for(engine, "connect")
+    def _pragmas(connection: Any, _: Any) -> None:
+        connection.isolation_level = None  # transactions begin where SQLAlchemy says, below
+        cursor = connection.cursor()
+        cursor.execute("PRAGMA journal_mode=WAL")
+        cursor.execute("PRAGMA synchronous=FULL")  # an answered 202 must survive a power cut
+        cursor.execute("PRAGMA foreign_keys=ON")
+        cursor.close()
+
+    @sa.event.listens_for(engine, "begin")
+    def _begin(connection: Connection) -> None:
+        # Writers wait for the lock from the start: upgrading from a read lock fails at once when two try it.
+        write = connection.get_execution_options().get("write", False)
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+
+    return engine

@@ -1,0 +1,195 @@
+"""Leases, final states, limits and idempotency, on SQLite and on a real PostgreSQL."""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+
+from acestep.errors import Cancelled, OutOfMemory
+from acestep.plan import Metadata, Plan
+from acestep.request import SongRequest
+from acestep.song import Progress, Song, SongItem
+from deployments.jobs.schema import metadata
+from deployments.jobs.store import Busy, Caps, IdempotencyConflict, Job, JobStore, LeaseLost
+
+REQUEST = SongRequest(prompt="quiet piano", duration=10, seed=1)
+SONG = Song(items=(SongItem(index=0, seed=1, duration=10.0, samples=480_000),), plan=Plan(), renderer="tiny")
+
+
+def add(store: JobStore, **columns: object) -> Job:
+    return store.add(str(uuid.uuid4()), REQUEST, **columns)[0]  # type: ignore[arg-type]
+
+
+def test_migrations_make_exactly_the_tables_of_the_schema(store: JobStore) -> None:
+    with store.engine.connect() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+
+
+def test_opening_again_keeps_what_is_there(store: JobStore, database_url: str) -> None:
+    job = add(store)
+    again = JobStore(database_url)
+    assert again.get_existing(job.id).request == REQUEST
+    again.close()
+
+
+def test_a_job_goes_through_its_life_and_ends_once(store: JobStore) -> None:
+    job = add(store)
+    assert (job.state, store.ahead(job).position) == ("queued", 1)
+    claimed = store.claim(job.id, "a", 10)
+    assert claimed is not None
+    assert claimed.attempts == 1
+    assert store.claim(job.id, "b", 10) is None
+    store.save_progress(job.id, "a", Progress(stage="planning", done=1, total=2))
+    store.save_plan(job.id, "a", Plan(metadata=Metadata(bpm=90)))
+    store.succeed(job.id, "a", SONG)
+    done = store.get_existing(job.id)
+    assert (done.state, done.result, done.plan.metadata.bpm) == ("succeeded", SONG, 90)  # type: ignore[union-attr]
+    with pytest.raises(LeaseLost):
+        store.fail(job.id, "a", OutOfMemory("no"))
+    store.request_cancel(job.id)
+    assert store.get_existing(job.id).state == "succeeded"
+    assert [e.type for e in store.events_after(job.id, 0)] == ["queued", "started", "progress", "planned", "succeeded"]
+
+
+def test_whoever_lost_the_lease_cannot_write(store: JobStore) -> None:
+    job = add(store)
+    store.claim(job.id, "a", 0.01)
+    time.sleep(0.05)
+    taken = store.claim(job.id, "b", 10)
+    assert taken is not None
+    assert taken.attempts == 2
+    for write in (
+        lambda: store.save_plan(job.id, "a", Plan()),
+        lambda: store.save_progress(job.id, "a", Progress(stage="rendering")),
+        lambda: store.succeed(job.id, "a", SONG),
+        lambda: store.fail(job.id, "a", Cancelled("no")),
+    ):
+        with pytest.raises(LeaseLost):
+            write()
+    assert store.get_existing(job.id).state == "running"
+    store.succeed(job.id, "b", SONG)
+
+
+def test_attempts_are_limited_and_a_drain_costs_none(store: JobStore) -> None:
+    job = add(store)
+    for _ in range(5):
+        assert store.claim(job.id, "a", 10)
+        store.release(job.id, "a")
+    for _ in range(3):
+        assert store.claim(job.id, "a", 0.001)
+        time.sleep(0.01)
+    assert store.claim(job.id, "b", 10) is None
+    ended = store.get_existing(job.id)
+    assert ended.state == "failed"
+    assert "3 attempts" in ended.error["message"]  # type: ignore[index]
+
+
+def test_cancelling_a_waiting_job_ends_it_and_a_running_one_is_told(store: JobStore) -> None:
+    waiting, running = add(store), add(store)
+    store.claim(running.id, "a", 10)
+    assert store.request_cancel(waiting.id).state == "cancelled"  # type: ignore[union-attr]
+    assert store.request_cancel(running.id).state == "running"  # type: ignore[union-attr]
+    assert store.renew("a", 10) == ({running.id}, {running.id})
+    store.fail(running.id, "a", Cancelled("cancelled by the caller"))
+    assert store.get_existing(running.id).state == "cancelled"
+    assert store.request_cancel("no such job") is None
+
+
+def test_ten_dispatchers_never_share_a_job(store: JobStore) -> None:
+    ids = [add(store).id for _ in range(20)]
+    won: list[str] = []
+
+    def claim_all(owner: str) -> None:
+        won.extend(job_id for job_id in ids if store.claim(job_id, owner, 30))
+
+    threads = [threading.Thread(target=claim_all, args=(f"o{n}",)) for n in range(10)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(won) == sorted(ids)
+
+
+def test_idempotency_is_per_owner_and_per_body(store: JobStore) -> None:
+    first, created = store.add("1", REQUEST, owner_key="a", idempotency_key="k", body_hash="h")
+    assert created
+    assert store.add("2", REQUEST, owner_key="a", idempotency_key="k", body_hash="h") == (first, False)
+    assert store.add("3", REQUEST, owner_key="b", idempotency_key="k", body_hash="h")[1]
+    with pytest.raises(IdempotencyConflict):
+        store.add("4", REQUEST, owner_key="a", idempotency_key="k", body_hash="other")
+    assert store.get("2") is None
+
+
+def test_the_same_key_at_the_same_time_makes_one_job(store: JobStore) -> None:
+    found: list[str] = []
+
+    def submit() -> None:
+        try:
+            job, _ = store.add(str(uuid.uuid4()), REQUEST, idempotency_key="k", body_hash="h", caps=Caps(queued=1))
+        except Busy:
+            return
+        found.append(job.id)
+
+    threads = [threading.Thread(target=submit) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    # With a queue of one, a loser of the race may also be told that the queue is full; nobody may make a second job.
+    assert len(set(found)) == 1
+    assert store.counts()["queued"] == 1
+
+
+def test_limits_hold_and_write_nothing(store: JobStore) -> None:
+    add(store, owner_key="a", audio_s=50.0)
+    with pytest.raises(Busy, match="1 jobs wait"):
+        add(store, caps=Caps(queued=1))
+    with pytest.raises(Busy, match="under way"):
+        add(store, owner_key="a", caps=Caps(active=1))
+    add(store, owner_key="b", caps=Caps(active=1))
+    with pytest.raises(Busy, match="24 hours") as error:
+        add(store, owner_key="a", audio_s=11.0, caps=Caps(audio_s=60.0))
+    assert 86_000 < error.value.details["retry_after"] <= 86_401
+    add(store, owner_key="a", audio_s=10.0, caps=Caps(audio_s=60.0))
+    assert store.counts()["queued"] == 3
+
+
+def test_paging_meets_every_job_once(store: JobStore) -> None:
+    ids = [add(store, owner_key="a").id for _ in range(7)]
+    add(store, owner_key="b")
+    seen: list[str] = []
+    before = None
+    while page := store.list(owner_key="a", limit=3, before=before):
+        seen += [job.id for job in page]
+        before = (page[-1].created_at, page[-1].id)
+    assert seen == ids[::-1]
+    assert set(store.many([*ids, "none"])) == set(ids)
+    assert store.list(states=("running",)) == []
+
+
+def test_what_goes_ahead_is_counted_in_seconds(store: JobStore) -> None:
+    running = add(store, est_plan_s=3.0, est_render_s=5.0)
+    store.claim(running.id, "a", 10)
+    store.save_plan(running.id, "a", Plan())
+    add(store, est_plan_s=2.0, est_render_s=4.0)
+    last = add(store)
+    urgent = add(store, priority=-1.0)
+    ahead = store.ahead(last)
+    assert (ahead.position, ahead.plan_s, ahead.render_s) == (3, 2.0, 9.0)
+    assert store.ahead(urgent).position == 1
+
+
+def test_only_ended_jobs_are_forgotten(store: JobStore) -> None:
+    ended, waiting = add(store), add(store)
+    store.request_cancel(ended.id)
+    assert store.ended_before(time.time() + 1) == [ended.id]
+    assert not store.delete(waiting.id)
+    assert store.delete(ended.id)
+    assert store.get(ended.id) is None
+    assert store.events_after(ended.id, 0) == []
+    assert store.get(waiting.id) is not None
