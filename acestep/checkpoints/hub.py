@@ -43,6 +43,8 @@ def download_model(
     patterns = [f"{folder}/{p}" if folder else p for p in _PATTERNS]
     offline = constants.HF_HUB_OFFLINE or not download
     where = f"{repository}/{folder}" if folder else repository
+    if revision is not None:
+        where += f" at revision {revision}"
     try:
         snapshot = Path(
             huggingface_hub.snapshot_download(
@@ -56,7 +58,7 @@ def download_model(
     except errors.RepositoryNotFoundError as error:
         raise _missing(where, repository, "there is no such repository, or it is private: check the name") from error
     except errors.RevisionNotFoundError as error:
-        raise _missing(where, repository, f"it has no revision {revision!r}") from error
+        raise _missing(where, repository, "there is no such revision") from error
     except errors.LocalEntryNotFoundError as error:
         hint = (
             "it is not in the local cache and downloads are off: unset HF_HUB_OFFLINE, or give a folder"

@@ -42,7 +42,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def classify(folder: Path) -> Layout:
     """The layout of `folder`, from the names of its files and the fields of its config alone."""
-    if (folder / "transformer" / "config.json").is_file():
+    if (folder / "model_index.json").is_file() or (folder / "transformer" / "config.json").is_file():
         return "diffusers"
     if (folder / "config.json").is_file():
         config = read_config(folder / "config.json")

@@ -61,7 +61,7 @@ def resolve(
     folder = _as_folder(name)
     if folder is not None:
         return _from_folder(folder, kind, root, download=download, revision=None, name=folder.name)
-    row = published().get(name.removeprefix("ACE-Step/"))
+    row = _row(name, kind)
     if row is not None:
         return _from_published(row, kind, root, download=download, revision=revision)
     if is_repository_id(name):
@@ -88,6 +88,14 @@ def _tiny(name: str, kind: Kind, root: Path) -> Checkpoint:
     home = tiny_root(root)
     folder = home / (name if kind == "planner" else f"{name}-diffusers")
     return _from_folder(folder, kind, root, download=False, revision=None, name=name)
+
+
+def _row(name: str, kind: Kind) -> Published | None:
+    """A published model by its name, by its repository, or as the default of the repository that holds several."""
+    row = published().get(name.removeprefix("ACE-Step/"))
+    if row is None and name == companions().repository:
+        row = published()[default_name(kind)]
+    return row
 
 
 def _as_folder(name: str) -> Path | None:
