@@ -17,6 +17,7 @@ from diffusers.models.transformers.ace_step_transformer import AceStepTransforme
 from torch import Tensor
 
 from acestep.dit.attention import Attention, WindowLayout, key_mask, window_layout
+from acestep.dit.lora import ActiveLora, applied
 from acestep.settings import Attention as Backend
 
 _KEPT_BATCHES = 4  # a batch and the halves it may be split into
@@ -37,12 +38,16 @@ class Projected:
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One evaluation: latents `x` `[L, C]` in float32 at time `t`, with `context` `[L, 2C]` and a projected condition."""
+    """One evaluation: latents `x` `[L, C]` in float32 at time `t`, with `context` `[L, 2C]` and a projected condition.
+
+    `lora` changes this row alone; the condition must have been projected with the same one.
+    """
 
     x: Tensor
     t: float
     context: Tensor
     condition: Projected
+    lora: ActiveLora | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,8 +107,12 @@ class Denoiser:
         self.attention = Attention(self.attention.backend, self.device, dtype)
 
     @torch.inference_mode()
-    def project(self, tokens: Tensor) -> Projected:
+    def project(self, tokens: Tensor, lora: ActiveLora | None = None) -> Projected:
         """Keys and values of a condition `[E, width of the condition encoder]`, for all layers."""
+        with applied(self.transformer, [lora]):
+            return self._project(tokens)
+
+    def _project(self, tokens: Tensor) -> Projected:
         states = self.transformer.condition_embedder(tokens[None].to(self.device, self.dtype))
         keys, values = [], []
         for block in self.transformer.layers:
@@ -121,10 +130,14 @@ class Denoiser:
         for i, row in enumerate(rows):
             latents[i, : len(row.x)] = row.x
         times = torch.tensor([row.t for row in rows], dtype=torch.float32, device=self.device)
-        out = self._run(
-            latents, times, batch.context, batch.rope, batch.full_mask, batch.window, batch.keys, batch.values,
-            batch.cross_mask,
-        )  # fmt: skip
+        loras = [row.lora for row in rows]
+        # Hooks would make a compiled forward compile again, so a batch with adapters runs the plain one.
+        run = self._run if not any(loras) else self._forward
+        with applied(self.transformer, loras):
+            out = run(
+                latents, times, batch.context, batch.rope, batch.full_mask, batch.window, batch.keys, batch.values,
+                batch.cross_mask,
+            )  # fmt: skip
         return [out[i, :frames].float() for i, frames in enumerate(batch.frames)]
 
     def _batch_of(self, rows: Sequence[Row]) -> _Batch:

@@ -338,7 +338,11 @@ class RenderEngine:
         return Rendered(
             items=tuple(items),
             timings=RenderTimings(queued_s=song.ticket.queued_s, **song.seconds),
-            settings={"task": request.task, **song.prepared.sampling.as_settings()},
+            settings={
+                "task": request.task,
+                **song.prepared.sampling.as_settings(),
+                "lora": song.prepared.lora.as_settings() if song.prepared.lora else None,
+            },
             adjustments=song.prepared.adjustments,
         )
 

@@ -17,6 +17,7 @@ from acestep.audio.reading import read_audio
 from acestep.checkpoints.published import VariantDefaults
 from acestep.dit.conditions import Conditions, reference_excerpt
 from acestep.dit.denoiser import Denoiser, Projected
+from acestep.dit.lora import ActiveLora, LoraCache
 from acestep.dit.prompts import MAX_LYRIC_TOKENS, MAX_TEXT_TOKENS, caption_text, lyrics_text
 from acestep.dit.residency import Residency
 from acestep.dit.sampler import Path, Repaint, Side
@@ -49,6 +50,7 @@ class Item:
 class Prepared:
     items: tuple[Item, ...]
     sampling: Sampling
+    lora: ActiveLora | None
     adjustments: tuple[Adjustment, ...]
 
 
@@ -68,6 +70,7 @@ class Preparation:
         vae: Vae,
         denoiser: Denoiser,
         residency: Residency,
+        loras: LoraCache,
         defaults: VariantDefaults,
         device: torch.device,
     ) -> None:
@@ -75,14 +78,16 @@ class Preparation:
         self._vae = vae
         self._denoiser = denoiser
         self._residency = residency
+        self._loras = loras
         self._defaults = defaults
         self._device = device
 
     def prepare(self, work: RenderWork) -> Generator[None, None, Prepared]:
-        """Raises the errors of `check_files`, `read_source` and `window_of` for what only shows with the audio at hand."""
+        """Raises the errors of `check_files`, `LoraCache.get`, `read_source` and `window_of`, for what only the files can tell."""
         request = work.request
         check_files(request, work.src_audio, work.reference_audio)
         sampling, adjustments = resolve(request, self._defaults)
+        lora = self._loras.get(request.lora)
         source = (yield from self._source(work)) if work.src_audio is not None else None
         references = []
         for path in work.reference_audio:
@@ -114,19 +119,19 @@ class Preparation:
                     tokens = self._conditions.encode(caption, lyrics, references, key=reference_key)
                     yield
                     self._residency.need("dit")
-                    projected[caption, lyrics] = self._denoiser.project(tokens)
+                    projected[caption, lyrics] = self._denoiser.project(tokens, lora)
                     yield
         self._residency.need("dit")
-        null = self._denoiser.project(self._conditions.null())
+        null = self._denoiser.project(self._conditions.null(), lora)
         items = []
         for index in work.indices:
             codes = work_codes(work, index)
             frames = -(-lengths[index] // SAMPLES_PER_FRAME)
             context = contexts[codes, frames]
-            sides = [Side(context, projected[texts[index][0]], null)]
+            sides = [Side(context, projected[texts[index][0]], null, lora)]
             if len(texts[index]) > 1:
                 silent = contexts.setdefault(("silence", frames), self._silence(frames))
-                sides.append(Side(silent, projected[texts[index][1]], null))
+                sides.append(Side(silent, projected[texts[index][1]], null, lora))
             items.append(self._item(work, index, lengths[index], sampling, sides, source))
         if not follows_source(request, codes=bool(work_codes(work, 0))) and request.audio_cover_strength != 1.0:
             adjustments.append(
@@ -135,7 +140,7 @@ class Preparation:
                     reason="there are no audio codes to follow",
                 )
             )  # fmt: skip
-        return Prepared(tuple(items), sampling, tuple(_unique(adjustments)))
+        return Prepared(tuple(items), sampling, lora, tuple(_unique(adjustments)))
 
     def encode(self, audio: Tensor) -> Generator[None, None, Tensor]:
         """Latents of PCM, tile by tile."""

@@ -17,6 +17,7 @@ from acestep.dit import tasks
 from acestep.dit.conditions import Conditions
 from acestep.dit.denoiser import Denoiser
 from acestep.dit.engine import RenderEngine, Result, Work
+from acestep.dit.lora import LoraCache
 from acestep.dit.preparation import Preparation
 from acestep.dit.residency import Residency
 from acestep.dit.vae import Vae
@@ -83,12 +84,13 @@ class Renderer:
         )
         residency = Residency(groups, device, frozenset(offloaded))
         denoiser = Denoiser(components.transformer, device, dtype, settings.attention, compile=settings.compile)
+        loras = LoraCache(components.transformer, device, dtype)
         conditions = Conditions(components, device, dtype)
         budget = settings.max_batch_frames
         if budget is None:
             budget = _BATCH_FRAMES.get(device.type, _BATCH_FRAMES_GPU)
         engine = RenderEngine(
-            Preparation(conditions, vae, denoiser, residency, defaults, device),
+            Preparation(conditions, vae, denoiser, residency, loras, defaults, device),
             denoiser,
             vae,
             residency,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from acestep.dit.denoiser import Projected, Row
 from acestep.dit.guidance import Guidance
+from acestep.dit.lora import ActiveLora
 from acestep.dit.sampling import Sampling
 from acestep.dit.schedule import start_at_noise
 
@@ -18,11 +19,12 @@ Walk = Generator[list[Row], Sequence[Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Side:
-    """One way to condition an item: context `[L, 2C]`, condition, and the learned "no condition"."""
+    """One way to condition an item: context `[L, 2C]`, condition, the learned "no condition", and an adapter."""
 
     context: Tensor
     condition: Projected
     null: Projected
+    lora: ActiveLora | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,11 +120,11 @@ class Walker:
 
 
 def _velocity(x: Tensor, t: float, side: Side, guidance: Guidance, corrector: bool = False) -> Walk:
-    row = Row(x, t, side.context, side.condition)
+    row = Row(x, t, side.context, side.condition, side.lora)
     if not guidance.wanted(t):
         (v,) = yield [row]
         return v
-    cond, uncond = yield [row, Row(x, t, side.context, side.null)]
+    cond, uncond = yield [row, Row(x, t, side.context, side.null, side.lora)]
     return guidance.combine(x, t, cond, uncond, corrector)
 
 
