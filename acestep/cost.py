@@ -26,7 +26,7 @@ Positive = Field(gt=0.0, allow_inf_nan=False)
 
 # What the planner is expected to do where the request leaves it open.
 EXPECTED_DURATION_S = 150.0
-LYRIC_CHARS_PER_S = 12.0  # sung text with breaks between sections
+LYRIC_CHARS_PER_S = 9.0  # three minutes of song have about 1,600 characters
 METADATA_STEPS = 25  # sampled tokens of bpm, duration, key, language and time signature; forced runs take one step
 CAPTION_STEPS = 120  # 60 to 250 seen; it is most of the reasoning block
 PROMPT_TOKENS = 39  # what every prompt holds besides the caller's text
@@ -196,9 +196,10 @@ class Seconds:
 NOTHING = Seconds(0.0, 0.0)
 
 
-def plan_rows(request: SongRequest) -> int:
-    """Rows that code planning takes in the planner's batch: guidance doubles them."""
-    return request.batch_size * (2 if request.lm_cfg_scale > 1.0 else 1) if needs_codes(request) else 1
+def plan_rows(request: SongRequest, slots: int) -> int:
+    """Rows that a request takes at once in a planner of `slots` rows: two per item with guidance, at most half of the planner."""
+    wanted = request.batch_size * (2 if request.lm_cfg_scale > 1.0 else 1) if needs_codes(request) else 1
+    return min(wanted, max(2, slots // 2))
 
 
 def plan_steps(request: SongRequest, duration: float) -> tuple[float, float]:
@@ -222,8 +223,8 @@ def plan_seconds(
         return NOTHING
     metadata_steps, code_steps = plan_steps(request, duration)
     prompt = PROMPT_TOKENS + (len(request.prompt) + len(request.lyrics)) / CHARS_PER_TOKEN
-    rows = min(plan_rows(request), slots)
-    waves = math.ceil(plan_rows(request) / slots)
+    rows = plan_rows(request, slots)
+    waves = math.ceil(plan_rows(request, 1 << 30) / rows)
     metadata_rows = 1 if request.lm_share_cot else min(request.batch_size, slots)
     others = max(0, slots - rows) if busy_rows is None else min(busy_rows, max(0, slots - rows))
     context = prompt + code_steps / 2

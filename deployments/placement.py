@@ -6,6 +6,8 @@ factor, than the wait on a larger card that would finish earlier. Every decision
 
 from __future__ import annotations
 
+import heapq
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -28,6 +30,7 @@ from acestep.request import Adjustment, SongRequest
 Role = Literal["plan", "render"]
 SPILL_FACTOR = 2.0
 MIN_PATIENCE_S = 2.0  # a wait below this is never worth a larger card
+PROMISE_TOLERANCE = 1.25
 SPREAD_GAIN = 0.9  # more replicas must finish the batch in less than this share of the time
 SPREAD_WORK = 1.1  # while others wait, spreading may not add more work than this factor
 
@@ -48,11 +51,13 @@ class PoolState:
         reachable: Whether the cluster has a node for it, or can add one.
         slots: Pieces of work that one replica runs at once: batch rows of a planner, 1 for a renderer.
         busy: Slots in use, over all replicas.
-        waiting_s: Seconds of work that wait for it, in one replica's time.
+        waiting_s: Seconds of work that wait for it and would go first, in one replica's time.
+        coming: (in how many seconds, seconds of work) that planners will hand over to it.
         running_s: Seconds of work left in what runs.
-        free_in_s: When each running replica will have a free slot, where that is known; else it is estimated from `running_s`.
+        free_in_s: When each slot of the running replicas will be free, where that is known; else estimated from `running_s`.
         ready_in_s: When the pending replicas will serve; None means the profile's load time.
         correction: Measured time over foretold time (`acestep.cost.Corrections`).
+        drain_s: How its autoscaling sizes it: seconds in which it wants to be rid of what waits. None: it keeps its size.
         needs: The node label that it needs, for people.
     """
 
@@ -70,10 +75,12 @@ class PoolState:
     slots: int = 1
     busy: int = 0
     waiting_s: float = 0.0
+    coming: tuple[tuple[float, float], ...] = ()
     running_s: float = 0.0
     free_in_s: tuple[float, ...] | None = None
     ready_in_s: float | None = None
     correction: float = 1.0
+    drain_s: float | None = None
     needs: str = ""
 
     @property
@@ -117,6 +124,14 @@ class Option:
 
 
 @dataclass(frozen=True)
+class Promise:
+    """What a job was told when it came: its renderer pool, and how much is left of the time."""
+
+    renderer: str
+    left_s: float
+
+
+@dataclass(frozen=True)
 class Decision:
     """Where a job goes.
 
@@ -130,6 +145,7 @@ class Decision:
         max_duration: What the planner may write at most, in seconds: the chosen renderer's limit.
         groups: Batch items by replica, such as ((0, 1), (2, 3)).
         est_plan_s, est_render_s: Work that the job adds to each pool's backlog, in one replica's seconds.
+        plan_wait_s, render_wait_s: Until planning begins, and from the plan to when rendering begins.
         plan_wall_s, render_wall_s: How long each stage takes once begun, corrections included.
         plan_profile_s, render_profile_s: The same as the cost profile alone has it: what `Corrections.refine` wants as prediction.
         eta_s: From now to the end; None where that depends on a card that is not there.
@@ -146,6 +162,8 @@ class Decision:
     groups: tuple[tuple[int, ...], ...]
     est_plan_s: float
     est_render_s: float
+    plan_wait_s: float
+    render_wait_s: float
     plan_wall_s: float
     render_wall_s: float
     plan_profile_s: float
@@ -162,6 +180,7 @@ def choose(
     clamp: bool = True,
     spill_factor: float = SPILL_FACTOR,
     deadline_in_s: float | None = None,
+    promise: Promise | None = None,
 ) -> Decision:
     """Pick a planner pool and a renderer pool.
 
@@ -170,6 +189,7 @@ def choose(
         clamp: Where no pool that can run now can do the request, cut it down to what one can. Off for jobs that were accepted as they
             are: those wait for their card to come back.
         deadline_in_s: The cheapest pool that makes it is taken, else the fastest.
+        promise: What the caller was told at submit; kept where that is possible.
 
     Raises:
         LimitExceeded: the request is strict and beyond the fleet's limits.
@@ -213,8 +233,10 @@ def choose(
             planned_s = planner.finish_s
             plan_reason = "plans on " + _why(planner, planners, spill_factor) + "; "
 
-    options = [_render_option(p, request, seconds) for p in live or able]
+    options = [_render_option(p, request, seconds, planned_s) for p in live or able]
     left = None if deadline_in_s is None else deadline_in_s - planned_s
+    if promise is not None:
+        options = _keeping(promise, options)
     renderer = _pick(options, spill_factor, left)
     reason = f"{plan_reason}renders on {_why(renderer, suited, spill_factor)}"
     chosen = [o.pool for o in (planner, renderer) if o is not None]
@@ -232,11 +254,13 @@ def choose(
         groups=renderer.groups,
         est_plan_s=planner.seconds.work_s if planner else 0.0,
         est_render_s=renderer.seconds.work_s,
+        plan_wait_s=planner.wait_s if planner else 0.0,
+        render_wait_s=renderer.wait_s,
         plan_wall_s=planner.seconds.wall_s if planner else 0.0,
         render_wall_s=renderer.seconds.wall_s,
         plan_profile_s=planner.seconds.wall_s / planner.pool.correction if planner else 0.0,
         render_profile_s=renderer.seconds.wall_s / renderer.pool.correction,
-        eta_s=max(planned_s, renderer.wait_s) + renderer.seconds.wall_s if all(p.can_run for p in chosen) else None,
+        eta_s=planned_s + renderer.finish_s if all(p.can_run for p in chosen) else None,
         reason=reason,
     )
 
@@ -249,41 +273,36 @@ def choose_planner(fleet: FleetState, *, spill_factor: float = SPILL_FACTOR) -> 
     return _pick([Option(p, wait_s(p), NOTHING) for p in pools], spill_factor, None).pool
 
 
-def wait_s(pool: PoolState, ahead_s: float | None = None) -> float:
-    """Seconds until a new piece of work would begin.
-
-    Replicas free up one after another and work off what waits; the answer is the water level at which `ahead_s` fits below.
-
-    Args:
-        ahead_s: Seconds of work that go first; None means all that wait.
-    """
-    ahead = pool.waiting_s if ahead_s is None else ahead_s
-    return _level(_free_times(pool), ahead)
+def wait_s(pool: PoolState, slots: int = 1) -> float:
+    """Seconds until a new piece of work that needs `slots` slots would begin, after what goes before it."""
+    times = _free_times(pool)
+    return times[min(slots, len(times)) - 1]
 
 
 def _free_times(pool: PoolState) -> list[float]:
+    """When each slot is free for new work, sorted: slots free up one after another and first work off what waits."""
     ready_in = pool.load_s if pool.ready_in_s is None else pool.ready_in_s
-    if pool.free_in_s is not None:
-        times = list(pool.free_in_s)
-    else:
-        times = _spaced(pool)
-    times += [ready_in] * pool.pending
-    if not times:  # from zero: the autoscaler starts at least one
-        times = [pool.load_s]
-    return sorted(times)
+    times = list(pool.free_in_s) if pool.free_in_s is not None else _spaced(pool)
+    times += [ready_in] * (pool.pending * pool.slots)
+    wanted = 1  # from zero, autoscaling starts at least one
+    if pool.drain_s is not None:
+        coming = sum(work for _, work in pool.coming)
+        wanted = max(1, math.ceil((pool.waiting_s + coming + pool.running_s) / pool.drain_s))
+    more = min(wanted, max(1, pool.max_replicas)) - pool.running - pool.pending
+    times += [pool.load_s] * (more * pool.slots)
+    times.sort()
+    if pool.waiting_s <= 0:
+        return times
+    level = _level(times, pool.waiting_s * pool.slots)
+    return [max(level, at) for at in times]
 
 
 def _spaced(pool: PoolState) -> list[float]:
-    """Free times of running replicas from their summed work alone: what is left is taken to be spread evenly."""
-    if pool.running == 0:
-        return []
-    mean = pool.running_s / pool.running
-    free = pool.running * pool.slots - pool.busy
-    if pool.slots > 1:  # rows leave a full batch one by one
-        return [0.0 if free > 0 else 2.0 * mean / (pool.slots + 1)] * pool.running
-    busy = min(pool.busy, pool.running)
-    per_busy = pool.running_s / busy if busy else 0.0
-    return [0.0] * (pool.running - busy) + [2.0 * per_busy * (i + 1) / (busy + 1) for i in range(busy)]
+    """Free times from the summed work alone: what is left is taken to be spread evenly over the busy slots."""
+    slots = pool.running * pool.slots
+    busy = min(pool.busy, slots)
+    mean = pool.running_s * pool.slots / busy if busy else 0.0
+    return [0.0] * (slots - busy) + [2.0 * mean * (i + 1) / (busy + 1) for i in range(busy)]
 
 
 def _level(free: Sequence[float], work: float) -> float:
@@ -312,18 +331,25 @@ def _pick(options: Sequence[Option], spill_factor: float, deadline_in_s: float |
 
 
 def _plan_option(pool: PoolState, request: SongRequest, duration: float) -> Option:
-    busy = pool.busy // max(1, pool.running) if pool.running else 0
     cost = pool.profile.planner(pool.model)
-    seconds = _corrected(plan_seconds(request, cost, duration, slots=pool.slots, busy_rows=busy), pool.correction)
-    if not pool.waiting_s and pool.running * pool.slots - pool.busy >= min(pool.slots, plan_rows(request)):
-        return Option(pool, 0.0, seconds)
-    return Option(pool, wait_s(pool), seconds)
+    # Where work waits, the batch will be full while this is planned.
+    busy = pool.slots if pool.waiting_s > 0 else pool.busy // pool.running if pool.running else 0
+    seconds = plan_seconds(request, cost, duration, slots=pool.slots, busy_rows=busy)
+    return Option(pool, wait_s(pool, plan_rows(request, pool.slots)), _corrected(seconds, pool.correction))
 
 
-def _render_option(pool: PoolState, request: SongRequest, duration: float) -> Option:
+def _render_option(pool: PoolState, request: SongRequest, duration: float, planned_s: float) -> Option:
+    """Rendering on a pool; times count from when the plan is there."""
     cost = pool.profile.renderer(pool.model)
     free = _free_times(pool)
-    start = _level(free, pool.waiting_s)
+    crowded = pool.waiting_s > 0
+    for at, work in sorted(pool.coming):  # plans that will be there before ours
+        if at > planned_s:
+            break
+        crowded = True
+        heapq.heapreplace(free, max(free[0], at) + work)  # a sorted list is a heap
+    free = sorted(max(0.0, at - planned_s) for at in free)
+    start = free[0]
     n = request.batch_size
 
     def wall(items: int) -> float:
@@ -335,12 +361,16 @@ def _render_option(pool: PoolState, request: SongRequest, duration: float) -> Op
     for k in range(2, min(n, len(free)) + 1):
         groups = tuple(tuple(range(i * n // k, (i + 1) * n // k)) for i in range(k))
         walls = [wall(len(g)) for g in groups]
-        end = max(max(start, at) + w for at, w in zip(free, sorted(walls, reverse=True), strict=False))
-        if end - start < SPREAD_GAIN * (best_end - start) and (
-            pool.waiting_s <= 0 or sum(walls) <= SPREAD_WORK * wall(n)
-        ):
+        end = max(at + w for at, w in zip(free, sorted(walls, reverse=True), strict=False))
+        if end - start < SPREAD_GAIN * (best_end - start) and (not crowded or sum(walls) <= SPREAD_WORK * wall(n)):
             best_end, best_groups, best_work = end, groups, sum(walls)
     return Option(pool, start, Seconds(best_end - start, best_work), best_groups)
+
+
+def _keeping(promise: Promise, options: list[Option]) -> list[Option]:
+    """The pool that was foreseen while it keeps the time, else those that do, else all: an ETA is worth what it is kept."""
+    in_time = [o for o in options if o.finish_s <= PROMISE_TOLERANCE * promise.left_s + MIN_PATIENCE_S]
+    return [o for o in in_time if o.pool.name == promise.renderer] or in_time or options
 
 
 def _corrected(seconds: Seconds, factor: float) -> Seconds:
@@ -386,7 +416,9 @@ def fleet_limits(fleet: FleetState, model: str | None = None) -> list[Limits]:
 def _never(request: SongRequest, obstacles: Iterable[str]) -> Decision:
     why = "; ".join(obstacles) or "the fleet has no renderer pool"
     return Decision(
-        "never", request, None, (), None, None, 0.0, (), 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, None, f"nothing in this fleet can render this: {why}"
+        outcome="never", request=request, plan=None, adjustments=(), planner=None, renderer=None, max_duration=0.0, groups=(),
+        est_plan_s=0.0, est_render_s=0.0, plan_wait_s=0.0, render_wait_s=0.0, plan_wall_s=0.0, render_wall_s=0.0,
+        plan_profile_s=0.0, render_profile_s=0.0, eta_s=None, reason=f"nothing in this fleet can render this: {why}",
     )  # fmt: skip
 
 
