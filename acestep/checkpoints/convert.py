@@ -5,11 +5,13 @@ Key names and config fields follow the layout that ACE-Step publishes and diffus
 
 from __future__ import annotations
 
+import contextlib
 import json
-import logging
 import os
 import pickle
 import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,11 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 
 from acestep.checkpoints.layout import COMPONENTS, SILENCE_FILE, TOKENIZER_FILES, read_config, weight_files
-from acestep.checkpoints.modules import component_class
+from acestep.checkpoints.modules import component_class, quiet
 from acestep.errors import ModelMissing
 
-log = logging.getLogger(__name__)
-
 SILENCE_FRAMES = 15_000
+SILENCE_KEY = "silence_latent"
 PREFIXES = {
     "decoder.": "transformer",
     "encoder.": "condition_encoder",
@@ -123,11 +124,9 @@ def convert(original: Path, companions: dict[str, Path], target: Path) -> None:
         ModelMissing: a file is absent or broken; a key is missing, left over or has another shape (all are listed).
     """
     configs = component_configs(read_config(original / "config.json"), original / "config.json")
-    states = _split(original)
-    states["condition_encoder"]["silence_latent"] = read_silence(
-        original / SILENCE_FILE, configs["condition_encoder"]["timbre_hidden_dim"]
-    )
-    problems = [p for name in configs for p in _mismatches(name, configs[name], states[name])]
+    stored = _stored(original)
+    silence = read_silence(original / SILENCE_FILE, configs["condition_encoder"]["timbre_hidden_dim"])
+    problems = [p for name in configs for p in _mismatches(name, configs[name], stored[name])]
     if problems:
         raise ModelMissing(
             f"{original} does not fit its config.json: {_shortened(problems)}.", path=str(original), keys=problems
@@ -135,7 +134,11 @@ def convert(original: Path, companions: dict[str, Path], target: Path) -> None:
     for name, config in configs.items():
         folder = target / name
         folder.mkdir(parents=True)
-        save_torch_state_dict(states.pop(name), folder, filename_pattern="diffusion_pytorch_model{suffix}.safetensors")
+        state = _read(stored[name])
+        if name == "condition_encoder":
+            state[SILENCE_KEY] = silence
+        save_torch_state_dict(state, folder, filename_pattern="diffusion_pytorch_model{suffix}.safetensors")
+        del state  # one component in memory at a time
         _write_json(folder / "config.json", {"_class_name": COMPONENTS[name], **config})
     link_companions(companions, target)
     write_pipeline_files(target)
@@ -180,7 +183,8 @@ def read_silence(path: Path, channels: int) -> torch.Tensor:
             path=str(path),
         )
     try:
-        value = torch.load(path, map_location="cpu", weights_only=True)
+        with quiet():
+            value = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
         raise ModelMissing(f"{path} cannot be read as a plain tensor: {error}", path=str(path)) from error
     expected = (1, channels, SILENCE_FRAMES)
@@ -190,37 +194,62 @@ def read_silence(path: Path, channels: int) -> torch.Tensor:
     return value.transpose(1, 2).contiguous()
 
 
-def _split(original: Path) -> dict[str, dict[str, torch.Tensor]]:
-    states: dict[str, dict[str, torch.Tensor]] = {component: {} for component in PREFIXES.values()}
+@dataclass(frozen=True)
+class _Stored:
+    """Where a tensor lies in the original files."""
+
+    file: Path
+    key: str
+    shape: tuple[int, ...]
+
+
+def _stored(original: Path) -> dict[str, dict[str, _Stored]]:
+    """Every tensor of the original by component and key there, from the headers alone."""
+    found: dict[str, dict[str, _Stored]] = {component: {} for component in PREFIXES.values()}
     unknown: list[str] = []
     for path in weight_files(original):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118 - not a dict
-                    place = component_of(key)
-                    if place is None:
-                        unknown.append(key)
-                    else:
-                        states[place[0]][place[1]] = file.get_tensor(key)
-        except (SafetensorError, OSError) as error:
-            raise ModelMissing(f"{path} cannot be read: {error}. Download it again.", path=str(path)) from error
+        with _opened(path) as file:
+            for key in file.keys():  # noqa: SIM118 - not a dict
+                place = component_of(key)
+                if place is None:
+                    unknown.append(key)
+                else:
+                    found[place[0]][place[1]] = _Stored(path, key, tuple(file.get_slice(key).get_shape()))
     if unknown:
         raise ModelMissing(
             f"{original} has keys that belong to no component: {_shortened(unknown)}.", path=str(original), keys=unknown
         )
-    return states
+    return found
 
 
-def _mismatches(component: str, config: dict[str, Any], state: dict[str, torch.Tensor]) -> list[str]:
+def _read(stored: dict[str, _Stored]) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = {}
+    for path in sorted({place.file for place in stored.values()}):
+        with _opened(path) as file:
+            state |= {name: file.get_tensor(place.key) for name, place in stored.items() if place.file == path}
+    return state
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise ModelMissing(f"{path} cannot be read: {error}. Download it again.", path=str(path)) from error
+
+
+def _mismatches(component: str, config: dict[str, Any], stored: dict[str, _Stored]) -> list[str]:
     with torch.device("meta"):
         expected = component_class(component).from_config(config).state_dict()
+    expected.pop(SILENCE_KEY, None)  # comes from a file of its own
     prefix = f"{component}."
-    problems = [f"missing {prefix}{key}" for key in expected if key not in state]
-    problems += [f"left over {prefix}{key}" for key in state if key not in expected]
+    problems = [f"missing {prefix}{key}" for key in expected if key not in stored]
+    problems += [f"left over {prefix}{key}" for key in stored if key not in expected]
     problems += [
-        f"shape of {prefix}{key} is {tuple(state[key].shape)}, not {tuple(value.shape)}"
+        f"shape of {prefix}{key} is {stored[key].shape}, not {tuple(value.shape)}"
         for key, value in expected.items()
-        if key in state and state[key].shape != value.shape
+        if key in stored and stored[key].shape != tuple(value.shape)
     ]
     return problems
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from typing import Any, Literal
@@ -35,13 +36,17 @@ class VariantDefaults:
 
 @dataclass(frozen=True)
 class Published:
-    """One published model. `folder` is where it lies inside `repository`; `diffusers` is its twin in that layout."""
+    """One published model, in the original layout. `folder` is where it lies inside `repository`.
+
+    The official diffusers twins of some are not listed: that of XL turbo came without the audio tokenizer, which the planner's codes
+    need. They can still be named as repositories.
+    """
 
     name: str
     kind: Kind
     repository: str
     folder: str | None = None
-    diffusers: str | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 @cache
@@ -73,6 +78,9 @@ def default_name(kind: Kind) -> str:
     return str(_table()["default_names"][kind])
 
 
-def variant_defaults(is_turbo: bool) -> VariantDefaults:
-    row = _table()["defaults"]["turbo" if is_turbo else "base"]
+def variant_defaults(is_turbo: bool, name: str | None = None) -> VariantDefaults:
+    """Defaults of a variant, with those that the published model `name` has of its own."""
+    row = dict(_table()["defaults"]["turbo" if is_turbo else "base"])
+    if name in published():
+        row |= published()[name].defaults
     return VariantDefaults(**{**row, "tasks": tuple(row["tasks"])})

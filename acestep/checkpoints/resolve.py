@@ -114,9 +114,6 @@ def _from_published(row: Published, kind: Kind, root: Path, *, download: bool, r
         for folder in (root / row.name, root / f"{row.name}-diffusers"):
             if folder.is_dir():
                 return _from_folder(folder, kind, root, download=download, revision=None, name=row.name)
-    if row.diffusers is not None:
-        place = download_model(row.diffusers, revision=revision, download=download)
-        return _renderer(place.folder, row.name, revision=place.commit)
     place = download_model(row.repository, folder=row.folder, revision=revision, download=download)
     return _from_folder(place.folder, kind, root, download=download, revision=place.commit, name=row.name)
 
@@ -153,7 +150,7 @@ def _renderer(folder: Path, name: str, *, revision: str | None = None) -> Checkp
         name=name,
         kind="renderer",
         path=folder,
-        defaults=variant_defaults(bool(config.get("is_turbo", False))),
+        defaults=variant_defaults(bool(config.get("is_turbo", False)), name),
         notice=TINY_NOTICE if config.get("model_version") in TINY_RENDERERS else None,
         revision=revision,
     )

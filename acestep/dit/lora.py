@@ -189,10 +189,10 @@ def applied(transformer: nn.Module, rows: Sequence[ActiveLora | None]) -> Iterat
 
     The batch is the first dimension of each linear layer's input, and must have as many entries as `rows`.
     """
-    groups: dict[int, tuple[ActiveLora, list[int]]] = {}
+    groups: dict[tuple[int, float], tuple[ActiveLora, list[int]]] = {}
     for i, lora in enumerate(rows):
         if lora is not None and lora.scale != 0.0:
-            groups.setdefault(id(lora), (lora, []))[1].append(i)
+            groups.setdefault((id(lora.adapter), lora.scale), (lora, []))[1].append(i)
     work: dict[str, list[tuple[LowRank, float, Tensor | None]]] = {}
     for lora, indices in groups.values():
         device = next(iter(lora.adapter.layers.values())).down.device

@@ -14,8 +14,9 @@ from checkpoint_edits import edit_config, edit_weights, shard
 from safetensors.torch import load_file
 
 from acestep.checkpoints import prepare, resolve
-from acestep.checkpoints.convert import component_of
+from acestep.checkpoints.convert import component_configs, component_of
 from acestep.checkpoints.load import load_renderer
+from acestep.checkpoints.modules import component_class
 from acestep.errors import ModelMissing, StoragePermission
 
 RENDERERS = ("tiny", "tiny-base", "tiny-xl")
@@ -96,6 +97,38 @@ def test_shards_on_either_side(home, originals):
     shutil.copy(originals / "tiny-xl/model.safetensors.index.json", originals / "tiny")
     with pytest.raises(ModelMissing, match=r"model-00001-of-00002\.safetensors is missing"):
         resolve(str(originals / "tiny"), "renderer", root=originals)
+
+
+PUBLISHED_2B = {
+    "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 24, "num_attention_heads": 16,
+    "num_key_value_heads": 8, "head_dim": 128, "in_channels": 192, "audio_acoustic_hidden_dim": 64, "patch_size": 2,
+    "rope_theta": 1_000_000, "attention_bias": False, "attention_dropout": 0.0, "rms_norm_eps": 1e-6,
+    "sliding_window": 128, "layer_types": ["sliding_attention", "full_attention"] * 12, "text_hidden_dim": 1024,
+    "timbre_hidden_dim": 64, "num_lyric_encoder_hidden_layers": 8, "num_timbre_encoder_hidden_layers": 4,
+}  # fmt: skip
+PUBLISHED_XL = PUBLISHED_2B | {
+    "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "layer_types": ["sliding_attention", "full_attention"] * 16, "encoder_hidden_size": 2048,
+    "encoder_intermediate_size": 6144, "encoder_num_attention_heads": 16, "encoder_num_key_value_heads": 8,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "dit_parameters"), [(PUBLISHED_2B, 1_575_458_880), (PUBLISHED_XL, 4_168_897_088)], ids=["2B", "XL"]
+)
+def test_published_sizes(config, dit_parameters):
+    """Parameter counts that follow from the sizes of the published weight files."""
+    counts = {}
+    for name, arguments in component_configs(config, Path("config.json")).items():
+        with torch.device("meta"):
+            module = component_class(name).from_config(arguments)
+        counts[name] = sum(p.numel() for p in module.parameters())
+    assert counts == {
+        "transformer": dit_parameters,
+        "condition_encoder": 608_369_664,
+        "audio_tokenizer": 105_032_198,
+        "audio_token_detokenizer": 105_011_776,
+    }
 
 
 def _removes(key):

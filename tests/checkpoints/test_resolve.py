@@ -8,7 +8,7 @@ import sys
 import pytest
 from huggingface_hub import constants
 
-from acestep.checkpoints import TINY_RENDERERS, published, resolve
+from acestep.checkpoints import TINY_RENDERERS, published, resolve, variant_defaults
 from acestep.errors import ModelMissing
 from acestep.song import TINY_NOTICE
 
@@ -123,17 +123,25 @@ def test_the_hub_cache_is_read_offline_and_the_revision_is_kept(upstream, hub_ca
 
 
 def test_a_diffusers_repository_is_used_as_it_is(home, hub_cache, tmp_path):
-    for repository in ("ACE-Step/acestep-v15-xl-turbo-diffusers", "somebody/finetune-diffusers"):
-        shutil.copytree(home / "tiny-xl-diffusers", cached(hub_cache, repository), dirs_exist_ok=True)
-    assert resolve("acestep-v15-xl-turbo", "renderer", root=tmp_path).revision == COMMIT
-    assert resolve("somebody/finetune-diffusers", "renderer", root=tmp_path).name == "finetune-diffusers"
+    snapshot = cached(hub_cache, "somebody/finetune-diffusers")
+    shutil.copytree(home / "tiny-xl-diffusers", snapshot, dirs_exist_ok=True)
+    found = resolve("somebody/finetune-diffusers", "renderer", root=tmp_path)
+    assert (found.name, found.revision, found.path) == ("finetune-diffusers", COMMIT, snapshot)
     assert not list(tmp_path.glob("*-diffusers"))
+
+
+def test_a_model_may_have_defaults_of_its_own(upstream, hub_cache):
+    (upstream / "acestep-v15-turbo").rename(upstream / "acestep-v15-turbo-shift1")
+    assert resolve("acestep-v15-turbo-shift1", "renderer", root=upstream).defaults.shift == 1.0
+    assert variant_defaults(True, "acestep-v15-turbo-shift3").shift == 3.0
+    for name in published():
+        variant_defaults(True, name)
 
 
 def test_offline_and_absent(hub_cache, tmp_path):
     for name, row in published().items():
         error = refused(name, row.kind, root=tmp_path)
-        assert error.details["repository"] in (row.repository, row.diffusers)
+        assert error.details["repository"] == row.repository
         assert "HF_HUB_OFFLINE" in error.message
     assert refused("some/model", root=tmp_path).details["repository"] == "some/model"
 
