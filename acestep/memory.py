@@ -23,7 +23,7 @@ from acestep.activations import (
 from acestep.errors import OutOfMemory
 from acestep.gpu_config import GIB
 from acestep.plan import CODES_PER_SECOND
-from acestep.settings_planner import WORK_BYTES, PlannerSettings
+from acestep.settings_planner import UNGUIDED_PROMPT_TOKENS, WORK_BYTES, PlannerSettings
 from acestep.settings_renderer import RendererSettings
 from acestep.song import LATENT_FPS
 from acestep.weights import RENDERERS, Config, kv_bytes_per_token, planner_bytes, renderer_bytes, renderer_size
@@ -31,7 +31,6 @@ from acestep.weights import RENDERERS, Config, kv_bytes_per_token, planner_bytes
 MAX_LYRIC_TOKENS = 2_048
 MAX_CAPTION_TOKENS = 256
 PASS_FRAMES = 2_048  # what the renderer puts into one pass on a card where the settings leave it open
-UNGUIDED_PROMPT_TOKENS = 33  # the prompt of the row without a caption
 PCM_BYTES_PER_FRAME = 1_920 * 2 * 4
 _STAGES = {
     "conditions": ("text_encoder", "condition_encoder", "audio_tokenizer", "audio_token_detokenizer"),

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from acestep.activations import CONTEXT_BYTES
-from acestep.cards import Device, pick, tier_row
+from acestep.cards import Device, cpu_device, pick, tier_row
 from acestep.devices import list_devices
 from acestep.errors import OutOfMemory
 from acestep.gpu_config import GPUConfig, Limits, Role, get_limits
@@ -93,46 +93,58 @@ def resolve(
     profile = book.overrides["tier_profile"].value if "tier_profile" in book.overrides else None
     row = tier_row(main, profile)
 
+    renderer_model = str(book.take("model", DEFAULT_RENDERER, "the tiny checkpoint runs anywhere"))
+
     lm_main = main
     if role != "render":
         if "lm_device" in book.overrides and device is None:
             lm_main = pick(present, book.overrides["lm_device"].value)
         book.note("lm_device", lm_main.torch_name, "the same as device" if lm_main == main else lm_main.name)
-    shares_card = role == "both" and lm_main == main
+    planner_model, lm_reason = choose_planner(book, role, lm_main, tier_row(lm_main, profile), renderer_model)
 
-    renderer_model = str(book.take("model", DEFAULT_RENDERER, "the tiny checkpoint runs anywhere"))
-    lm_row = tier_row(lm_main, profile)
-    planner_model, lm_reason = choose_planner(book, role, lm_main, lm_row, renderer_model)
     while True:
-        planner = None
-        limits = get_limits(row, role, planner_on_card=planner_model is not None and shares_card)
-        renderer = None
+        beside = role == "both" and planner_model is not None and lm_main == main
+        limits = get_limits(row, role, planner_on_card=beside)
+        planner = renderer = None
         try:
             if planner_model is not None:
+                lm_row = tier_row(lm_main, profile)
                 planner = planner_settings(book, role, lm_main, lm_row, planner_model, renderer_model)
             if role != "plan":
-                taken = planner.memory_bytes + CONTEXT_BYTES if planner and planner.memory_bytes and shares_card else 0
+                taken = planner.memory_bytes + CONTEXT_BYTES if beside and planner and planner.memory_bytes else 0
                 renderer = renderer_settings(book, main, row, renderer_model, taken)
-                renderer, limits = fit_renderer(book, renderer, main, renderer_model, limits)
+                renderer, limits = fit_renderer(book, renderer, main, renderer_model, limits, shorten=not beside)
             break
         except OutOfMemory as error:
-            if planner_model is None or "lm_model" in book.overrides or (planner is not None and not shares_card):
+            if planner_model is None or (planner is not None and not beside):
                 raise
-            planner_model, lm_reason = _step_down(book, planner_model, lm_reason, error)
+            planner_model, lm_main, lm_reason = _give_way(book, role, planner_model, lm_main, lm_reason, error)
     return Resolved(
         role, main, lm_main, row, limits, planner, renderer, planner_model, None if role == "plan" else renderer_model,
         planner is not None, lm_reason, tuple(book.values.values()), tuple(dict.fromkeys(book.warnings)),
     )  # fmt: skip
 
 
-def _step_down(book: Book, model: str, reason: str, error: OutOfMemory) -> tuple[str | None, str]:
-    """The planner one size below one that leaves no room, or none, where nobody insists on one."""
+def _give_way(
+    book: Book, role: Role, model: str, device: Device, reason: str, error: OutOfMemory
+) -> tuple[str | None, Device, str]:
+    """What becomes of a planner that leaves too little room: a smaller one, one on the CPU where somebody insists on it, or none.
+
+    Raises:
+        OutOfMemory: there is no way left.
+    """
+    why = f"{model} leaves too little room on {device.name}: {error.message}"
     smaller = smaller_planner(model)
-    if smaller is not None:
-        book.note("lm_model", smaller, f"{model} leaves too little room: {error.message}")
-        return smaller, reason
-    if "init_llm" in book.overrides:
+    if smaller is not None and "lm_model" not in book.overrides:
+        book.note("lm_model", smaller, why)
+        return smaller, device, reason
+    insisted = "init_llm" in book.overrides or "lm_model" in book.overrides
+    if role == "plan" or device.kind == "cpu":
         raise error
-    reason = f"off, since even {model} leaves too little room: {error.message}"
+    if insisted:
+        book.note("lm_device", "cpu", why)
+        book.warnings.append(f"the planner runs on the CPU, slowly: {why}")
+        return model, cpu_device(), reason
+    reason = f"off: {why}"
     book.note("init_llm", False, reason)
-    return None, reason
+    return None, device, reason

@@ -17,14 +17,14 @@ _STEPS = ("offload_to_cpu", "offload_dit_to_cpu", "int8")
 
 
 def fit_renderer(
-    book: Book, settings: RendererSettings, device: Device, model: str, limits: Limits
+    book: Book, settings: RendererSettings, device: Device, model: str, limits: Limits, shorten: bool
 ) -> tuple[RendererSettings, Limits]:
-    """Settings with which the limits' longest songs fit, and the limits, shortened where no settings do.
+    """Settings with which the limits' longest songs fit, and the limits, with `shorten` shortened where no settings do.
 
     Offload and int8 are switched on beyond the table's own thresholds only where nobody set them.
 
     Raises:
-        OutOfMemory: not even the shortest song fits.
+        OutOfMemory: no settings fit; with `shorten`: not even with the shortest song.
     """
     if is_tiny(model) or device.kind == "cpu":
         return settings, limits
@@ -48,6 +48,8 @@ def fit_renderer(
     found = admission(settings)
     if found is not None:
         return _admitted(book, settings, found), limits
+    if not shorten:
+        admit_render(task, configs, settings, room)
     seconds = longest_song(configs, settings, room, task)
     if seconds < MIN_DURATION_S:
         admit_render(replace(task, seconds=MIN_DURATION_S, songs=1), configs, settings, room)

@@ -11,12 +11,14 @@ from acestep.cards import Device
 from acestep.errors import OutOfMemory
 from acestep.gpu_config import GIB, PLANNER_SIZES, GPUConfig, Role, get_limits, get_lm_model_size, is_tiny
 from acestep.options import Attention, Book
+from acestep.plan import CODES_PER_SECOND
 
 DEFAULT_PLANNER = "tiny-lm"
 PROMPT_ALLOWANCE = 2_800  # tokens of prompt, lyrics and metadata that a row has room for beside its codes
 MAX_SLOTS = 64
 CPU_SLOTS = 16
 CPU_MAX_LEN = 8_192
+UNGUIDED_PROMPT_TOKENS = 33  # of the row without a caption
 WORK_BYTES = 256 << 20  # logits, sampling and the activations of a prefill
 # What the renderer on the same card keeps where the table sets no bound on the planner: its weights, ten minutes of activations, its
 # context, and slack (acestep.memory says 8.1 and 13.7).
@@ -111,26 +113,28 @@ def planner_settings(
     dtype = _dtype(book, device)
     share = _share(book, role, device, row, size, renderer_model)
     longest = get_limits(row, "plan" if role == "plan" else "both").max_duration
-    wanted = CPU_MAX_LEN if on_cpu else -(-(int(longest * 5) + PROMPT_ALLOWANCE) // 1024) * 1024
+    wanted = CPU_MAX_LEN if on_cpu else -(-(int(longest * CODES_PER_SECOND) + PROMPT_ALLOWANCE) // 1024) * 1024
     max_len = int(book.take("lm_max_len", wanted, "prompt, lyrics, metadata and the codes of the longest song"))
 
     budget = share if share is not None else int(0.5 * device.free_bytes if on_cpu else 0.9 * device.memory_bytes)
     context = 0 if on_cpu else CONTEXT_BYTES
     fixed = weights.planner_bytes(config, dtype) + WORK_BYTES + context
-    per_row = weights.kv_bytes_per_token(config, dtype) * max_len
+    # A guided song: one row of everything, and one of a bare prompt with the same codes.
+    pair = max_len + UNGUIDED_PROMPT_TOKENS + min(int(longest * CODES_PER_SECOND), max_len)
+    per_pair = weights.kv_bytes_per_token(config, dtype) * pair
     most = CPU_SLOTS if on_cpu else MAX_SLOTS
-    rows = max(0, min(most, (budget - fixed) // per_row))
-    fitting = rows - rows % 2
+    room = max(0, 2 * ((budget - fixed) // per_pair))
+    fitting = min(most, room)
     if fitting < 2:
-        need = fixed + 2 * per_row
+        need = fixed + per_pair
         raise OutOfMemory(
             f"the planner {model} needs {need / GIB:.2f} GiB for one song of {max_len} tokens and has {budget / GIB:.2f} GiB: "
             "raise lm_memory_gb, lower lm_max_len, take a smaller planner or set ACESTEP_INIT_LLM=false",
             needed_bytes=need, free_bytes=budget,
         )  # fmt: skip
-    slots = int(book.take("lm_slots", fitting, f"rows of {max_len} tokens that fit beside the weights, at most {most}"))
-    if slots > (budget - fixed) // per_row:
-        slots = int(book.correct("lm_slots", fitting, f"only {fitting} rows of {max_len} tokens fit"))
+    slots = int(book.take("lm_slots", fitting, f"two for each song that fits beside the weights, at most {most}"))
+    if slots > room:
+        slots = int(book.correct("lm_slots", room, f"only {room} rows fit, for songs of {max_len} tokens"))
 
     old = is_old(device)
     graphs = device.kind == "cuda" and not old and size != "tiny"
@@ -189,7 +193,7 @@ def _share(book: Book, role: Role, device: Device, row: GPUConfig, size: str, re
     elif role == "plan":
         gib = book.take("lm_memory_gb", None, "the planner has the card to itself")
     elif size == "tiny":
-        gib = book.take("lm_memory_gb", 0.5, "the tiny planner takes next to nothing")
+        gib = book.take("lm_memory_gb", 1, "the tiny planner takes little more than its CUDA context")
     elif size in row.available_lm_models and table is None:
         reserve = RENDERER_RESERVE_GIB[weights.renderer_size(renderer_model)]
         rest = round(device.memory_bytes / GIB - reserve, 1)

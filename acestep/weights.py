@@ -173,6 +173,6 @@ def kv_bytes_per_token(config: Config, dtype: str) -> int:
     )
 
 
-def planner_bytes(config: Config, dtype: str, *, head_rows: int = 64_001) -> int:
-    """Bytes of a planner's weights with the partial head: a contiguous copy of the rows that codes can come from."""
-    return int((language_model(config) + head_rows * config["hidden_size"]) * DTYPE_BYTES[dtype])
+def planner_bytes(config: Config, dtype: str) -> int:
+    """Bytes of a planner's weights. The partial heads are views of the whole one."""
+    return language_model(config) * DTYPE_BYTES[dtype]

@@ -123,7 +123,9 @@ def test_cuda_visible_devices(driver: Driver, mask: str, uuids: list[str]) -> No
     assert [d.index for d in found] == list(range(len(uuids)))
 
 
-@pytest.mark.parametrize("error", [pynvml.NVMLError(pynvml.NVML_ERROR_DRIVER_NOT_LOADED), OSError("bad ELF"), KeyError(1)])
+@pytest.mark.parametrize(
+    "error", [pynvml.NVMLError(pynvml.NVML_ERROR_DRIVER_NOT_LOADED), OSError("bad ELF"), KeyError(1)]
+)
 def test_a_missing_or_broken_driver_leaves_the_cpu(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def fail() -> None:
         raise error
@@ -143,7 +145,7 @@ def test_a_driver_that_breaks_after_its_start(driver: Driver, monkeypatch: pytes
 
 
 def test_a_card_that_this_torch_cannot_use_is_listed_as_such(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "_torch_cards", lambda: [])
+    monkeypatch.setattr(devices, "_torch_cards", list)
     found = list_devices(env={})
     assert [d.usable for d in found] == [False, False, False, True]
     assert pick(found, "auto").kind == "cpu"
@@ -164,7 +166,7 @@ def test_torch_that_fails_leaves_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Non
         raise RuntimeError("no kernel image")
 
     monkeypatch.setattr(devices, "_torch_cards", fail)
-    monkeypatch.setattr(nvml, "read_cards", lambda: [])
+    monkeypatch.setattr(nvml, "read_cards", list)
     assert [d.kind for d in list_devices(env={})] == ["cpu"]
 
 
@@ -215,7 +217,7 @@ def test_pick_by_name() -> None:
     assert pick(cards, "cuda:1").name == "b"
     assert pick(cards, "mps").torch_name == "mps"
     assert pick(cards, "CPU").kind == "cpu"
-    with pytest.raises(DeviceUnavailable, match="cuda:7.*cuda:0, cuda:1, mps, cpu"):
+    with pytest.raises(DeviceUnavailable, match=r"cuda:7.*cuda:0, cuda:1, mps, cpu"):
         pick(cards, "cuda:7")
     assert Device(1, "rocm", "MI", GIB, GIB).torch_name == "cuda:1"
 

@@ -173,7 +173,7 @@ def test_profile_by_environment_and_unknown_ones(monkeypatch: pytest.MonkeyPatch
     assert get_gpu_config("tier1").max_duration_without_lm == 360
     assert get_gpu_config("tier1", profile="2026-02").max_duration_without_lm == 180
     monkeypatch.setenv("ACESTEP_TIER_PROFILE", "2031")
-    with pytest.raises(InvalidRequest, match="ACESTEP_TIER_PROFILE.*2026-02"):
+    with pytest.raises(InvalidRequest, match=r"ACESTEP_TIER_PROFILE.*2026-02"):
         get_gpu_config("tier1")
     with pytest.raises(InvalidRequest, match="tier7"):
         get_gpu_config("tier7", profile="2026-02")

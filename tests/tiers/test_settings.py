@@ -1,0 +1,310 @@
+"""One resolver for every entrance: defaults by card, overrides, and what happens to those that cannot hold."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+from hypothesis import event, given
+from hypothesis import strategies as st
+
+from acestep.cards import Device, cpu_device
+from acestep.errors import DeviceUnavailable, InvalidRequest, OutOfMemory
+from acestep.gpu_config import GIB
+from acestep.memory import RenderTask, admit_render, is_guided, known_configs, plan_need
+from acestep.options import OPTIONS
+from acestep.settings import Resolved, resolve
+from acestep.weights import PLANNERS
+from tests.tiers.conftest import MakeCard
+
+TURBO = {"model": "acestep-v15-turbo"}
+
+
+@pytest.fixture(autouse=True)
+def gpu_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The packages of the `gpu` extra count as installed: what matters here is the rule, not this machine."""
+    monkeypatch.setattr("acestep.settings_renderer._installed", lambda *names: True)
+
+
+def value(resolved: Resolved, name: str) -> Any:
+    return next(v for v in resolved.values if v.name == name)
+
+
+def test_embedded_default_runs_everything_on_the_cpu() -> None:
+    r = resolve(devices=[cpu_device()], env={})
+    assert (r.tier, r.lm_enabled, r.planner_model, r.renderer_model) == ("tier1", True, "tiny-lm", "tiny")
+    assert (r.limits.max_duration, r.limits.max_batch) == (180, 1)
+    assert r.warnings == ()
+    assert r.planner is not None
+    assert r.renderer is not None
+    assert r.planner.device == r.renderer.device == "cpu"
+    assert r.planner.dtype == r.renderer.dtype == "float32"
+    assert r.planner.threads == r.renderer.threads
+    assert r.renderer.threads is not None
+    json.dumps(r.to_dict())
+
+
+def test_every_value_has_a_reason(card: MakeCard) -> None:
+    for device in (cpu_device(), card(7.99), card(23.99), card(80, (9, 0))):
+        r = resolve("both", TURBO, device=device, env={"ACESTEP_INIT_LLM": "true", "ACESTEP_LM_MODEL_PATH": "tiny-lm"})
+        assert all(v.reason for v in r.values)
+        named = {v.name for v in r.values}
+        assert named == set(OPTIONS) - {"tier_profile", "use_flash_attention"}
+
+
+@pytest.mark.parametrize(
+    ("gib", "capability", "role", "expected"),
+    [
+        (3.9, (8, 6), "both", {"offload": "stage", "offload_dit": True, "int8": True, "attention": "flash"}),
+        (5.9, (8, 6), "both", {"offload": "stage", "offload_dit": True, "int8": True}),
+        (7.99, (8, 9), "both", {"offload": "stage", "offload_dit": True, "int8": True, "dtype": "bfloat16"}),
+        (11.9, (8, 6), "render", {"offload": "stage", "offload_dit": False, "int8": False}),
+        (11.9, (8, 6), "both", {"offload": "stage", "offload_dit": True, "int8": True}),
+        (15.0, (7, 5), "render", {"offload": "stage", "dtype": "float16", "attention": "sdpa", "compile": True}),
+        (15.9, (8, 9), "both", {"offload": "stage", "offload_dit": False, "int8": False}),
+        (19.99, (8, 6), "render", {"offload": "none"}),
+        (22.5, (8, 9), "both", {"offload": "none", "offload_dit": False, "int8": False, "compile": True}),
+        (80, (9, 0), "both", {"offload": "none", "attention": "flash", "vae_tile_frames": 512}),
+        (11.0, (6, 1), "render", {"dtype": "float16", "attention": "eager", "compile": False}),
+    ],
+)
+def test_renderer_defaults_by_card(
+    card: MakeCard, gib: float, capability: tuple[int, int], role: Any, expected: dict[str, Any]
+) -> None:
+    r = resolve(role, TURBO, device=card(gib, capability), env={})
+    assert r.renderer is not None
+    assert {name: getattr(r.renderer, name) for name in expected} == expected
+    assert r.renderer.vae_overlap_frames == 9
+    assert r.warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("gib", "role", "model"),
+    [
+        (3.9, "both", None), (5.9, "both", None), (7.4, "both", None), (7.99, "both", None), (7.99, "render", None),
+        (3.9, "plan", None), (5.9, "plan", None), (7.4, "plan", "0.6B"), (7.99, "plan", "0.6B"), (11.9, "both", "1.7B"),
+        (15.0, "plan", "1.7B"), (15.9, "both", "1.7B"), (22.5, "both", "1.7B"), (23.99, "both", "4B"), (80, "plan", "4B"),
+    ],
+)  # fmt: skip
+def test_planner_by_card_and_role(card: MakeCard, gib: float, role: Any, model: str | None) -> None:
+    r = resolve(role, TURBO, device=card(gib), env={})
+    assert r.planner_model == (f"acestep-5Hz-lm-{model}" if model else None)
+    assert r.lm_enabled is (r.planner is not None) is (model is not None)
+    if r.planner is not None:
+        assert r.planner.slots >= 2
+        assert r.planner.slots % 2 == 0
+        assert r.planner.dtype == "bfloat16"
+    else:
+        assert r.lm_reason
+
+
+def test_planner_share_is_what_the_table_sets_aside(card: MakeCard) -> None:
+    r = resolve("both", TURBO, device=card(15.9), env={})
+    assert r.planner is not None
+    assert r.renderer is not None
+    assert r.planner.memory_bytes == 8 * GIB - 512 * 2**20  # less its CUDA context
+    assert r.renderer.memory_bytes == r.device.total_bytes - 8 * GIB
+    alone = resolve("render", TURBO, device=card(15.9), env={})
+    assert alone.renderer is not None
+    assert alone.renderer.memory_bytes is None
+    assert (alone.limits.max_duration, alone.limits.max_batch) == (480, 8)
+    assert (r.limits.max_duration, r.limits.max_batch) == (480, 4)
+
+
+def test_planner_forced_onto_a_small_card_warns(card: MakeCard) -> None:
+    r = resolve("both", TURBO, device=card(5.9), env={"ACESTEP_INIT_LLM": "true"})
+    assert r.planner_model == "acestep-5Hz-lm-0.6B"
+    assert r.lm_enabled
+    assert "switched on by ACESTEP_INIT_LLM" in r.lm_reason
+    assert any("tier2" in w and "renderer alone" in w for w in r.warnings)
+    assert r.limits.max_duration <= 360
+    tiny = resolve("both", {"model": "tiny"}, device=card(3.9), env={"ACESTEP_INIT_LLM": "true"})
+    assert tiny.planner is not None
+    assert tiny.planner.device == "cuda:0"
+
+
+def test_planner_of_a_size_that_the_card_is_not_for(card: MakeCard) -> None:
+    r = resolve("both", TURBO, device=card(12), env={"ACESTEP_LM_MODEL_PATH": "acestep-5Hz-lm-4B"})
+    assert r.planner_model == "acestep-5Hz-lm-1.7B"
+    assert any("lm_model" in w and "0.6B, 1.7B" in w and "ACESTEP_LM_MODEL_PATH" in w for w in r.warnings)
+
+
+def test_planner_that_leaves_no_room_gives_way(card: MakeCard) -> None:
+    """A 12 GB card cannot hold XL beside the recommended 1.7B planner: the smaller one is taken, with the reason."""
+    r = resolve("both", {"model": "acestep-v15-xl-turbo"}, device=card(11.9), env={})
+    assert r.planner_model == "acestep-5Hz-lm-0.6B"
+    assert "1.7B leaves too little room" in value(r, "lm_model").reason
+    insisted = {"model": "acestep-v15-xl-turbo", "lm_model": "acestep-5Hz-lm-1.7B"}
+    r = resolve("both", insisted, device=card(11.9), env={})
+    assert r.planner is not None
+    assert (r.planner_model, r.planner.device) == ("acestep-5Hz-lm-1.7B", "cpu")
+    assert any("planner runs on the CPU" in w for w in r.warnings)
+    assert r.limits.max_duration == 360
+
+
+def test_limit_is_lowered_where_the_model_has_no_room(card: MakeCard) -> None:
+    r = resolve("render", {"model": "acestep-v15-xl-base"}, device=card(5.4), env={})
+    assert 10 <= r.limits.max_duration < 360
+    assert "acestep-v15-xl-base has room for" in r.limits.reason
+    assert any("limited to" in w for w in r.warnings)
+    with pytest.raises(OutOfMemory, match="denoise"):
+        resolve("render", {"model": "acestep-v15-xl-base"}, device=card(3.9), env={})
+
+
+def test_planner_on_another_card_bounds_nothing(card: MakeCard) -> None:
+    devices = [card(7.99), card(15.9, index=1), cpu_device()]
+    r = resolve("both", {**TURBO, "lm_device": "cuda:1"}, devices=devices, env={})
+    assert r.planner is not None
+    assert r.renderer is not None
+    assert (r.planner.device, r.renderer.device) == ("cuda:1", "cuda:0")
+    assert r.planner_model == "acestep-5Hz-lm-1.7B"
+    assert (r.tier, r.limits.max_duration, r.limits.max_batch) == ("tier4", 360, 4)
+    assert r.renderer.memory_bytes is None
+
+
+def test_cpu_with_real_weights() -> None:
+    r = resolve("both", TURBO, devices=[cpu_device()], env={})
+    assert (r.tier, r.lm_enabled, r.limits.max_duration) == ("tier1", False, 180)
+    assert "ACESTEP_INIT_LLM=true" in r.lm_reason
+    host = Device(0, "cpu", "host", 64 * GIB, 48 * GIB, usable=True)
+    forced = resolve("both", {**TURBO, "init_llm": True}, devices=[host], env={})
+    assert forced.planner_model == "acestep-5Hz-lm-0.6B"
+    assert any("minutes per song" in w for w in forced.warnings)
+    assert (forced.limits.max_duration, forced.limits.max_batch) == (180, 1)
+
+
+def test_arguments_win_over_environment_over_defaults() -> None:
+    env = {
+        "ACESTEP_VAE_TILE_FRAMES": "128",
+        "ACESTEP_THREADS": "3",
+        "ACESTEP_CONFIG_PATH": "tiny-xl",
+        "OMP_NUM_THREADS": "1",
+    }
+    r = resolve("both", {"vae_tile_frames": 64, "lm_model": None, "device": "auto"}, devices=[cpu_device()], env=env)
+    assert r.renderer is not None
+    assert (r.renderer.vae_tile_frames, r.renderer.threads, r.renderer_model) == (64, 3, "tiny-xl")
+    assert value(r, "vae_tile_frames").source == "argument"
+    assert value(r, "threads").source == "ACESTEP_THREADS"
+    assert value(r, "dtype").source == "default"
+
+
+@pytest.mark.parametrize("text", ["auto", "", "None"])
+def test_auto_means_not_set(text: str) -> None:
+    r = resolve(devices=[cpu_device()], env={"ACESTEP_INIT_LLM": text, "ACESTEP_QUANTIZATION": text})
+    assert r.lm_enabled
+    assert value(r, "init_llm").source == "default"
+
+
+def test_unknown_setting_and_impossible_values() -> None:
+    for arguments, env, needle in (
+        ({"offload_cpu": True}, {}, "unknown setting 'offload_cpu'.*offload_to_cpu"),
+        ({"vae_tile_frames": 3}, {}, "vae_tile_frames.*from 32"),
+        ({}, {"ACESTEP_OFFLOAD_TO_CPU": "perhaps"}, "ACESTEP_OFFLOAD_TO_CPU.*true, false or auto"),
+        ({"dtype": "int4"}, {}, "dtype.*bfloat16"),
+        ({"tier_profile": "2019"}, {}, "2019"),
+        ({}, {"MAX_CUDA_VRAM": "abc"}, "MAX_CUDA_VRAM"),
+    ):
+        with pytest.raises(InvalidRequest, match=needle):
+            resolve("both", arguments, env=env)
+    with pytest.raises(DeviceUnavailable, match="cuda"):
+        resolve("both", {"device": "cuda"}, devices=[cpu_device()], env={})
+
+
+@pytest.mark.parametrize(
+    ("gib", "capability", "env", "name", "given", "why"),
+    [
+        (15, (7, 5), {"ACESTEP_USE_FLASH_ATTENTION": "true"}, "attention", "sdpa", "compute capability 8.0.*7.5"),
+        (11, (6, 1), {"ACESTEP_USE_FLASH_ATTENTION": "1"}, "attention", "eager", "6.1"),
+        (
+            24,
+            (8, 9),
+            {"ACESTEP_USE_FLASH_ATTENTION": "true", "ACESTEP_DTYPE": "float32"},
+            "attention",
+            "sdpa",
+            "float32",
+        ),
+        (6, (8, 6), {"ACESTEP_LM_BACKEND": "vllm", "ACESTEP_INIT_LLM": "1"}, "lm_backend", "torch", "vllm"),
+        (24, (8, 9), {"ACESTEP_LM_OFFLOAD_TO_CPU": "true"}, "lm_offload_to_cpu", False, "device"),
+        (11, (6, 1), {"ACESTEP_DTYPE": "bfloat16"}, "dtype", "float16", "7.0"),
+        (11, (6, 1), {"ACESTEP_COMPILE_MODEL": "true"}, "compile", False, "7.0"),
+        (24, (8, 9), {"ACESTEP_LM_SLOTS": "1024"}, "lm_slots", 10, "only 10 rows"),
+        (None, None, {"ACESTEP_OFFLOAD_TO_CPU": "true"}, "offload_to_cpu", False, "host memory"),
+        (None, None, {"ACESTEP_OFFLOAD_DIT_TO_CPU": "true"}, "offload_dit_to_cpu", False, "host memory"),
+        (None, None, {"ACESTEP_USE_FLASH_ATTENTION": "true"}, "attention", "sdpa", "NVIDIA"),
+    ],
+)
+def test_override_that_cannot_hold_falls_back_with_a_warning(
+    card: MakeCard, gib: float | None, capability: Any, env: dict[str, str], name: str, given: Any, why: str
+) -> None:
+    device = cpu_device() if gib is None else card(gib, capability)
+    model = {"model": "tiny"} if gib is None else TURBO
+    r = resolve("both", model, device=device, env=env)
+    assert value(r, name).value == given
+    variable = next(iter(env))
+    assert [w for w in r.warnings if name in w and variable in w], r.warnings
+    assert re.search(why, value(r, name).reason)
+
+
+def test_flash_attention_can_be_switched_off(card: MakeCard) -> None:
+    r = resolve("render", TURBO, device=card(24, (8, 9)), env={"ACESTEP_USE_FLASH_ATTENTION": "false"})
+    assert r.renderer is not None
+    assert r.renderer.attention == "sdpa"
+    assert r.warnings == ()
+
+
+def test_missing_packages_are_named(card: MakeCard, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("acestep.settings_renderer._installed", lambda *names: False)
+    r = resolve("render", TURBO, device=card(7.99), env={"ACESTEP_QUANTIZATION": "int8_weight_only"})
+    assert r.renderer is not None
+    assert (r.renderer.int8, r.renderer.attention, r.renderer.compile) == (False, "sdpa", False)
+    assert any("torchao is not installed" in w for w in r.warnings)
+    assert "acestep-serve[gpu]" in value(r, "attention").reason
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("mps", "bfloat16"), ("xpu", "bfloat16"), ("rocm", "bfloat16")])
+def test_other_makers_cards(card: MakeCard, kind: str, dtype: str) -> None:
+    r = resolve("render", TURBO, device=card(15.9, None, kind=kind), env={})
+    assert r.renderer is not None
+    assert (r.renderer.dtype, r.renderer.attention, r.renderer.compile) == (dtype, "sdpa", False)
+    assert r.renderer.device == {"rocm": "cuda:0", "xpu": "xpu:0", "mps": "mps"}[kind]
+    assert (r.renderer.offload == "none") == (kind == "mps")
+
+
+CARDS = st.builds(
+    lambda gib, cc: Device(0, "cuda", "any", int(gib * GIB), int(gib * GIB), cc, usable=True),
+    st.floats(3, 96),
+    st.sampled_from([(6, 1), (7, 0), (7, 5), (8, 0), (8, 9), (9, 0), (12, 0)]),
+)
+
+
+@given(
+    CARDS,
+    st.sampled_from(["plan", "render", "both"]),
+    st.sampled_from(["acestep-v15-turbo", "acestep-v15-base", "acestep-v15-xl-turbo", "acestep-v15-xl-sft"]),
+    st.sampled_from([None, True, False]),
+    st.sampled_from(["2026-02", "2026-09"]),
+)
+def test_what_a_card_offers_fits_it(device: Device, role: Any, model: str, init_llm: bool | None, profile: str) -> None:
+    """Whatever the card: what `limits` promise fits beside the planner, or the resolver says that it cannot."""
+    try:
+        r = resolve(role, {"model": model, "init_llm": init_llm, "tier_profile": profile}, device=device, env={})
+    except OutOfMemory as refused:
+        details = refused.details
+        event(f"refused in {details.get('stage', 'planning')}")
+        if details["needed_bytes"] <= details["free_bytes"]:
+            pytest.fail(f"refused although it fits: {refused.message}")
+        return
+    used = 0
+    if r.planner is not None and r.planner_model is not None and r.planner.device != "cpu":
+        size = r.planner_model.rpartition("-")[2]
+        room = r.planner.memory_bytes + 512 * 2**20 if r.planner.memory_bytes else device.total_bytes
+        need = plan_need(1, 1, True, r.planner.max_len - 6, PLANNERS[size], r.planner)
+        assert need.peak <= room
+        used = room if role == "both" else 0
+    if r.renderer is not None:
+        task = RenderTask(r.limits.max_duration, r.limits.max_batch, guided=is_guided(model))
+        admission = admit_render(task, known_configs(model), r.renderer, device.total_bytes)
+        assert admission.need.peak + used <= device.total_bytes
+        assert admission.vae_tile_frames == r.renderer.vae_tile_frames
