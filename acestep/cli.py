@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 import sys
 from importlib.metadata import entry_points
+from typing import Any
 
-import click
 import typer
 
 from acestep import __version__
@@ -22,10 +22,10 @@ GROUP = "acestep.commands"
 class _Lazy(typer.core.TyperGroup):
     """Imports a subcommand's module only when that subcommand, or the list of all, is asked for."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, ctx: typer.Context) -> list[str]:
         return sorted({e.name for e in entry_points(group=GROUP)})
 
-    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+    def get_command(self, ctx: typer.Context, name: str) -> Any:
         found = next((e for e in entry_points(group=GROUP) if e.name == name), None)
         if found is None:
             return None
@@ -36,7 +36,10 @@ class _Lazy(typer.core.TyperGroup):
 
 
 app = typer.Typer(
-    cls=_Lazy, help="ACE-Step 1.5: songs from a prompt, here or on a fleet.", no_args_is_help=True, add_completion=False,
+    cls=_Lazy,
+    help="ACE-Step 1.5: songs from a prompt, here or on a fleet.",
+    no_args_is_help=True,
+    add_completion=False,
     pretty_exceptions_enable=False,
 )
 

@@ -122,7 +122,8 @@ class Studio:
         from acestep.lm.work import PlanWork
 
         ticket = self.planner().submit(PlanWork(request, self.settings.limits.max_duration), on_progress=on_progress)
-        plan: Plan = ticket.result()
+        plan = ticket.result()
+        assert isinstance(plan, Plan), "PlanWork gives a Plan"
         return plan
 
     def planner(self) -> Planner:

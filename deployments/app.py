@@ -9,10 +9,16 @@ from __future__ import annotations
 from typing import Any
 
 from ray import serve
-from ray.serve import Application
+from ray.serve import Application, Deployment
 
 from deployments.config import PlannerArgs, RendererArgs, RouterArgs, parse_args
 from deployments.pools import deployment_options
+
+
+def _deployment(cls: type) -> Deployment:
+    made = serve.deployment(cls)
+    assert isinstance(made, Deployment), "given a class, the decorator makes the deployment at once"
+    return made
 
 
 def router(args: dict[str, Any]) -> Application:
@@ -20,7 +26,7 @@ def router(args: dict[str, Any]) -> Application:
     from deployments.router import Router
 
     parsed = parse_args(RouterArgs, args, "router")
-    deployment = serve.deployment(serve.ingress()(Router)).options(
+    deployment = _deployment(serve.ingress()(Router)).options(
         name="router",
         num_replicas=parsed.num_replicas,
         max_ongoing_requests=1000,
@@ -38,7 +44,7 @@ def lm(args: dict[str, Any]) -> Application:
 
     parsed = parse_args(PlannerArgs, args, "lm")
     options = deployment_options(parsed, default_share=0.4)
-    return serve.deployment(PlannerDeployment).options(name="lm", **options).bind(parsed.model_dump(mode="json"))
+    return _deployment(PlannerDeployment).options(name="lm", **options).bind(parsed.model_dump(mode="json"))
 
 
 def dit(args: dict[str, Any]) -> Application:
@@ -47,4 +53,4 @@ def dit(args: dict[str, Any]) -> Application:
 
     parsed = parse_args(RendererArgs, args, "dit")
     options = deployment_options(parsed, default_share=0.6)
-    return serve.deployment(RendererDeployment).options(name="dit", **options).bind(parsed.model_dump(mode="json"))
+    return _deployment(RendererDeployment).options(name="dit", **options).bind(parsed.model_dump(mode="json"))

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from acestep.checkpoints import Checkpoint
 from acestep.errors import AceStepError, InvalidRequest
 from acestep.paths import home, writable
 from deployments.validate import problems, read_config
@@ -49,6 +50,7 @@ def prepare_command(
     _port_free(data)
     for application in data["applications"]:  # type: ignore[attr-defined]
         builder = application["import_path"].rpartition(":")[2]
+        checkpoint: Checkpoint | None
         if builder == "lm":
             checkpoint = checkpoint_for("plan", parse_args(PlannerArgs, application.get("args"), application["name"]))
         elif builder == "dit":

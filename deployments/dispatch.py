@@ -22,8 +22,10 @@ from acestep.errors import AceStepError, Cancelled, DeadlineExceeded, Internal, 
 from acestep.plan import Plan
 from acestep.request import Adjustment, SongRequest
 from acestep.song import Progress, Song
-from deployments.fleet import Fleet
+from deployments.fleet import Capacity, Fleet
+from deployments.jobs.queue import read_queue
 from deployments.jobs.store import Job, JobStore, LeaseLost
+from deployments.ordering import Usage, next_jobs
 from deployments.placement import Decision
 from deployments.routing import NoPool, Routing
 
@@ -55,6 +57,8 @@ class Dispatcher:
         self.lease_s = lease_s
         self.owner = uuid.uuid4().hex
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self.usage = Usage()
+        self._blocked: dict[str, Capacity] = {}  # jobs no pool can take, by the fleet they were told so by
         self._wake = asyncio.Event()
         self._draining = False
 
@@ -100,11 +104,15 @@ class Dispatcher:
         room = self.routing.window(self.fleet.view) - len(self._tasks)
         if room <= 0:
             return
-        waiting = await asyncio.to_thread(self.store.candidates)
-        for job in self.routing.order(waiting)[:room]:
-            claimed = await asyncio.to_thread(self.store.claim, job.id, self.owner, self.lease_s)
-            if claimed is not None and claimed.id not in self._tasks:
-                self._tasks[claimed.id] = asyncio.create_task(self._run(claimed), name=f"job-{claimed.id}")
+        now, capacity = time.time(), self.fleet.view.capacity
+        waiting = await asyncio.to_thread(read_queue, self.store.engine)
+        self._blocked = {w.id: seen for w in waiting if (seen := self._blocked.get(w.id)) is not None}
+        free = [w for w in waiting if self._blocked.get(w.id) != capacity and w.id not in self._tasks]
+        for chosen in next_jobs(free, self.usage.at(now), now, limit=room):
+            job = await asyncio.to_thread(self.store.claim, chosen.id, self.owner, self.lease_s)
+            if job is not None:
+                self.usage.add(job.owner_key, chosen.work_s, now)
+                self._tasks[job.id] = asyncio.create_task(self._run(job), name=f"job-{job.id}")
 
     async def _lease_loop(self) -> None:
         renewed = time.monotonic()
@@ -138,6 +146,11 @@ class Dispatcher:
                 await asyncio.to_thread(self.store.release, job.id, self.owner)
                 return
             error = Cancelled("cancelled by the caller")
+        except NoPool as reason:
+            log.info("job %s waits: %s", job.id, reason)
+            self._blocked[job.id] = self.fleet.view.capacity
+            await asyncio.to_thread(self.store.release, job.id, self.owner)
+            return
         except LeaseLost:
             log.warning("job %s was taken over by another router", job.id)
             return
@@ -170,13 +183,8 @@ class Dispatcher:
 
     async def _plan(self, job: Job) -> tuple[SongRequest, tuple[Adjustment, ...], Plan]:
         for attempt in range(STAGE_ATTEMPTS):
-            choice = await self._choose(job, job.request, None)
-            request, adjustments = choice.request, (*job.adjustments, *choice.adjustments)
-            await asyncio.to_thread(
-                self.store.save_request, job.id, self.owner, request, adjustments,
-                plan_pool=choice.planner, render_pool=choice.renderer,
-                est_plan_s=choice.est_plan_s, est_render_s=choice.est_render_s,
-            )  # fmt: skip
+            choice, adjustments = await self._choose(job, job.request, job.adjustments, None)
+            request = choice.request
             if choice.planner is None:
                 return request, adjustments, request.own_plan()
             arguments = (request.model_dump(mode="json"), choice.max_duration, job.priority, _left(job))
@@ -192,14 +200,8 @@ class Dispatcher:
     async def _render(self, job: Job, request: SongRequest, adjustments: tuple[Adjustment, ...], plan: Plan) -> Song:
         done: dict[tuple[int, ...], Song] = {}
         for attempt in range(STAGE_ATTEMPTS):
-            choice = await self._choose(job, request, plan)
-            if choice.adjustments:
-                adjustments = (*adjustments, *choice.adjustments)
+            choice, adjustments = await self._choose(job, request, adjustments, plan)
             request, plan = choice.request, choice.plan or plan
-            await asyncio.to_thread(
-                self.store.save_request, job.id, self.owner, request, adjustments,
-                render_pool=choice.renderer, est_render_s=choice.est_render_s,
-            )  # fmt: skip
             assert choice.renderer is not None, "only the outcome `never` has no renderer, and that raised"
             finished = {i for items in done for i in items}
             groups = [g for group in choice.groups if (g := tuple(i for i in group if i not in finished))]
@@ -249,24 +251,27 @@ class Dispatcher:
 
         return save
 
-    async def _choose(self, job: Job, request: SongRequest, plan: Plan | None) -> Decision:
-        """Where to go on, waiting while the pools that could serve have no replica."""
-        told = ""
-        while True:
-            try:
-                decision = self.routing.choose(self.fleet.view, job, request, plan)
-            except NoPool as reason:
-                if str(reason) != told:
-                    told = str(reason)
-                    log.info("job %s waits: %s", job.id, told)
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self.fleet.changed.wait(), 4 * POLL_S)
-                continue
-            log.info("job %s %s", job.id, decision.reason)
-            return decision
+    async def _choose(
+        self, job: Job, request: SongRequest, adjustments: Sequence[Adjustment], plan: Plan | None
+    ) -> tuple[Decision, tuple[Adjustment, ...]]:
+        """Where to go on, written down: the autoscaler of a pool without a replica must see that work waits for it.
+
+        Raises:
+            NoPool: the pools that could serve have no replica now.
+        """
+        decision = self.routing.choose(self.fleet.view, job, request, plan)
+        adjustments = (*adjustments, *decision.adjustments)
+        columns: dict[str, Any] = {"render_pool": decision.renderer, "est_render_s": decision.est_render_s}
+        if plan is None:
+            columns |= {"plan_pool": decision.planner, "est_plan_s": decision.est_plan_s}
+        await asyncio.to_thread(self.store.save_request, job.id, self.owner, decision.request, adjustments, **columns)
+        if decision.outcome == "wait":
+            raise NoPool(decision.reason)
+        log.info("job %s %s", job.id, decision.reason)
+        return decision, adjustments
 
     async def _follow(
-        self, job: Job, handle: DeploymentHandle, method: str, arguments: tuple[Any, ...], report: Report
+        self, job: Job, handle: DeploymentHandle[Any], method: str, arguments: tuple[Any, ...], report: Report
     ) -> dict[str, Any]:
         """Consume a stage's stream: report progress, return the result. Leaving early cancels the replica's work."""
         stream = getattr(handle.options(stream=True), method).remote(*arguments)

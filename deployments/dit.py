@@ -18,8 +18,9 @@ from acestep.request import SongRequest
 from acestep.song import Progress, Song
 from deployments.config import RendererArgs, parse_args
 from deployments.replica import ReplicaInfo, start_replica
+from deployments.sources import local_files
 from deployments.storage import Storage
-from deployments.streaming import ProgressMailbox, failure, follow
+from deployments.streaming import TALK_PRIORITY, ProgressMailbox, failure, follow
 
 if TYPE_CHECKING:
     from acestep.dit.work import Rendered
@@ -37,6 +38,7 @@ class RendererDeployment:
         self.storage = Storage(self.args.files_url)
         start = start_replica("render", self.args)
         checkpoint = start.checkpoint()
+        assert start.settings.renderer is not None and checkpoint.defaults is not None, "this is a renderer"
         began = time.monotonic()
         self.renderer = Renderer.load(checkpoint, start.settings.renderer)
         self.info: ReplicaInfo = start.info(
@@ -61,17 +63,38 @@ class RendererDeployment:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         try:
             parsed, made = SongRequest.model_validate(request), Plan.model_validate(plan)
-            work = RenderWork(parsed, made, items=tuple(items) if items is not None else None)
-            ticket = self.renderer.submit(work, priority=priority, deadline=deadline, on_progress=mailbox.put)
-            async for item in follow(ticket, mailbox, self.renderer.cancel):
-                if isinstance(item, Progress):
-                    yield {"progress": item.model_dump()}
-                    continue
-                yield {"progress": Progress(stage="encoding", total=len(item.items)).model_dump()}
-                song = await asyncio.to_thread(self._store, job_id, parsed, made, item)
-                yield {"result": song.model_dump(mode="json")}
+            with local_files(self.storage, [*filter(None, [parsed.src_audio]), *parsed.reference_audio]) as paths:
+                source = paths.pop(0) if parsed.src_audio else None
+                work = RenderWork(
+                    parsed,
+                    made,
+                    tuple(items) if items is not None else None,
+                    src_audio=source,
+                    reference_audio=tuple(paths),
+                )
+                ticket = self.renderer.submit(work, priority=priority, deadline=deadline, on_progress=mailbox.put)
+                async for item in follow(ticket, mailbox, self.renderer.cancel):
+                    if isinstance(item, Progress):
+                        yield {"progress": item.model_dump()}
+                        continue
+                    yield {"progress": Progress(stage="encoding", total=len(item.items)).model_dump()}
+                    song = await asyncio.to_thread(self._store, job_id, parsed, made, item)
+                    yield {"result": song.model_dump(mode="json")}
         except AceStepError as error:
             yield failure(error)
+
+    async def codes(self, name: str) -> dict[str, Any]:
+        """5 Hz audio codes of a stored file: one `{"result": ...}` or `{"error": ...}`."""
+        try:
+            with local_files(self.storage, [name]) as (path,):
+                ticket = self.renderer.submit_codes(path, priority=TALK_PRIORITY)
+                try:
+                    return {"result": list(await asyncio.wrap_future(ticket.future))}
+                except asyncio.CancelledError:
+                    self.renderer.cancel(ticket)
+                    raise
+        except AceStepError as error:
+            return failure(error)
 
     def _store(self, job_id: str, request: SongRequest, plan: Plan, rendered: Rendered) -> Song:
         maker = Maker(self.info.model, self.info.model_hash, self.info.device, self.info.notice)

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
@@ -64,6 +65,9 @@ class Pool:
         return "no replica; one starts when work arrives" if self.args.min_replicas == 0 else "no replica yet"
 
 
+Capacity = tuple[tuple[str, int], ...]
+
+
 @dataclass(frozen=True)
 class FleetView:
     """A consistent picture of all pools."""
@@ -72,9 +76,15 @@ class FleetView:
     at: float = 0.0
     apps: Mapping[str, str] = field(default_factory=dict)
     node_labels: tuple[Mapping[str, str], ...] = ()
+    http_host: str | None = None  # what the proxies listen on; None until Serve has said so
 
     def of(self, role: Role) -> tuple[Pool, ...]:
         return tuple(p for p in self.pools if p.role == role)
+
+    @property
+    def capacity(self) -> Capacity:
+        """Running replicas by pool: while this stays the same, a job that found no pool finds none."""
+        return tuple((p.app, p.running if p.info else 0) for p in self.pools)
 
     def has_node(self, selector: Mapping[str, str]) -> bool:
         """Whether a live node carries the labels; `in(a,b)` as in Ray's selectors."""
@@ -115,7 +125,7 @@ def parse_details(details: Mapping[str, Any]) -> FleetView:
             args = parse_args(ARGS_OF_ROLE[role], config.get("args"), app)
         except InvalidRequest:
             args = ARGS_OF_ROLE[role]()  # the application fails with this very message; it is shown from there
-        deployment = next((v for k, v in deployments.items() if k in ROLE_OF_DEPLOYMENT), {})
+        deployment: Mapping[str, Any] = next((v for k, v in deployments.items() if k in ROLE_OF_DEPLOYMENT), {})
         replicas = deployment.get("replicas", [])
         states = [str(getattr(r["state"], "value", r["state"])) for r in replicas]
         messages = [str(facts.get("message") or ""), str(deployment.get("message") or "")]
@@ -131,7 +141,8 @@ def parse_details(details: Mapping[str, Any]) -> FleetView:
             nodes=tuple(sorted({str(r.get("node_id")) for r in replicas})),
         )
         pools.append(pool)
-    return FleetView(tuple(sorted(pools, key=lambda p: p.app)), time.time(), apps)
+    host = (details.get("http_options") or {}).get("host")
+    return FleetView(tuple(sorted(pools, key=lambda p: p.app)), time.time(), apps, http_host=host)
 
 
 class Fleet:
@@ -140,7 +151,7 @@ class Fleet:
     def __init__(self) -> None:
         self.view = FleetView()
         self.changed = asyncio.Event()
-        self._handles: dict[str, DeploymentHandle] = {}
+        self._handles: dict[str, DeploymentHandle[Any]] = {}
         self._infos: dict[str, tuple[float, Mapping[str, Any]]] = {}
         self._describing: dict[str, asyncio.Task[None]] = {}
 
@@ -164,7 +175,7 @@ class Fleet:
         self.changed.set()
         self.changed = asyncio.Event()
 
-    def handle(self, app: str, role: Role) -> DeploymentHandle:
+    def handle(self, app: str, role: Role) -> DeploymentHandle[Any]:
         if app not in self._handles:
             deployment = next(d for d, r in ROLE_OF_DEPLOYMENT.items() if r == role)
             self._handles[app] = serve.get_deployment_handle(deployment, app_name=app)
@@ -186,7 +197,7 @@ class Fleet:
         self._infos[app] = (time.monotonic(), info)
 
 
-async def _call(handle: DeploymentHandle) -> Mapping[str, Any]:
+async def _call(handle: DeploymentHandle[Any]) -> Mapping[str, Any]:
     info: Mapping[str, Any] = await handle.describe.remote()
     return info
 
@@ -201,6 +212,5 @@ def _serve_details() -> Mapping[str, Any]:
 
 
 def _node_labels() -> tuple[Mapping[str, str], ...]:
-    import ray
-
-    return tuple(node.get("Labels") or {} for node in ray.nodes() if node.get("Alive"))
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return tuple(node.get("Labels") or {} for node in nodes if node.get("Alive"))

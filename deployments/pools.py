@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import ray
+
 from deployments.config import PoolArgs
 
 ROLE_LABEL = "acestep/role"
@@ -29,9 +31,12 @@ def gpu_share(args: PoolArgs, default_share: float) -> float:
         return min(1.0, math.ceil(100 * args.need_gb / smallest) / 100)
     if args.tiers:
         return 1.0
-    import ray
+    return default_share if ray.is_initialized() and cluster_gpus() > 0 else 0.0
 
-    return default_share if ray.is_initialized() and ray.cluster_resources().get("GPU", 0) > 0 else 0.0
+
+def cluster_gpus() -> float:
+    """GPUs of all nodes, as Ray counts them."""
+    return float(ray.cluster_resources().get("GPU", 0.0))  # type: ignore[no-untyped-call]
 
 
 def deployment_options(args: PoolArgs, *, default_share: float) -> dict[str, Any]:

@@ -10,21 +10,24 @@ from typing import Any
 from fastapi import FastAPI
 
 from deployments.api.app import build_app
+from deployments.api.health import readiness
 from deployments.api.service import Service
 from deployments.config import RouterArgs, parse_args
 from deployments.dispatch import Dispatcher
 from deployments.fleet import Fleet
+from deployments.jobs.backlog import read_backlogs
 from deployments.jobs.store import JobStore
 from deployments.routing import Routing
 from deployments.storage import Storage
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("ray.serve")  # shown by `serve run`
+BACKLOG_POLL_S = 1.0
 
 
 class Router:
     """Composes the pools through their handles. Touches no model and no device."""
 
-    async def __init__(self, args: dict[str, Any]) -> None:
+    async def __init__(self, args: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         parsed = parse_args(RouterArgs, args, "router")
         store = JobStore(parsed.database_url)
         storage = Storage(parsed.files_url)
@@ -32,13 +35,33 @@ class Router:
         routing = Routing()
         dispatcher = Dispatcher(store, fleet, routing, lease_s=parsed.lease_s)
         self.service = Service(parsed, store, storage, fleet, routing, dispatcher, started=time.time())
-        self._background = [asyncio.create_task(fleet.run()), asyncio.create_task(dispatcher.run())]
+        loops = (fleet.run(), dispatcher.run(), self._watch_backlogs(), self._tell_when_ready())
+        self._background = [asyncio.create_task(loop) for loop in loops]
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_app(self.service)
 
+    async def _watch_backlogs(self) -> None:
+        """What waits for each pool, all routers together, for placement and arrival times."""
+        service = self.service
+        while True:
+            try:
+                service.routing.set_backlogs(await asyncio.to_thread(read_backlogs, service.store.url))
+            except Exception:
+                log.exception("cannot read what waits")
+            await asyncio.sleep(BACKLOG_POLL_S)
+
+    async def _tell_when_ready(self) -> None:
+        while not (told := readiness(self.service.fleet.view))[0]:
+            await self.service.fleet.changed.wait()
+        pools = ", ".join(f"{p['role']} on {p['pool']}" for p in told[1]["pools"] if p["running"])
+        notices = {str(p.info["notice"]) for p in self.service.fleet.view.pools if p.info and p.info.get("notice")}
+        log.info("ready to make songs: %s%s", pools, f" ({'; '.join(notices)})" if notices else "")
+
     def check_health(self) -> None:
         for task in self._background:
+            if task.done() and not task.cancelled() and task.exception() is None:
+                continue
             if task.done() and not task.cancelled():
                 raise RuntimeError(f"a background task of the router ended: {task.exception()!r}")
 

@@ -6,11 +6,12 @@ state a router has: what it gave to each pool and did not get back, and how far 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from acestep.cost import Corrections, Profile
@@ -20,6 +21,7 @@ from acestep.plan import Plan
 from acestep.profiles import find, named
 from acestep.request import SongRequest
 from deployments.fleet import FleetView, Pool
+from deployments.jobs.backlog import Backlog
 from deployments.jobs.store import Job
 from deployments.placement import Decision, FleetState, PoolState, choose
 from deployments.pools import label_selector
@@ -35,6 +37,7 @@ class Load:
 
     in_flight: int = 0
     seconds: float = 0.0
+    freed: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Routing:
@@ -42,12 +45,15 @@ class Routing:
 
     def __init__(self) -> None:
         self._load: dict[str, Load] = defaultdict(Load)
-        self._waiting: Mapping[str, float] = {}
+        self._backlogs: Mapping[str, Backlog] = {}
+        self._admitted: dict[str, float] = defaultdict(float)  # since the backlogs were read
+        self._view = FleetView()
         self.corrections = Corrections()
 
-    def set_waiting(self, seconds: Mapping[str, float]) -> None:
-        """Seconds of work in the store that wait for each pool."""
-        self._waiting = seconds
+    def set_backlogs(self, backlogs: Mapping[str, Backlog]) -> None:
+        """What waits and runs in the whole fleet, as the store says."""
+        self._backlogs = backlogs
+        self._admitted.clear()
 
     def admit(self, view: FleetView, request: SongRequest) -> Decision | None:
         """Where a new request would go, cut to what the fleet can do. None while a pool's abilities are not known yet.
@@ -62,14 +68,17 @@ class Routing:
         decision = _say_why_off(view, choose(request, state))
         if decision.outcome == "never":
             raise InvalidRequest(decision.reason, field="task" if request.task != "text2music" else "model")
+        for pool, seconds in ((decision.planner, decision.est_plan_s), (decision.renderer, decision.est_render_s)):
+            if pool is not None:
+                self._admitted[pool] += seconds
         return decision
 
     def choose(self, view: FleetView, job: Job, request: SongRequest, plan: Plan | None) -> Decision:
-        """Pools for what is left to do of a job.
+        """Pools for what is left to do of a job; the outcome is `run` or `wait`.
 
         Raises:
-            NoPool: none can take it now.
-            LimitExceeded, InvalidRequest: none ever can.
+            NoPool: nothing is known of any renderer yet.
+            LimitExceeded, InvalidRequest: no pool ever can.
         """
         state = self.state(view)
         if not state.of("render"):
@@ -79,8 +88,6 @@ class Routing:
         decision = _say_why_off(view, choose(request, state, plan=plan, clamp=not accepted_as_is, deadline_in_s=left))
         if decision.outcome == "never":
             raise InvalidRequest(decision.reason, field="model")
-        if decision.outcome == "wait":
-            raise NoPool(decision.reason)
         return decision
 
     def window(self, view: FleetView) -> int:
@@ -89,27 +96,38 @@ class Routing:
         renderers = sum(p.running for p in view.of("render"))
         return max(2, planners + 2 * renderers)
 
-    def order(self, jobs: Sequence[Job]) -> list[Job]:
-        return sorted(jobs, key=lambda j: (j.priority, j.created_at))
-
     @contextlib.asynccontextmanager
     async def occupy(self, pool: str, stage: str, work_s: float, wall_s: float) -> AsyncIterator[None]:
-        """Count a stage as in flight on a pool; on success, learn from how long it took."""
+        """Take a place on a pool, waiting for one: work that is not yet inside a replica can still go to a new one.
+
+        On success the cost model learns from how long the work took.
+        """
         load = self._load[pool]
+        while load.in_flight >= self._places(pool):
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(load.freed.wait(), 0.5)  # replicas come and go without telling us
+            load.freed.clear()
         load.in_flight += 1
         load.seconds += work_s
         alone = load.in_flight == 1
         began = time.monotonic()
         try:
             yield
-            if alone:  # else the time has others' work in it
+            if alone and load.in_flight == 1:  # else the time has others' work in it
                 self.corrections.refine(pool, stage, wall_s, time.monotonic() - began)
         finally:
             load.in_flight -= 1
             load.seconds -= work_s
+            load.freed.set()
+
+    def _places(self, app: str) -> int:
+        """What the running replicas work on at once, and one more each, so that none waits for us."""
+        pool = self._view.get(app)
+        return max(1, pool.running * (_slots(pool) + 1)) if pool else 1
 
     def state(self, view: FleetView) -> FleetState:
         """The fleet as `placement` wants it: pools whose abilities are known."""
+        self._view = view
         return FleetState(tuple(state for p in view.pools if (state := self._pool_state(p, view))))
 
     def _pool_state(self, pool: Pool, view: FleetView) -> PoolState | None:
@@ -117,7 +135,7 @@ class Routing:
         info = pool.info or {}
         if limits is None or info.get("disabled"):
             return None
-        load = self._load[pool.app]
+        load, backlog = self._load[pool.app], self._backlogs.get(pool.app, Backlog())
         selector = label_selector(pool.args)
         return PoolState(
             name=pool.app,
@@ -131,9 +149,9 @@ class Routing:
             max_replicas=pool.args.num_replicas if pool.args.num_replicas is not None else pool.args.max_replicas,
             reachable=not selector or view.has_node(selector) or pool.args.nodes_on_demand,
             slots=_slots(pool),
-            busy=load.in_flight,
-            waiting_s=self._waiting.get(pool.app, 0.0),
-            running_s=load.seconds,
+            busy=max(load.in_flight, backlog.running_jobs),
+            waiting_s=backlog.waiting_s + self._admitted[pool.app],
+            running_s=max(load.seconds if not backlog.running_jobs else 0.0, backlog.running_s),
             correction=self.corrections.factor(pool.app, pool.role),
             needs=" and ".join(f"{k}={v}" for k, v in selector.items()),
         )

@@ -20,7 +20,7 @@ from acestep.errors import InvalidRequest
 from deployments.config import PlannerArgs, RendererArgs, RouterArgs, parse_args
 from deployments.fleet import ROLE_OF_DEPLOYMENT
 
-BUILDERS = {
+BUILDERS: dict[str, type[BaseModel]] = {
     "deployments.app:router": RouterArgs,
     "deployments.app:lm": PlannerArgs,
     "deployments.app:dit": RendererArgs,
