@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import shutil
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,16 +133,28 @@ def convert(original: Path, companions: dict[str, Path], target: Path) -> None:
             f"{original} does not fit its config.json: {_shortened(problems)}.", path=str(original), keys=problems
         )
     for name, config in configs.items():
-        folder = target / name
-        folder.mkdir(parents=True)
         state = _read(stored[name])
         if name == "condition_encoder":
             state[SILENCE_KEY] = silence
-        save_torch_state_dict(state, folder, filename_pattern="diffusion_pytorch_model{suffix}.safetensors")
+        write_component(target / name, config, state)
         del state  # one component in memory at a time
-        _write_json(folder / "config.json", {"_class_name": COMPONENTS[name], **config})
     link_companions(companions, target)
     write_pipeline_files(target)
+
+
+def write_component(folder: Path, config: dict[str, Any], state: dict[str, torch.Tensor]) -> None:
+    """Write a diffusers model folder; its name is the component's. Weights of more than 5 GB are sharded."""
+    folder.mkdir(parents=True)
+    _write_json(folder / "config.json", {"_class_name": COMPONENTS[folder.name], **config})
+    save_torch_state_dict(state, folder, filename_pattern="diffusion_pytorch_model{suffix}.safetensors")
+    make_readable(folder)
+
+
+def make_readable(folder: Path) -> None:
+    """Give weights the mode of the config beside them: safetensors makes files that only their owner can read."""
+    mode = stat.S_IMODE((folder / "config.json").stat().st_mode)
+    for path in folder.glob("*.safetensors"):
+        path.chmod(mode)
 
 
 def link_companions(companions: dict[str, Path], target: Path) -> None:

@@ -22,6 +22,8 @@ from acestep.checkpoints.convert import (
     RENAMES,
     SILENCE_FRAMES,
     link_companions,
+    make_readable,
+    write_component,
     write_pipeline_files,
 )
 from acestep.checkpoints.layout import SILENCE_FILE
@@ -91,7 +93,7 @@ def write_tiny(root: Path) -> None:
     """
     companions = {component: root / folder for component, folder in companion_folders().items()}
     _write_text_encoder(companions["text_encoder"])
-    _write_component(companions["vae"], "vae", _VAE, _component("vae", _VAE, "vae"))
+    write_component(companions["vae"], _VAE, _component("vae", _VAE, "vae"))
     for name in TINY_RENDERERS:
         configs = _renderer_configs(name)
         states = {part: _component(part, config, name) for part, config in configs.items()}
@@ -99,7 +101,7 @@ def write_tiny(root: Path) -> None:
         _write_original(root / name, name, states)
         twin = root / f"{name}-diffusers"
         for part, config in configs.items():
-            _write_component(twin / part, part, config, states[part])
+            write_component(twin / part, config, states[part])
         link_companions(companions, twin)
         write_pipeline_files(twin)
     write_tiny_planner(root / TINY_PLANNER)
@@ -161,12 +163,6 @@ def _component(part: str, config: dict[str, Any], seed_name: str) -> dict[str, t
     return _random_state(module, f"{seed_name}.{part}")
 
 
-def _write_component(folder: Path, part: str, config: dict[str, Any], state: dict[str, torch.Tensor]) -> None:
-    folder.mkdir(parents=True)
-    save_file(state, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
-    _write_json(folder / "config.json", {"_class_name": component_class(part).__name__, **config})
-
-
 def _write_original(folder: Path, name: str, states: dict[str, dict[str, torch.Tensor]]) -> None:
     folder.mkdir()
     flat = {
@@ -183,6 +179,7 @@ def _write_original(folder: Path, name: str, states: dict[str, dict[str, torch.T
     if name == "tiny-xl":
         config |= {f"encoder_{field}": value for field, value in _ENCODER.items()}
     _write_json(folder / "config.json", config)
+    make_readable(folder)
 
 
 def _original_key(part: str, key: str) -> str:
@@ -205,6 +202,7 @@ def _write_text_encoder(folder: Path) -> None:
     folder.mkdir()
     save_file(_random_state(model, "text_encoder"), folder / "model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(folder)
+    make_readable(folder)
     _write_tokenizer(folder)
 
 

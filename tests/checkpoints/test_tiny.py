@@ -31,6 +31,13 @@ def test_the_same_bytes_each_time_and_few_of_them(home, tmp_path):
     assert sum(files.values()) < 12_000_000
 
 
+def test_others_may_read_what_the_umask_allows(home):
+    folder = resolve(str(home / "tiny"), "renderer", root=home).path
+    mode = (folder / "model_index.json").stat().st_mode
+    for place in (folder / "transformer", folder / "text_encoder", home / "tiny", home / "vae"):
+        assert [path.stat().st_mode for path in place.glob("*.safetensors")] == [mode]
+
+
 def test_a_newer_generator_writes_anew(home, tmp_path, monkeypatch):
     first = prepare.tiny_root(tmp_path)
     monkeypatch.setattr(prepare, "TINY_VERSION", prepare.TINY_VERSION + 1)
