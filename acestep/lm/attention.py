@@ -1,4 +1,4 @@
-"""Attention of a flat batch over the arena."""
+"""Attention over the arena: row by row for a flat batch, or over whole lanes in static shapes."""
 
 from __future__ import annotations
 
@@ -61,6 +61,36 @@ class RowAttention:
                 out[at : at + s.length] = row[0].transpose(0, 1).reshape(s.length, -1)
             at += s.length
         return out
+
+
+class LaneAttention:
+    """One new token for each of the lanes 0 to n - 1, over views of the arena in shapes that do not depend on the rows.
+
+    Args:
+        positions: (n,) int64 on the device: where each lane's token stands.
+        max_len: Length of a lane.
+        keys: How many tokens of each lane are looked at, more than any position.
+    """
+
+    def __init__(self, arena: Arena, positions: torch.Tensor, max_len: int, keys: int) -> None:
+        self._arena = arena
+        self._max_len, self._keys = max_len, keys
+        lanes = torch.arange(len(positions), device=positions.device)
+        self._places = lanes * max_len + positions
+        self._mask = (torch.arange(keys, device=positions.device) <= positions[:, None])[:, None, None]
+
+    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        keys, values = self._arena.keys[layer], self._arena.values[layer]
+        keys.index_copy_(0, self._places, k)
+        values.index_copy_(0, self._places, v)
+        batch, heads, dim = q.shape
+        grouped = q.view(batch, k.shape[1], -1, dim)  # heads that share a key head stand as its queries
+        row = F.scaled_dot_product_attention(grouped, self._lanes(keys, batch), self._lanes(values, batch), self._mask)
+        return row.reshape(batch, heads * dim)
+
+    def _lanes(self, store: torch.Tensor, batch: int) -> torch.Tensor:
+        lanes = store[: batch * self._max_len].view(batch, self._max_len, *store.shape[1:])
+        return lanes[:, : self._keys].transpose(1, 2)
 
 
 def _mask(segment: Segment, device: torch.device) -> torch.Tensor:

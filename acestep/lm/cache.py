@@ -13,7 +13,7 @@ import torch
 from acestep.lm.model import ModelConfig
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Span:
     """Tokens `start … start + size - 1` of the arena, of which `used` hold something."""
 
@@ -77,16 +77,41 @@ class SpanAllocator:
 class Arena:
     """Storage of `tokens` keys and values per layer.
 
-    On the CPU memory is committed by the system as it is first written, so a large arena costs what its rows used at their peak.
+    Args:
+        page: Spans start at multiples of this.
+        clean: Start with zeros, for attention that looks at masked places: nothing times NaN is NaN. Otherwise the system commits
+            memory as it is first written, so that a large arena costs what its rows used at their peak.
     """
 
-    def __init__(self, config: ModelConfig, tokens: int, *, device: torch.device, dtype: torch.dtype, page: int = 1) -> None:
+    def __init__(
+        self, config: ModelConfig, tokens: int, *, device: torch.device, dtype: torch.dtype, page: int = 1, clean: bool = False
+    ) -> None:
         self.allocator = SpanAllocator(tokens, page)
         shape = (self.allocator.capacity, config.kv_heads, config.head_dim)
-        self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.layers)]
-        self.values = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.layers)]
+        make = torch.zeros if clean else torch.empty
+        self.keys = [make(shape, device=device, dtype=dtype) for _ in range(config.layers)]
+        self.values = [make(shape, device=device, dtype=dtype) for _ in range(config.layers)]
         self.bytes_per_token = config.kv_elements_per_token * dtype.itemsize
         self.used_tokens = 0  # as of the last step
+        self._spans: list[Span] = []
+
+    def reserve(self, sizes: list[int]) -> list[Span] | None:
+        """A span for every size, or None where they do not all fit."""
+        spans = self.allocator.allocate(sizes)
+        self._spans += spans or []
+        return spans
+
+    def release(self, span: Span) -> None:
+        self._spans.remove(span)
+        self.allocator.release(span)
+
+    def next_places(self, lane_length: int, lanes: int) -> list[int]:
+        """Where the next token of each lane goes; 0 where the lane is free."""
+        places = [0] * lanes
+        for span in self._spans:
+            if span.start < lanes * lane_length:
+                places[span.start // lane_length] = min(span.used, lane_length - 1)
+        return places
 
     @property
     def bytes(self) -> int:
@@ -99,6 +124,11 @@ class Arena:
     @property
     def used_bytes(self) -> int:
         return self.used_tokens * self.bytes_per_token
+
+    def clear(self) -> None:
+        """Forget every value, such as one that is not finite."""
+        for store in (*self.keys, *self.values):
+            store.zero_()
 
     def copy(self, source: Span, target: Span, length: int) -> None:
         """The first `length` tokens of a row into another row."""

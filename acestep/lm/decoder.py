@@ -12,24 +12,16 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn import functional as F
 
-from acestep.lm.attention import RowAttention, Segment
-from acestep.lm.cache import Arena, Span
+from acestep.errors import InvalidOutput
+from acestep.lm.cache import Arena
 from acestep.lm.grammar import Choice, Grammar, Program
 from acestep.lm.heads import Heads
 from acestep.lm.invariance import invariant_rows
 from acestep.lm.model import PlannerModel
+from acestep.lm.reading import FlatReader, LaneReader, Reader, Row
 from acestep.lm.sampling import SamplingParams, penalise, sample
 
 PREFILL_CHUNK = 512  # prompt tokens per row and step, so that a long prompt does not hold up the others
-
-
-@dataclass(eq=False)
-class Row:
-    """One sequence of the model: its place in the arena and the tokens that wait to be read."""
-
-    span: Span
-    pending: list[int]
-    hidden: int = -1  # where its newest hidden state lies in the step's result
 
 
 @dataclass(eq=False)
@@ -105,12 +97,27 @@ class Decoder:
     Args:
         rows: Most rows in flight.
         arena_tokens: Tokens of keys and values over all rows.
+        lane_length: Gives every row a lane of that many tokens, for the static shapes that GPUs want; None packs rows tightly.
+        capture: Record CUDA graphs of the static shapes.
     """
 
-    def __init__(self, model: PlannerModel, grammar: Grammar, *, rows: int, arena_tokens: int) -> None:
+    def __init__(
+        self,
+        model: PlannerModel,
+        grammar: Grammar,
+        *,
+        rows: int,
+        arena_tokens: int,
+        lane_length: int | None = None,
+        capture: bool = False,
+    ) -> None:
         self.model = model
-        self.max_rows = rows
-        self.arena = Arena(model.config, arena_tokens, device=model.device, dtype=model.dtype)
+        self._lane_length = lane_length
+        self.arena = Arena(
+            model.config, arena_tokens, device=model.device, dtype=model.dtype,
+            page=lane_length or 1, clean=lane_length is not None,
+        )  # fmt: skip
+        self.max_rows = min(rows, self.arena.allocator.capacity // lane_length) if lane_length else rows
         self.jobs: list[Job] = []
         self.rows_used = 0
         self.drawn_total = 0
@@ -118,6 +125,10 @@ class Decoder:
         exact = model.device.type == "cpu" and model.dtype == torch.float32
         self.invariant_rows = invariant_rows([*model.matrices, *self._heads.matrices]) if exact else None
         self._min_rows = self.invariant_rows or 1
+        self._read: Reader = FlatReader(model, self.arena, self._min_rows)
+        if lane_length:
+            with torch.inference_mode():
+                self._read = LaneReader(model, self.arena, max_len=lane_length, lanes=self.max_rows, capture=capture)
 
     def fits(self, job: Job) -> bool:
         """Whether `add` would find rows and memory now."""
@@ -129,7 +140,7 @@ class Decoder:
 
     def add(self, job: Job) -> None:
         """Reserve its rows; the next step reads its prompt. Only where `fits`."""
-        spans = self.arena.allocator.allocate(job.sizes())
+        spans = self.arena.reserve(job.sizes())
         if spans is None or self.rows_used + job.rows > self.max_rows:
             raise RuntimeError("a job was added that does not fit")
         places = iter(spans)
@@ -152,8 +163,11 @@ class Decoder:
                 self._release(output)
 
     def reset(self) -> None:
+        """Free everything after a failure."""
         for job in list(self.jobs):
             self.remove(job)
+        if self._lane_length:  # masked places are multiplied there, so a NaN would outlive its row
+            self.arena.clear()
 
     @torch.inference_mode()
     def step(self) -> list[Job]:
@@ -161,6 +175,9 @@ class Decoder:
 
         Returns:
             Jobs that are finished. Their rows are free again.
+
+        Raises:
+            InvalidOutput: The model gave a number that is not finite.
         """
         due: list[Output] = []
         reading: list[tuple[Row, int]] = []
@@ -174,7 +191,11 @@ class Decoder:
                 reading += taken
                 if all(length == len(row.pending) for row, length in taken) and len(taken) == len(output.rows):
                     due.append(output)
+        for at, (row, _) in enumerate(reading):
+            row.hidden = at
         hidden = self._read(reading)
+        if not bool(hidden.isfinite().all()):
+            raise InvalidOutput("the planner's weights gave a number that is not finite", device=str(self.model.device))
         for job in self.jobs:
             if not job.prompt_read and job.outputs[0] in due:
                 due += self._share_prompt(job)
@@ -185,30 +206,6 @@ class Decoder:
         for job in finished:
             self.remove(job)
         return finished
-
-    def _read(self, reading: list[tuple[Row, int]]) -> torch.Tensor:
-        """One forward over the first tokens of every row. Returns the hidden state after the last of each: (rows, hidden)."""
-        ids: list[int] = []
-        positions: list[int] = []
-        segments: list[Segment] = []
-        last: list[int] = []
-        for at, (row, length) in enumerate(reading):
-            past = row.span.used
-            segments.append(Segment(row.span, past, length))
-            ids += row.pending[:length]
-            positions += range(past, past + length)
-            last.append(len(ids) - 1)
-            row.pending = row.pending[length:]
-            row.hidden = at
-            row.span.used = past + length
-        padding = max(0, self._min_rows - len(ids))
-        device = self.model.device
-        hidden = self.model.forward(
-            torch.tensor(ids + [0] * padding, device=device),
-            torch.tensor(positions + [0] * padding, device=device),
-            RowAttention(self.arena, segments, len(ids) + padding),
-        )
-        return hidden[torch.tensor(last, device=device)]
 
     def _share_prompt(self, job: Job) -> list[Output]:
         leader, *followers = job.outputs
@@ -278,7 +275,7 @@ class Decoder:
 
     def _release(self, output: Output) -> None:
         for row in output.rows:
-            self.arena.allocator.release(row.span)
+            self.arena.release(row.span)
             self.rows_used -= 1
         output.cond = output.uncond = None
         output.done = True

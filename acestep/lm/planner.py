@@ -80,17 +80,21 @@ class Planner:
             model = load_model(path, device=device, dtype=dtype, max_len=max_len)
             grammar = Grammar(tokenizer)
             tokens = arena_tokens(model, rows=settings.slots, max_len=max_len, memory_bytes=settings.memory_bytes)
-            decoder = Decoder(model, grammar, rows=settings.slots, arena_tokens=tokens)
+            decoder = Decoder(
+                model, grammar, rows=settings.slots, arena_tokens=tokens,
+                lane_length=None if device.type == "cpu" else max_len,
+                capture=settings.compile and device.type == "cuda",
+            )  # fmt: skip
         except torch.OutOfMemoryError as error:
             raise OutOfMemory(f"the planner at {path} does not fit on {device}: {error}", device=str(device)) from error
-        flows = FlowBuilder(grammar, PromptBuilder(tokenizer), max_len, max(2, settings.slots // 2))
+        flows = FlowBuilder(grammar, PromptBuilder(tokenizer), max_len, max(2, decoder.max_rows // 2))
         info = PlannerInfo(
             name=name or path.name,
             hash=model_hash,
             notice=TINY_NOTICE if raw.get("acestep_tiny") else None,
             device=str(device),
             dtype=settings.dtype,
-            slots=settings.slots,
+            slots=decoder.max_rows,
             max_len=max_len,
             weight_bytes=model.weight_bytes,
             kv_bytes=decoder.arena.bytes,

@@ -61,8 +61,9 @@ def random_case(rng: random.Random, grammar: Grammar) -> Case:
 
 
 def test_fifty_mixed_jobs_with_joins_leaves_and_cancels_equal_naive_decoding(
-    decoder: Decoder, grammar: Grammar, oracle: Oracle
+    either_decoder: Decoder, grammar: Grammar, oracle: Oracle
 ) -> None:
+    decoder = either_decoder
     rng = random.Random(7)
     waiting = [random_case(rng, grammar) for _ in range(50)]
     running: dict[Job, Case] = {}

@@ -1,0 +1,149 @@
+"""Running the model over the tokens that wait in each row: one flat forward, or static shapes for a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from acestep.lm.attention import LaneAttention, RowAttention, Segment
+from acestep.lm.cache import Arena, Span
+from acestep.lm.model import PlannerModel
+
+
+@dataclass(eq=False)
+class Row:
+    """One sequence of the model.
+
+    Attributes:
+        span: Its place in the arena.
+        pending: Tokens that wait to be read.
+        hidden: Where its newest hidden state lies in the step's result.
+    """
+
+    span: Span
+    pending: list[int]
+    hidden: int = -1
+
+
+class Reader(Protocol):
+    """Reads the first `length` pending tokens of every row and returns the hidden state after the last of each, (rows, hidden)."""
+
+    def __call__(self, reading: list[tuple[Row, int]]) -> torch.Tensor: ...
+
+
+class FlatReader:
+    """All tokens of all rows in one forward, padded to `min_rows` tokens."""
+
+    def __init__(self, model: PlannerModel, arena: Arena, min_rows: int) -> None:
+        self._model = model
+        self._arena = arena
+        self._min_rows = min_rows
+
+    def __call__(self, reading: list[tuple[Row, int]]) -> torch.Tensor:
+        ids: list[int] = []
+        positions: list[int] = []
+        segments: list[Segment] = []
+        last: list[int] = []
+        for row, length in reading:
+            past = row.span.used
+            segments.append(Segment(row.span, past, length))
+            ids += row.pending[:length]
+            positions += range(past, past + length)
+            last.append(len(ids) - 1)
+            row.pending = row.pending[length:]
+            row.span.used = past + length
+        padding = [0] * max(0, self._min_rows - len(ids))
+        device = self._model.device
+        hidden = self._model.forward(
+            torch.tensor(ids + padding, device=device),
+            torch.tensor(positions + padding, device=device),
+            RowAttention(self._arena, segments, len(ids) + len(padding)),
+        )
+        return hidden[torch.tensor(last, device=device)]
+
+
+class LaneReader:
+    """For GPUs: rows that read one token go through static shapes, one per (batch, keys) bucket, captured as CUDA graphs.
+
+    Every row owns a lane of the arena; a batch is lanes 0 to n, idle ones included, so that nothing is gathered. Prompts and forced
+    runs take the flat way.
+
+    Args:
+        max_len: Length of a lane.
+        lanes: Their number.
+        capture: Record CUDA graphs now; otherwise the same code runs eagerly.
+    """
+
+    def __init__(self, model: PlannerModel, arena: Arena, *, max_len: int, lanes: int, capture: bool) -> None:
+        self._model = model
+        self._arena = arena
+        self._max_len = max_len
+        self._flat = FlatReader(model, arena, 1)
+        self._batches = _buckets(min(2, lanes), lanes)
+        self._keys = _buckets(min(512, max_len), max_len)
+        self._inputs = torch.zeros(2, lanes, dtype=torch.long, device=model.device)  # ids, positions
+        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        if capture:
+            self._capture()
+
+    def __call__(self, reading: list[tuple[Row, int]]) -> torch.Tensor:
+        single = [i for i, (_, length) in enumerate(reading) if length == 1]
+        if not single:
+            return self._flat(reading)
+        hidden = self._decode([reading[i][0] for i in single])
+        if len(single) == len(reading):
+            return hidden
+        rest = [i for i, (_, length) in enumerate(reading) if length != 1]
+        result = hidden.new_empty(len(reading), hidden.shape[1])
+        result[single], result[rest] = hidden, self._flat([reading[i] for i in rest])
+        return result
+
+    def _decode(self, rows: list[Row]) -> torch.Tensor:
+        lanes = [row.span.start // self._max_len for row in rows]
+        batch = next(b for b in self._batches if b > max(lanes))
+        keys = next(k for k in self._keys if k > max(row.span.used for row in rows))
+        # A lane that sits this step out writes where its next token will be written anyway.
+        ids, positions = [0] * batch, self._arena.next_places(self._max_len, batch)
+        for lane, row in zip(lanes, rows, strict=True):
+            ids[lane] = row.pending[0]
+            row.pending = row.pending[1:]
+            row.span.used += 1
+        inputs = torch.tensor([ids, positions])
+        if self._model.device.type == "cuda":
+            inputs = inputs.pin_memory()
+        self._inputs[:, :batch].copy_(inputs, non_blocking=True)
+        if (batch, keys) in self._graphs:
+            graph, hidden = self._graphs[batch, keys]
+            graph.replay()
+        else:
+            hidden = self._forward(batch, keys)
+        return hidden[lanes]
+
+    def _forward(self, batch: int, keys: int) -> torch.Tensor:
+        ids, positions = self._inputs[0, :batch], self._inputs[1, :batch]
+        return self._model.forward(ids, positions, LaneAttention(self._arena, positions, self._max_len, keys))
+
+    def _capture(self) -> None:
+        """Largest shapes first, all in one memory pool. Inputs are zeros: they write to the first token of free lanes."""
+        pool = torch.cuda.graph_pool_handle()
+        for batch in reversed(self._batches):
+            for keys in reversed(self._keys):
+                stream = torch.cuda.Stream(self._model.device)
+                stream.wait_stream(torch.cuda.current_stream(self._model.device))
+                with torch.cuda.stream(stream):
+                    self._forward(batch, keys)
+                torch.cuda.current_stream(self._model.device).wait_stream(stream)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=pool):
+                    hidden = self._forward(batch, keys)
+                self._graphs[batch, keys] = graph, hidden
+
+
+def _buckets(smallest: int, largest: int) -> list[int]:
+    """Doubling sizes; the last is `largest`."""
+    sizes = [smallest]
+    while sizes[-1] < largest:
+        sizes.append(min(2 * sizes[-1], largest))
+    return sizes
