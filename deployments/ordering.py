@@ -1,8 +1,8 @@
 """In which order waiting jobs are served: fair between callers, by deadline within a caller's share, nobody forgotten.
 
 Callers (API keys) are kept level in seconds of work, so one that sends 1,000 jobs gets no more of the fleet than one that sends ten. Among
-the callers that are within `SLACK_S` of the least served one, the most urgent job goes first. A job without a deadline counts as due
-`PATIENCE_S` after it came, which is what makes it age. Pure functions: the store says what waits, the dispatcher takes the answer.
+the callers that are within `SLACK_S` of the least served one, the most urgent job goes first. A job without a deadline counts as due some
+time after it came, less for short work than for long: that keeps short songs from standing behind albums, and makes every job age. Pure functions: the store says what waits, the dispatcher takes the answer.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-PATIENCE_S = 600.0
+PATIENCE_S = 30.0
+PATIENCE_FACTOR = 4.0  # times the job's own work
 SLACK_S = 30.0
 PRIORITY_S = 60.0  # what one step of priority is worth in urgency
 USAGE_HALF_LIFE_S = 300.0
@@ -40,7 +41,7 @@ class Waiting:
     @property
     def due(self) -> float:
         """When it should be done: its deadline, or its patience's end if that comes first."""
-        patience = self.submitted + PATIENCE_S
+        patience = self.submitted + PATIENCE_S + PATIENCE_FACTOR * self.work_s
         return (patience if self.deadline is None else min(self.deadline, patience)) + self.priority * PRIORITY_S
 
 

@@ -332,8 +332,9 @@ def _pick(options: Sequence[Option], spill_factor: float, deadline_in_s: float |
 
 def _plan_option(pool: PoolState, request: SongRequest, duration: float) -> Option:
     cost = pool.profile.planner(pool.model)
-    # Where work waits, the batch will be full while this is planned.
-    busy = pool.slots if pool.waiting_s > 0 else pool.busy // pool.running if pool.running else 0
+    busy = pool.busy // pool.running if pool.running else 0
+    if pool.waiting_s > 0:  # what waits will fill the batch while this is planned
+        busy = (busy + pool.slots) // 2
     seconds = plan_seconds(request, cost, duration, slots=pool.slots, busy_rows=busy)
     return Option(pool, wait_s(pool, plan_rows(request, pool.slots)), _corrected(seconds, pool.correction))
 

@@ -1,0 +1,193 @@
+"""A simulated fleet of unequal cards: scaling policy, routing, replicas and ETA, over the product's own pure functions.
+
+    python -m benchmarks.fleet [--quick] [--json] [--plot fleet.svg]
+
+Nothing here is a measurement of a card: times come from cost profiles. What is compared is what decisions make of the same cards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import random
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.fleet_policies import OURS, Delays, RequestCount, SecondsOfWork
+from benchmarks.fleet_simulator import PoolSpec, Result, Scaler, Simulator, quantile
+from benchmarks.fleet_traffic import RERENDERS, Arrival, day, request_of
+from benchmarks.svg import scatter
+
+SMALL_LM, LM = "acestep-5Hz-lm-0.6B", "acestep-5Hz-lm-1.7B"
+DIT = "acestep-v15-turbo"
+SERVE = Delays()
+
+
+def mixed_fleet(scale: int) -> list[PoolSpec]:
+    """About ten times `scale` cards: many small ones, few large ones."""
+    return [
+        PoolSpec("lm-tier4", "plan", "rtx-3060-ti-8", "tier4", SMALL_LM, scale),
+        PoolSpec("lm-tier5", "plan", "rtx-3060-12", "tier5", LM, scale),
+        PoolSpec("lm-tier6", "plan", "rtx-4080", "tier6", LM, max(1, scale // 2)),
+        PoolSpec("dit-tier4", "render", "rtx-3060-ti-8", "tier4", DIT, 2 * scale),
+        PoolSpec("dit-tier5", "render", "rtx-3060-12", "tier5", DIT, 2 * scale),
+        PoolSpec("dit-tier6", "render", "rtx-4080", "tier6", DIT, scale),
+        PoolSpec("dit-24", "render", "rtx-4090", "unlimited", DIT, scale),
+        PoolSpec("dit-80", "render", "h100-sxm", "unlimited", DIT, max(1, scale // 2)),
+    ]
+
+
+def autoscaling(jobs: int, scale: int, *, hours: float, thorough: bool) -> dict[str, Any]:
+    """Late jobs against GPU hours for both policies on one day, at several settings of each."""
+    arrivals = day(jobs, hours=hours)
+    specs = mixed_fleet(scale)
+
+    def seconds(drain_s: float, down: float) -> Callable[[PoolSpec], Scaler]:
+        return lambda pool: SecondsOfWork(pool, drain_s, Delays(1.0, down, 2 * down), hold_s=down)
+
+    def count(per_replica: float, delays: Delays) -> Callable[[PoolSpec], Scaler]:
+        return lambda pool: RequestCount(pool, per_replica, delays)
+
+    ours = [(30.0, 60.0), (15.0, 60.0), (20.0, 120.0), (60.0, 30.0)] if thorough else [(30.0, 60.0), (15.0, 60.0), (60.0, 30.0)]
+    counts = (1, 2, 4, 8) if thorough else (2, 4)
+    rows = [_row("seconds of work", f"drain {d:g} s", Simulator(specs, arrivals, seconds(d, w)).run()) for d, w in ours]
+    rows += [
+        _row("request count, Serve's delays", f"{n} per replica", Simulator(specs, arrivals, count(n, SERVE)).run())
+        for n in counts
+    ]
+    rows += [
+        _row("request count, our delays", f"{n} per replica", Simulator(specs, arrivals, count(n, OURS)).run())
+        for n in (counts if thorough else (1,))
+    ]
+    curve = sorted((r["gpu_hours"], r["late"]) for r in rows if r["policy"] == "seconds of work")
+    for row in rows:
+        row["late_of_ours_at_these_gpu_hours"] = round(_on_curve(curve, row["gpu_hours"]))
+    return {"jobs": len(arrivals), "hours": hours, "cards": sum(s.max_replicas for s in specs), "rows": rows}
+
+
+def _row(policy: str, setting: str, result: Result) -> dict[str, Any]:
+    return {
+        "policy": policy, "setting": setting, "late": result.late, "gpu_hours": round(result.gpu_hours, 1),
+        "price": round(result.cost, 1), "p50_s": round(result.latency(0.5), 1), "p95_s": round(result.latency(0.95), 1),
+        "p99_s": round(result.latency(0.99), 1),
+    }  # fmt: skip
+
+
+def _on_curve(curve: Sequence[tuple[float, float]], at: float) -> float:
+    """Late jobs at a number of GPU hours, between two settings; the nearest setting's beyond the ends."""
+    for (x0, y0), (x1, y1) in itertools.pairwise(curve):
+        if x0 <= at <= x1:
+            return y0 + (y1 - y0) * (at - x0) / (x1 - x0)
+    return curve[0][1] if at < curve[0][0] else curve[-1][1]
+
+
+def replicas(jobs: int) -> dict[str, Any]:
+    """Throughput of 1, 2 and 4 renderer replicas when all work is there at once."""
+    rng = random.Random(3)
+    songs = [Arrival(0.0, request_of(RERENDERS, float(rng.choice((60, 120, 180))), 1, 6), "key", 120.0, 1e9) for _ in range(jobs)]
+    per_hour = {}
+    for n in (1, 2, 4):
+        spec = [PoolSpec("dit", "render", "rtx-4090", "unlimited", DIT, n)]
+        per_hour[n] = 3600 * jobs / Simulator(spec, songs, None).run().span_s
+    return {"songs_per_hour": {str(n): round(v) for n, v in per_hour.items()}, "speedup": round(per_hour[4] / per_hour[1], 2)}
+
+
+def eta(jobs: int, scale: int, *, hours: float) -> dict[str, Any]:
+    """How far the ETA told at submit was off, on a day with bursts."""
+    arrivals = day(jobs, burst_share=0.35, hours=hours)
+    out: dict[str, Any] = {}
+    fixed = Simulator(mixed_fleet(scale), arrivals, None).run()
+    scaled = Simulator(mixed_fleet(4 * scale), arrivals, lambda pool: SecondsOfWork(pool, 30.0)).run()
+    for name, result in (("fixed", fixed), ("autoscaled", scaled)):
+        errors: dict[str, list[float]] = {"known length": [], "all": []}
+        for song in result.songs:
+            if song.finished is None or song.eta_s is None:
+                continue
+            taken = song.finished - song.arrival.at
+            errors["all"].append(abs(song.eta_s - taken) / taken)
+            if song.arrival.request.duration is not None:
+                errors["known length"].append(errors["all"][-1])
+        out[name] = {k: {"p50": round(quantile(v, 0.5), 3), "p90": round(quantile(v, 0.9), 3)} for k, v in errors.items()}
+    return out
+
+
+def routing(jobs: int, scale: int, *, hours: float) -> dict[str, Any]:
+    """The same fixed fleet, jobs placed by cost or dealt out in turn."""
+    arrivals = day(jobs, hours=hours)
+    specs = mixed_fleet(scale)
+    rows = {}
+    for name in ("cost", "round_robin"):
+        result = Simulator(specs, arrivals, None, routing=name).run()
+        rows[name] = {
+            "late": result.late, "p50_s": round(result.latency(0.5), 1), "p95_s": round(result.latency(0.95), 1),
+            "p99_s": round(result.latency(0.99), 1), "price_of_busy_time": round(result.busy_cost, 1),
+        }  # fmt: skip
+    return {"jobs": len(arrivals), "cards": sum(s.max_replicas for s in specs), **rows}
+
+
+def plot(result: dict[str, Any]) -> str:
+    """Late jobs over GPU hours, as SVG."""
+    series: dict[str, list[tuple[float, float, str]]] = {}
+    for row in result["rows"]:
+        series.setdefault(row["policy"], []).append((row["gpu_hours"], row["late"], row["setting"]))
+    return scatter(series, title=f"One simulated day, {result['jobs']} jobs: late jobs by GPU hours", x="GPU hours", y="late jobs")
+
+
+def table(results: dict[str, Any]) -> str:
+    """All results as text."""
+    scaling = results["autoscaling"]
+    lines = [
+        f"Autoscaling: one day in {scaling['hours']:g} h, {scaling['jobs']} jobs, up to {scaling['cards']} cards of six kinds",
+        f"{'policy':31} {'setting':15} {'late':>5} {'GPU h':>7} {'price':>7} {'p50 s':>6} {'p95 s':>6} {'p99 s':>6}  late with ours at these GPU h",
+    ]
+    lines += [
+        f"{r['policy']:31} {r['setting']:15} {r['late']:5} {r['gpu_hours']:7} {r['price']:7} {r['p50_s']:6} {r['p95_s']:6} "
+        f"{r['p99_s']:6}  {r['late_of_ours_at_these_gpu_hours']}"
+        for r in scaling["rows"]
+    ]
+    speed = results["replicas"]
+    lines += ["", f"Replicas 1, 2, 4: {speed['songs_per_hour']} songs per hour, {speed['speedup']}x"]
+    lines += ["", "ETA at submit, |foretold - taken| / taken, bursty day"]
+    for fleet, errors in results["eta"].items():
+        for which, e in errors.items():
+            lines.append(f"  {fleet:10} {which:13} p50 {e['p50']:.1%}  p90 {e['p90']:.1%}")
+    dealt = results["routing"]
+    lines += ["", f"Routing: {dealt['jobs']} jobs on {dealt['cards']} cards that are always on"]
+    for name in ("cost", "round_robin"):
+        r = dealt[name]
+        lines.append(f"  {name:12} late {r['late']:5}  p50 {r['p50_s']:6} s  p95 {r['p95_s']:6} s  p99 {r['p99_s']:6} s  price of busy time {r['price_of_busy_time']}")
+    return "\n".join(lines)
+
+
+def run(*, quick: bool) -> dict[str, Any]:
+    began = time.perf_counter()
+    jobs, scale, hours = (2_500, 16, 6.0) if quick else (40_000, 40, 24.0)
+    results: dict[str, Any] = {
+        "autoscaling": autoscaling(jobs, scale, hours=hours, thorough=not quick),
+        "replicas": replicas(400 if quick else 2_000),
+        "eta": eta(jobs, max(1, scale // 4), hours=hours),
+        "routing": routing(jobs, max(1, scale // 4), hours=hours),
+    }
+    results["wall_s"] = round(time.perf_counter() - began, 1)
+    return results
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a smaller day, within 50 s")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
+    parser.add_argument("--plot", type=Path, help="write late jobs over GPU hours to this SVG file")
+    options = parser.parse_args(arguments)
+    results = run(quick=options.quick)
+    if options.plot:
+        options.plot.write_text(plot(results["autoscaling"]), encoding="utf-8")
+    print(json.dumps(results) if options.json else table(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""The scaling policies that are compared: ours, and Ray Serve's default on request counts, both behind Serve's own delays."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+
+from benchmarks.fleet_simulator import PLANNER_ROWS, PoolSpec
+from deployments.autoscaling import PeakHold, desired
+from deployments.jobs.backlog import Backlog
+
+
+@dataclass(frozen=True)
+class Delays:
+    """Seconds a wish must last before Serve follows it. The defaults are Serve's."""
+
+    up: float = 30.0
+    down: float = 600.0
+    to_zero: float = 600.0
+
+
+OURS = Delays(up=1.0, down=60.0, to_zero=120.0)
+
+
+class ServeDelays:
+    """What Serve does to a policy's answer (`ray.serve.autoscaling_policy._apply_delay_logic` of 2.60; a test holds it to that)."""
+
+    def __init__(self, delays: Delays) -> None:
+        self.delays = delays
+        self._direction = 0
+        self._since: float | None = None
+
+    def __call__(self, now: float, wanted: int, running: int, target: int) -> int:
+        if running == 0 and wanted > 0:
+            return wanted
+        direction = (wanted > target) - (wanted < target)
+        if direction == 0 or direction != self._direction:
+            self._direction, self._since = direction, now
+        if direction == 0 or self._since is None:
+            return target
+        if direction > 0:
+            delay = self.delays.up
+        elif target == 1:
+            delay = self.delays.to_zero
+        else:
+            delay, wanted = self.delays.down, max(1, wanted)
+        if now - self._since + 1e-6 < delay:
+            return target
+        self._direction, self._since = 0, None
+        return wanted
+
+
+class SecondsOfWork:
+    """`deployments.autoscaling.BacklogPolicy` without its thread and database."""
+
+    def __init__(self, pool: PoolSpec, drain_s: float, delays: Delays = OURS, hold_s: float = 60.0) -> None:
+        self.pool = pool
+        self.drain_s = drain_s
+        self._hold = PeakHold(hold_s)
+        self._delays = ServeDelays(delays)
+
+    def __call__(self, now: float, backlog: Backlog, running: int, target: int, ongoing: int) -> int:
+        wanted = desired(
+            backlog, drain_s=self.drain_s, min_replicas=self.pool.min_replicas, max_replicas=self.pool.max_replicas,
+            slots=PLANNER_ROWS // 2 if self.pool.role == "plan" else 1,
+        )  # fmt: skip
+        return self._delays(now, self._hold(wanted, now), running, target)
+
+
+class RequestCount:
+    """Serve's default policy: ongoing requests per replica, averaged over 30 s."""
+
+    def __init__(self, pool: PoolSpec, per_replica: float, delays: Delays, look_back_s: float = 30.0) -> None:
+        self.pool = pool
+        self.per_replica = per_replica
+        self.look_back_s = look_back_s
+        self._delays = ServeDelays(delays)
+        self._seen: deque[tuple[float, int]] = deque()
+
+    def __call__(self, now: float, backlog: Backlog, running: int, target: int, ongoing: int) -> int:
+        self._seen.append((now, ongoing))
+        while self._seen[0][0] <= now - self.look_back_s:
+            self._seen.popleft()
+        total = sum(count for _, count in self._seen) / len(self._seen)
+        if running == 0:
+            return max(1, target) if total > 0 else target  # Serve's cold start: always one first
+        wanted = math.ceil(total / self.per_replica - 1e-9)
+        return self._delays(now, max(self.pool.min_replicas, min(self.pool.max_replicas, wanted)), running, target)
