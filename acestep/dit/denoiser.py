@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.ace_step_transformer import AceStepTransformer1DModel, _ace_step_rotary_freqs
-from torch import Tensor
+from torch import Tensor, nn
 
 from acestep.dit.attention import Attention, WindowLayout, key_mask, window_layout
 from acestep.dit.lora import ActiveLora, applied
@@ -102,7 +102,7 @@ class Denoiser:
     def set_precision(self, dtype: torch.dtype) -> None:
         """Convert the weights. Half to float32 and back loses nothing."""
         self.forget()
-        self.transformer.to(dtype)
+        nn.Module.to(self.transformer, dtype)  # diffusers' own `to` warns about every conversion
         self.dtype = dtype
         self.attention = Attention(self.attention.backend, self.device, dtype)
 
@@ -180,8 +180,8 @@ class Denoiser:
         if not self._pad_to_buckets and all(c is first for c in conditions):
             count = len(conditions)
             return (
-                tuple(k.expand(count, -1, -1, -1) for k in first.keys),
-                tuple(v.expand(count, -1, -1, -1) for v in first.values),
+                tuple(k.to(self.dtype).expand(count, -1, -1, -1) for k in first.keys),
+                tuple(v.to(self.dtype).expand(count, -1, -1, -1) for v in first.values),
                 None,
             )
         lengths = [c.tokens for c in conditions]
@@ -190,7 +190,8 @@ class Denoiser:
             width = -(-width // _CONDITION_BUCKET) * _CONDITION_BUCKET
 
         def stacked(parts: list[Tensor]) -> Tensor:
-            out = parts[0].new_zeros((len(parts), parts[0].shape[1], width, parts[0].shape[3]))
+            shape = (len(parts), parts[0].shape[1], width, parts[0].shape[3])
+            out = parts[0].new_zeros(shape, dtype=self.dtype)
             for i, part in enumerate(parts):
                 out[i, :, : part.shape[2]] = part[0]
             return out

@@ -30,28 +30,27 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoin
 
 
 @pytest.fixture(scope="session")
-def load_parts(checkpoints: dict[str, Checkpoint]) -> Callable[[str], RendererComponents]:
-    """Fresh float32 components of a tiny checkpoint."""
+def load_parts(checkpoints: dict[str, Checkpoint]) -> Callable[..., RendererComponents]:
+    """Fresh components of a tiny checkpoint."""
 
-    def load(name: str) -> RendererComponents:
-        return load_renderer(checkpoints[name], device="cpu", dtype=torch.float32)
+    def load(name: str, dtype: str = "float32") -> RendererComponents:
+        return load_renderer(checkpoints[name], device="cpu", dtype=getattr(torch, dtype))
 
     return load
 
 
 @pytest.fixture(scope="session")
 def make_renderer(
-    checkpoints: dict[str, Checkpoint], load_parts: Callable[[str], RendererComponents]
+    checkpoints: dict[str, Checkpoint], load_parts: Callable[..., RendererComponents]
 ) -> Iterator[Callable[..., Renderer]]:
     """A renderer by checkpoint name and settings, closed at the end of the session."""
     made: list[Renderer] = []
 
-    def make(name: str = "tiny", *, parts: RendererComponents | None = None, **settings: Any) -> Renderer:
+    def make(name: str = "tiny", **options: Any) -> Renderer:
         checkpoint = checkpoints[name]
         assert checkpoint.defaults is not None
-        renderer = Renderer(
-            parts or load_parts(name), RendererSettings(**settings), name=name, defaults=checkpoint.defaults
-        )
+        settings = RendererSettings(**options)
+        renderer = Renderer(load_parts(name, settings.dtype), settings, name=name, defaults=checkpoint.defaults)
         made.append(renderer)
         return renderer
 
@@ -67,7 +66,7 @@ def renderers(make_renderer: Callable[..., Renderer]) -> dict[str, Renderer]:
 
 
 @pytest.fixture(scope="session")
-def pipelines(load_parts: Callable[[str], RendererComponents]) -> dict[str, AceStepPipeline]:
+def pipelines(load_parts: Callable[..., RendererComponents]) -> dict[str, AceStepPipeline]:
     """diffusers' pipeline on the same weights, as it comes."""
     made = {}
     for name in TINY_RENDERERS:
