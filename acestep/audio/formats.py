@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from acestep.errors import InvalidRequest
-from acestep.request import AudioFormat
+
+if TYPE_CHECKING:  # the request checks itself with this module
+    from acestep.request import AudioFormat
 
 
 @dataclass(frozen=True)

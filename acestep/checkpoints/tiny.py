@@ -105,6 +105,7 @@ def write_tiny(root: Path) -> None:
         link_companions(companions, twin)
         write_pipeline_files(twin)
     write_tiny_planner(root / TINY_PLANNER)
+    make_readable(root / TINY_PLANNER)
 
 
 def _renderer_configs(name: str) -> dict[str, dict[str, Any]]:

@@ -34,7 +34,7 @@ def test_the_same_bytes_each_time_and_few_of_them(home, tmp_path):
 def test_others_may_read_what_the_umask_allows(home):
     folder = resolve(str(home / "tiny"), "renderer", root=home).path
     mode = (folder / "model_index.json").stat().st_mode
-    for place in (folder / "transformer", folder / "text_encoder", home / "tiny", home / "vae"):
+    for place in (folder / "transformer", folder / "text_encoder", home / "tiny", home / "vae", home / "tiny-lm"):
         assert [path.stat().st_mode for path in place.glob("*.safetensors")] == [mode]
 
 
