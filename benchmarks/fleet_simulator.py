@@ -20,7 +20,7 @@ from acestep.gpu_config import get_gpu_config, get_limits
 from acestep.plan import Plan
 from benchmarks.fleet_traffic import Arrival
 from deployments.jobs.backlog import Backlog, handover_rate
-from deployments.ordering import Usage, Waiting, next_jobs, place
+from deployments.ordering import Usage, Waiting, next_jobs, patience_of, place
 from deployments.placement import Decision, FleetState, PoolState, Promise, choose
 
 CANDIDATES = 256  # how many waiting jobs a dispatcher looks at, as the job store hands them out
@@ -214,7 +214,7 @@ class Simulator:
         self.songs: list[Song] = []
         self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._order = itertools.count()
-        self._dues: dict[tuple[int, float], float] = {}
+        self._patiences: dict[int, float] = {}  # by request object: many arrivals share one
         self._open = 0
         self._turn = itertools.count()
 
@@ -306,21 +306,21 @@ class Simulator:
 
     def _candidates(self, pool: Pool) -> list[Waiting]:
         return [
-            Waiting(name, song.arrival.key, work, song.arrival.at, self._due(song.arrival))
+            Waiting(name, song.arrival.key, work, song.arrival.at, patience_s=self._patience(song.arrival))
             for name, (song, _, work) in itertools.islice(pool.queue.items(), CANDIDATES)
         ]
 
-    def _due(self, arrival: Arrival) -> float:
-        """What the ordering takes for a deadline where the caller stated none: by the job's work on the smallest cards."""
-        key = (id(arrival.request), arrival.at)
-        if key not in self._dues:
-            duration, _ = expected_duration(arrival.request)
+    def _patience(self, arrival: Arrival) -> float:
+        """By the job's work on the first pool of each stage, the same for the whole way of a job."""
+        request = arrival.request
+        if id(request) not in self._patiences:
+            duration, _ = expected_duration(request)
             work = 0.0
             for role in ("plan", "render"):
                 pool = next((p for p in self.pools.values() if p.spec.role == role), None)
                 work += _work_s(pool, arrival, duration) if pool else 0.0
-            self._dues[key] = Waiting("", arrival.key, work, arrival.at).due
-        return self._dues[key]
+            self._patiences[id(request)] = patience_of(work)
+        return self._patiences[id(request)]
 
     def _begin_plan(self, pool: Pool, replica: Replica, song: Song, rows: int) -> None:
         render = self.pools[song.decision.renderer or ""]
@@ -423,7 +423,7 @@ class Simulator:
     def _ahead(self, pool: Pool, arrival: Arrival) -> float:
         if not pool.queue:
             return 0.0
-        mine = Waiting("mine", arrival.key, 0.0, arrival.at, self._due(arrival))
+        mine = Waiting("mine", arrival.key, 0.0, arrival.at, patience_s=self._patience(arrival))
         placed = place("mine", [*self._candidates(pool), mine], self.usage.at(self.now), self.now)
         seen = list(itertools.islice(pool.queue.values(), CANDIDATES))
         beyond = pool.waiting_s - sum(work for _, _, work in seen)

@@ -28,6 +28,7 @@ class Waiting:
         work_s: Seconds of work, all stages.
         priority: Lower goes first; each unit counts as a minute of urgency.
         weight: The caller's share: 2 gets twice the work of 1.
+        patience_s: Within what time it should be done where no deadline says so; None: by its work.
     """
 
     id: str
@@ -37,12 +38,18 @@ class Waiting:
     deadline: float | None = None
     priority: float = 0.0
     weight: float = 1.0
+    patience_s: float | None = None
 
     @property
     def due(self) -> float:
         """When it should be done: its deadline, or its patience's end if that comes first."""
-        patience = self.submitted + PATIENCE_S + PATIENCE_FACTOR * self.work_s
+        patience = self.submitted + (patience_of(self.work_s) if self.patience_s is None else self.patience_s)
         return (patience if self.deadline is None else min(self.deadline, patience)) + self.priority * PRIORITY_S
+
+
+def patience_of(work_s: float) -> float:
+    """Within what time a job of that much work should be done."""
+    return PATIENCE_S + PATIENCE_FACTOR * work_s
 
 
 def next_jobs(
