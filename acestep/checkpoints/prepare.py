@@ -18,6 +18,8 @@ from typing import Any
 from filelock import FileLock
 
 from acestep.checkpoints import layout
+from acestep.checkpoints.checkpoint import content_hash
+from acestep.checkpoints.published import TINY_PLANNER
 from acestep.errors import ModelMissing, StoragePermission
 from acestep.paths import writable
 
@@ -52,7 +54,7 @@ def converted(original: Path, companions: dict[str, Path], root: Path, *, revisi
     parent = original.parent
     if downloaded or not _can_write(parent):
         parent = writable(root)
-    return _prepare(parent / (own if parent == root else beside).name, record, write)
+    return _prepare(parent / (own if parent == root else beside).name, record, write, lambda partial: [partial])
 
 
 def tiny_root(root: Path) -> Path:
@@ -69,10 +71,15 @@ def tiny_root(root: Path) -> Path:
         write_tiny(place)
 
     writable(root)
-    return _prepare(target, record, write)
+    return _prepare(target, record, write, lambda partial: [*partial.glob("*-diffusers"), partial / TINY_PLANNER])
 
 
-def _prepare(target: Path, record: dict[str, Any], write: Callable[[Path], None]) -> Path:
+def _prepare(
+    target: Path,
+    record: dict[str, Any],
+    write: Callable[[Path], None],
+    hashed: Callable[[Path], list[Path]],
+) -> Path:
     lock = FileLock(target.with_name(f".{target.name}.lock"), timeout=_LOCK_TIMEOUT_S)
     with lock:
         if _record_of(target) == record:  # another process was first
@@ -87,6 +94,8 @@ def _prepare(target: Path, record: dict[str, Any], write: Callable[[Path], None]
             partial.mkdir()
             write(partial)
             (partial / _RECORD).write_text(json.dumps(record), encoding="utf-8")
+            for folder in hashed(partial):
+                content_hash(folder)  # remembered beside the files, which may be read-only later
             if target.exists():
                 old = target.with_name(f".{target.name}.old-{uuid.uuid4().hex}")
                 os.rename(target, old)

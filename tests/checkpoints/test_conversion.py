@@ -220,6 +220,7 @@ def test_a_conversion_is_reused_until_its_source_changes(originals):
     assert (
         resolve(str(originals / "tiny"), "renderer", root=originals).path / "transformer/config.json"
     ).stat().st_ino == inode
+    assert (first.path / ".content-hash").is_file()  # known before anybody asks, for volumes that are read-only later
     hash_before = first.hash
 
     # Another model is put in the same place.
