@@ -16,7 +16,7 @@ SILENT_REFERENCE_FRAMES = 750
 # Live copies of the widest activation, one of them the reordered input that convolution libraries make.
 _DECODE_WIDTHS = 6.0
 _ENCODE_WIDTHS = 6.5
-_LEAST_CHANNELS = 8  # blocked layouts round narrower activations up
+_LEAST_CHANNELS = 16  # blocked layouts round narrower activations up
 _EAGER_BLOCK = 512  # queries whose float32 scores the eager kernel holds at once
 
 

@@ -32,11 +32,13 @@ MAX_LYRIC_TOKENS = 2_048
 MAX_CAPTION_TOKENS = 256
 PASS_FRAMES = 2_048  # what the renderer puts into one pass on a card where the settings leave it open
 PCM_BYTES_PER_FRAME = 1_920 * 2 * 4
-_STAGES = {
+# What is moved together (acestep.dit.renderer), and what each stage needs of it.
+_GROUPS = {
     "conditions": ("text_encoder", "condition_encoder", "audio_tokenizer", "audio_token_detokenizer"),
-    "denoise": ("transformer",),
-    "decode": ("vae",),
+    "dit": ("transformer",),
+    "vae": ("vae",),
 }
+_GROUP_OF = {"conditions": "conditions", "denoise": "dit", "decode": "vae", "encode": "vae"}
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class Admission:
 
 def read_configs(folder: Path) -> dict[str, Config]:
     """Component configurations of a renderer checkpoint in the diffusers layout."""
-    names = [name for parts in _STAGES.values() for name in parts]
+    names = [name for parts in _GROUPS.values() for name in parts]
     return {name: json.loads((folder / name / "config.json").read_text(encoding="utf-8")) for name in names}
 
 
@@ -115,9 +117,11 @@ def render_need(
     # Half precision on the CPU computes through float32 copies.
     working = "float32" if on_cpu else settings.dtype
     weights = renderer_bytes(configs, settings.dtype, int8=settings.int8)
-    resident = 0 if settings.offload_dit else weights["transformer"]
-    if settings.offload == "none":
-        resident = sum(weights.values())
+    groups = {name: sum(weights[part] for part in parts) for name, parts in _GROUPS.items()}
+    offloaded = {"conditions", "vae"} if settings.offload == "stage" else set()
+    if settings.offload_dit:
+        offloaded.add("dit")
+    resident = sum(size for name, size in groups.items() if name not in offloaded)
     base = 0 if on_cpu else CONTEXT_BYTES
 
     dit, vae = configs["transformer"], configs["vae"]
@@ -137,10 +141,7 @@ def render_need(
     pcm = task.songs * task.frames * PCM_BYTES_PER_FRAME if on_cpu else 0
     stages = {}
     for stage, active in working_bytes.items():
-        visiting = 0
-        if settings.offload != "none" or settings.offload_dit:
-            parts = _STAGES["decode" if stage == "encode" else stage]
-            visiting = sum(weights[part] for part in parts if part != "transformer" or settings.offload_dit)
+        visiting = groups[_GROUP_OF[stage]] if _GROUP_OF[stage] in offloaded else 0
         stages[stage] = base + resident + visiting + kept + active + (pcm if stage == "decode" else 0)
     return Need(stages, weights)
 
@@ -152,8 +153,12 @@ def plan_need(
     weights = planner_bytes(config, settings.dtype)
     per_token = kv_bytes_per_token(config, settings.dtype)
     codes = int(seconds * CODES_PER_SECOND) + 1
-    row = min(prompt_tokens + codes, settings.max_len)
-    tokens = songs * (row + (UNGUIDED_PROMPT_TOKENS + codes if guided else 0))
+    if settings.device == "cpu":
+        tokens = songs * (
+            min(prompt_tokens + codes, settings.max_len) + (UNGUIDED_PROMPT_TOKENS + codes if guided else 0)
+        )
+    else:  # every row has a lane of full length
+        tokens = songs * (2 if guided else 1) * settings.max_len
     base = 0 if settings.device == "cpu" else CONTEXT_BYTES
     return Need({"plan": base + weights + WORK_BYTES + per_token * tokens}, {"planner": weights})
 

@@ -119,9 +119,9 @@ def planner_settings(
     budget = share if share is not None else int(0.5 * device.free_bytes if on_cpu else 0.9 * device.memory_bytes)
     context = 0 if on_cpu else CONTEXT_BYTES
     fixed = weights.planner_bytes(config, dtype) + WORK_BYTES + context
-    # A guided song: one row of everything, and one of a bare prompt with the same codes.
-    pair = max_len + UNGUIDED_PROMPT_TOKENS + min(int(longest * CODES_PER_SECOND), max_len)
-    per_pair = weights.kv_bytes_per_token(config, dtype) * pair
+    # A guided song takes two rows. Cards give every row a lane of full length, the CPU packs rows at their exact length.
+    unguided = UNGUIDED_PROMPT_TOKENS + min(int(longest * CODES_PER_SECOND), max_len) if on_cpu else max_len
+    per_pair = weights.kv_bytes_per_token(config, dtype) * (max_len + unguided)
     most = CPU_SLOTS if on_cpu else MAX_SLOTS
     room = max(0, 2 * ((budget - fixed) // per_pair))
     fitting = min(most, room)

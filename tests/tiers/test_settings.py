@@ -229,7 +229,7 @@ def test_unknown_setting_and_impossible_values() -> None:
         (24, (8, 9), {"ACESTEP_LM_OFFLOAD_TO_CPU": "true"}, "lm_offload_to_cpu", False, "device"),
         (11, (6, 1), {"ACESTEP_DTYPE": "bfloat16"}, "dtype", "float16", "7.0"),
         (11, (6, 1), {"ACESTEP_COMPILE_MODEL": "true"}, "compile", False, "7.0"),
-        (24, (8, 9), {"ACESTEP_LM_SLOTS": "1024"}, "lm_slots", 10, "only 10 rows"),
+        (24, (8, 9), {"ACESTEP_LM_SLOTS": "1024"}, "lm_slots", 6, "only 6 rows"),
         (None, None, {"ACESTEP_OFFLOAD_TO_CPU": "true"}, "offload_to_cpu", False, "host memory"),
         (None, None, {"ACESTEP_OFFLOAD_DIT_TO_CPU": "true"}, "offload_dit_to_cpu", False, "host memory"),
         (None, None, {"ACESTEP_USE_FLASH_ATTENTION": "true"}, "attention", "sdpa", "NVIDIA"),
