@@ -1,0 +1,213 @@
+"""What makes the manifests a working fleet: rules between the Serve config, the worker groups and the objects around them.
+
+Kubernetes and KubeRay accept all of what is refused here; it would only not work, mostly without a message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import yaml
+
+from acestep.errors import InvalidRequest
+from deployments.config import PoolArgs, RouterArgs, parse_args
+from deployments.k8s.findings import (
+    Finding,
+    Manifest,
+    cluster_of,
+    error,
+    groups_of,
+    items,
+    mapping,
+    name_of,
+    pod_templates,
+    ray_container,
+    warning,
+)
+from deployments.k8s.groups import RAY_VERSION
+from deployments.pools import label_selector
+from deployments.validate import BUILDERS, problems
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+SERVE_PORT = 8000
+
+
+def serve_config(service: Manifest) -> dict[str, Any]:
+    """serveConfigV2 as a mapping; empty where it is none (the config's own check says so)."""
+    try:
+        config = yaml.safe_load(str(mapping(service, "spec").get("serveConfigV2", "")))
+    except yaml.YAMLError:
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def pools(config: Mapping[str, Any]) -> dict[str, PoolArgs | RouterArgs]:
+    """Typed args of this project's applications by name; wrong ones are left out, `problems` reports them."""
+    found: dict[str, PoolArgs | RouterArgs] = {}
+    for application in items(config, "applications"):
+        model = BUILDERS.get(str(mapping(application).get("import_path")))
+        if model is None:
+            continue
+        name = str(application.get("name"))
+        try:
+            args = parse_args(model, application.get("args"), name)
+        except InvalidRequest:
+            continue
+        if isinstance(args, PoolArgs | RouterArgs):
+            found[name] = args
+    return found
+
+
+def check_fleet(service: Manifest) -> Iterator[Finding]:
+    """A RayService against its own Serve config."""
+    where = name_of(service)
+    config = serve_config(service)
+    if not config:
+        yield error(f"{where} serveConfigV2", "is not a Serve config")
+        return
+    for message in problems(config):
+        yield error(f"{where} serveConfigV2", message)
+    yield from _http(where, service, config)
+    yield from _placement(where, service, config)
+    yield from _shared_state(where, config)
+    yield from _draining(where, service, config)
+    yield from _cluster(where, service)
+
+
+def _http(where: str, service: Manifest, config: Manifest) -> Iterator[Finding]:
+    options = mapping(config, "http_options")
+    if options.get("host", "0.0.0.0") in LOOPBACK:
+        yield error(
+            f"{where} serveConfigV2 http_options",
+            f"host {options['host']}: nothing outside the pod can connect; say 0.0.0.0",
+        )
+    port = options.get("port", SERVE_PORT)
+    templates = list(pod_templates(service))
+    for name, template in templates:
+        ports = {p.get("name"): p.get("containerPort") for p in items(ray_container(template), "ports")}
+        if ports and ports.get("serve") != port and (name == "head" or "serve" in ports):
+            yield error(f"{where} {name}", f"the port named serve is {ports.get('serve')}, but Serve listens on {port}")
+
+
+def _placement(where: str, service: Manifest, config: Manifest) -> Iterator[Finding]:
+    groups = groups_of(service)
+    used: set[str] = set()
+    for application, args in pools(config).items():
+        if not isinstance(args, PoolArgs):
+            continue
+        selector = label_selector(args)
+        if not selector:
+            used |= {str(g.get("groupName")) for g in groups}
+            continue
+        fitting = [g for g in groups if _matches(mapping(g, "labels"), selector)]
+        used |= {str(g.get("groupName")) for g in fitting}
+        most = sum(int(g.get("maxReplicas", 0)) for g in fitting)
+        wanted = " and ".join(f"{k}={v}" for k, v in selector.items())
+        if not fitting:
+            yield error(
+                f"{where} application {application}",
+                f"no worker group is labelled {wanted}; its replicas could never start",
+            )
+        elif most == 0 and _least(args) > 0:
+            yield error(
+                f"{where} application {application}",
+                f"needs a worker, but all groups labelled {wanted} have maxReplicas 0",
+            )
+        elif not args.nodes_on_demand and sum(int(g.get("minReplicas", 0)) for g in fitting) == 0 and most > 0:
+            yield warning(
+                f"{where} application {application}",
+                f"its groups ({wanted}) may have no worker, but nodes_on_demand is false: routers give no work to a pool without one",
+            )
+    for group in groups:
+        if (
+            mapping(group, "labels").get("acestep/role") == "gpu"
+            and group.get("maxReplicas")
+            and group.get("groupName") not in used
+        ):
+            yield warning(
+                f"{where} group {group.get('groupName')}",
+                "no application asks for its labels; it will never have a worker",
+            )
+
+
+def _matches(labels: Manifest, selector: Mapping[str, str]) -> bool:
+    return all(str(labels.get(k)) in (v[3:-1].split(",") if v.startswith("in(") else [v]) for k, v in selector.items())
+
+
+def _least(args: PoolArgs) -> int:
+    return args.min_replicas if args.num_replicas is None else args.num_replicas
+
+
+def _shared_state(where: str, config: Manifest) -> Iterator[Finding]:
+    parsed = pools(config)
+    routers = [a for a in parsed.values() if isinstance(a, RouterArgs)]
+    for field in ("database_url", "files_url"):
+        values = {getattr(a, field) for a in parsed.values() if hasattr(a, field)}
+        if len(values) > 1:
+            shown = ", ".join(str(v) for v in sorted(values, key=str))
+            yield error(f"{where} serveConfigV2", f"{field} differs between applications ({shown}); all must share one")
+    for router in routers:
+        local = router.database_url is None or router.database_url.startswith("sqlite")
+        if router.num_replicas > 1 and local:
+            yield error(
+                f"{where} serveConfigV2",
+                "several router replicas need database_url on PostgreSQL: SQLite is a file on one node",
+            )
+
+
+def _draining(where: str, service: Manifest, config: Manifest) -> Iterator[Finding]:
+    longest = max((a.graceful_shutdown_s for a in pools(config).values() if isinstance(a, PoolArgs)), default=0)
+    for group in groups_of(service):
+        grace = mapping(group, "template", "spec").get("terminationGracePeriodSeconds", 30)
+        if grace < longest:
+            yield error(
+                f"{where} group {group.get('groupName')}",
+                f"terminationGracePeriodSeconds {grace} is below graceful_shutdown_s {longest:g}: Kubernetes would kill songs that Serve lets finish",
+            )
+    delay = mapping(service, "spec").get("rayClusterDeletionDelaySeconds", 60)
+    if mapping(service, "spec", "upgradeStrategy").get("type", "NewCluster") != "None" and delay < longest:
+        yield error(
+            f"{where} rayClusterDeletionDelaySeconds",
+            f"{delay} is below graceful_shutdown_s {longest:g}: after an upgrade the old cluster is deleted with songs under way",
+        )
+
+
+def _cluster(where: str, service: Manifest) -> Iterator[Finding]:
+    cluster = cluster_of(service)
+    if cluster.get("rayVersion") != RAY_VERSION:
+        yield error(
+            f"{where} rayVersion",
+            f"{cluster.get('rayVersion')!r}, but the image has Ray {RAY_VERSION}: KubeRay chooses probes by it",
+        )
+    if not cluster.get("enableInTreeAutoscaling"):
+        yield error(
+            f"{where} enableInTreeAutoscaling",
+            "must stay true: without it KubeRay takes running workers away whenever a group is appended",
+        )
+    elif mapping(cluster, "autoscalerOptions").get("version") != "v2":
+        yield error(
+            f"{where} autoscalerOptions", "version must be v2: v1 ignores labels and starts cards of the wrong tier"
+        )
+    if mapping(cluster, "authOptions").get("mode") != "token":
+        yield warning(
+            f"{where} authOptions", "without mode: token, whoever reaches port 8265 can run code in the cluster"
+        )
+    overridden = {n: "app.kubernetes.io/name" in mapping(t, "metadata", "labels") for n, t in pod_templates(service)}
+    if len(set(overridden.values())) > 1:
+        yield error(
+            where,
+            "app.kubernetes.io/name is set on some pod templates only; the head's Service would not find its pods",
+        )
+
+
+def check_disruption_budget(budget: Manifest) -> Iterator[Finding]:
+    """A PodDisruptionBudget over Ray pods must not need the scale subresource that a RayCluster does not have."""
+    spec = mapping(budget, "spec")
+    least = spec.get("minAvailable")
+    if "maxUnavailable" in spec or not isinstance(least, int):
+        said = "maxUnavailable" if "maxUnavailable" in spec else f"minAvailable {least!r}"
+        yield error(
+            name_of(budget),
+            f"{said}: use minAvailable with a whole number; else no node with Ray pods can ever be drained",
+        )
