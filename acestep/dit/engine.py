@@ -246,12 +246,14 @@ class RenderEngine:
     def _batch(self) -> list[tuple[_Song, _Run]]:
         """The first item in order, and after it those that fit the budget together with it."""
         waiting = [(song, run) for song in self._songs for run in song.runs if run.pending is not None]
-        batch, rows, longest = [waiting[0]], len(waiting[0][1].pending or ()), waiting[0][1].frames
+        first, run = waiting[0]
+        batch, rows, longest, room = [waiting[0]], len(run.pending or ()), run.frames, min(self._budget, _room(first))
+        precision = run.precision
         for song, run in waiting[1:]:
-            more, longer = rows + len(run.pending or ()), max(longest, run.frames)
-            if run.precision == waiting[0][1].precision and more * longer <= self._budget:
+            more, longer, tighter = rows + len(run.pending or ()), max(longest, run.frames), min(room, _room(song))
+            if run.precision == precision and more * longer <= tighter:
                 batch.append((song, run))
-                rows, longest = more, longer
+                rows, longest, room = more, longer, tighter
         return batch
 
     def _evaluate(self, rows: Sequence[Row]) -> list[Tensor | AceStepError]:
@@ -397,3 +399,9 @@ class RenderEngine:
             f"{what} do not fit in the memory of {self._device}{free_mib}. Ask for a shorter song or use a larger card.",
             **details,
         )
+
+
+def _room(song: _Song) -> int:
+    """Rows times frames that the memory leaves for a batch with this song in it."""
+    assert song.prepared is not None
+    return song.prepared.pass_frames

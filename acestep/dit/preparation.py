@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from acestep.audio.reading import read_audio
 from acestep.checkpoints.published import VariantDefaults
+from acestep.dit.admission import Admission
 from acestep.dit.conditions import Conditions, reference_excerpt
 from acestep.dit.denoiser import Denoiser, Projected
 from acestep.dit.lora import ActiveLora, LoraCache
@@ -49,6 +50,7 @@ class Item:
 @dataclass(frozen=True, eq=False)
 class Prepared:
     items: tuple[Item, ...]
+    pass_frames: int  # rows times frames of these items that may share an evaluation
     sampling: Sampling
     lora: ActiveLora | None
     adjustments: tuple[Adjustment, ...]
@@ -71,6 +73,7 @@ class Preparation:
         denoiser: Denoiser,
         residency: Residency,
         loras: LoraCache,
+        admission: Admission,
         defaults: VariantDefaults,
         device: torch.device,
     ) -> None:
@@ -79,6 +82,7 @@ class Preparation:
         self._denoiser = denoiser
         self._residency = residency
         self._loras = loras
+        self._admission = admission
         self._defaults = defaults
         self._device = device
 
@@ -121,6 +125,14 @@ class Preparation:
                     self._residency.need("dit")
                     projected[caption, lyrics] = self._denoiser.project(tokens, lora)
                     yield
+        pass_frames = self._admission.pass_frames(
+            frames=-(-max(lengths.values()) // SAMPLES_PER_FRAME),
+            songs=len(lengths),
+            guided=sampling.guided,
+            condition_tokens=max(p.tokens for p in projected.values()),
+            references=len(references),
+            encodes_source=source is not None or bool(references),
+        )
         self._residency.need("dit")
         null = self._denoiser.project(self._conditions.null(), lora)
         items = []
@@ -140,7 +152,7 @@ class Preparation:
                     reason="there are no audio codes to follow",
                 )
             )  # fmt: skip
-        return Prepared(tuple(items), sampling, lora, tuple(_unique(adjustments)))
+        return Prepared(tuple(items), pass_frames, sampling, lora, tuple(_unique(adjustments)))
 
     def encode(self, audio: Tensor) -> Generator[None, None, Tensor]:
         """Latents of PCM, tile by tile."""

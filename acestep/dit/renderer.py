@@ -14,6 +14,7 @@ from acestep.checkpoints.checkpoint import Checkpoint
 from acestep.checkpoints.load import RendererComponents, load_renderer
 from acestep.checkpoints.published import VariantDefaults
 from acestep.dit import tasks
+from acestep.dit.admission import Admission
 from acestep.dit.conditions import Conditions
 from acestep.dit.denoiser import Denoiser
 from acestep.dit.engine import RenderEngine, Result, Work
@@ -66,6 +67,7 @@ class Renderer:
         device, dtype = torch.device(settings.device), getattr(torch, settings.dtype)
         if settings.int8:
             quantize(components.transformer)
+        admission = Admission(components, settings, device)
         groups = {
             "conditions": (
                 components.text_encoder,
@@ -90,7 +92,7 @@ class Renderer:
         if budget is None:
             budget = _BATCH_FRAMES.get(device.type, _BATCH_FRAMES_GPU)
         engine = RenderEngine(
-            Preparation(conditions, vae, denoiser, residency, loras, defaults, device),
+            Preparation(conditions, vae, denoiser, residency, loras, admission, defaults, device),
             denoiser,
             vae,
             residency,

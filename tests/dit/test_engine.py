@@ -225,6 +225,16 @@ def test_a_song_that_never_fits_fails_with_numbers_and_spares_the_rest(make_rend
     assert short.result(60).items
 
 
+def test_a_song_that_cannot_fit_is_refused_before_it_starts(make_renderer: Make) -> None:
+    renderer = make_renderer("tiny", memory_bytes=100_000_000, max_batch_frames=100_000)
+    assert renderer.submit(work_of()).result(60).items
+    before = renderer.stats()["denoise_steps"]
+    with pytest.raises(OutOfMemory) as refused:
+        renderer.submit(work_of(duration=600)).result(60)
+    assert refused.value.details["needed_bytes"] > refused.value.details["free_bytes"] == 100_000_000
+    assert renderer.stats()["denoise_steps"] == before
+
+
 def test_pieces_join_to_the_whole(make_renderer: Make) -> None:
     renderer = make_renderer("tiny", vae_tile_frames=100)
     pieces: dict[int, list[tuple[int, Tensor]]] = {0: [], 1: []}
