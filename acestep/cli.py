@@ -22,10 +22,10 @@ GROUP = "acestep.commands"
 class _Lazy(typer.core.TyperGroup):
     """Imports a subcommand's module only when that subcommand, or the list of all, is asked for."""
 
-    def list_commands(self, ctx: typer.Context) -> list[str]:
+    def list_commands(self, ctx: Any) -> list[str]:
         return sorted({e.name for e in entry_points(group=GROUP)})
 
-    def get_command(self, ctx: typer.Context, name: str) -> Any:
+    def get_command(self, ctx: Any, name: str) -> Any:
         found = next((e for e in entry_points(group=GROUP) if e.name == name), None)
         if found is None:
             return None

@@ -49,6 +49,10 @@ class Client:
     def cancel(self, job_id: str) -> dict[str, Any]:
         return self._json("DELETE", f"/v1/jobs/{job_id}")
 
+    def cluster(self) -> dict[str, Any]:
+        """GET /v1/cluster: pools, replicas, load."""
+        return self._json("GET", "/v1/cluster")
+
     def wait(
         self, job_id: str, on_change: Callable[[dict[str, Any]], None] | None = None, poll_s: float = 0.3
     ) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -23,6 +23,7 @@ NO_USER_INPUT = "NO USER INPUT"
 INSTRUMENTAL = "[Instrumental]"
 
 Task = Literal["text2music", "cover", "cover-nofsq", "repaint", "lego", "extract", "complete"]
+TASKS: tuple[Task, ...] = get_args(Task)
 AudioFormat = Literal["wav", "wav24", "wav32", "flac", "mp3", "opus", "aac"]
 TRACKS = (
     "woodwinds", "brass", "fx", "synth", "strings", "percussion", "keyboard", "guitar", "bass", "drums",

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import socket
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import yaml
 
 from acestep.checkpoints import Checkpoint
 from acestep.errors import AceStepError, InvalidRequest
@@ -35,6 +36,58 @@ def validate(path: Annotated[Path, typer.Argument(help="A Serve config file.")] 
     """Refuse unknown keys and wrong args, which Serve itself would ignore."""
     _checked(path)
     typer.echo(f"{path}: ok")
+
+
+@config.command()
+def build(
+    tiers: Annotated[
+        str | None,
+        typer.Option(
+            help="Cards, such as tier4:2,tier6,unlimited or cpu:1. Left out: those of the running Ray cluster."
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File to write; left out: standard output.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Renderer checkpoint.")] = None,
+    planner: Annotated[str | None, typer.Option(help="Planner checkpoint.")] = None,
+    scale_to_zero: Annotated[bool, typer.Option(help="Pools keep no replica while nothing waits.")] = False,
+    nodes_on_demand: Annotated[bool, typer.Option(help="The cluster adds nodes when replicas wait for them.")] = False,
+    database_url: Annotated[str | None, typer.Option(help="Job store; left out: SQLite on the router's node.")] = None,
+    files_url: Annotated[
+        str | None, typer.Option(help="File store that all nodes reach, such as s3://bucket/songs.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address the server binds.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port.")] = 8000,
+) -> None:
+    """Write the Serve config of a fleet: an application per pool."""
+    from deployments.build import build_config, cards_of_nodes, parse_tiers
+
+    cards = parse_tiers(tiers) if tiers is not None else cards_of_nodes(_cluster_nodes())
+    data = build_config(
+        cards, model=model, planner=planner, scale_to_zero=scale_to_zero, nodes_on_demand=nodes_on_demand,
+        database_url=database_url, files_url=files_url, host=host, port=port,
+    )  # fmt: skip
+    text = yaml.safe_dump(data, sort_keys=False)
+    if output is None:
+        typer.echo(text, nl=False)
+    else:
+        output.write_text(text)
+        typer.echo(f"{output}: {len(data['applications']) - 1} pools", err=True)
+
+
+def _cluster_nodes() -> list[dict[str, Any]]:
+    import ray
+
+    try:
+        ray.init(address="auto", logging_level="ERROR", log_to_driver=False)
+    except ConnectionError:
+        raise InvalidRequest("no Ray cluster runs here; start one or give --tiers", field="tiers") from None
+    try:
+        nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+        return nodes
+    finally:
+        ray.shutdown()
 
 
 @prepare.command("prepare")

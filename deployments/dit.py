@@ -14,15 +14,17 @@ from typing import TYPE_CHECKING, Any
 from acestep.errors import AceStepError
 from acestep.finish import Maker, finish
 from acestep.plan import Plan
-from acestep.request import SongRequest
+from acestep.request import TASKS, SongRequest
+from acestep.simulated import NOTICE, SimulatedRenderer
 from acestep.song import Progress, Song
 from deployments.config import RendererArgs, parse_args
-from deployments.replica import ReplicaInfo, start_replica
+from deployments.replica import start_replica
 from deployments.sources import local_files
 from deployments.storage import Storage
 from deployments.streaming import TALK_PRIORITY, ProgressMailbox, failure, follow
 
 if TYPE_CHECKING:
+    from acestep.dit.renderer import Renderer
     from acestep.dit.work import Rendered
 
 log = logging.getLogger(__name__)
@@ -32,20 +34,29 @@ class RendererDeployment:
     """Renders songs. One engine thread owns the device; the methods here only queue, wait and write files."""
 
     def __init__(self, args: dict[str, Any]) -> None:
-        from acestep.dit.renderer import Renderer
-
         self.args = parse_args(RendererArgs, args, "dit")
         self.storage = Storage(self.args.files_url)
         start = start_replica("render", self.args)
-        checkpoint = start.checkpoint()
-        assert start.settings.renderer is not None and checkpoint.defaults is not None, "this is a renderer"
+        self.renderer: Renderer | SimulatedRenderer
         began = time.monotonic()
-        self.renderer = Renderer.load(checkpoint, start.settings.renderer)
-        self.info: ReplicaInfo = start.info(
-            model=checkpoint.name, model_hash=checkpoint.hash, notice=checkpoint.notice,
-            tasks=tuple(checkpoint.defaults.tasks), load_s=time.monotonic() - began,
-        )  # fmt: skip
-        log.info("renderer ready: %s", self.info)
+        if self.args.engine == "simulated":
+            model = str(start.model)
+            self.renderer = SimulatedRenderer(start.profile, model)
+            facts: dict[str, Any] = {"model": model, "model_hash": None, "notice": NOTICE, "tasks": TASKS}
+        else:
+            from acestep.dit.renderer import Renderer
+
+            checkpoint = start.checkpoint()
+            assert start.settings.renderer is not None, "the role `render` has settings for it"
+            self.renderer = Renderer.load(checkpoint, start.settings.renderer)
+            facts = {
+                "model": checkpoint.name,
+                "model_hash": checkpoint.hash,
+                "notice": checkpoint.notice,
+                "tasks": self.renderer.info.tasks,
+            }
+        self.info = start.info(**facts, load_s=time.monotonic() - began)
+        log.info("renderer %s is ready on %s", self.info.model, self.info.device)
 
     async def render(
         self,

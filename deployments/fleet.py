@@ -65,6 +65,16 @@ class Pool:
         return "no replica; one starts when work arrives" if self.args.min_replicas == 0 else "no replica yet"
 
 
+@dataclass(frozen=True)
+class Node:
+    """A live node of the Ray cluster."""
+
+    name: str
+    labels: Mapping[str, str]
+    gpus: float
+    cpus: float
+
+
 Capacity = tuple[tuple[str, int], ...]
 
 
@@ -75,7 +85,7 @@ class FleetView:
     pools: tuple[Pool, ...] = ()
     at: float = 0.0
     apps: Mapping[str, str] = field(default_factory=dict)
-    node_labels: tuple[Mapping[str, str], ...] = ()
+    nodes: tuple[Node, ...] = ()
     http_host: str | None = None  # what the proxies listen on; None until Serve has said so
 
     def of(self, role: Role) -> tuple[Pool, ...]:
@@ -88,7 +98,7 @@ class FleetView:
 
     def has_node(self, selector: Mapping[str, str]) -> bool:
         """Whether a live node carries the labels; `in(a,b)` as in Ray's selectors."""
-        return any(all(_matches(labels.get(k), v) for k, v in selector.items()) for labels in self.node_labels)
+        return any(all(_matches(node.labels.get(k), v) for k, v in selector.items()) for node in self.nodes)
 
     def get(self, app: str) -> Pool | None:
         return next((p for p in self.pools if p.app == app), None)
@@ -165,8 +175,8 @@ class Fleet:
             await asyncio.sleep(POLL_S)
 
     async def refresh(self) -> None:
-        details, labels = await asyncio.to_thread(_serve_details), await asyncio.to_thread(_node_labels)
-        view = replace(parse_details(details), node_labels=labels)
+        details, nodes = await asyncio.to_thread(_serve_details), await asyncio.to_thread(_live_nodes)
+        view = replace(parse_details(details), nodes=nodes)
         for pool in view.pools:
             if pool.running:
                 self._describe_soon(pool.app, pool.role)
@@ -211,6 +221,15 @@ def _serve_details() -> Mapping[str, Any]:
     return details
 
 
-def _node_labels() -> tuple[Mapping[str, str], ...]:
+def _live_nodes() -> tuple[Node, ...]:
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-    return tuple(node.get("Labels") or {} for node in nodes if node.get("Alive"))
+    return tuple(
+        Node(
+            name=str(node.get("NodeName") or node.get("NodeManagerAddress")),
+            labels=node.get("Labels") or {},
+            gpus=float((node.get("Resources") or {}).get("GPU", 0.0)),
+            cpus=float((node.get("Resources") or {}).get("CPU", 0.0)),
+        )
+        for node in nodes
+        if node.get("Alive")
+    )

@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from acestep.errors import AceStepError, Unavailable
 from acestep.request import SongRequest
+from acestep.simulated import NOTICE, SimulatedPlanner
 from acestep.song import Progress
 from deployments.config import PlannerArgs, parse_args
 from deployments.replica import start_replica
-from deployments.streaming import ProgressMailbox, failure, follow
+from deployments.streaming import TALK_PRIORITY, ProgressMailbox, failure, follow
 
 if TYPE_CHECKING:
     from acestep.lm.planner import Planner
 
 log = logging.getLogger(__name__)
-TALK_PRIORITY = -1.0  # somebody looks at a screen: before songs
+SIMULATED_SLOTS = 16
 
 
 class PlannerDeployment:
@@ -30,7 +31,12 @@ class PlannerDeployment:
     def __init__(self, args: dict[str, Any]) -> None:
         self.args = parse_args(PlannerArgs, args, "lm")
         start = start_replica("plan", self.args)
-        self._planner: Planner | None = None
+        self._planner: Planner | SimulatedPlanner | None = None
+        if self.args.engine == "simulated":
+            model = str(start.model or "simulated")
+            self._planner = SimulatedPlanner(start.profile, model, SIMULATED_SLOTS)
+            self.info = start.info(model=model, model_hash=None, notice=NOTICE, capacity=SIMULATED_SLOTS)
+            return
         if not start.settings.lm_enabled or start.settings.planner is None:
             reason = start.settings.lm_reason
             self.info = start.info(model=str(start.model), model_hash=None, notice=None, disabled=reason)
@@ -53,7 +59,7 @@ class PlannerDeployment:
         log.info("planner %s is ready on %s", self.info.model, self.info.device)
 
     @property
-    def planner(self) -> Planner:
+    def planner(self) -> Planner | SimulatedPlanner:
         if self._planner is None:
             raise Unavailable(f"the planner is off: {self.info.disabled}")
         return self._planner

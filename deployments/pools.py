@@ -7,11 +7,13 @@ from typing import Any
 
 import ray
 
+from acestep.gpu_config import get_gpu_config
 from deployments.config import PoolArgs
+from deployments.jobs.database import default_database_url
 
 ROLE_LABEL = "acestep/role"
 TIER_LABEL = "acestep/gpu-tier"
-TIER_GB = {"tier1": 4, "tier2": 6, "tier3": 8, "tier4": 12, "tier5": 16, "tier6": 24, "unlimited": 48}
+MIN_CARD_GIB = 2.0  # of tier1, which begins at nothing
 
 
 def label_selector(args: PoolArgs) -> dict[str, str]:
@@ -19,15 +21,16 @@ def label_selector(args: PoolArgs) -> dict[str, str]:
     if not args.tiers:
         return {}
     tier = args.tiers[0] if len(args.tiers) == 1 else f"in({','.join(args.tiers)})"
-    return {ROLE_LABEL: "gpu", TIER_LABEL: tier}
+    return {ROLE_LABEL: "cpu" if args.num_gpus == 0 else "gpu", TIER_LABEL: tier}
 
 
 def gpu_share(args: PoolArgs, default_share: float) -> float:
-    """`num_gpus` of one replica: as told, else need_gb of the smallest tier's card, else a default where there is a GPU."""
+    """`num_gpus` of one replica: as told, else need_gb of the smallest card of its tiers, else a whole card of a tier, else a default
+    share where the cluster has a GPU at all."""
     if args.num_gpus is not None:
         return args.num_gpus
     if args.need_gb is not None and args.tiers:
-        smallest = min(TIER_GB[t] for t in args.tiers)
+        smallest = min(max(MIN_CARD_GIB, get_gpu_config(t).opens_gib) for t in args.tiers)
         return min(1.0, math.ceil(100 * args.need_gb / smallest) / 100)
     if args.tiers:
         return 1.0
@@ -43,7 +46,9 @@ def deployment_options(args: PoolArgs, *, default_share: float) -> dict[str, Any
     """Options for `serve.deployment(...).options(**options)`."""
     actor: dict[str, Any] = {"num_cpus": args.num_cpus, "num_gpus": gpu_share(args, default_share)}
     if selector := label_selector(args):
-        actor["label_selector"] = selector
+        actor["label_selector"] = (
+            selector  # in code, not in the YAML: there it would pin the import task to the tier's nodes
+        )
     options: dict[str, Any] = {
         "ray_actor_options": actor,
         "max_ongoing_requests": args.max_queue,
@@ -54,8 +59,30 @@ def deployment_options(args: PoolArgs, *, default_share: float) -> dict[str, Any
     }
     if args.num_replicas is not None:
         options["num_replicas"] = args.num_replicas
-    elif args.min_replicas == args.max_replicas:
+    elif args.pool is None or args.min_replicas == args.max_replicas:
         options["num_replicas"] = args.max_replicas
     else:
-        options["autoscaling_config"] = {"min_replicas": args.min_replicas, "max_replicas": args.max_replicas}
+        options["autoscaling_config"] = autoscaling(args, args.pool)
     return options
+
+
+def autoscaling(args: PoolArgs, pool: str) -> dict[str, Any]:
+    """Scaling on the seconds of work that wait for the pool, as the job store knows them."""
+    return {
+        "min_replicas": args.min_replicas,
+        "max_replicas": args.max_replicas,
+        "initial_replicas": args.min_replicas,
+        "upscale_delay_s": 0.0,  # the policy's numbers are no noise: act at once
+        "downscale_delay_s": args.downscale_delay_s,
+        "downscale_to_zero_delay_s": args.downscale_delay_s,
+        "look_back_period_s": 2.0,
+        "policy": {
+            "policy_function": "deployments.autoscaling:BacklogPolicy",
+            "policy_kwargs": {
+                "database_url": args.database_url or default_database_url(),
+                "pool": pool,
+                "drain_s": args.drain_backlog_s,
+                "hold_s": min(60.0, args.downscale_delay_s),
+            },
+        },
+    }

@@ -11,7 +11,8 @@ from ray import serve
 
 from acestep.checkpoints import Checkpoint
 from acestep.checkpoints import resolve as resolve_checkpoint
-from acestep.devices import cap_process_memory
+from acestep.cost import Profile
+from acestep.devices import Device, cap_process_memory
 from acestep.errors import DeviceUnavailable
 from acestep.gpu_config import TIERS
 from acestep.gpu_config import Role as CardRole
@@ -73,16 +74,26 @@ class Start:
         """The pool's checkpoint, downloaded or made where it is not here yet."""
         return resolve_checkpoint(str(self.model), "planner" if self.role == "plan" else "renderer")
 
+    @property
+    def device(self) -> Device:
+        return self.settings.planner_device if self.role == "plan" else self.settings.device
+
+    @property
+    def profile(self) -> Profile:
+        """Cost profile of this replica's card."""
+        if self.args.profile:
+            return named(self.args.profile)
+        return find(self.device.name, tier=self.settings.tier)
+
     def info(self, **facts: Any) -> ReplicaInfo:
-        resolved, device = self.settings, self.settings.planner_device if self.role == "plan" else self.settings.device
-        profile = named(self.args.profile) if self.args.profile else find(device.name, tier=resolved.tier)
+        resolved, device = self.settings, self.device
         return ReplicaInfo(
             role=self.role,
             tier=resolved.tier,
             device=device.name,
             memory_gib=device.gib,
             limits=asdict(resolved.limits),
-            profile=profile.model_dump(mode="json"),
+            profile=self.profile.model_dump(mode="json"),
             settings={v.name: v.value for v in resolved.values},
             warnings=resolved.warnings,
             replica=_replica_tag(),
@@ -95,6 +106,8 @@ def settle(role: Role, args: PoolArgs) -> Start:
     overrides = dict(args.settings)
     if args.model is not None:
         overrides["lm_model" if role == "plan" else "model"] = args.model
+    if role == "plan" and args.tiers:
+        overrides.setdefault("init_llm", True)  # a planner pool on a named tier was asked for, whatever the table's default
     if args.num_gpus == 0 and "device" not in overrides and platform.system() != "Darwin":
         overrides["device"] = "cpu"  # Ray hides no card from an actor that asked for none
     card_role: CardRole = "both" if args.shared_card else role
@@ -108,9 +121,8 @@ def start_replica(role: Role, args: PoolArgs) -> Start:
     for warning in start.settings.warnings:
         log.warning("%s", warning)
     check_card(start.settings, args)
-    device = start.settings.planner_device if role == "plan" else start.settings.device
     stage = start.settings.planner if role == "plan" else start.settings.renderer
-    cap_process_memory(device, stage.memory_bytes if stage else None)
+    cap_process_memory(start.device, stage.memory_bytes if stage else None)
     return start
 
 

@@ -45,14 +45,14 @@ class Routing:
 
     def __init__(self) -> None:
         self._load: dict[str, Load] = defaultdict(Load)
-        self._backlogs: Mapping[str, Backlog] = {}
+        self.backlogs: Mapping[str, Backlog] = {}
         self._admitted: dict[str, float] = defaultdict(float)  # since the backlogs were read
         self._view = FleetView()
         self.corrections = Corrections()
 
     def set_backlogs(self, backlogs: Mapping[str, Backlog]) -> None:
         """What waits and runs in the whole fleet, as the store says."""
-        self._backlogs = backlogs
+        self.backlogs = backlogs
         self._admitted.clear()
 
     def admit(self, view: FleetView, request: SongRequest) -> Decision | None:
@@ -135,8 +135,9 @@ class Routing:
         info = pool.info or {}
         if limits is None or info.get("disabled"):
             return None
-        load, backlog = self._load[pool.app], self._backlogs.get(pool.app, Backlog())
+        load, backlog = self._load[pool.app], self.backlogs.get(pool.app, Backlog())
         selector = label_selector(pool.args)
+        reachable = not selector or view.has_node(selector) or pool.args.nodes_on_demand
         return PoolState(
             name=pool.app,
             role=pool.role,
@@ -145,9 +146,9 @@ class Routing:
             profile=pool_profile(pool, limits.tier),
             tasks=frozenset(info.get("tasks") or ()),
             running=pool.running if pool.info else 0,
-            pending=pool.starting,
+            pending=pool.starting if reachable else 0,  # Serve goes on asking for a node that is gone
             max_replicas=pool.args.num_replicas if pool.args.num_replicas is not None else pool.args.max_replicas,
-            reachable=not selector or view.has_node(selector) or pool.args.nodes_on_demand,
+            reachable=reachable,
             slots=_slots(pool),
             busy=max(load.in_flight, backlog.running_jobs),
             waiting_s=backlog.waiting_s + self._admitted[pool.app],

@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from acestep.errors import InvalidRequest
-from deployments.config import PlannerArgs, RendererArgs, RouterArgs, parse_args
+from deployments.config import PlannerArgs, PoolArgs, RendererArgs, RouterArgs, parse_args
 from deployments.fleet import ROLE_OF_DEPLOYMENT
 
 BUILDERS: dict[str, type[BaseModel]] = {
@@ -70,7 +70,9 @@ def _application_problems(application: Mapping[str, Any]) -> Iterator[str]:
             yield f"application {name!r}: import_path {path} is none of {', '.join(BUILDERS)}"
             return
         try:
-            parse_args(BUILDERS[path], application.get("args"), name)
+            args = parse_args(BUILDERS[path], application.get("args"), name)
+            if isinstance(args, PoolArgs) and args.pool not in (None, name):
+                yield f"application {name!r}: args.pool is {args.pool!r}; it must be the application's own name"
         except InvalidRequest as error:
             yield error.message
     for deployment in application.get("deployments") or []:

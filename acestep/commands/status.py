@@ -1,0 +1,59 @@
+"""`acestep status`: the fleet as a table, once or live."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from acestep.client import Client
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def status(
+    url: Annotated[str | None, typer.Option(help="Server; default ACESTEP_URL or http://127.0.0.1:8000.")] = None,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Refresh once a second until Ctrl-C.")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print /v1/cluster as JSON.")] = False,
+) -> None:
+    """Show pools, replicas, load and what is missing."""
+    console = Console()
+    with Client(url) as client:
+        if json_output:
+            typer.echo(json.dumps(client.cluster(), indent=1))
+            return
+        if not watch:
+            console.print(table(client.cluster()))
+            return
+        with Live(table(client.cluster()), console=console, auto_refresh=False) as live:
+            while True:
+                time.sleep(1.0)
+                live.update(table(client.cluster()), refresh=True)
+
+
+def table(cluster: dict[str, Any]) -> Group:
+    """The answer of /v1/cluster for a terminal."""
+    pools = Table(title="ready" if cluster["ready"] else "not ready", title_justify="left")
+    for column in ("pool", "role", "model", "card", "tier", "replicas", "waiting", "running", "limits"):
+        pools.add_column(column)
+    for p in cluster["pools"]:
+        replicas, backlog, limits = p["replicas"], p["backlog"], p.get("limits") or {}
+        starting = f" (+{replicas['starting']} starting)" if replicas["starting"] else ""
+        pools.add_row(
+            p["name"], p["role"], p.get("model", "-"), p.get("device", "-"), p.get("tier") or ",".join(p["tiers"]) or "any",
+            f"{replicas['running']}/{replicas['target']}{starting}", f"{backlog['waiting_s']:.1f} s",
+            f"{backlog['running_s']:.1f} s ({backlog['running_jobs']})",
+            f"{limits['max_duration']:g} s x {limits['max_batch']}" if limits and p["role"] == "render" else "-",
+        )  # fmt: skip
+    nodes = ", ".join(f"{n['name']} ({n['tier'] or 'no tier'}, {n['gpus']:g} GPU)" for n in cluster["nodes"])
+    jobs = ", ".join(f"{count} {state}" for state, count in cluster["jobs"].items())
+    lines = [f"nodes    {nodes}", f"jobs     {jobs}", *(f"missing  {m}" for m in cluster["missing"])]
+    reasons = [f"{p['name']}: {p['reason']}" for p in cluster["pools"] if "reason" in p]
+    return Group(pools, Text("\n".join([*lines, *reasons])))

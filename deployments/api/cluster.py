@@ -1,0 +1,85 @@
+"""What the fleet is made of and does now, for people and dashboards."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends
+
+from deployments.api.health import readiness
+from deployments.api.service import Service, service_of
+from deployments.fleet import FleetView, Pool
+from deployments.jobs.backlog import Backlog
+from deployments.pools import label_selector
+
+router = APIRouter(prefix="/v1", tags=["fleet"])
+_SHOWN = (
+    "model",
+    "notice",
+    "tier",
+    "device",
+    "memory_gib",
+    "limits",
+    "settings",
+    "warnings",
+    "disabled",
+    "stats",
+    "capacity",
+)
+
+
+@router.get("/cluster", summary="Nodes, cards, pools, replicas and load; what is missing, and the label it needs")
+async def cluster(service: Annotated[Service, Depends(service_of)]) -> dict[str, Any]:
+    view = service.fleet.view
+    backlogs = service.routing.backlogs
+    ready, why = readiness(view)
+    return {
+        "ready": ready,
+        "missing": [*why["missing"], *missing_nodes(view)],
+        "jobs": service.store.counts(),
+        "pools": [pool_view(p, backlogs.get(p.app, Backlog()), service.routing.corrections.factor(p.app, p.role)) for p in view.pools],
+        "nodes": [
+            {
+                "name": node.name,
+                "tier": node.labels.get("acestep/gpu-tier"),
+                "gpus": node.gpus,
+                "cpus": node.cpus,
+                "labels": {k: v for k, v in node.labels.items() if not k.startswith("ray.io/")},
+            }
+            for node in view.nodes
+        ],
+    }  # fmt: skip
+
+
+def pool_view(pool: Pool, backlog: Backlog, correction: float) -> dict[str, Any]:
+    """One pool with its replicas, its work in seconds, and what a replica said of itself."""
+    info = pool.info or {}
+    view: dict[str, Any] = {
+        "name": pool.app,
+        "role": pool.role,
+        "tiers": list(pool.args.tiers),
+        "status": pool.status,
+        "replicas": {"running": pool.running, "starting": pool.starting, "target": pool.target},
+        "scale": {"min": pool.args.min_replicas, "max": pool.args.max_replicas},
+        "backlog": {
+            "waiting_s": backlog.waiting_s,
+            "running_s": backlog.running_s,
+            "running_jobs": backlog.running_jobs,
+        },
+        "cost_correction": correction,
+        **{k: info[k] for k in _SHOWN if k in info},
+    }
+    if reason := pool.why_not_ready:
+        view["reason"] = reason
+    return view
+
+
+def missing_nodes(view: FleetView) -> list[str]:
+    """Labels that pools need and no live node carries; Ray's own message does not name them."""
+    missing = []
+    for pool in view.pools:
+        selector = label_selector(pool.args)
+        if selector and not view.has_node(selector):
+            wanted = ",".join(f"{k}={v}" for k, v in selector.items())
+            missing.append(f"pool {pool.app} has no node: start one with ray start --labels={wanted!r}")
+    return missing

@@ -1,0 +1,105 @@
+"""Starting, failing to start, stopping and starting again."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from acestep.client import Client
+from tests.server import ROOT, Server
+
+pytestmark = pytest.mark.e2e
+ACESTEP = str(Path(sys.executable).with_name("acestep"))
+
+
+def test_ctrl_c_stops_cleanly_and_unfinished_jobs_go_on_at_the_next_start(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    first = Server(home=home)
+    try:
+        first.start(ready=False)
+        assert httpx.get(first.url + "/livez").json() == {"status": "ok"}
+        with Client(first.url) as client:  # accepted while models still load: durable from here on
+            job_id = client.submit({"prompt": "waits", "duration": 10, "seed": 1})["id"]
+        first.interrupt(timeout_s=40)
+        assert "Traceback" not in first.output(), first.output()[-3000:]
+    finally:
+        first.stop()
+    with Server(home=home) as second, Client(second.url) as client:
+        job = client.wait(job_id)
+        assert len(client.audio(job["result"]["items"][0]["audio"][0]["url"])) > 10 * 48_000 * 4
+
+
+def test_a_missing_model_is_said_in_readyz_and_by_prepare(tmp_path: Path) -> None:
+    def other_model(config: dict) -> None:
+        next(a for a in config["applications"] if a["name"] == "dit")["args"] = {"model": str(tmp_path / "no-such-model")}
+
+    server = Server(edit=other_model)
+    try:
+        told = subprocess.run([ACESTEP, "prepare", str(server.config)], env=server.env, capture_output=True, text=True)
+        assert told.returncode == 1
+        assert "model_missing" in told.stderr
+        assert "no-such-model" in told.stderr
+        assert "Traceback" not in told.stderr
+        server.start(ready=False)
+        until = time.monotonic() + 60
+        reason = ""
+        while "no-such-model" not in reason and time.monotonic() < until:
+            answer = server.wait_for("/readyz", status=503)
+            reason = next((p.get("reason", "") for p in answer.json()["pools"] if p["pool"] == "dit"), "")
+            time.sleep(0.5)
+        assert "ModelMissing" in reason
+        assert "no-such-model" in reason
+        assert "\n" not in reason
+    finally:
+        server.stop()
+
+
+def test_prepare_says_that_the_port_is_taken(tmp_path: Path) -> None:
+    server = Server()
+    try:
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", server.port))
+            taken.listen()
+            told = subprocess.run([ACESTEP, "prepare", str(server.config)], env=server.env, capture_output=True, text=True)
+        assert told.returncode == 1
+        assert f"port {server.port}" in told.stderr
+    finally:
+        server.stop()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_prepare_says_that_the_state_folder_cannot_be_written(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    env = {**os.environ, "ACESTEP_HOME": str(tmp_path / "home")}
+    told = subprocess.run([ACESTEP, "prepare", str(ROOT / "serve_config.yaml")], env=env, capture_output=True, text=True)
+    assert told.returncode == 1
+    assert "storage_permission" in told.stderr
+
+
+def test_config_validate_finds_what_serve_ignores(tmp_path: Path) -> None:
+    config = tmp_path / "serve.yaml"
+    good = (ROOT / "serve_config.yaml").read_text()
+    config.write_text(good)
+    assert subprocess.run([ACESTEP, "config", "validate", str(config)]).returncode == 0
+    for old, new, words in (
+        ("http_options:", "http_option:", "did you mean http_options?"),
+        ("import_path: deployments.app:lm\n    args: {}", "import_path: deployments.app:lm\n    args: {tier: [tier4]}", "args.tier"),
+        ("import_path: deployments.app:dit", "import_path: deployments.app:did", "deployments.app:dit"),
+        (
+            "import_path: deployments.app:dit",
+            "import_path: deployments.app:dit\n    deployments: [{name: dit, ray_actor_options: {num_gpu: 1}}]",
+            "did you mean num_gpus?",
+        ),
+    ):
+        assert old in good
+        config.write_text(good.replace(old, new))
+        told = subprocess.run([ACESTEP, "config", "validate", str(config)], capture_output=True, text=True)
+        assert told.returncode == 1
+        assert words in told.stderr
