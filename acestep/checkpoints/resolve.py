@@ -56,9 +56,12 @@ def resolve(
     root = root or paths.checkpoints_dir()
     if not name:
         raise ModelMissing(f"no {kind} is named: give a name, a repository or a folder.", path="")
-    if name in TINY_RENDERERS or name == TINY_PLANNER:
-        return _tiny(name, kind, root)
     folder = _as_folder(name)
+    is_tiny = name in TINY_RENDERERS or name == TINY_PLANNER
+    if revision is not None and (is_tiny or folder is not None):
+        raise ModelMissing(f"{name} has no revision {revision!r}: only Hub repositories have revisions.", path=name)
+    if is_tiny:
+        return _tiny(name, kind, root)
     if folder is not None:
         return _from_folder(folder, kind, root, download=download, revision=None, name=folder.name)
     row = _row(name, kind)
@@ -137,7 +140,7 @@ def _from_folder(
         notice = TINY_NOTICE if config.get("acestep_tiny") else None
         return Checkpoint(name=name, kind=kind, path=folder, notice=notice, revision=revision)
     if found == "original":
-        parts = _companions(folder, root, download=download)
+        parts = _companions(folder, root, download=download, revision=revision)
         return _renderer(converted(folder, parts, root, revision=revision), name, revision=revision)
     if found == "planner":
         raise ModelMissing(f"{folder} holds a planner (language model), not a renderer.", path=str(folder))
@@ -156,17 +159,14 @@ def _renderer(folder: Path, name: str, *, revision: str | None = None) -> Checkp
     )
 
 
-def _companions(original: Path, root: Path, *, download: bool) -> dict[str, Path]:
+def _companions(original: Path, root: Path, *, download: bool, revision: str | None) -> dict[str, Path]:
     """Folders of VAE and text encoder: inside the model's folder, beside it, in the root, else from the Hub."""
+    commit = revision if original.parent.name == revision else None  # of the repository that holds them too
     found: dict[str, Path] = {}
     for component, name in companion_folders().items():
-        for place in (original, original.parent, root):
-            if (place / name / "config.json").is_file():
-                found[component] = place / name
-                break
-    if len(found) < len(companion_folders()):
-        row = companions()
-        for component, name in companion_folders().items():
-            if component not in found:
-                found[component] = download_model(row.repository, folder=name, download=download).folder
+        places = (original / name, original.parent / name, root / name)
+        here = next((place for place in places if (place / "config.json").is_file()), None)
+        found[component] = (
+            here or download_model(companions().repository, folder=name, revision=commit, download=download).folder
+        )
     return found

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from checkpoint_edits import edit_config
 from huggingface_hub import constants
 
 from acestep.checkpoints import TINY_RENDERERS, published, resolve, variant_defaults
@@ -28,7 +29,7 @@ def cached(hub_cache, repository, commit=COMMIT):
     place = hub_cache / f"models--{repository.replace('/', '--')}"
     snapshot = place / "snapshots" / commit
     snapshot.mkdir(parents=True)
-    (place / "refs").mkdir()
+    (place / "refs").mkdir(exist_ok=True)
     (place / "refs/main").write_text(commit)
     return snapshot
 
@@ -119,7 +120,28 @@ def test_the_hub_cache_is_read_offline_and_the_revision_is_kept(upstream, hub_ca
     assert not list(snapshot.glob("*-diffusers"))  # the shared cache is left as it was
     planner = resolve("acestep-5Hz-lm-1.7B", "planner", root=root, download=False)
     assert (planner.path, planner.revision) == (snapshot / "acestep-5Hz-lm-1.7B", COMMIT)
-    assert "revision" in refused("acestep-v15-turbo", root=root, revision="v9").message
+    assert "revision v9" in refused("acestep-v15-turbo", root=root, revision="v9").message
+    assert resolve("acestep-v15-turbo", "renderer", root=root, revision=COMMIT).path == found.path
+    assert "revision" in refused(str(found.path), root=root, revision=COMMIT).message
+    assert "revision" in refused("tiny", root=root, revision=COMMIT).message
+
+
+def test_a_pinned_model_takes_its_vae_from_the_same_commit(upstream, hub_cache, tmp_path):
+    other = "f" * 40
+    for commit in (other, COMMIT):  # the last is what `main` points to
+        snapshot = cached(hub_cache, "ACE-Step/Ace-Step1.5", commit)
+        for folder in ("acestep-v15-turbo", "vae", "Qwen3-Embedding-0.6B"):
+            shutil.copytree(upstream / folder, snapshot / folder)
+    edit_config(hub_cache / f"models--ACE-Step--Ace-Step1.5/snapshots/{other}/vae/config.json", _marks)
+    root = tmp_path / "root"
+    found = resolve("acestep-v15-turbo", "renderer", root=root, revision=other)
+    assert json.loads((found.path / "vae/config.json").read_text())["mark"] == 1
+    found = resolve("acestep-v15-turbo", "renderer", root=root)
+    assert "mark" not in json.loads((found.path / "vae/config.json").read_text())
+
+
+def _marks(config):
+    config["mark"] = 1
 
 
 def test_a_diffusers_repository_is_used_as_it_is(home, hub_cache, tmp_path):
