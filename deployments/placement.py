@@ -32,6 +32,7 @@ SPILL_FACTOR = 2.0
 MIN_PATIENCE_S = 2.0  # a wait below this is never worth a larger card
 PROMISE_TOLERANCE = 1.25
 SPREAD_GAIN = 0.9  # more replicas must finish the batch in less than this share of the time
+SPREAD_GAIN_S = 0.5  # and at least this much earlier
 SPREAD_WORK = 1.1  # while others wait, spreading may not add more work than this factor
 
 
@@ -363,7 +364,8 @@ def _render_option(pool: PoolState, request: SongRequest, duration: float, plann
         groups = tuple(tuple(range(i * n // k, (i + 1) * n // k)) for i in range(k))
         walls = [wall(len(g)) for g in groups]
         end = max(at + w for at, w in zip(free, sorted(walls, reverse=True), strict=False))
-        if end - start < SPREAD_GAIN * (best_end - start) and (not crowded or sum(walls) <= SPREAD_WORK * wall(n)):
+        faster = end - start < SPREAD_GAIN * (best_end - start) and end < best_end - SPREAD_GAIN_S
+        if faster and (not crowded or sum(walls) <= SPREAD_WORK * wall(n)):
             best_end, best_groups, best_work = end, groups, sum(walls)
     return Option(pool, start, Seconds(best_end - start, best_work), best_groups)
 
