@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from acestep.audio.formats import check_formats
+from acestep.errors import InvalidRequest
 from acestep.plan import Metadata, Plan
 
 MIN_DURATION_S = 10.0
@@ -219,6 +221,10 @@ class SongRequest(BaseModel):
             raise ValueError(f"src_audio: task {self.task} needs source audio")
         if self.plan is not None and self.plan.codes and len(self.plan.codes) not in (1, self.batch_size):
             raise ValueError(f"plan: {len(self.plan.codes)} code lists for batch_size {self.batch_size}")
+        try:
+            check_formats(self.formats, self.bitrate_kbps)
+        except InvalidRequest as error:
+            raise ValueError(error.message) from error
         return self
 
     @property

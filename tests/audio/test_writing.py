@@ -13,12 +13,14 @@ from mutagen.mp3 import MP3
 from mutagen.mp4 import MP4
 from mutagen.oggopus import OggOpus
 from mutagen.wave import WAVE
+from pydantic import ValidationError
 
 from acestep.audio.formats import FORMATS, check_formats, content_type, extension
 from acestep.audio.tags import SongTags
 from acestep.audio.writing import encode
 from acestep.errors import InvalidOutput, InvalidRequest
 from acestep.plan import Metadata
+from acestep.request import SongRequest
 
 RATE = 48_000
 SAMPLES = 3 * RATE + 17  # no multiple of any frame size
@@ -156,6 +158,12 @@ def test_bitrates_are_checked_before_anything_runs():
         with pytest.raises(InvalidRequest, match="bitrate_kbps") as caught:
             check_formats(formats, kbps)
         assert caught.value.details["field"] == "bitrate_kbps"
+
+
+def test_the_request_itself_refuses_an_impossible_bitrate():
+    assert SongRequest(formats=("wav", "mp3"), bitrate_kbps=320).bitrate_kbps == 320
+    with pytest.raises(ValidationError, match="bitrate_kbps: 100 is not possible for mp3; use 32, 40"):
+        SongRequest(formats=("mp3",), bitrate_kbps=100)
 
 
 def test_types_and_extensions():
