@@ -23,6 +23,7 @@ class _Args(BaseModel):
 class PoolArgs(_Args):
     """What planner and renderer pools have in common. One application is one pool."""
 
+    pool: str | None = Field(None, description="The application's own name; needed where it is to scale by itself.")
     model: str | None = Field(
         None, description="Checkpoint name, Hub repository or folder. Null: environment, else the default."
     )
@@ -62,6 +63,8 @@ class PoolArgs(_Args):
     def _sizes(self) -> PoolArgs:
         if self.num_replicas is None and self.min_replicas > self.max_replicas:
             raise ValueError(f"min_replicas: {self.min_replicas} is above max_replicas {self.max_replicas}")
+        if self.num_replicas is None and self.min_replicas != self.max_replicas and self.pool is None:
+            raise ValueError("pool: must be the application's name where min_replicas and max_replicas differ")
         return self
 
 

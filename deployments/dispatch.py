@@ -22,12 +22,14 @@ from acestep.errors import AceStepError, Cancelled, DeadlineExceeded, Internal, 
 from acestep.plan import Plan
 from acestep.request import Adjustment, SongRequest
 from acestep.song import Progress, Song
+from deployments.errands import ANSWER, Errands
 from deployments.fleet import Capacity, Fleet
 from deployments.jobs.queue import read_queue
 from deployments.jobs.store import Job, JobStore, LeaseLost
 from deployments.ordering import Usage, next_jobs
 from deployments.placement import Decision
 from deployments.routing import NoPool, Routing
+from deployments.talk import Talk
 
 log = logging.getLogger(__name__)
 
@@ -48,14 +50,19 @@ class Dispatcher:
         fleet: The pools as seen by this router.
         routing: Which pools a job goes to.
         lease_s: How long a job stays ours without a renewal.
+        max_run_s: A job that ran for longer than this is given up.
     """
 
-    def __init__(self, store: JobStore, fleet: Fleet, routing: Routing, *, lease_s: float) -> None:
+    def __init__(
+        self, store: JobStore, fleet: Fleet, routing: Routing, *, lease_s: float, max_run_s: float = 3600.0
+    ) -> None:
         self.store = store
         self.fleet = fleet
         self.routing = routing
         self.lease_s = lease_s
+        self.max_run_s = max_run_s
         self.owner = uuid.uuid4().hex
+        self.errands = Errands(store, Talk(fleet, routing, patient=True), self.owner)
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self.usage = Usage()
         self._blocked: dict[str, Capacity] = {}  # jobs no pool can take, by the fleet they were told so by
@@ -137,8 +144,9 @@ class Dispatcher:
     async def _run(self, job: Job) -> None:
         error: AceStepError
         try:
-            song = await self._with_deadline(job)
-            await asyncio.to_thread(self.store.succeed, job.id, self.owner, song)
+            made = await self._with_deadline(job)
+            song, extra = (made, None) if isinstance(made, Song) else (None, made)
+            await asyncio.to_thread(self.store.succeed, job.id, self.owner, song, extra)
             log.info("job %s succeeded", job.id)
             return
         except asyncio.CancelledError:
@@ -166,20 +174,25 @@ class Dispatcher:
         with contextlib.suppress(LeaseLost):
             await asyncio.to_thread(self.store.fail, job.id, self.owner, error)
 
-    async def _with_deadline(self, job: Job) -> Song:
-        if job.deadline is None:
-            return await self._make(job)
+    async def _with_deadline(self, job: Job) -> Song | dict[str, Any] | None:
+        late = (job.started_at or time.time()) + self.max_run_s
+        first = late if job.deadline is None else min(late, job.deadline)
         try:
-            return await asyncio.wait_for(self._make(job), max(0.0, job.deadline - time.time()))
+            return await asyncio.wait_for(self._make(job), max(0.0, first - time.time()))
         except TimeoutError:
-            raise DeadlineExceeded("the job's deadline passed before it was done") from None
+            why = f"it ran for more than {self.max_run_s:g} s" if first == late else "its deadline passed before it was done"
+            raise DeadlineExceeded(f"the job was stopped: {why}") from None
 
-    async def _make(self, job: Job) -> Song:
+    async def _make(self, job: Job) -> Song | dict[str, Any] | None:
+        """The song of a job; the new `extra` of a job that gives another answer; None of a job that only plans."""
+        job = await self.errands.prepare(job)
+        if job.kind in ("codes", "understand"):
+            return {**job.extra, ANSWER: await self.errands.answer(job)}
         request, adjustments, plan = job.request, job.adjustments, job.plan
         if plan is None:
             request, adjustments, plan = await self._plan(job)
             await asyncio.to_thread(self.store.save_plan, job.id, self.owner, plan)
-        return await self._render(job, request, adjustments, plan)
+        return None if job.kind == "plan" else await self._render(job, request, adjustments, plan)
 
     async def _plan(self, job: Job) -> tuple[SongRequest, tuple[Adjustment, ...], Plan]:
         for attempt in range(STAGE_ATTEMPTS):

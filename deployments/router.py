@@ -16,12 +16,14 @@ from deployments.config import RouterArgs, parse_args
 from deployments.dispatch import Dispatcher
 from deployments.fleet import Fleet
 from deployments.jobs.backlog import read_backlogs
+from deployments.jobs.retention import Retention
 from deployments.jobs.store import JobStore
 from deployments.routing import Routing
 from deployments.storage import Storage
 
 log = logging.getLogger("ray.serve")  # shown by `serve run`
 BACKLOG_POLL_S = 1.0
+OPEN_WARNING = "THE SERVER LISTENS ON %s AND NEEDS NO KEY: everybody who reaches it can use it. Set ACESTEP_API_KEY, or http_options.host to 127.0.0.1."
 
 
 class Router:
@@ -33,9 +35,16 @@ class Router:
         storage = Storage(parsed.files_url)
         fleet = Fleet()
         routing = Routing()
-        dispatcher = Dispatcher(store, fleet, routing, lease_s=parsed.lease_s)
+        dispatcher = Dispatcher(store, fleet, routing, lease_s=parsed.lease_s, max_run_s=parsed.max_run_s)
         self.service = Service(parsed, store, storage, fleet, routing, dispatcher, started=time.time())
-        loops = (fleet.run(), dispatcher.run(), self._watch_backlogs(), self._tell_when_ready())
+        retention = Retention(
+            store, storage, self.service.sources.records,
+            keep_jobs_s=parsed.keep_jobs_s, keep_uploads_s=parsed.keep_uploads_s,
+        )  # fmt: skip
+        loops = (
+            fleet.run(), dispatcher.run(), self.service.outbox.run(), retention.run(),
+            self._watch_backlogs(), self._tell_when_ready(),
+        )  # fmt: skip
         self._background = [asyncio.create_task(loop) for loop in loops]
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -52,11 +61,16 @@ class Router:
             await asyncio.sleep(BACKLOG_POLL_S)
 
     async def _tell_when_ready(self) -> None:
+        while self.service.fleet.view.http_host is None:
+            await self.service.fleet.changed.wait()
+        if not self.service.loopback and not self.service.keys.required:
+            log.warning(OPEN_WARNING, self.service.fleet.view.http_host)
         while not (told := readiness(self.service.fleet.view))[0]:
             await self.service.fleet.changed.wait()
         pools = ", ".join(f"{p['role']} on {p['pool']}" for p in told[1]["pools"] if p["running"])
         notices = {str(p.info["notice"]) for p in self.service.fleet.view.pools if p.info and p.info.get("notice")}
         log.info("ready to make songs: %s%s", pools, f" ({'; '.join(notices)})" if notices else "")
+        log.info("Application startup complete")  # what some clients of ACE-Step's own server wait for in the log
 
     def check_health(self) -> None:
         for task in self._background:

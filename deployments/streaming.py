@@ -17,6 +17,7 @@ from acestep.song import Progress
 
 log = logging.getLogger(__name__)
 INTERVAL_S = 0.2
+TALK_PRIORITY = -1.0  # short questions: somebody looks at a screen, so before songs
 
 
 class ProgressMailbox:

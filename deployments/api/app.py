@@ -3,40 +3,14 @@
 from __future__ import annotations
 
 from fastapi import FastAPI
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.middleware.cors import CORSMiddleware
 
 from acestep import __version__
-from deployments.api import health, native, problems
+from deployments.api import cluster, files, health, native, plans, problems, webhooks
+from deployments.api.middleware import BodyLimit, OptionalPrefix
 from deployments.api.service import Service
 
-
-class BodyLimit:
-    """Refuses bodies beyond a size, whether or not they announce it."""
-
-    def __init__(self, app: ASGIApp, limit: int) -> None:
-        self.app = app
-        self.limit = limit
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        length = dict(scope["headers"]).get(b"content-length", b"0")
-        if length.isdigit() and int(length) > self.limit:
-            refusal = problems.problem(413, "too_large", f"the body is {int(length)} bytes; the limit is {self.limit}")
-            await refusal(scope, receive, send)
-            return
-        seen = 0
-
-        async def counted() -> Message:
-            nonlocal seen
-            message = await receive()
-            seen += len(message.get("body", b""))
-            if seen > self.limit:
-                raise problems.TooLarge(f"the body is above the limit of {self.limit} bytes", limit=self.limit)
-            return message
-
-        await self.app(scope, counted, send)
+CHAT_PATH = "/v1/chat/completions"  # takes audio inside its JSON
 
 
 def build_app(service: Service) -> FastAPI:
@@ -49,7 +23,21 @@ def build_app(service: Service) -> FastAPI:
     )
     app.state.service = service
     problems.install(app)
-    app.add_middleware(BodyLimit, limit=service.args.max_body_bytes)
-    app.include_router(health.router)
-    app.include_router(native.router)
+    app.add_middleware(
+        BodyLimit,
+        limit=service.args.max_body_bytes,
+        upload_limit=service.args.max_upload_bytes,
+        upload_paths=(CHAT_PATH,),
+    )
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=list(service.args.cors_origins),
+        allow_origin_regex=service.args.cors_origin_regex,
+        allow_methods=["GET", "POST", "DELETE", "OPTIONS"],
+        allow_headers=["Content-Type", "Authorization", "Idempotency-Key", "Prefer", "Last-Event-ID"],
+        expose_headers=["Location", "Retry-After", "Preference-Applied", "Content-Range"],
+    )
+    app.add_middleware(OptionalPrefix)
+    for module in (health, cluster, native, plans, files, webhooks):
+        app.include_router(module.router)
     return app

@@ -2,70 +2,48 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import asyncio
+import base64
+import binascii
+import re
+import time
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Body, Depends, Response
-from fastapi.responses import FileResponse, StreamingResponse
-from fastapi.responses import Response as PlainResponse
+from fastapi import APIRouter, Body, Header, Query, Request, Response
+from fastapi.responses import StreamingResponse
+from pydantic import Field
 
 from acestep.errors import InvalidRequest, error_from_dict
 from acestep.request import SongRequest
-from deployments.api.problems import Conflict, NotFound
-from deployments.api.service import Service, service_of
-from deployments.jobs.store import SUCCEEDED, Job
-from deployments.storage import Storage
+from deployments.api import examples
+from deployments.api.audio import send_file
+from deployments.api.auth import Auth, Caller, header_key
+from deployments.api.events import stream
+from deployments.api.problems import PROBLEMS, Conflict, NotFound
+from deployments.api.service import Service, Svc, check_idempotency_key, hash_of
+from deployments.api.views import audio_path, job_view
+from deployments.api.waiting import wait_for_end
+from deployments.jobs.store import SUCCEEDED, TERMINAL, Job
+from deployments.jobs.webhooks import check_url
 
-router = APIRouter(prefix="/v1", tags=["songs"])
-Svc = Annotated[Service, Depends(service_of)]
-
-
-def job_view(job: Job, position: int | None = None) -> dict[str, Any]:
-    """A job as callers see it."""
-    view: dict[str, Any] = {
-        "id": job.id,
-        "state": job.state,
-        "stage": job.stage if not job.ended else job.state,
-        "progress": job.progress.model_dump(exclude_none=True) if job.progress and not job.ended else None,
-        "created_at": job.created_at,
-        "started_at": job.started_at,
-        "finished_at": job.finished_at,
-        "attempts": job.attempts,
-        "request": job.request.model_dump(mode="json", exclude_defaults=True),
-        "seeds": list(job.request.seeds),
-        "warnings": [a.model_dump(mode="json") for a in job.adjustments],
-        "plan": job.plan.model_dump(mode="json") if job.plan else None,
-        "error": job.error if job.ended else None,
-        "result": None,
-        "links": {"self": f"/v1/jobs/{job.id}"},
-    }
-    if position is not None:
-        view["position"] = position
-    if song := job.result:
-        items = []
-        for item in song.items:
-            audio = [
-                {**f.model_dump(exclude={"path"}), "url": f"/v1/jobs/{job.id}/audio/{item.index}?format={f.format}"}
-                for f in item.files
-            ]
-            items.append({**item.model_dump(exclude={"files", "manifest"}), "audio": audio})
-        view["result"] = {
-            "items": items,
-            "renderer": song.renderer,
-            "renderer_hash": song.renderer_hash,
-            "device": song.device,
-            "settings": song.settings,
-            "timings": {"plan": song.plan.timings.model_dump(), "render": song.timings.model_dump()},
-        }
-        if song.notice:
-            view["notice"] = song.notice
-    return view
+router = APIRouter(prefix="/v1", tags=["songs"], responses=PROBLEMS)
+State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+JobId = Annotated[str, Field(max_length=64)]
+IdempotencyKey = Annotated[
+    str | None, Header(description="The same key and body again give the same job; another body is refused.")
+]
+Prefer = Annotated[str | None, Header(description="`wait=n`: answer when the job has ended, or after n seconds.")]
 
 
-async def _existing(service: Service, job_id: str) -> Job:
-    job = await service.job(job_id)
-    if job is None:
-        raise NotFound(f"there is no job {job_id[:64]!r}")
-    return job
+class SongSubmission(SongRequest):
+    """A song request with how to deal with it."""
+
+    webhook_url: str | None = Field(None, max_length=2048, description="Hears of the job's end, signed, with retries.")
+    deadline_s: float | None = Field(None, gt=0, le=86_400, description="Give up this many seconds from now.")
+
+    def song(self) -> SongRequest:
+        """The request alone."""
+        return SongRequest.model_validate(self.model_dump(exclude={"webhook_url", "deadline_s"}))
 
 
 def check_prompt(request: SongRequest) -> None:
@@ -75,58 +53,162 @@ def check_prompt(request: SongRequest) -> None:
         raise InvalidRequest("prompt: must not be empty (1 to 2048 characters)", field="prompt", limit=1)
 
 
-@router.post("/music", status_code=202, summary="Ask for a song")
-async def create_song(request: Annotated[SongRequest, Body()], response: Response, service: Svc) -> dict[str, Any]:
+async def existing(service: Service, job_id: str, caller: Caller) -> Job:
+    job = await service.job(job_id, caller)
+    if job is None:
+        raise NotFound(f"there is no job {job_id[:64]!r}")
+    return job
+
+
+async def accept(
+    service: Service, caller: Caller, submission: SongSubmission, response: Response, *, kind: str,
+    idempotency_key: str | None, prefer: str | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Submit and answer: 202 with the job, or 200 where it ended within the time that `Prefer` allows."""
+    request = submission.song()
     check_prompt(request)
-    job, _ = await service.submit(request)
+    if submission.webhook_url:
+        check_url(submission.webhook_url, service.args.webhook_networks)
+    extra = {"webhook": submission.webhook_url} if submission.webhook_url else {}
+    deadline = time.time() + submission.deadline_s if submission.deadline_s else None
+    job, created = await service.submit(
+        request, caller, kind=kind, extra=extra, deadline=deadline, idempotency_key=check_idempotency_key(idempotency_key),
+        body_hash=hash_of(kind, submission.model_dump(mode="json", exclude_defaults=True)),
+    )  # fmt: skip
     response.headers["Location"] = f"/v1/jobs/{job.id}"
-    return job_view(job, position=service.store.ahead(job).position)
+    if not created:
+        response.headers["Idempotent-Replayed"] = "true"
+    if (seconds := wait_seconds(prefer, service.args.max_wait_s)) is not None:
+        job = await wait_for_end(service.store, job, seconds)
+        response.headers["Preference-Applied"] = f"wait={seconds:g}"
+    response.status_code = 200 if job.ended else 202
+    return await job_view(service, job)
 
 
-@router.get("/jobs/{job_id}", summary="State, progress, plan and result of a job")
-async def get_job(job_id: str, service: Svc) -> dict[str, Any]:
-    job = await _existing(service, job_id)
-    return job_view(job, position=service.store.ahead(job).position)
+def wait_seconds(prefer: str | None, most: float) -> float | None:
+    """The n of `Prefer: wait=n`, at most `most`; None where it is not asked for."""
+    found = re.search(r"(?:^|[,;])\s*wait\s*=\s*\"?(\d{1,6})\"?\s*(?:$|[,;])", prefer or "", re.IGNORECASE)
+    return min(float(found.group(1)), most) if found else None
 
 
-@router.delete("/jobs/{job_id}", summary="Cancel a job; an ended one stays as it is")
-async def cancel_job(job_id: str, service: Svc) -> dict[str, Any]:
-    await _existing(service, job_id)
+@router.post(
+    "/music", status_code=202, summary="Ask for a song",
+    responses={202: examples.JOB_202, 200: {**examples.JOB_200, "description": "It ended within `Prefer: wait=n`"}},
+)  # fmt: skip
+async def create_song(
+    submission: Annotated[SongSubmission, Body(openapi_examples=examples.SONGS)],
+    response: Response, service: Svc, caller: Auth,
+    idempotency_key: IdempotencyKey = None, prefer: Prefer = None,
+) -> dict[str, Any]:  # fmt: skip
+    return await accept(
+        service, caller, submission, response, kind="song", idempotency_key=idempotency_key, prefer=prefer
+    )
+
+
+@router.get("/jobs", summary="Your jobs, newest first", responses={200: examples.JOBS_200})
+async def list_jobs(
+    service: Svc,
+    caller: Auth,
+    state: Annotated[list[State] | None, Query(description="Only these states.")] = None,
+    kind: Literal["song", "plan", "codes", "understand"] | None = None,
+    limit: Annotated[int, Query(ge=1, le=200)] = 50,
+    cursor: Annotated[str | None, Query(max_length=200, description="`next` of the page before.")] = None,
+) -> dict[str, Any]:
+    owner = caller.name if service.keys.required else None
+    page = await asyncio.to_thread(
+        service.store.page, states=state or (), kind=kind, owner_key=owner, before=_decode(cursor), limit=limit + 1
+    )
+    views = [await job_view(service, job) for job in page[:limit]]
+    return {"jobs": views, "next": _encode(page[limit - 1]) if len(page) > limit else None}
+
+
+def _encode(job: Job) -> str:
+    return base64.urlsafe_b64encode(f"{job.created_at!r} {job.id}".encode()).decode()
+
+
+def _decode(cursor: str | None) -> tuple[float, str] | None:
+    if cursor is None:
+        return None
+    try:
+        at, job_id = base64.b64decode(cursor.encode(), altchars=b"-_", validate=True).decode("ascii").split(" ")
+        return float(at), job_id
+    except (binascii.Error, ValueError):
+        raise InvalidRequest("cursor: is not one that /v1/jobs gave", field="cursor") from None
+
+
+@router.get("/jobs/{job_id}", summary="State, progress, plan and result of a job", responses={200: examples.JOB_200})
+async def get_job(
+    job_id: JobId, service: Svc, caller: Auth, response: Response, prefer: Prefer = None
+) -> dict[str, Any]:
+    job = await existing(service, job_id, caller)
+    if (seconds := wait_seconds(prefer, service.args.max_wait_s)) is not None:
+        job = await wait_for_end(service.store, job, seconds)
+        response.headers["Preference-Applied"] = f"wait={seconds:g}"
+    return await job_view(service, job)
+
+
+@router.delete("/jobs/{job_id}", summary="Cancel a job; an ended one stays as it is", responses={200: examples.JOB_200})
+async def cancel_job(job_id: JobId, service: Svc, caller: Auth) -> dict[str, Any]:
+    await existing(service, job_id, caller)
     await service.dispatcher.cancel(job_id)
-    return job_view(await _existing(service, job_id))
+    return await job_view(service, await existing(service, job_id, caller))
 
 
-@router.api_route("/jobs/{job_id}/audio/{index}", methods=["GET", "HEAD"], summary="One song as a file")
-async def get_audio(job_id: str, index: int, service: Svc, format: str | None = None) -> PlainResponse:
-    job = await _existing(service, job_id)
+@router.get(
+    "/jobs/{job_id}/events", summary="What happens to a job, as server-sent events", response_class=StreamingResponse,
+    responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}, "example": examples.EVENTS}}},
+               204: {"description": "The job has ended and every event was seen: do not reconnect"}},
+)  # fmt: skip
+async def job_events(
+    job_id: JobId, service: Svc, caller: Auth,
+    last_event_id: Annotated[str | None, Header(description="Go on after this event.")] = None,
+) -> Response:  # fmt: skip
+    job = await existing(service, job_id, caller)
+    after = int(last_event_id) if last_event_id and re.fullmatch(r"[0-9]{1,18}", last_event_id) else 0
+    if job.state in TERMINAL and after and not await asyncio.to_thread(service.store.events_after, job_id, after, 1):
+        return Response(status_code=204)
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    return StreamingResponse(stream(service.store, job_id, after), media_type="text/event-stream", headers=headers)
+
+
+@router.get(
+    "/jobs/{job_id}/audio/{file}", summary="One song as a file", response_class=Response, responses=examples.AUDIO
+)
+async def get_audio(
+    request: Request, job_id: JobId, file: Annotated[str, Field(max_length=16)], service: Svc,
+    expires: Annotated[str | None, Query(max_length=12)] = None,
+    signature: Annotated[str | None, Query(max_length=64)] = None,
+) -> Response:  # fmt: skip
+    """`{index}.{format}`, with the signature that the job's view gives or with a key; with a key also `{index}` alone."""
+    match = re.fullmatch(r"([0-9]{1,3})(?:\.([a-z0-9]{1,8}))?", file, re.ASCII)
+    if match is None:
+        raise NotFound("audio is named by index and format, such as 0.wav")
+    index, format = int(match.group(1)), match.group(2)
+    caller: Caller | None = None
+    if expires is not None or signature is not None:
+        service.signer.check(audio_path(job_id, index, format or ""), expires, signature)
+    else:
+        caller = service.keys.check(header_key(request))
+    job = await service.job(job_id, caller)
+    if job is None:
+        raise NotFound(f"there is no job {job_id[:64]!r}")
     if job.state != SUCCEEDED or job.result is None:
         if job.ended:
-            error = error_from_dict(job.error or {})
-            raise Conflict(f"the job {job.state} and has no audio: {error.message}", state=job.state)
+            raise Conflict(
+                f"the job {job.state} and has no audio: {error_from_dict(job.error or {}).message}", state=job.state
+            )
         raise Conflict(f"the job is {job.state}; its audio is not there yet", state=job.state)
     item = next((i for i in job.result.items if i.index == index), None)
     if item is None:
         raise NotFound(f"the job has items 0 to {len(job.result.items) - 1}, not {index}")
-    made = [f.format for f in item.files]
-    file = next((f for f in item.files if format in (None, f.format)), None)
-    if file is None:
-        raise NotFound(f"the job was made as {', '.join(made)}, not {format}")
-    name = f"{job.id}-{index}{_suffix(file.path)}"
-    return send_file(service.storage, file.path, file.content_type, name)
+    stored = next((f for f in item.files if format in (None, f.format)), None)
+    if stored is None:
+        raise NotFound(f"the job was made as {', '.join(f.format for f in item.files)}, not {format}")
+    name = f"{job.id}-{index}.{stored.path.rpartition('.')[2]}"
+    return send_file(request, service.storage, stored.path, stored.content_type, name)
 
 
-def send_file(storage: Storage, name: str, content_type: str, download_name: str) -> PlainResponse:
-    """A stored file as a response: with ranges where the store is a local folder, else as a stream."""
-    if path := storage.local_path(name):
-        if not path.is_file():
-            raise NotFound("the file is no longer kept")
-        return FileResponse(path, media_type=content_type, filename=download_name, content_disposition_type="inline")
-    size = storage.size(name)
-    if size is None:
-        raise NotFound("the file is no longer kept")
-    headers = {"Content-Length": str(size), "Content-Disposition": f'inline; filename="{download_name}"'}
-    return StreamingResponse(storage.stream(name, 0, size), media_type=content_type, headers=headers)
-
-
-def _suffix(path: str) -> str:
-    return "." + path.rpartition(".")[2]
+# A second route: one operation with two methods would get the same name twice in the OpenAPI document.
+router.add_api_route(
+    "/jobs/{job_id}/audio/{file}", get_audio, methods=["HEAD"], response_class=Response, include_in_schema=False
+)

@@ -37,6 +37,39 @@ STATUS = {
     "invalid_output": 500,
     "internal": 500,
 }
+_SCHEMA = {
+    "type": "object",
+    "required": ["type", "title", "status", "detail"],
+    "properties": {
+        "type": {"type": "string", "description": f"urn:acestep: and one of {', '.join(STATUS)}"},
+        "title": {"type": "string"},
+        "status": {"type": "integer"},
+        "detail": {"type": "string"},
+        "errors": {
+            "type": "array",
+            "items": {"type": "object"},
+            "description": "The fields that are wrong, and their limits.",
+        },
+    },
+}
+
+
+def _documented(text: str) -> dict[str, Any]:
+    return {"description": text, "content": {"application/problem+json": {"schema": _SCHEMA}}}
+
+
+# What every native operation may answer, for the OpenAPI document.
+PROBLEMS: dict[int | str, dict[str, Any]] = {
+    400: _documented("Not understood"),
+    401: _documented("A key is needed"),
+    403: _documented("Not allowed"),
+    404: _documented("Not there"),
+    409: _documented("Not in this state"),
+    413: _documented("Too large"),
+    422: _documented("A field is wrong or beyond a limit; `errors` names it"),
+    429: _documented("Too much at once; Retry-After says when"),
+    503: _documented("No replica can answer now; Retry-After says when"),
+}
 _TITLES = {404: "Not found", 405: "Method not allowed", 400: "Bad request"}
 
 
@@ -50,6 +83,14 @@ class Conflict(AceStepError):
 
 class TooLarge(AceStepError):
     type = "too_large"
+
+
+class Unauthorized(AceStepError):
+    type = "unauthorized"
+
+
+class Forbidden(AceStepError):
+    type = "forbidden"
 
 
 def problem(status: int, type: str, detail: str, *, headers: dict[str, str] | None = None, **more: Any) -> JSONResponse:
@@ -104,6 +145,8 @@ def from_error(error: AceStepError) -> JSONResponse:
     if "field" in details:
         details["errors"] = [{k: v for k, v in {"field": details["field"], "message": error.message,
                                                 "limit": details.get("limit")}.items() if v is not None}]  # fmt: skip
+    if error.type == "unauthorized":
+        headers["WWW-Authenticate"] = "Bearer"
     details.pop("path", None)  # server paths are for the log, not for callers
     return problem(STATUS.get(error.type, 500), error.type, error.message, headers=headers or None, **details)
 

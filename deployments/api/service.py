@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import ipaddress
+import json
 import time
 import uuid
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Annotated, Any
 
-from fastapi import Request
+from fastapi import Depends, Request
 
-from acestep.request import SongRequest
+from acestep.cost import defaults_of, expected_duration
+from acestep.dit import tasks
+from acestep.errors import InvalidRequest
+from acestep.request import Adjustment, SongRequest
+from deployments.api.auth import Caller, Keyring, RateLimit, environment_keys
+from deployments.api.signing import Signer, load_secret
+from deployments.api.sources import Sources
 from deployments.config import RouterArgs
 from deployments.dispatch import Dispatcher
 from deployments.fleet import Fleet
-from deployments.jobs.store import Job, JobStore
+from deployments.jobs.files import FileRecords
+from deployments.jobs.store import QUEUED, RUNNING, Busy, Caps, Job, JobStore
+from deployments.jobs.webhooks import Outbox
 from deployments.routing import Routing
 from deployments.storage import Storage
+from deployments.talk import Talk
+
+DEFAULT_JOB_S = 5.0  # ACE-Step's own guess before the first song
 
 
 @dataclass
@@ -30,32 +44,166 @@ class Service:
     routing: Routing
     dispatcher: Dispatcher
     started: float
+    keys: Keyring = field(init=False)
+    rates: RateLimit = field(init=False)
+    signer: Signer = field(init=False)
+    sources: Sources = field(init=False)
+    talk: Talk = field(init=False)
+    webhook_secret: bytes = field(init=False, repr=False)
+    outbox: Outbox = field(init=False)
 
-    async def submit(self, request: SongRequest, **columns: Any) -> tuple[Job, bool]:
-        """Clamp to what the fleet can do, draw the seeds, write the job down, wake the dispatcher.
+    def __post_init__(self) -> None:
+        self.keys = Keyring(self.args, environment_keys())
+        self.rates = RateLimit()
+        self.signer = Signer(load_secret("url-secret", "ACESTEP_URL_SECRET"), self.args.url_lifetime_s)
+        self.sources = Sources(self.args, self.storage, FileRecords(self.store.engine))
+        self.talk = Talk(self.fleet, self.routing)
+        self.webhook_secret = load_secret("webhook-secret", "ACESTEP_WEBHOOK_SECRET")
+        self.outbox = Outbox(
+            self.store.engine, self.webhook_secret, retry_s=self.args.webhook_retry_s,
+            networks=self.args.webhook_networks, timeout_s=self.args.webhook_timeout_s,
+        )  # fmt: skip
+
+    async def submit(
+        self,
+        request: SongRequest,
+        caller: Caller,
+        *,
+        kind: str = "song",
+        adjustments: tuple[Adjustment, ...] = (),
+        extra: dict[str, Any] | None = None,
+        deadline: float | None = None,
+        idempotency_key: str | None = None,
+        body_hash: str | None = None,
+    ) -> tuple[Job, bool]:
+        """Take source audio in, clamp to what the fleet can do, draw the seeds, write the job down, wake the dispatcher.
 
         Returns (job, created): False where the idempotency key was known already.
+
+        Args:
+            kind: `song`, `plan`, `codes` or `understand`: how far the job goes.
+            adjustments: What was changed before.
+            extra: For the API that asks.
+
+        Raises:
+            InvalidRequest, LimitExceeded: nothing in this fleet can do it.
+            Busy: a limit of the server or of the caller; nothing was written.
         """
-        if (decision := self.routing.admit(self.fleet.view, request)) is not None:
+        body_hash = body_hash or hash_of(request.model_dump(mode="json", exclude_defaults=True), kind, extra)
+        if idempotency_key is not None:
+            known = await asyncio.to_thread(self.store.earlier, caller.name, idempotency_key, body_hash)
+            if known is not None:
+                return known, False
+        request = await self.with_sources(request, caller)
+        columns: dict[str, Any] = {}
+        if kind in ("song", "plan") and (decision := self.routing.admit(self.fleet.view, request)) is not None:
             request = decision.request
-            columns |= {
-                "adjustments": decision.adjustments, "plan_pool": decision.planner, "render_pool": decision.renderer,
-                "est_plan_s": decision.est_plan_s, "est_render_s": decision.est_render_s,
-            }  # fmt: skip
-        job, created = await asyncio.to_thread(self.store.add, str(uuid.uuid4()), request.with_seeds(), **columns)
+            if kind == "song" and (pool := self.fleet.view.get(decision.renderer or "")) and pool.info:
+                model = str(pool.info["model"])
+                tasks.check(request, defaults_of(model), model)
+            adjustments = (*adjustments, *decision.adjustments)
+            columns = {"plan_pool": decision.planner, "render_pool": decision.renderer,
+                       "est_plan_s": decision.est_plan_s, "est_render_s": decision.est_render_s}  # fmt: skip
+            if kind == "plan":
+                columns |= {"render_pool": None, "est_render_s": 0.0}
+        caps = Caps(self.args.max_queue, caller.caps.active, caller.caps.audio_s)
+        audio_s = expected_duration(request)[0] * request.batch_size if kind == "song" else 0.0
+        try:
+            job, created = await asyncio.to_thread(
+                self.store.add, str(uuid.uuid4()), request.with_seeds(), kind=kind, adjustments=adjustments,
+                extra=extra, deadline=deadline, owner_key=caller.name, idempotency_key=idempotency_key,
+                body_hash=body_hash, audio_s=audio_s, caps=caps, **columns,
+            )  # fmt: skip
+        except Busy as error:
+            error.details.setdefault("retry_after", await self.mean_seconds())
+            raise
         if created:
             self.dispatcher.wake()
         return job, created
 
-    async def job(self, job_id: str) -> Job | None:
-        return await asyncio.to_thread(self.store.get, job_id)
+    async def with_sources(self, request: SongRequest, caller: Caller) -> SongRequest:
+        """The request with every source audio it names taken into the file store."""
+        changes: dict[str, Any] = {}
+        if request.src_audio is not None:
+            changes["src_audio"] = await self.source(request.src_audio, caller, "src_audio")
+        if request.reference_audio:
+            names = [await self.source(name, caller, "reference_audio") for name in request.reference_audio]
+            changes["reference_audio"] = tuple(names)
+        return request.model_copy(update=changes) if changes else request
+
+    async def source(self, value: str, caller: Caller, field: str) -> str:
+        return await self.sources.admit(value, caller, field=field, loopback=self.loopback)
+
+    async def job(self, job_id: str, caller: Caller | None = None) -> Job | None:
+        """A job; None where there is none, or none that the caller may see."""
+        job = await asyncio.to_thread(self.store.get, job_id)
+        return job if job is not None and (caller is None or self.may_see(caller, job)) else None
+
+    def may_see(self, caller: Caller, job: Job) -> bool:
+        return not self.keys.required or job.owner_key == caller.name
+
+    async def mean_seconds(self) -> float:
+        """How long a song took lately."""
+        return await asyncio.to_thread(self.store.mean_seconds) or DEFAULT_JOB_S
+
+    async def forecast(self, job: Job) -> dict[str, Any]:
+        """Place in the queue, seconds of work asked for, and seconds until it is done as far as that is known."""
+        view = self.fleet.view
+        ahead = await asyncio.to_thread(self.store.ahead, job)
+        cost = {"audio_s": job.audio_s, "plan_s": round(job.est_plan_s, 3), "render_s": round(job.est_render_s, 3)}
+        forecast: dict[str, Any] = {"position": ahead.position, "cost": cost, "eta_s": None}
+        if job.est_render_s + job.est_plan_s > 0 and job.state in (QUEUED, RUNNING):
+            planners = sum(p.running * int((p.info or {}).get("capacity") or 1) for p in view.of("plan")) or 1
+            renderers = sum(p.running for p in view.of("render")) or 1
+            left = job.est_render_s + (0.0 if job.planned_at else job.est_plan_s)
+            since = job.planned_at or job.started_at
+            elapsed = time.time() - since if since else 0.0
+            eta = max(0.0, left - elapsed) + ahead.plan_s / planners + ahead.render_s / renderers
+            forecast["eta_s"] = round(eta, 1)
+        return forecast
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only this machine can reach the server. Unknown counts as no."""
+        return is_loopback(self.fleet.view.http_host)
 
     @property
     def uptime_s(self) -> float:
         return time.time() - self.started
 
 
+def is_loopback(host: str | None) -> bool:
+    if host is None:
+        return False
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def hash_of(*parts: Any) -> str:
+    """SHA-256 of JSON-able values in canonical form."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check_idempotency_key(value: str | None) -> str | None:
+    """The header's value.
+
+    Raises:
+        InvalidRequest: empty, too long or not printable.
+    """
+    if value is None:
+        return None
+    if not 1 <= len(value) <= 255 or not value.isascii() or not value.isprintable():
+        raise InvalidRequest("Idempotency-Key: must be 1 to 255 printable ASCII characters", field="Idempotency-Key")
+    return value
+
+
 def service_of(request: Request) -> Service:
     """FastAPI dependency."""
     service: Service = request.app.state.service
     return service
+
+
+Svc = Annotated[Service, Depends(service_of)]

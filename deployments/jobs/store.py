@@ -267,7 +267,7 @@ class JobStore:
         """Give the job back to the queue; with `refund` the attempt does not count (drain, no capacity)."""
         values: dict[str, Any] = {"state": QUEUED, "stage": "queued", "lease_owner": None, "lease_until": None}
         if refund:
-            values["attempts"] = jobs.c.attempts - 1
+            values |= {"attempts": jobs.c.attempts - 1, "started_at": None}
         if error is not None:
             values["error"] = error
         with self._writer.begin() as db:
@@ -323,7 +323,7 @@ class JobStore:
             raise KeyError(job_id)
         return job
 
-    def list(
+    def page(
         self,
         *,
         states: Sequence[str] = (),
@@ -510,5 +510,5 @@ def _job(row: RowMapping) -> Job:
     data["adjustments"] = tuple(Adjustment.model_validate(a) for a in data["adjustments"])
     for name, model in (("progress", Progress), ("plan", Plan), ("result", Song)):
         if data[name] is not None:
-            data[name] = model.model_validate(data[name])  # type: ignore[attr-defined]
+            data[name] = model.model_validate(data[name])
     return Job(**data)

@@ -164,12 +164,12 @@ def test_paging_meets_every_job_once(store: JobStore) -> None:
     add(store, owner_key="b")
     seen: list[str] = []
     before = None
-    while page := store.list(owner_key="a", limit=3, before=before):
+    while page := store.page(owner_key="a", limit=3, before=before):
         seen += [job.id for job in page]
         before = (page[-1].created_at, page[-1].id)
     assert seen == ids[::-1]
     assert set(store.many([*ids, "none"])) == set(ids)
-    assert store.list(states=("running",)) == []
+    assert store.page(states=("running",)) == []
 
 
 def test_what_goes_ahead_is_counted_in_seconds(store: JobStore) -> None:

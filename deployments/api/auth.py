@@ -1,0 +1,136 @@
+"""API keys: who calls, and how often they may.
+
+Keys are compared by hash, all of them every time, so that neither the key nor which one matched shows in the time taken. Without any
+key the server is open to everybody, as ACE-Step's own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from deployments.api.problems import Unauthorized
+from deployments.config import RouterArgs
+from deployments.jobs.store import Busy, Caps
+
+MISSING, WRONG = "Missing Authorization header", "Invalid API key"
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Whose key it was, with the limits that hold for it. The name is empty where no key is needed."""
+
+    name: str = ""
+    requests_per_minute: int | None = None
+    concurrent_jobs: int | None = None
+    audio_seconds_per_day: float | None = None
+
+    @property
+    def caps(self) -> Caps:
+        return Caps(active=self.concurrent_jobs, audio_s=self.audio_seconds_per_day)
+
+
+def environment_keys(value: str | None = None) -> tuple[str, ...]:
+    """The keys in `ACESTEP_API_KEY`, separated by commas. An empty value is no key."""
+    text = os.environ.get("ACESTEP_API_KEY", "") if value is None else value
+    return tuple(key for part in text.split(",") if (key := part.strip()))
+
+
+class Keyring:
+    """All keys of this server.
+
+    Args:
+        args: Names, hashes and limits.
+        plain: Keys from the environment; they are named `key-` and the start of their hash.
+    """
+
+    def __init__(self, args: RouterArgs, plain: Iterable[str] = ()) -> None:
+        common = (args.requests_per_minute, args.concurrent_jobs, args.audio_seconds_per_day)
+        self.anonymous = Caller("", *common)
+        self._callers: list[tuple[bytes, Caller]] = []
+        for key in plain:
+            digest = hashlib.sha256(key.encode()).digest()
+            self._callers.append((digest, Caller(f"key-{digest.hex()[:12]}", *common)))
+        for entry in args.api_keys:
+            own = (entry.requests_per_minute, entry.concurrent_jobs, entry.audio_seconds_per_day)
+            limits = (given if given is not None else default for given, default in zip(own, common, strict=True))
+            self._callers.append((bytes.fromhex(entry.sha256), Caller(entry.name, *limits)))  # type: ignore[arg-type]
+
+    @property
+    def required(self) -> bool:
+        return bool(self._callers)
+
+    def find(self, key: str) -> Caller | None:
+        """The caller of a key; None where it is not one of ours."""
+        digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
+        found = None
+        for known, caller in self._callers:
+            if hmac.compare_digest(known, digest):
+                found = caller
+        return found
+
+    def check(self, key: str | None, *, missing: str = MISSING, wrong: str = WRONG) -> Caller:
+        """The caller.
+
+        Raises:
+            Unauthorized: keys are needed and this is none, or not one of ours.
+        """
+        if not self.required:
+            return self.anonymous
+        if not key:
+            raise Unauthorized(missing)
+        if (caller := self.find(key)) is None:
+            raise Unauthorized(wrong)
+        return caller
+
+
+def header_key(request: Request) -> str | None:
+    """The key in `Authorization: Bearer KEY` or `Authorization: KEY`."""
+    value = request.headers.get("authorization", "").strip()
+    scheme, _, rest = value.partition(" ")
+    return (rest.strip() if scheme.lower() == "bearer" else value) or None
+
+
+class RateLimit:
+    """Requests per minute of each caller, as a bucket that refills steadily. Counts what comes through this router."""
+
+    def __init__(self) -> None:
+        self._buckets: dict[str, tuple[float, float]] = {}  # caller: (requests left, at)
+
+    def take(self, caller: Caller) -> None:
+        """Count one request.
+
+        Raises:
+            Busy: the bucket is empty; `retry_after` says until when.
+        """
+        limit = caller.requests_per_minute
+        if limit is None:
+            return
+        now = time.monotonic()
+        left, at = self._buckets.get(caller.name, (float(limit), now))
+        left = min(float(limit), left + (now - at) * limit / 60.0)
+        if left < 1.0:
+            raise Busy(
+                f"more than {limit} requests per minute with this key",
+                limit=limit,
+                retry_after=(1.0 - left) * 60.0 / limit,
+            )
+        self._buckets[caller.name] = (left - 1.0, now)
+
+
+def caller_of(request: Request) -> Caller:
+    """FastAPI dependency: the caller by the Authorization header, counted against its rate."""
+    service = request.app.state.service
+    caller: Caller = service.keys.check(header_key(request))
+    service.rates.take(caller)
+    return caller
+
+
+Auth = Annotated[Caller, Depends(caller_of)]

@@ -1,0 +1,51 @@
+"""Uploads of source audio."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated, Any
+
+from fastapi import APIRouter, File, Response, UploadFile
+from pydantic import Field
+
+from deployments.api.auth import Auth
+from deployments.api.problems import PROBLEMS, NotFound
+from deployments.api.service import Service, Svc
+from deployments.api.views import file_view
+from deployments.jobs.files import FileRecord
+
+router = APIRouter(prefix="/v1", tags=["files"], responses=PROBLEMS)
+FileId = Annotated[str, Field(max_length=64)]
+
+
+@router.post("/files", status_code=201, summary="Upload source audio")
+async def upload(
+    file: Annotated[UploadFile, File(description="Any common audio format; the content decides, not the name.")],
+    response: Response,
+    service: Svc,
+    caller: Auth,
+) -> dict[str, Any]:
+    """The `id` goes into `src_audio` or `reference_audio` of a song request."""
+    record = await service.sources.upload(await file.read(), file.filename or "", caller)
+    response.headers["Location"] = f"/v1/files/{record.id}"
+    return file_view(record, service.args.keep_uploads_s)
+
+
+@router.get("/files/{file_id}", summary="What is known of an uploaded file")
+async def get_file(file_id: FileId, service: Svc, caller: Auth) -> dict[str, Any]:
+    return file_view(await _existing(service, file_id, caller.name), service.args.keep_uploads_s)
+
+
+@router.delete("/files/{file_id}", status_code=204, summary="Delete an uploaded file")
+async def delete_file(file_id: FileId, service: Svc, caller: Auth) -> Response:
+    record = await _existing(service, file_id, caller.name)
+    await asyncio.to_thread(service.sources.records.delete, [record.id])
+    await asyncio.to_thread(service.storage.delete, record.path)
+    return Response(status_code=204)
+
+
+async def _existing(service: Service, file_id: str, owner: str) -> FileRecord:
+    record = await asyncio.to_thread(service.sources.records.get, file_id)
+    if record is None or record.owner_key != owner:
+        raise NotFound(f"there is no file {file_id[:64]!r}")
+    return record

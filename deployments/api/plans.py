@@ -1,0 +1,129 @@
+"""Plans without songs, and the planner's text modes."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Body, Response
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from acestep.lm.work import TEXT_TEMPERATURE, UNDERSTAND_TEMPERATURE, Sample
+from acestep.plan import NUM_CODES
+from acestep.request import (
+    LANGUAGES,
+    MAX_DURATION_S,
+    MAX_LYRICS_CHARS,
+    MAX_PROMPT_CHARS,
+    MAX_SEED,
+    Text,
+    normalise_key,
+    normalise_time_signature,
+)
+from deployments.api import examples
+from deployments.api.auth import Auth
+from deployments.api.native import IdempotencyKey, Prefer, SongSubmission, accept
+from deployments.api.problems import PROBLEMS
+from deployments.api.service import Svc
+
+router = APIRouter(prefix="/v1", tags=["plans"], responses=PROBLEMS)
+
+
+@router.post(
+    "/plans", status_code=202, summary="Plan a song without rendering it",
+    responses={202: examples.JOB_202, 200: {**examples.JOB_200, "description": "It ended within `Prefer: wait=n`"}},
+)  # fmt: skip
+async def create_plan(
+    submission: Annotated[SongSubmission, Body(openapi_examples=examples.SONGS)],
+    response: Response, service: Svc, caller: Auth,
+    idempotency_key: IdempotencyKey = None, prefer: Prefer = None,
+) -> dict[str, Any]:  # fmt: skip
+    """The job's `plan` may be edited and sent as `plan` of a song request: nothing of it is planned again."""
+    return await accept(
+        service, caller, submission, response, kind="plan", idempotency_key=idempotency_key, prefer=prefer
+    )
+
+
+def _language(value: str | None) -> str | None:
+    if value is not None and value not in LANGUAGES:
+        raise ValueError(f"must be one of {' '.join(LANGUAGES)}")
+    return value
+
+
+def _key(value: str | None) -> str | None:
+    if value is None or not value.strip():
+        return None
+    if (key := normalise_key(value)) is None:
+        raise ValueError("must be a note A to G, an optional # or b, and major or minor, such as 'F# minor'")
+    return key
+
+
+def _time_signature(value: str | None) -> str | None:
+    if value is None or not value.strip():
+        return None
+    if (top := normalise_time_signature(value)) is None:
+        raise ValueError("must be one of 2, 3, 4, 6")
+    return top
+
+
+Language = Annotated[str | None, AfterValidator(_language)]
+
+
+class _Question(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    temperature: float = Field(TEXT_TEMPERATURE, ge=0.0, le=2.0)
+    top_k: int = Field(0, ge=0, le=1_000_000)
+    top_p: float = Field(1.0, gt=0.0, le=1.0)
+    seed: int = Field(0, ge=0, le=MAX_SEED)
+
+
+class InspireQuestion(_Question):
+    query: Text = Field(min_length=1, max_length=MAX_PROMPT_CHARS, description="A wish in everyday words.")
+    instrumental: bool = False
+    vocal_language: Language = None
+
+
+class FormatQuestion(_Question):
+    caption: Text = Field("", max_length=MAX_PROMPT_CHARS)
+    lyrics: Text = Field("", max_length=MAX_LYRICS_CHARS)
+    bpm: int | None = Field(None, ge=30, le=300)
+    duration: float | None = Field(None, ge=10.0, le=MAX_DURATION_S)
+    keyscale: Annotated[str | None, AfterValidator(_key)] = Field(None, max_length=32)
+    timesignature: Annotated[str | None, AfterValidator(_time_signature)] = Field(None, max_length=8)
+    language: Language = None
+
+    @model_validator(mode="after")
+    def _something(self) -> FormatQuestion:
+        if not (self.caption.strip() or self.lyrics.strip()):
+            raise ValueError("caption: give a caption, lyrics or both")
+        return self
+
+
+class UnderstandQuestion(_Question):
+    temperature: float = Field(UNDERSTAND_TEMPERATURE, ge=0.0, le=2.0)
+    codes: tuple[Annotated[int, Field(ge=0, lt=NUM_CODES)], ...] | None = Field(None, min_length=1, max_length=3_000)
+    src_audio: Text | None = Field(None, max_length=1024, description="Instead of codes: a file id or an allowed path.")
+
+    @model_validator(mode="after")
+    def _one(self) -> UnderstandQuestion:
+        if (self.codes is None) == (self.src_audio is None):
+            raise ValueError("codes: give either codes or src_audio")
+        return self
+
+
+@router.post("/inspire", summary="Write a song description for a wish")
+async def inspire(question: InspireQuestion, service: Svc, caller: Auth) -> Sample:
+    return await service.talk.inspire(**question.model_dump())
+
+
+@router.post("/format", summary="Describe the same song better")
+async def format_song(question: FormatQuestion, service: Svc, caller: Auth) -> Sample:
+    return await service.talk.format(**question.model_dump())
+
+
+@router.post("/understand", summary="Describe audio, or audio codes")
+async def understand(question: UnderstandQuestion, service: Svc, caller: Auth) -> Sample:
+    codes = question.codes
+    if codes is None:
+        name = await service.source(question.src_audio or "", caller, "src_audio")
+        codes = await service.talk.codes(name)
+    return await service.talk.understand(codes, **question.model_dump(exclude={"codes", "src_audio"}))

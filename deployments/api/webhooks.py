@@ -1,0 +1,51 @@
+"""What became of webhooks, and the secret that receivers check them with."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import asdict
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query
+from pydantic import Field
+
+from deployments.api.auth import Auth
+from deployments.api.problems import PROBLEMS, NotFound
+from deployments.api.service import Svc
+from deployments.jobs.webhooks import Message, derived_secret, shown_secret
+
+router = APIRouter(prefix="/v1", tags=["webhooks"], responses=PROBLEMS)
+
+
+def _view(message: Message) -> dict[str, Any]:
+    view = asdict(message)
+    del view["owner_key"]
+    return view
+
+
+@router.get("/webhooks", summary="Messages and their deliveries, newest first")
+async def list_webhooks(
+    service: Svc,
+    caller: Auth,
+    state: Annotated[
+        Literal["pending", "delivered", "dead"] | None, Query(description="`dead`: given up after all attempts.")
+    ] = None,
+    limit: Annotated[int, Query(ge=1, le=200)] = 50,
+) -> dict[str, Any]:
+    owner = caller.name if service.keys.required else None
+    messages = await asyncio.to_thread(service.outbox.page, owner_key=owner, state=state, limit=limit)
+    return {"webhooks": [_view(m) for m in messages]}
+
+
+@router.post("/webhooks/{message_id}/retry", summary="Send a dead letter again")
+async def retry_webhook(message_id: Annotated[str, Field(max_length=64)], service: Svc, caller: Auth) -> dict[str, Any]:
+    owner = caller.name if service.keys.required else None
+    message = await asyncio.to_thread(service.outbox.retry, message_id, owner)
+    if message is None:
+        raise NotFound(f"there is no webhook {message_id[:64]!r}")
+    return _view(message)
+
+
+@router.get("/webhooks/secret", summary="Your signing secret, for a Standard Webhooks library")
+async def webhook_secret(service: Svc, caller: Auth) -> dict[str, str]:
+    return {"secret": shown_secret(derived_secret(service.webhook_secret, caller.name))}

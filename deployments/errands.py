@@ -1,0 +1,123 @@
+"""What a job asks of the stages besides planning and rendering: texts before the song, or an answer instead of one."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import replace
+from typing import Any
+
+from pydantic import ValidationError
+
+from acestep.errors import AceStepError, Internal, Unavailable
+from acestep.lm.work import Sample
+from acestep.request import (
+    INSTRUMENTAL,
+    LANGUAGES,
+    MAX_LYRICS_CHARS,
+    MAX_PROMPT_CHARS,
+    Adjustment,
+    SongRequest,
+    normalise_key,
+    normalise_time_signature,
+)
+from deployments.jobs.store import Job, JobStore
+from deployments.talk import Talk
+
+log = logging.getLogger(__name__)
+
+PREPARE = "prepare"  # key of Job.extra: the steps to take before planning, each {"ask": kind, "fields": {...}}
+ANSWER = "answer"  # key of Job.extra: the result of a job that makes no song
+
+
+class Errands:
+    """Runs them for the dispatcher. Each step's outcome is written down before the next begins.
+
+    Args:
+        store: The job store.
+        talk: A patient one: raises `NoPool` where waiting helps.
+        owner: The dispatcher's lease owner.
+    """
+
+    def __init__(self, store: JobStore, talk: Talk, owner: str) -> None:
+        self.store = store
+        self.talk = talk
+        self.owner = owner
+
+    async def prepare(self, job: Job) -> Job:
+        """The job after the planner wrote or improved its texts.
+
+        Raises:
+            AceStepError: the planner could not write a song for the caller's wish.
+        """
+        while steps := job.extra.get(PREPARE):
+            step = steps[0]
+            adjustments = job.adjustments
+            request = job.request
+            try:
+                if step["ask"] == "inspire":
+                    request = with_sample(request, await self.talk.inspire(**step["fields"]), replace_all=True)
+                else:
+                    fields = {**_known(request), **step["fields"]}
+                    request = with_sample(request, await self.talk.format(**fields), replace_all=False)
+            except Unavailable as error:
+                raise Unavailable(f"5Hz LM init failed: {error.message}") from error
+            except AceStepError as error:
+                if step["ask"] == "inspire":
+                    raise type(error)(f"create_sample failed: {error.message}", **error.details) from error
+                log.info("job %s goes on without formatting: %s", job.id, error.message)
+                why = Adjustment(field="use_format", asked=True, given=False, reason=error.message)
+                adjustments = (*adjustments, why)
+            extra = {**job.extra, PREPARE: steps[1:]}
+            await asyncio.to_thread(
+                self.store.save_request, job.id, self.owner, request, adjustments, extra=extra
+            )  # fmt: skip
+            job = replace(job, request=request, adjustments=adjustments, extra=extra)
+        return job
+
+    async def answer(self, job: Job) -> dict[str, Any]:
+        """The result of a job of kind `codes` or `understand`."""
+        codes = job.request.audio_codes
+        if codes is None:
+            codes = await self.talk.codes(job.request.src_audio or "")
+        if job.kind == "codes":
+            return {"codes": list(codes)}
+        sample = await self.talk.understand(codes)
+        return {"codes": list(codes), "sample": sample.model_dump(mode="json")}
+
+
+def with_sample(request: SongRequest, sample: Sample, *, replace_all: bool) -> SongRequest:
+    """The request with what the planner wrote.
+
+    Args:
+        replace_all: Also where the caller said otherwise, and where the planner left something open.
+    """
+    lyrics = INSTRUMENTAL if sample.instrumental else sample.lyrics
+    written: dict[str, Any] = {
+        "prompt": (sample.caption or "")[:MAX_PROMPT_CHARS],
+        "lyrics": lyrics[:MAX_LYRICS_CHARS],
+        "bpm": sample.bpm,
+        "duration": sample.duration,
+        "key_scale": normalise_key(sample.keyscale or ""),
+        "time_signature": normalise_time_signature(sample.timesignature or ""),
+    }
+    if replace_all:
+        written["vocal_language"] = sample.language if sample.language in LANGUAGES else request.vocal_language
+    else:
+        written = {name: value for name, value in written.items() if value}
+    try:
+        return SongRequest.model_validate({**request.model_dump(), **written})
+    except ValidationError as error:
+        raise Internal(f"the planner wrote a song that cannot be made: {error.errors()[0]['msg']}") from error
+
+
+def _known(request: SongRequest) -> dict[str, Any]:
+    return {
+        "caption": request.prompt,
+        "lyrics": request.lyrics,
+        "bpm": request.bpm,
+        "duration": request.duration,
+        "keyscale": request.key_scale,
+        "timesignature": request.time_signature,
+        "language": request.vocal_language,
+    }

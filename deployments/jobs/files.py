@@ -1,0 +1,82 @@
+"""Records of uploaded audio. The bytes lie in the file store under `uploads/`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Engine
+
+from deployments.jobs.database import writer
+from deployments.jobs.schema import files, jobs
+
+FOLDER = "uploads/"
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One uploaded file.
+
+    Attributes:
+        id: `file-` and 32 hexadecimal digits.
+        name: What the caller called it; shown, never used as a path.
+        duration: Seconds of audio.
+    """
+
+    id: str
+    owner_key: str
+    name: str
+    bytes: int
+    sha256: str
+    duration: float
+    created_at: float
+
+    @property
+    def path(self) -> str:
+        """Its name in the file store."""
+        return FOLDER + self.id
+
+
+class FileRecords:
+    """The `files` table."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._writer = writer(engine)
+
+    def add(self, record: FileRecord) -> None:
+        with self._writer.begin() as db:
+            db.execute(files.insert().values(**asdict(record)))
+
+    def get(self, file_id: str) -> FileRecord | None:
+        with self._engine.connect() as db:
+            row = db.execute(sa.select(files).where(files.c.id == file_id)).mappings().first()
+        return FileRecord(**row) if row else None
+
+    def delete(self, file_ids: Iterable[str]) -> None:
+        with self._writer.begin() as db:
+            db.execute(files.delete().where(files.c.id.in_(list(file_ids))))
+
+    def stale(self, before: float, limit: int = 200) -> Sequence[FileRecord]:
+        """Files older than `before` that no unfinished job uses, oldest first."""
+        query = sa.select(files).where(files.c.created_at < before).order_by(files.c.created_at).limit(limit)
+        with self._engine.connect() as db:
+            used = _used(db.execute(sa.select(jobs.c.request).where(jobs.c.finished_at.is_(None))).scalars())
+            found = [FileRecord(**row) for row in db.execute(query).mappings()]
+        return [record for record in found if record.path not in used]
+
+
+def _used(requests: Iterable[dict[str, object]]) -> set[str]:
+    names: set[str] = set()
+    for request in requests:
+        references = request.get("reference_audio")
+        for name in (request.get("src_audio"), *(references if isinstance(references, list) else ())):
+            if isinstance(name, str):
+                names.add(name)
+    return names
+
+
+def new_record(file_id: str, owner_key: str, name: str, size: int, sha256: str, duration: float) -> FileRecord:
+    return FileRecord(file_id, owner_key, name, size, sha256, duration, time.time())

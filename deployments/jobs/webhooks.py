@@ -1,0 +1,287 @@
+"""Webhooks: sent from the outbox that a job's end writes, signed after the Standard Webhooks scheme, retried, never into private networks.
+
+A message is claimed by moving its next attempt into the future, so several routers share the work and one that dies loses nothing. After
+the last pause a message is a dead letter: visible, and sent again on request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import hmac
+import ipaddress
+import json
+import logging
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import httpx
+import sqlalchemy as sa
+from sqlalchemy.engine import Engine
+
+from acestep.errors import InvalidRequest
+from deployments.jobs.database import writer
+from deployments.jobs.schema import webhooks
+
+log = logging.getLogger(__name__)
+
+PENDING, DELIVERED, DEAD = "pending", "delivered", "dead"
+POLL_S = 1.0
+BATCH = 16
+SPARE_S = 30.0  # what a claim lasts beyond the request's own limit
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+
+
+@dataclass(frozen=True)
+class Message:
+    """One row of the outbox."""
+
+    id: str
+    job_id: str
+    owner_key: str
+    url: str
+    type: str
+    state: str
+    attempts: int
+    next_at: float | None
+    last_status: int | None
+    last_error: str | None
+    created_at: float
+    delivered_at: float | None
+
+
+class Refused(Exception):
+    """The address may not be reached; the text is fit for the owner of the webhook."""
+
+
+# -- where a webhook may go
+
+
+def check_url(url: str, networks: Sequence[str]) -> None:
+    """Refuse at submit what can be seen to be wrong. Names are resolved, and checked again, when a message is sent.
+
+    Raises:
+        InvalidRequest: not an http(s) URL, with credentials in it, or to an address that is not public.
+    """
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        raise InvalidRequest("webhook_url: is not a URL", field="webhook_url") from None
+    if parts.scheme not in ("http", "https") or not host or not url.isascii() or not url.isprintable():
+        raise InvalidRequest("webhook_url: must be an http or https URL", field="webhook_url")
+    if parts.username is not None or parts.password is not None:
+        raise InvalidRequest("webhook_url: must not hold a user name or password", field="webhook_url")
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return
+    if not allowed(address, networks):
+        raise InvalidRequest("webhook_url: private addresses are not allowed", field="webhook_url")
+
+
+def allowed(address: Address, networks: Sequence[str]) -> bool:
+    """Whether a message may be sent to this address: public ones, and those of the configured networks."""
+    for inner in _meant(address):
+        listed = any(inner in ipaddress.ip_network(n, strict=False) for n in networks)
+        if not listed and (not inner.is_global or inner.is_multicast):
+            return False
+    return True
+
+
+def _meant(address: Address) -> list[Address]:
+    """The address and any IPv4 address that travels inside it."""
+    found: list[Address] = []
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.ipv4_mapped is not None:
+            return [address.ipv4_mapped]
+        if address.sixtofour is not None:
+            found.append(address.sixtofour)
+        if address.teredo is not None:
+            found.extend(address.teredo)
+        if address in _NAT64:
+            return [ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)]
+    return [address, *found]
+
+
+async def resolve(host: str, port: int, networks: Sequence[str]) -> str:
+    """One allowed address of a host, to connect to as it is: a second look-up could answer otherwise.
+
+    Raises:
+        Refused: it has none, or one that is not allowed.
+    """
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError:
+        raise Refused("the host name cannot be resolved") from None
+    addresses = [str(entry[4][0]).partition("%")[0] for entry in found]
+    if not addresses or not all(allowed(ipaddress.ip_address(a), networks) for a in addresses):
+        raise Refused("the host's address is private")
+    return addresses[0]
+
+
+# -- signing
+
+
+def sign(secret: bytes, message_id: str, timestamp: int, body: bytes) -> str:
+    """The `webhook-signature` header: `v1,` and base64 of HMAC-SHA256 over `id.timestamp.body`."""
+    digest = hmac.new(secret, f"{message_id}.{timestamp}.".encode() + body, hashlib.sha256).digest()
+    return f"v1,{base64.b64encode(digest).decode()}"
+
+
+def shown_secret(secret: bytes) -> str:
+    """The secret as receivers configure it: `whsec_` and base64."""
+    return f"whsec_{base64.b64encode(secret).decode()}"
+
+
+def derived_secret(secret: bytes, owner: str) -> bytes:
+    """Each owner's own secret, so that one receiver cannot sign for another."""
+    return hmac.new(secret, f"webhook:{owner}".encode(), hashlib.sha256).digest()
+
+
+# -- the outbox
+
+
+class Outbox:
+    """Sends what waits.
+
+    Args:
+        engine: The job store's.
+        secret: What the owners' secrets derive from.
+        retry_s: Pauses between attempts; one more attempt than pauses.
+        networks: Private networks that may be reached.
+        timeout_s: For one attempt.
+    """
+
+    def __init__(
+        self, engine: Engine, secret: bytes, *, retry_s: Sequence[float], networks: Sequence[str], timeout_s: float
+    ) -> None:
+        self._engine = engine
+        self._writer = writer(engine)
+        self._secret = secret
+        self.retry_s = tuple(retry_s)
+        self.networks = tuple(networks)
+        self.timeout_s = timeout_s
+
+    async def run(self) -> None:
+        """Send until cancelled."""
+        while True:
+            try:
+                due = await asyncio.to_thread(self.claim)
+                await asyncio.gather(*(self._send(message) for message in due))
+            except Exception:
+                log.exception("webhooks cannot be sent now; trying again")
+                due = []
+            if not due:
+                await asyncio.sleep(POLL_S)
+
+    def claim(self) -> list[Message]:
+        """Messages whose turn has come, reserved for this router."""
+        now = time.time()
+        due = (
+            sa.select(webhooks.c.id)
+            .where(webhooks.c.state == PENDING, webhooks.c.next_at <= now)
+            .order_by(webhooks.c.next_at)
+            .limit(BATCH)
+            .with_for_update(skip_locked=True)
+        )
+        with self._writer.begin() as db:
+            ids = list(db.execute(due).scalars())
+            taken = (
+                webhooks.update()
+                .where(webhooks.c.id.in_(ids))
+                .values(next_at=now + self.timeout_s + SPARE_S, attempts=webhooks.c.attempts + 1)
+                .returning(webhooks)
+            )
+            return [Message(**row) for row in db.execute(taken).mappings()] if ids else []
+
+    def page(self, *, owner_key: str | None, state: str | None, limit: int) -> list[Message]:
+        """Newest first."""
+        query = sa.select(webhooks).order_by(webhooks.c.created_at.desc()).limit(limit)
+        if owner_key is not None:
+            query = query.where(webhooks.c.owner_key == owner_key)
+        if state is not None:
+            query = query.where(webhooks.c.state == state)
+        with self._engine.connect() as db:
+            return [Message(**row) for row in db.execute(query).mappings()]
+
+    def retry(self, message_id: str, owner_key: str | None) -> Message | None:
+        """Send a dead letter (or a waiting message) at once, with all its attempts again. None where there is no such message."""
+        wanted = webhooks.c.id == message_id
+        if owner_key is not None:
+            wanted = sa.and_(wanted, webhooks.c.owner_key == owner_key)
+        with self._writer.begin() as db:
+            db.execute(
+                webhooks.update()
+                .where(wanted, webhooks.c.state != DELIVERED)
+                .values(state=PENDING, next_at=time.time(), attempts=0)
+            )
+            row = db.execute(sa.select(webhooks).where(wanted)).mappings().first()
+        return Message(**row) if row else None
+
+    async def _send(self, message: Message) -> None:
+        status, error = await self._post(message)
+        values: dict[str, Any] = {"last_status": status, "last_error": error}
+        if error is None:
+            values |= {"state": DELIVERED, "delivered_at": time.time(), "next_at": None}
+        elif status == 410 or message.attempts > len(self.retry_s):  # 410: the receiver wants no more
+            values |= {"state": DEAD, "next_at": None}
+            log.warning("webhook %s of job %s is a dead letter: %s", message.id, message.job_id, error)
+        else:
+            values["next_at"] = time.time() + self.retry_s[message.attempts - 1]
+        await asyncio.to_thread(self._record, message, values)
+
+    def _record(self, message: Message, values: dict[str, Any]) -> None:
+        with self._writer.begin() as db:
+            # A retry that was asked for meanwhile has reset the attempts, and wins.
+            mine = sa.and_(webhooks.c.id == message.id, webhooks.c.attempts == message.attempts)
+            db.execute(webhooks.update().where(mine).values(**values))
+
+    async def _post(self, message: Message) -> tuple[int | None, str | None]:
+        """(status, what went wrong): None for the second where the receiver answered 2xx."""
+        body = json.dumps(
+            {
+                "type": message.type,
+                "timestamp": message.created_at,
+                "data": {"job_id": message.job_id, "state": message.type.removeprefix("job."),
+                         "url": f"/v1/jobs/{message.job_id}"},
+            },
+            separators=(",", ":"),
+        ).encode()  # fmt: skip
+        now = int(time.time())
+        parts = urlsplit(message.url)
+        host = parts.hostname or ""
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        headers = {
+            "Content-Type": "application/json",
+            "Host": parts.netloc,
+            "User-Agent": "acestep-webhooks",
+            "webhook-id": message.id,
+            "webhook-timestamp": str(now),
+            "webhook-signature": sign(derived_secret(self._secret, message.owner_key), message.id, now, body),
+        }
+        try:
+            address = await resolve(host, port, self.networks)
+            literal = f"[{address}]" if ":" in address else address
+            target = urlunsplit((parts.scheme, f"{literal}:{port}", parts.path or "/", parts.query, ""))
+            # No proxy and no redirect: both would choose another address than the one that was checked.
+            async with (
+                httpx.AsyncClient(trust_env=False, follow_redirects=False, timeout=self.timeout_s) as client,
+                asyncio.timeout(self.timeout_s),
+                client.stream(
+                    "POST", target, content=body, headers=headers, extensions={"sni_hostname": host}
+                ) as response,  # the body of the answer is of no interest, however long it is
+            ):
+                if response.is_success:
+                    return response.status_code, None
+                return response.status_code, f"HTTP {response.status_code}"
+        except Refused as refusal:
+            return None, str(refusal)
+        except (httpx.HTTPError, httpx.InvalidURL, OSError, TimeoutError) as error:
+            return None, type(error).__name__

@@ -1,0 +1,103 @@
+"""Short questions to the stages, beside songs: describe, write or improve a song's text, and read codes from audio."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+
+from acestep.errors import Unavailable, error_from_dict
+from acestep.lm.work import Sample
+from acestep.request import MAX_DURATION_S
+from deployments.fleet import Fleet, Role
+from deployments.placement import choose_planner, fleet_limits, wait_s
+from deployments.routing import NoPool, Routing
+
+ATTEMPTS = 3
+BACKOFF_S = 1.0
+REPLICA_LOST = (RayActorError, BackPressureError, DeploymentUnavailableError)
+
+
+class Talk:
+    """Finds a replica, asks it, and asks another one where the first was lost.
+
+    Args:
+        patient: Raise `NoPool` where a replica may come, so that a job waits, instead of `Unavailable`, as a request needs it.
+    """
+
+    def __init__(self, fleet: Fleet, routing: Routing, *, patient: bool = False) -> None:
+        self.fleet = fleet
+        self.routing = routing
+        self.patient = patient
+
+    async def inspire(self, **fields: Any) -> Sample:
+        """A whole song description for a wish. Fields of `acestep.lm.work.InspireWork`."""
+        return await self._ask("inspire", fields)
+
+    async def format(self, **fields: Any) -> Sample:
+        """The same song described better. Fields of `acestep.lm.work.FormatWork`."""
+        return await self._ask("format", fields)
+
+    async def understand(self, codes: Sequence[int], **fields: Any) -> Sample:
+        """What audio codes sound like. Fields of `acestep.lm.work.UnderstandWork`."""
+        return await self._ask("understand", {"codes": tuple(codes), **fields})
+
+    async def codes(self, name: str) -> tuple[int, ...]:
+        """5 Hz audio codes of a stored file."""
+        answer = await self._call("render", "codes", name)
+        return tuple(answer)
+
+    async def _ask(self, kind: str, fields: dict[str, Any]) -> Sample:
+        limits = fleet_limits(self.routing.state(self.fleet.view))
+        longest = max((limit.max_duration for limit in limits), default=MAX_DURATION_S)
+        answer = await self._call("plan", "ask", kind, {**fields, "max_duration": longest})
+        return Sample.model_validate(answer)
+
+    async def _call(self, role: Role, method: str, *arguments: Any) -> Any:
+        for attempt in range(ATTEMPTS):
+            pool = await self._pool(role)
+            response = getattr(self.fleet.handle(pool, role), method).remote(*arguments)
+            try:
+                answer = await response
+            except REPLICA_LOST as error:
+                if attempt + 1 == ATTEMPTS:
+                    raise Unavailable(
+                        f"pool {pool} lost its replica {ATTEMPTS} times in a row", retry_after=5
+                    ) from error
+                await asyncio.sleep(BACKOFF_S * (attempt + 1))
+                continue
+            except asyncio.CancelledError:
+                response.cancel()
+                raise
+            if "error" in answer:
+                raise error_from_dict(answer["error"])
+            return answer["result"]
+        raise AssertionError("unreachable: the last attempt raises")
+
+    async def _pool(self, role: Role) -> str:
+        """A pool with a running replica.
+
+        Raises:
+            NoPool: none runs now, and the caller is patient.
+            Unavailable: the fleet has none, or none that runs now.
+        """
+        view = self.fleet.view
+        state = self.routing.state(view)
+        if role == "plan":
+            found = choose_planner(state)
+        else:
+            found = min((p for p in state.of("render") if p.running), key=wait_s, default=None)
+        if found is not None and found.running:
+            return found.name
+        pools = view.of(role)
+        off = [str(r) for p in pools if (r := (p.info or {}).get("disabled"))]
+        name = "planner" if role == "plan" else "renderer"
+        why = "; ".join(off or [f"{p.app}: {p.why_not_ready or 'has not described itself yet'}" for p in pools])
+        never = (view.at > 0 and not pools) or (bool(off) and len(off) == len(pools))
+        reason = f"no {name} can answer: {why or f'this fleet has no {name} pool'}"
+        if self.patient and not never:
+            raise NoPool(reason)
+        raise Unavailable(reason, retry_after=5)

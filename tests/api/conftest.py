@@ -1,0 +1,138 @@
+"""The HTTP application over real parts: a job store, a file store, and a fleet that is described but not started.
+
+Jobs stay queued unless a test plays the dispatcher, through the store as the real one does.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from acestep.gpu_config import get_gpu_config, get_limits
+from acestep.plan import Metadata, Plan, PlanTimings
+from acestep.profiles import find
+from acestep.song import AudioFile, RenderTimings, Song, SongItem
+from deployments.api.app import build_app
+from deployments.api.service import Service
+from deployments.config import PlannerArgs, RendererArgs, RouterArgs
+from deployments.dispatch import Dispatcher
+from deployments.fleet import Fleet, FleetView, Pool
+from deployments.jobs.store import Job, JobStore
+from deployments.routing import Routing
+from deployments.storage import Storage
+
+WAV = b"RIFF" + bytes(40)
+
+
+def fleet_view(model: str = "acestep-v15-turbo", **view: Any) -> FleetView:
+    """One planner and one renderer on a 24 GB card each."""
+    tier = get_gpu_config("tier6")
+    common = {"tier": "tier6", "notice": None, "profile": find(tier="tier6").model_dump(mode="json")}
+    turbo = ["text2music", "cover", "cover-nofsq", "repaint"]
+    planner = {**common, "model": "acestep-5Hz-lm-1.7B", "limits": asdict(get_limits(tier, "plan")), "capacity": 8}
+    renderer = {**common, "model": model, "limits": asdict(get_limits(tier, "render")), "tasks": turbo}
+    if "turbo" not in model:
+        renderer["tasks"] = [*turbo, "extract", "lego", "complete"]
+    pools = (
+        Pool("dit", "render", RendererArgs(), status="RUNNING", running=1, info=renderer),
+        Pool("lm", "plan", PlannerArgs(), status="RUNNING", running=1, info=planner),
+    )
+    return FleetView(**{"pools": pools, "at": time.time(), "http_host": "127.0.0.1", **view})
+
+
+@dataclass
+class Site:
+    """One server's parts and a client that talks to it in process."""
+
+    service: Service
+    client: httpx.AsyncClient
+
+    def job(self, job_id: str) -> Job:
+        return self.service.store.get_existing(job_id)
+
+    def run(self, job_id: str) -> Job:
+        """Claim a job as a dispatcher does."""
+        job = self.service.store.claim(job_id, "test", 60.0)
+        assert job is not None, "the job cannot be claimed"
+        return job
+
+    def succeed(self, job_id: str, data: bytes = WAV) -> Job:
+        """Carry a job to its end, with files in the store."""
+        job = self.job(job_id) if self.job(job_id).state == "running" else self.run(job_id)
+        store, request = self.service.store, job.request
+        metadata = Metadata(
+            bpm=92, caption="a caption of the planner", duration=30.0, keyscale="A minor", language="en"
+        )
+        plan = Plan(metadata=metadata, model="tiny-lm", timings=PlanTimings(metadata_s=1.0, codes_s=2.0))
+        store.save_plan(job_id, "test", plan)
+        items = []
+        for index, seed in enumerate(request.seeds):
+            files = []
+            for fmt in request.formats:
+                kind = {"mp3": "audio/mpeg", "flac": "audio/flac", "opus": "audio/ogg", "aac": "audio/mp4"}.get(
+                    fmt, "audio/wav"
+                )
+                extension = "m4a" if fmt == "aac" else "wav" if fmt.startswith("wav") else fmt
+                path = f"songs/{job_id}/{index}-{fmt}.{extension}"
+                self.service.storage.put(path, data)
+                files.append(AudioFile(format=fmt, content_type=kind, path=path, bytes=len(data), sha256="0" * 64))
+            items.append(SongItem(index=index, seed=seed, duration=30.0, samples=1_440_000, files=tuple(files)))
+        song = Song(items=tuple(items), plan=plan, renderer="acestep-v15-turbo", timings=RenderTimings(denoise_s=0.5))
+        store.succeed(job_id, "test", song)
+        return self.job(job_id)
+
+
+Build = Callable[..., Site]
+
+
+@pytest.fixture
+async def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Build]:
+    """Makes sites: `build(view=..., **router_args)`."""
+    monkeypatch.setenv("ACESTEP_HOME", str(tmp_path))
+    monkeypatch.delenv("ACESTEP_API_KEY", raising=False)
+    sites: list[Site] = []
+
+    def make(view: FleetView | None = None, **args: Any) -> Site:
+        parsed = RouterArgs(**args)
+        store, fleet, routing = JobStore(parsed.database_url), Fleet(), Routing()
+        fleet.view = fleet_view() if view is None else view
+        dispatcher = Dispatcher(store, fleet, routing, lease_s=parsed.lease_s)
+        service = Service(parsed, store, Storage(parsed.files_url), fleet, routing, dispatcher, started=time.time())
+        transport = httpx.ASGITransport(build_app(service), raise_app_exceptions=False)
+        sites.append(Site(service, httpx.AsyncClient(transport=transport, base_url="http://server")))
+        return sites[-1]
+
+    yield make
+    for site in sites:
+        await site.client.aclose()
+        site.service.store.close()
+
+
+@pytest.fixture
+def site(build: Build) -> Site:
+    return build()
+
+
+@pytest.fixture
+def client(site: Site) -> Iterator[httpx.AsyncClient]:
+    yield site.client
+
+
+@pytest.fixture(scope="session")
+def wav() -> bytes:
+    """One second of a real 440 Hz tone."""
+    import io
+
+    import numpy as np
+    import soundfile
+
+    buffer = io.BytesIO()
+    tone = 0.2 * np.sin(2 * np.pi * 440 * np.arange(48_000) / 48_000)
+    soundfile.write(buffer, np.stack([tone, tone], 1), 48_000, format="WAV")
+    return buffer.getvalue()

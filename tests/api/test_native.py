@@ -1,0 +1,247 @@
+"""The native API against the real application and stores."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import pytest
+
+from deployments.api import examples
+
+from .conftest import Build, Site
+
+SONG = {"prompt": "quiet piano", "duration": 20, "seed": 7}
+
+
+async def submit(site: Site, body: dict[str, object] | None = None, **headers: str) -> dict[str, object]:
+    answer = await site.client.post("/v1/music", json=body or SONG, headers=headers)
+    assert answer.status_code == 202, answer.text
+    return answer.json()
+
+
+async def test_accepted_with_place_cost_and_eta(site: Site) -> None:
+    answer = await site.client.post("/v1/music", json=SONG)
+    job = answer.json()
+    assert answer.status_code == 202
+    assert answer.headers["location"] == f"/v1/jobs/{job['id']}"
+    assert (job["state"], job["position"], job["seeds"]) == ("queued", 1, [7])
+    assert job["cost"]["audio_s"] == 20.0
+    assert job["cost"]["render_s"] > 0
+    assert job["eta_s"] > 0
+    assert (await submit(site))["position"] == 2
+
+
+@pytest.mark.parametrize("name", list(examples.SONGS))
+async def test_the_documented_examples_are_accepted(site: Site, name: str) -> None:
+    await submit(site, examples.SONGS[name]["value"])
+
+
+async def test_a_finished_job_shows_usage_and_signed_audio(site: Site) -> None:
+    job = await submit(site, {**SONG, "formats": ["wav", "mp3"], "batch_size": 2})
+    site.succeed(str(job["id"]), b"RIFF and so on")
+    view = (await site.client.get(f"/v1/jobs/{job['id']}")).json()
+    assert view["state"] == "succeeded"
+    assert view["usage"] == {
+        "audio_s": 60.0, "device_s": {"plan": 3.0, "render": 0.5}, "total_s": view["usage"]["total_s"]
+    }  # fmt: skip
+    audio = [a for item in view["result"]["items"] for a in item["audio"]]
+    assert len({a["url"] for a in audio}) == 4
+    for entry in audio:
+        got = await site.client.get(entry["url"])
+        assert (got.status_code, got.content, got.headers["content-type"]) == (
+            200,
+            b"RIFF and so on",
+            entry["content_type"],
+        )
+    head = await site.client.head(audio[0]["url"])
+    assert (head.status_code, head.headers["content-length"], head.content) == (200, "14", b"")
+    part = await site.client.get(audio[0]["url"], headers={"Range": "bytes=5-7"})
+    assert (part.status_code, part.content, part.headers["content-range"]) == (206, b"and", "bytes 5-7/14")
+
+
+async def test_ranges_also_from_an_object_store(build: Build) -> None:
+    site = build(files_url="memory://acestep-test")
+    job = await submit(site)
+    site.succeed(str(job["id"]), b"0123456789")
+    url = (await site.client.get(f"/v1/jobs/{job['id']}")).json()["result"]["items"][0]["audio"][0]["url"]
+    for asked, status, body in [
+        (None, 200, b"0123456789"), ("bytes=2-4", 206, b"234"), ("bytes=7-", 206, b"789"), ("bytes=-3", 206, b"789"),
+        ("bytes=5-99", 206, b"56789"), ("bytes=10-", 416, b""), ("bytes=0-1,4-5", 200, b"0123456789"),
+        ("bytes=-0", 416, b""), ("lines=1-2", 200, b"0123456789"),
+    ]:  # fmt: skip
+        got = await site.client.get(url, headers={"Range": asked} if asked else {})
+        assert (got.status_code, got.content) == (status, body), asked
+    head = await site.client.head(url)
+    assert (head.status_code, head.headers["content-length"], head.content) == (200, "10", b"")
+
+
+async def test_signed_urls_cannot_be_forged_or_used_elsewhere(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACESTEP_API_KEY", "secret")
+    site = build()
+    key = {"Authorization": "Bearer secret"}
+    one, two = [(await submit(site, **key))["id"] for _ in range(2)]
+    for job_id in (one, two):
+        site.succeed(str(job_id))
+    url = (await site.client.get(f"/v1/jobs/{one}", headers=key)).json()["result"]["items"][0]["audio"][0]["url"]
+    path, query = url.split("?")
+    assert (await site.client.get(url)).status_code == 200  # without any key
+    expires = dict(p.split("=") for p in query.split("&"))["expires"]
+    forged = [
+        f"/v1/jobs/{two}/audio/0.wav?{query}",
+        f"/v1/jobs/{one}/audio/1.wav?{query}",
+        f"/v1/jobs/{one}/audio/0.mp3?{query}",
+        f"{path}?{query}x",
+        f"{path}?{query.replace(expires, str(int(expires) + 60))}",
+        f"{path}?expires={expires}",
+        f"{path}?{query.split('&')[1]}",
+        f"{path}?expires=٣&signature=x",
+    ]
+    for target in forged:
+        answer = await site.client.get(target)
+        assert answer.status_code == 403, target
+        assert answer.json()["type"] == "urn:acestep:forbidden"
+    assert (await site.client.get(path)).status_code == 401
+    assert (await site.client.get(path, headers=key)).status_code == 200
+    late = build(url_lifetime_s=1e-9)
+    monkeypatch.setattr("deployments.api.signing.time.time", lambda: 1e9)
+    old = late.service.signer.sign(path)
+    monkeypatch.undo()
+    assert (await site.client.get(old)).status_code == 403
+
+
+async def test_the_same_key_gives_the_same_job(site: Site) -> None:
+    first = await submit(site, **{"Idempotency-Key": "abc"})
+    again = await site.client.post("/v1/music", json=dict(reversed(SONG.items())), headers={"Idempotency-Key": "abc"})
+    assert again.json()["id"] == first["id"]
+    assert again.headers["idempotent-replayed"] == "true"
+    other = await site.client.post("/v1/music", json={**SONG, "seed": 8}, headers={"Idempotency-Key": "abc"})
+    assert other.status_code == 422
+    assert other.json()["errors"][0]["field"] == "Idempotency-Key"
+    for bad in ("", "x" * 256):
+        answer = await site.client.post("/v1/music", json=SONG, headers={"Idempotency-Key": bad})
+        assert answer.status_code == 422
+    assert site.service.store.counts()["queued"] == 1
+
+
+async def test_prefer_wait_answers_with_the_result(site: Site) -> None:
+    waiting = asyncio.create_task(
+        site.client.post("/v1/music", json=SONG, headers={"Prefer": "respond-async, wait=30"})
+    )
+    while not (queued := site.service.store.page()):
+        await asyncio.sleep(0.02)
+    site.succeed(queued[0].id)
+    answer = await waiting
+    assert (answer.status_code, answer.json()["state"]) == (200, "succeeded")
+    assert answer.headers["preference-applied"] == "wait=30"
+    still = await site.client.post("/v1/music", json=SONG, headers={"Prefer": "wait=0"})
+    assert still.status_code == 202
+
+
+async def test_jobs_are_paged_and_filtered(site: Site) -> None:
+    ids = [str((await submit(site))["id"]) for _ in range(5)]
+    site.succeed(ids[0])
+    seen, cursor = [], None
+    while True:
+        params = {"limit": 2, **({"cursor": cursor} if cursor else {})}
+        page = (await site.client.get("/v1/jobs", params=params)).json()
+        seen += [job["id"] for job in page["jobs"]]
+        if (cursor := page["next"]) is None:
+            break
+    assert seen == ids[::-1]
+    done = (await site.client.get("/v1/jobs", params={"state": ["succeeded", "failed"]})).json()["jobs"]
+    assert [job["id"] for job in done] == [ids[0]]
+    for bad in ("%%%", "bm90IGE=", "x y"):
+        assert (await site.client.get("/v1/jobs", params={"cursor": bad})).status_code == 422
+
+
+async def test_events_stream_and_resume(site: Site) -> None:
+    job_id = str((await submit(site))["id"])
+    site.succeed(job_id)
+    answer = await site.client.get(f"/v1/jobs/{job_id}/events")
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    frames = [dict(line.split(": ", 1) for line in f.splitlines()) for f in answer.text.strip().split("\n\n")][1:]
+    assert [f["event"] for f in frames] == ["queued", "started", "planned", "succeeded"]
+    assert json.loads(frames[2]["data"])["bpm"] == 92
+    rest = await site.client.get(f"/v1/jobs/{job_id}/events", headers={"Last-Event-ID": frames[1]["id"]})
+    assert [line for line in rest.text.splitlines() if line.startswith("event")] == [
+        "event: planned",
+        "event: succeeded",
+    ]
+    over = await site.client.get(f"/v1/jobs/{job_id}/events", headers={"Last-Event-ID": frames[-1]["id"]})
+    assert over.status_code == 204
+
+
+async def test_events_beat_while_nothing_happens(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    from deployments.api import events
+
+    monkeypatch.setattr(events, "POLL_S", 0.01)
+    job_id = str((await submit(site))["id"])
+    frames = events.stream(site.service.store, job_id, 0, heartbeat_s=0.05)
+    seen = [await anext(frames) for _ in range(4)]
+    assert seen[0].startswith(b"retry")
+    assert seen[1].startswith(b"id")
+    assert seen[2:] == [b": still here\n\n"] * 2
+    site.service.store.request_cancel(job_id)
+    assert b"event: cancelled" in [frame async for frame in frames][-1]
+
+
+async def test_cancel_and_the_audio_that_never_came(site: Site) -> None:
+    job_id = (await submit(site))["id"]
+    early = await site.client.get(f"/v1/jobs/{job_id}/audio/0.wav")
+    assert (early.status_code, early.json()["type"]) == (409, "urn:acestep:conflict")
+    gone = await site.client.delete(f"/v1/jobs/{job_id}")
+    assert gone.json()["state"] == "cancelled"
+    assert (await site.client.delete(f"/v1/jobs/{job_id}")).json()["state"] == "cancelled"
+    assert (await site.client.get(f"/v1/jobs/{job_id}/audio/0.wav")).status_code == 409
+
+
+async def test_plans_are_jobs_of_their_own(site: Site) -> None:
+    answer = await site.client.post("/v1/plans", json=SONG)
+    job = answer.json()
+    assert (answer.status_code, job["kind"], job["cost"]["render_s"]) == (202, "plan", 0.0)
+    plan = {"metadata": {"bpm": 100, "duration": 20.0}, "codes": [[1, 2, 3]]}
+    song = await submit(site, {"prompt": "quiet piano", "plan": plan})
+    assert site.job(str(song["id"])).request.plan.metadata.bpm == 100  # type: ignore[union-attr]
+    assert [j["kind"] for j in (await site.client.get("/v1/jobs", params={"kind": "plan"})).json()["jobs"]] == ["plan"]
+
+
+async def test_a_full_queue_is_told_before_a_record_is_made(build: Build) -> None:
+    site = build(max_queue=1)
+    await submit(site)
+    answer = await site.client.post("/v1/music", json=SONG)
+    assert (answer.status_code, answer.headers["retry-after"], answer.json()["type"]) == (429, "5", "urn:acestep:busy")
+    assert site.service.store.counts()["queued"] == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status"),
+    [
+        ("POST", "/v1/music", {"prompt": ""}, 422),
+        ("POST", "/v1/music", {"prompt": "x", "nonsense": 1}, 422),
+        ("POST", "/v1/music", {"prompt": "x", "task": "extract", "src_audio": "/etc/passwd"}, 422),
+        ("POST", "/v1/music", {"prompt": "x", "steps": 50}, 422),
+        ("POST", "/v1/music", {"prompt": "x", "webhook_url": "http://127.0.0.1/x"}, 422),
+        ("POST", "/v1/music", {"prompt": "x", "webhook_url": "ftp://example.com/x"}, 422),
+        ("POST", "/v1/format", {}, 422),
+        ("POST", "/v1/understand", {}, 422),
+        ("GET", "/v1/jobs/none", None, 404),
+        ("GET", "/v1/jobs/none/events", None, 404),
+        ("DELETE", "/v1/jobs/none", None, 404),
+        ("GET", "/v1/files/file-0", None, 404),
+        ("POST", "/v1/webhooks/none/retry", None, 404),
+        ("PUT", "/v1/music", {}, 405),
+        ("GET", "/nowhere", None, 404),
+    ],
+)
+async def test_every_error_is_a_problem_body(
+    site: Site, method: str, path: str, body: dict[str, object] | None, status: int
+) -> None:
+    answer = await site.client.request(method, path, json=body)
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/problem+json"
+    problem = answer.json()
+    assert problem["status"] == status
+    assert problem["type"].startswith("urn:acestep:")
+    assert "Traceback" not in answer.text
+    assert str(site.service.storage.url) not in answer.text
