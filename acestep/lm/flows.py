@@ -5,10 +5,10 @@ A flow is a generator: it yields the jobs that may run side by side, is resumed 
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
-from acestep.errors import LimitExceeded
+from acestep.errors import InvalidRequest, LimitExceeded
 from acestep.lm.decoder import Job
 from acestep.lm.grammar import MAX_CAPTION_TOKENS, CodesProgram, CotProgram, Grammar, OpenProgram
 from acestep.lm.metadata import known_fields, metadata_of, parse_lyrics, parse_reasoning, unquote
@@ -59,26 +59,22 @@ class FlowBuilder:
         limit = min(work.max_duration, MAX_DURATION_S)
         seeds = planning_seeds(request)
         thinks = request.thinking and request.task in CODES_TASKS and request.audio_codes is None
-        ready = request.plan is not None and bool(request.plan.codes)
-        if request.plan is not None:
-            metadata = [request.plan.metadata_of(i) for i in range(request.batch_size)]
-            shared = not request.plan.item_metadata
+        edited = request.plan
+        if edited is not None:
+            if edited.codes or not thinks:
+                return edited if request.audio_codes is None else _with_codes(edited, request.audio_codes)
+            metadata = [edited.metadata_of(i) for i in range(request.batch_size)]
+            shared = not edited.item_metadata
         else:
             metadata = yield from self._metadata(request, limit, seeds, thinks)
             shared = request.lm_share_cot
-        codes: tuple[tuple[int, ...], ...] | None = None
+        result = Plan(metadata=metadata[0], item_metadata=() if shared else tuple(metadata), lm_seeds=seeds)
         if request.audio_codes is not None:
-            codes = (request.audio_codes,)
-        elif ready:
-            codes = request.plan.codes if request.plan else None
-        elif thinks:
-            codes = yield from self._codes(work, metadata, limit, seeds)
-        return Plan(
-            metadata=metadata[0],
-            item_metadata=() if shared else tuple(metadata),
-            codes=codes,
-            lm_seeds=seeds,
-        )
+            return _with_codes(result, request.audio_codes)
+        if not thinks:
+            return result
+        codes = yield from self._codes(work, metadata, limit, seeds)
+        return result.model_copy(update={"codes": codes})
 
     def _metadata(
         self, request: SongRequest, limit: float, seeds: tuple[int, ...], thinks: bool
@@ -181,6 +177,7 @@ class FlowBuilder:
         given: dict[str, object] = {}
         match work:
             case UnderstandWork():
+                self._check_codes(work.codes)
                 prompt, most = self.prompts.understand(work.codes), UNDERSTAND_TOKENS
             case InspireWork():
                 prompt, most = self.prompts.inspire(work.query, instrumental=work.instrumental), WRITE_TOKENS
@@ -251,6 +248,12 @@ class FlowBuilder:
         ids = program.lyrics_ids if isinstance(program, CotProgram) else program.ids
         return parse_lyrics(self.grammar.tokenizer.decode(ids))
 
+    def _check_codes(self, codes: Sequence[int]) -> None:
+        known = self.grammar.tokenizer.num_codes
+        bad = [n for n in codes if not 0 <= n < known]
+        if bad:
+            raise InvalidRequest(f"audio code {bad[0]} is outside 0 to {known - 1}, which this planner knows", field="codes")
+
     def _too_long(self, needed: int, prompt: int, duration: float | None) -> LimitExceeded:
         seconds = f" and {duration:g} s of codes" if duration else ""
         return LimitExceeded(
@@ -258,6 +261,10 @@ class FlowBuilder:
             "Shorten the lyrics or the prompt, or ask for a shorter song.",
             field="lyrics", limit=self.max_len, asked=needed, prompt_tokens=prompt,
         )  # fmt: skip
+
+
+def _with_codes(plan: Plan, codes: tuple[int, ...]) -> Plan:
+    return plan.model_copy(update={"codes": (codes,)})
 
 
 def _lyrics(request: SongRequest) -> str:

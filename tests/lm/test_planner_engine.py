@@ -1,0 +1,156 @@
+"""The engine between tickets and rows: order, cancellation, reservation, failure."""
+
+from __future__ import annotations
+
+import gc
+import random
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from acestep.engine import Ticket
+from acestep.errors import InvalidOutput, LimitExceeded
+from acestep.lm.decoder import Decoder, Job
+from acestep.lm.engine import PlannerEngine
+from acestep.lm.flows import FlowBuilder
+from acestep.lm.grammar import CodesProgram, Grammar
+from acestep.lm.loading import load_model
+from acestep.lm.model import PlannerModel
+from acestep.lm.planner import Planner
+from acestep.lm.prompts import PromptBuilder
+from acestep.lm.sampling import SamplingParams
+from acestep.lm.work import PlanWork
+from acestep.plan import Plan
+from acestep.request import SongRequest
+from acestep.settings import PlannerSettings
+
+GIVEN = {"bpm": 120, "key_scale": "A minor", "time_signature": "4"}
+
+
+def song(seed: int = 1, **fields: object) -> PlanWork:
+    return PlanWork(SongRequest.model_validate({"prompt": "x", "duration": 10, "seed": seed, **GIVEN, **fields}))
+
+
+@pytest.fixture
+def engine(model: PlannerModel, grammar: Grammar) -> PlannerEngine:
+    return make_engine(model, grammar, rows=4, tokens=4_000)
+
+
+def make_engine(model: PlannerModel, grammar: Grammar, *, rows: int, tokens: int) -> PlannerEngine:
+    decoder = Decoder(model, grammar, rows=rows, arena_tokens=tokens)
+    return PlannerEngine(decoder, FlowBuilder(grammar, PromptBuilder(grammar.tokenizer), 2_048, rows), {})
+
+
+def finish(engine: PlannerEngine) -> None:
+    while engine.step():
+        pass
+
+
+def test_no_more_than_fits_is_taken(engine: PlannerEngine) -> None:
+    tickets = [Ticket(song(i)) for i in range(3)]
+    for ticket in tickets[:2]:
+        assert engine.has_room(ticket)
+        engine.add(ticket)
+    assert not engine.has_room(tickets[2])
+    finish(engine)
+    assert engine.has_room(tickets[2])
+    assert all(t.future.done() for t in tickets[:2])
+
+
+def test_a_later_phase_goes_before_newcomers(engine: PlannerEngine) -> None:
+    """A song whose metadata took one row needs four for its codes: newcomers wait until it has them."""
+    first = Ticket(song(bpm=None, batch_size=2, use_cot_caption=False))
+    other = Ticket(song(2, duration=40))
+    engine.add(first)
+    engine.add(other)
+    while engine.stats()["waiting_jobs"] == 0 and not first.future.done():
+        engine.step()
+    assert engine.stats()["waiting_jobs"] == 1 and not engine.has_room(Ticket(song(3)))
+    finish(engine)
+    assert first.future.done() and other.future.done()
+
+
+def test_cancelled_work_is_gone_before_the_next_step(engine: PlannerEngine) -> None:
+    keep, drop = Ticket(song(1)), Ticket(song(2, batch_size=1))
+    engine.add(keep)
+    engine.add(drop)
+    for _ in range(5):
+        engine.step()
+    rows, reserved = engine.stats()["slots_used"], engine.stats()["kv_reserved_bytes"]
+    engine.remove(drop)
+    assert engine.stats()["slots_used"] == rows - 2 and engine.stats()["kv_reserved_bytes"] < reserved
+    finish(engine)
+    alone = Ticket(song(1))
+    engine.add(alone)
+    finish(engine)
+    assert keep.result().codes == alone.result().codes and not drop.future.done()
+
+
+def test_work_that_can_never_fit_is_refused_when_added(model: PlannerModel, grammar: Grammar) -> None:
+    engine = make_engine(model, grammar, rows=4, tokens=300)
+    ticket = Ticket(song(duration=60))
+    assert engine.has_room(ticket)
+    with pytest.raises(LimitExceeded) as failure:
+        engine.add(ticket)
+    assert failure.value.details["limit"] == 300 < failure.value.details["asked"]
+
+
+def test_one_songs_defect_does_not_stop_the_others(engine: PlannerEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    good, bad = Ticket(song(1)), Ticket(song(2, duration=11))
+    engine.add(good)
+    engine.add(bad)
+    read = FlowBuilder._read_codes
+
+    def broken(self: FlowBuilder, program: CodesProgram, metadata: object) -> tuple[int, ...]:
+        if len(program.codes) == 55:
+            raise ZeroDivisionError
+        return read(self, program, metadata)
+
+    monkeypatch.setattr(FlowBuilder, "_read_codes", broken)
+    finish(engine)
+    assert good.result().codes and type(bad.future.exception()).__name__ == "Internal"
+    assert engine.stats()["songs"] == 0 == engine.stats()["slots_used"]
+
+
+def test_numbers_that_are_not_finite_are_an_error(checkpoint: Path, grammar: Grammar) -> None:
+    model = load_model(checkpoint, device=torch.device("cpu"), dtype=torch.float32, max_len=256)
+    model.layers[1].down[3, 3] = torch.nan
+    decoder = Decoder(model, grammar, rows=2, arena_tokens=512, lane_length=256)
+    decoder.add(Job([1, 2, 3], None, [(CodesProgram(grammar.tokenizer, 5, limit=5), 0)], SamplingParams()))
+    with pytest.raises(InvalidOutput):
+        decoder.step()
+    decoder.reset()
+    assert decoder.rows_used == 0 and all(bool(k.isfinite().all()) for k in decoder.arena.keys)
+
+
+def test_the_queue_is_served_by_priority(checkpoint: Path) -> None:
+    planner = Planner.load(checkpoint, PlannerSettings(slots=2, max_len=1_024))
+    order: list[int] = []
+    tickets = [planner.submit(song(n, duration=20), priority=float(-n)) for n in range(6)]
+    for n, ticket in enumerate(tickets):
+        ticket.future.add_done_callback(lambda _, n=n: order.append(n))
+    for ticket in tickets:
+        ticket.result(timeout=60)
+    planner.close()
+    assert order[1:] == sorted(order[1:], reverse=True)
+
+
+def test_memory_is_flat_over_five_hundred_songs(checkpoint: Path) -> None:
+    planner = Planner.load(checkpoint, PlannerSettings(slots=16, max_len=512))
+    rng = random.Random(0)
+    process = psutil.Process()
+    rss = []
+    for _ in range(5):
+        tickets = [planner.submit(song(rng.randrange(1_000), duration=10, batch_size=1)) for _ in range(100)]
+        for ticket in tickets[::20]:
+            planner.cancel(ticket)
+        assert sum(isinstance(t.future.exception(timeout=120), Exception) for t in tickets) <= 5
+        assert isinstance(tickets[1].result(), Plan)
+        del tickets, ticket
+        gc.collect()
+        rss.append(process.memory_info().rss)
+        assert planner.stats()["kv_reserved_bytes"] == 0 == planner.stats()["slots_used"]
+    planner.close()
+    assert rss[-1] - rss[1] < 8 << 20, rss
