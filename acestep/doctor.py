@@ -1,0 +1,230 @@
+"""What this machine can do, and why: everything that `acestep doctor` says."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from typing import Any
+from urllib.parse import urlsplit
+
+from acestep import __version__, host, probes
+from acestep.cards import Device, tier_row
+from acestep.client import server_url
+from acestep.devices import list_devices
+from acestep.errors import AceStepError
+from acestep.gpu_config import GIB, Role, is_tiny
+from acestep.memory import RenderTask, admit_render, is_guided, known_configs
+from acestep.probes import Finding
+from acestep.settings import Resolved, resolve
+
+INSTALL = "https://pytorch.org/get-started/locally/"
+_PACKAGES = ("torch", "transformers", "diffusers", "ray", "av", "torchao", "flash-attn", "kernels", "triton")
+
+
+@dataclass(frozen=True)
+class CardReport:
+    """One device: what it is, and what it could do in each role."""
+
+    device: Device
+    tier: str
+    chosen: bool
+    plan: str
+    render: str
+    both: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """All answers.
+
+    Attributes:
+        machine: Facts about system, CPU, memory, user and packages.
+        cards: Every device, the CPU last.
+        role: What the settings are for.
+        settings: What a process started now would use; None where that cannot be settled, and `findings` says why.
+        findings: Everything that was tried.
+    """
+
+    machine: Mapping[str, Any]
+    cards: Sequence[CardReport]
+    role: Role
+    settings: Resolved | None
+    findings: Sequence[Finding]
+
+    @property
+    def ok(self) -> bool:
+        """Whether songs can be made here as things are."""
+        return not any(finding.level == "error" for finding in self.findings)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "settings": self.settings.to_dict() if self.settings else None, "ok": self.ok}
+
+
+def report(
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    role: Role = "both",
+    env: Mapping[str, str] | None = None,
+    devices: Sequence[Device] | None = None,
+) -> Report:
+    """Look at everything. Raises nothing that a wrong machine or setting could cause: it becomes a finding.
+
+    Args:
+        overrides: Arguments by option name, as for `resolve`.
+        role: What this machine is asked to do.
+        env, devices: Instead of the process's environment and what is found here.
+    """
+    env = os.environ if env is None else env
+    findings: list[Finding] = []
+    try:
+        present = list(devices) if devices is not None else list_devices(env=env)
+    except AceStepError as error:
+        findings.append(Finding("error", "cards", error.message, error.to_dict()))
+        present = list_devices(env={k: v for k, v in env.items() if k != "MAX_CUDA_VRAM"})
+    findings += build_mismatches(present, probes.pci_cards())
+
+    settings = None
+    try:
+        settings = resolve(role, overrides, devices=present, env=env)
+    except AceStepError as error:
+        findings.append(Finding("error", "settings", error.message, error.to_dict()))
+    else:
+        findings += [Finding("warning", "settings", text) for text in settings.warnings]
+        if role == "plan" and not settings.lm_enabled:
+            findings.append(Finding("error", "settings", f"no planner here: {settings.lm_reason}"))
+        if settings.renderer_model:
+            findings.append(probes.checkpoint(settings.renderer_model, "renderer"))
+        if settings.planner_model:
+            findings.append(probes.checkpoint(settings.planner_model, "planner"))
+
+    downloads = any(f.area == "checkpoints" and f.level == "note" for f in findings)
+    findings += probes.storage(probes.default_folders() if downloads else probes.state_folders())
+    findings += probes.codecs()
+    address = urlsplit(server_url())
+    if address.hostname in ("127.0.0.1", "localhost", "::1"):
+        findings.append(
+            probes.port(address.port or 8000, "127.0.0.1" if address.hostname == "localhost" else address.hostname)
+        )
+    chosen = settings.device if settings else None
+    cards = [card_report(device, device == chosen, overrides, env) for device in present]
+    return Report(machine(), cards, role, settings, findings)
+
+
+def machine() -> dict[str, Any]:
+    """System, CPU, memory, user and versions."""
+    total, free = host.memory()
+    versions: dict[str, str | None] = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "acestep": __version__,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "cpu": host.cpu_name(),
+        "threads": host.cpu_threads(),
+        "memory_gib": round(total / GIB, 2),
+        "memory_free_gib": round(free / GIB, 2),
+        "uid": os.getuid() if hasattr(os, "getuid") else None,
+        "gid": os.getgid() if hasattr(os, "getgid") else None,
+        "torch_build": torch_build(),
+        "packages": versions,
+    }
+
+
+def torch_build() -> str:
+    """`CUDA 12.8`, `ROCm 6.4`, `XPU ...` or `CPU`."""
+    import torch
+
+    for name, version in (
+        ("ROCm", torch.version.hip),
+        ("CUDA", torch.version.cuda),
+        ("XPU", getattr(torch.version, "xpu", None)),
+    ):
+        if version:
+            return f"{name} {version}"
+    return "Apple MPS" if torch.backends.mps.is_built() else "CPU"
+
+
+def build_mismatches(devices: Sequence[Device], pci: Sequence[str], build: str | None = None) -> list[Finding]:
+    """Cards that are here and that this torch build cannot use, with what to install."""
+    build = build or torch_build()
+    found = [
+        Finding(
+            "warning", "cards",
+            f"{device.name} is present, but this torch ({build} build) cannot use it: "
+            + ("update the NVIDIA driver" if build.startswith("CUDA") else f"install a CUDA build of torch, see {INSTALL}"),
+            {"card": device.name, "driver": device.driver},
+        )
+        for device in devices
+        if device.kind == "cuda" and device.usable is False
+    ]  # fmt: skip
+    seen = {kind: any(d.kind == kind and not d.simulated for d in devices) for kind in ("cuda", "rocm", "xpu")}
+    if "NVIDIA" in pci and not seen["cuda"]:
+        text = "an NVIDIA card is on the bus, but its driver does not answer: install the driver, or start the container with GPU access"
+        found.append(Finding("warning", "cards", text))
+    if "AMD" in pci and not seen["rocm"]:
+        text = f"an AMD card is present, this torch is a {build} build: to use the card install a ROCm build of torch, see {INSTALL}"
+        found.append(Finding("note", "cards", text))
+    if "Intel" in pci and not seen["xpu"]:
+        text = f"an Intel GPU is present, this torch is a {build} build: to use it install an XPU build of torch, see {INSTALL}"
+        found.append(Finding("note", "cards", text))
+    return found
+
+
+def card_report(
+    device: Device, chosen: bool, overrides: Mapping[str, Any] | None, env: Mapping[str, str]
+) -> CardReport:
+    """What one device could do in each role, in words."""
+    said = {role: _ability(role, device, overrides, env) for role in ("plan", "render", "both")}
+    return CardReport(device, tier_row(device).tier, chosen, **said)
+
+
+def _ability(role: Role, device: Device, overrides: Mapping[str, Any] | None, env: Mapping[str, str]) -> str:
+    try:
+        r = resolve(role, overrides, device=device, env=env)
+    except AceStepError as error:
+        return f"no: {error.message}"
+    parts = []
+    if role != "render":
+        if r.planner is None:
+            parts.append(f"no planner ({r.lm_reason})")
+        else:
+            parts.append(f"{r.planner_model}, {r.planner.slots // 2} guided songs at once on {r.planner.device}")
+    if r.renderer is not None and r.renderer_model is not None:
+        song = f"songs of {r.limits.max_duration:g} s, {r.limits.max_batch} per request, with {r.renderer_model}"
+        parts.append(song + _peak(r, device))
+    return "; ".join(parts)
+
+
+def _peak(r: Resolved, device: Device) -> str:
+    assert r.renderer is not None
+    model = str(r.renderer_model)
+    if is_tiny(model):
+        return ""
+    task = RenderTask(r.limits.max_duration, r.limits.max_batch, guided=is_guided(model))
+    try:
+        found = admit_render(task, known_configs(model), r.renderer, device.memory_bytes)
+    except AceStepError as error:
+        return f", which do not fit: {error.message}"
+    return f", at most {found.need.peak / GIB:.1f} GiB ({found.need.stage})"
+
+
+def doctor(json_output: bool = False, role: Role = "both") -> int:
+    """Print the report. 0 where this machine can do what `role` asks of it, else 1."""
+    from acestep.doctor_view import print_report
+
+    made = report(role=role)
+    if json_output:
+        json.dump(made.to_dict(), sys.stdout, indent=2, default=str)
+        sys.stdout.write("\n")
+    else:
+        print_report(made)
+    return 0 if made.ok else 1
