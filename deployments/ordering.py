@@ -15,6 +15,7 @@ from dataclasses import dataclass
 PATIENCE_S = 30.0
 PATIENCE_FACTOR = 4.0  # times the job's own work
 SLACK_S = 30.0
+FORGIVEN = 0.05  # seconds of a caller's lead, per second that its next job is overdue: so that every job's turn comes
 PRIORITY_S = 60.0  # what one step of priority is worth in urgency
 USAGE_HALF_LIFE_S = 300.0
 
@@ -84,15 +85,12 @@ def _ordered(candidates: Iterable[Waiting], usage: Mapping[str, float], now: flo
     had = {key: max(0.0, usage.get(key, 0.0)) / queue[0].weight for key, queue in queues.items()}
 
     def share(key: str) -> float:
-        # An overdue job forgives its caller's lead second by second, so every job's turn comes whatever others do.
-        return had[key] - max(0.0, now - queues[key][0].due)
+        return had[key] - FORGIVEN * max(0.0, now - queues[key][0].due)
 
     while queues:
         shares = {key: share(key) for key in queues}
         bar = min(shares.values()) + SLACK_S
-        key = min(
-            (k for k, s in shares.items() if s <= bar), key=lambda k: (queues[k][0].due, queues[k][0].submitted, k)
-        )
+        key = min((k for k, s in shares.items() if s <= bar), key=lambda k: (queues[k][0].due, queues[k][0].submitted, k))
         job = queues[key].popleft()
         had[key] += job.work_s / job.weight
         if not queues[key]:

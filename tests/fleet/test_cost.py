@@ -114,7 +114,8 @@ def test_all_metadata_given_leaves_only_the_codes_to_plan() -> None:
     given_all = song(duration=60, bpm=120, key_scale="A minor", time_signature="4")
     cost = profiles.named("l4").planners["1.7B"]
     parts = plan_seconds(given_all, cost, 60.0).parts
-    assert parts["metadata_s"] == 0 and parts["codes_s"] > 0
+    assert parts["metadata_s"] == 0
+    assert parts["codes_s"] > 0
 
 
 def test_the_duration_is_what_is_known_and_a_guess_by_the_lyrics_otherwise() -> None:
@@ -162,19 +163,23 @@ def test_model_names_give_sizes() -> None:
 )
 def test_driver_names_find_their_row(name: str, row: str) -> None:
     found = profiles.identify(name)
-    assert found is not None and found.name == row
+    assert found is not None
+    assert found.name == row
 
 
 def test_a_mig_slice_is_a_share_of_its_card() -> None:
     whole, part = profiles.identify("NVIDIA H100 80GB HBM3"), profiles.identify("NVIDIA H100 80GB HBM3 MIG 1g.10gb")
-    assert whole and part
-    assert part.memory_gb == 10 and part.tflops == pytest.approx(whole.tflops / 7)
+    assert whole
+    assert part
+    assert part.memory_gb == 10
+    assert part.tflops == pytest.approx(whole.tflops / 7)
     assert part.price < whole.price
 
 
 def test_an_unknown_card_gets_a_typical_one_of_its_tier_and_says_so() -> None:
     profile = profiles.find("Frobnicator 9000", tier="tier5")
-    assert profile.source == "calculated" and "not in the table" in profile.provenance
+    assert profile.source == "calculated"
+    assert "not in the table" in profile.provenance
     assert 12 <= profile.memory_gb < 16
 
 
@@ -189,7 +194,8 @@ def test_measured_files_come_first_and_are_completed(tmp_path: object) -> None:
     found = profiles.find("NVIDIA L4")
     assert found.source == "measured"
     assert found.renderers["2B"] == fast
-    assert found.renderers["XL"] == base.renderers["XL"] and found.planners == base.planners
+    assert found.renderers["XL"] == base.renderers["XL"]
+    assert found.planners == base.planners
     assert profiles.named("mine") == found
 
 
@@ -197,7 +203,7 @@ def test_a_broken_profile_file_is_named_and_not_used_by_find() -> None:
     profiles.measured_dir().mkdir(parents=True)
     path = profiles.measured_dir() / "broken.json"
     path.write_text('{"name": "x", "typo": 1}')
-    with pytest.raises(InvalidRequest, match="broken.json"):
+    with pytest.raises(InvalidRequest, match=r"broken\.json"):
         profiles.read(path)
     assert profiles.find("NVIDIA L4").source == "calculated"
     with pytest.raises(InvalidRequest, match="rtx-4090"):
@@ -247,4 +253,5 @@ def test_render_conditions_count_source_and_reference_audio() -> None:
     plain = render_seconds(song(duration=60), cost, 60.0).parts["conditions_s"]
     cover = render_seconds(song(duration=60, task="cover", src_audio="a"), cost, 60.0).parts["conditions_s"]
     referenced = render_seconds(song(duration=60, reference_audio=["a", "b"]), cost, 60.0).parts["conditions_s"]
-    assert cover > plain and referenced > plain
+    assert cover > plain
+    assert referenced > plain

@@ -50,13 +50,15 @@ def test_long_batches_go_to_the_large_card_and_short_songs_to_the_small_one() ->
 def test_when_the_large_card_goes_new_requests_are_cut_and_accepted_ones_wait() -> None:
     fleet, request = three_cards(**GONE), song(duration=600, batch_size=8)
     cut = choose(request, fleet)
-    assert cut.outcome == "run" and cut.renderer == "dit-16"
+    assert cut.outcome == "run"
+    assert cut.renderer == "dit-16"
     assert [(a.field, a.asked, a.given) for a in cut.adjustments] == [("duration", 600, 480), ("batch_size", 8, 4)]
     assert (cut.request.duration, cut.request.batch_size) == (480, 4)
 
     waits = choose(request, fleet, clamp=False)
     assert (waits.outcome, waits.renderer, waits.eta_s) == ("wait", "dit-80", None)
-    assert waits.request == request and not waits.adjustments
+    assert waits.request == request
+    assert not waits.adjustments
     assert "acestep/gpu-tier=unlimited" in waits.reason
 
     back = choose(request, three_cards(), clamp=False)
@@ -71,9 +73,11 @@ def test_strict_requests_beyond_the_fleet_are_refused_by_name() -> None:
 def test_a_plan_longer_than_what_is_left_of_the_fleet_is_cut_too() -> None:
     plan = Plan(metadata=Metadata(duration=600), codes=((1,) * 3000,))
     decision = choose(song(), three_cards(**GONE), plan=plan)
-    assert decision.plan is not None and decision.plan.codes is not None
+    assert decision.plan is not None
+    assert decision.plan.codes is not None
     assert len(decision.plan.codes[0]) == 2400
-    assert decision.request.plan is None and decision.planner is None
+    assert decision.request.plan is None
+    assert decision.planner is None
     assert {a.field for a in decision.adjustments} == {"plan.metadata.duration", "plan.codes"}
 
 
@@ -86,7 +90,8 @@ def test_a_plan_longer_than_what_is_left_of_the_fleet_is_cut_too() -> None:
 )
 def test_what_nothing_can_ever_do_is_said(fields: dict[str, object], why: str) -> None:
     decision = choose(song(duration=30, **fields), three_cards())
-    assert decision.outcome == "never" and decision.renderer is None
+    assert decision.outcome == "never"
+    assert decision.renderer is None
     assert why in decision.reason
 
 
@@ -99,7 +104,9 @@ def test_adapters_go_where_they_can_be_loaded() -> None:
 def test_a_fleet_without_planner_renders_without_thinking_and_says_so() -> None:
     fleet = FleetState(three_cards().of("render"))
     decision = choose(song(duration=60), fleet)
-    assert decision.outcome == "run" and decision.planner is None and not decision.request.thinking
+    assert decision.outcome == "run"
+    assert decision.planner is None
+    assert not decision.request.thinking
     assert decision.adjustments[0].field == "thinking"
     missing = FleetState((make_pool("lm-8", "plan", "rtx-3060-ti-8", "tier4", **GONE), *fleet.pools))
     assert choose(song(duration=60), missing, clamp=False).outcome == "wait"
@@ -121,7 +128,8 @@ def test_a_pool_at_zero_is_started_when_the_running_one_is_crowded() -> None:
         tuple(replace(p, running=0, max_replicas=4) if p.name == "dit-8" else replace(p, waiting_s=500.0, busy=1) for p in quiet.pools)
     )
     decision = choose(song(duration=30), crowded)
-    assert decision.outcome == "wait" and "will start one" in decision.reason
+    assert decision.outcome == "wait"
+    assert "will start one" in decision.reason
 
 
 def test_a_deadline_buys_a_larger_card_only_where_it_needs_one() -> None:
@@ -145,7 +153,9 @@ def test_a_batch_is_spread_where_that_is_faster_and_not_where_others_wait() -> N
     assert [len(g) for g in spread.groups] == [2, 2, 2, 2]
     alone = choose(request, FleetState((replace(four.pools[0], running=1),)))
     assert alone.groups == (tuple(range(8)),)
-    assert alone.eta_s is not None and spread.eta_s is not None and spread.eta_s < 0.4 * alone.eta_s
+    assert alone.eta_s is not None
+    assert spread.eta_s is not None
+    assert spread.eta_s < 0.4 * alone.eta_s
     fast = FleetState((make_pool("dit", "render", "h100-sxm", "unlimited", running=4),))
     jingles = choose(song(duration=10, batch_size=4, thinking=False, use_cot_metas=False), fast)
     assert len(jingles.groups) == 1  # some milliseconds are not worth three more cards
@@ -229,7 +239,8 @@ def test_a_chosen_pool_can_always_serve_the_request(
     chosen = [renderer]
     if decision.planner:
         chosen.append(by_name[decision.planner])
-        assert chosen[-1].role == "plan" and decision.est_plan_s > 0
+        assert chosen[-1].role == "plan"
+        assert decision.est_plan_s > 0
     assert (decision.outcome == "run") == all(p.running for p in chosen)
     assert (decision.eta_s is None) == any(not p.can_run for p in chosen)
     if decision.eta_s is not None:
@@ -237,7 +248,8 @@ def test_a_chosen_pool_can_always_serve_the_request(
     if clamp and any(p.can_run for p in fleet.of("render") if p.loras or request.lora is None):
         assert renderer.can_run
     if not clamp:
-        assert decision.request.duration == request.duration and decision.request.batch_size == request.batch_size
+        assert decision.request.duration == request.duration
+        assert decision.request.batch_size == request.batch_size
     assert choose(request, fleet, clamp=clamp, deadline_in_s=deadline) == decision  # a pure function
 
 
@@ -261,6 +273,7 @@ def test_the_eta_of_the_only_pools_grows_with_their_queue(request: SongRequest, 
     before = choose(request, FleetState((*plan, *render)))
     longer = [replace(p, waiting_s=p.waiting_s + more) for p in (*plan, *render)]
     after = choose(request, FleetState(tuple(longer)))
-    assert before.eta_s is not None and after.eta_s is not None
+    assert before.eta_s is not None
+    assert after.eta_s is not None
     # A fuller planner is slower, so more of the renderer's queue may be gone when the plan is there; never more than that.
     assert after.eta_s >= before.eta_s - 1e-6

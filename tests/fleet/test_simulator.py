@@ -1,0 +1,79 @@
+"""The fleet simulator: nothing is lost, the clocks add up, and its headline results hold on a small day."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks import fleet
+from benchmarks.fleet_policies import RequestCount, SecondsOfWork
+from benchmarks.fleet_simulator import Simulator
+from benchmarks.fleet_traffic import day
+from benchmarks.svg import scatter
+
+ARRIVALS = day(400, hours=1.0)
+SPECS = fleet.mixed_fleet(8)
+
+
+@pytest.mark.parametrize("routing", ["cost", "round_robin"])
+def test_every_song_is_made_once_and_gpu_time_covers_the_work(routing: str) -> None:
+    simulator = Simulator(SPECS, ARRIVALS, lambda pool: SecondsOfWork(pool, 30.0), routing=routing)  # type: ignore[arg-type]
+    result = simulator.run()
+    assert len(result.songs) == len(ARRIVALS)
+    assert all(s.finished is not None and s.finished > s.arrival.at for s in result.songs)
+    assert 0 < sum(p.done_s for p in simulator.pools.values()) / 3600 < result.gpu_hours
+    for pool in simulator.pools.values():
+        assert not pool.queue
+        assert pool.waiting_s == pytest.approx(0.0, abs=1e-6)
+        assert not pool.coming
+        assert not pool.upcoming
+        assert len(pool.replicas) <= pool.spec.max_replicas
+
+
+def test_the_same_day_twice_is_the_same() -> None:
+    def finished() -> list[float | None]:
+        return [s.finished for s in Simulator(SPECS, ARRIVALS, lambda pool: SecondsOfWork(pool, 30.0)).run().songs]
+
+    assert finished() == finished()
+
+
+def test_seconds_of_work_beat_request_counts_on_late_jobs_and_gpu_hours() -> None:
+    arrivals = day(1_500, hours=4.0, seed=5)
+    ours = Simulator(SPECS, arrivals, lambda pool: SecondsOfWork(pool, 20.0)).run()
+    serve = Simulator(SPECS, arrivals, lambda pool: RequestCount(pool, 2, fleet.SERVE)).run()
+    assert ours.late < serve.late
+    assert ours.gpu_hours < 1.1 * serve.gpu_hours
+
+
+def test_four_replicas_make_at_least_3_8_times_the_songs() -> None:
+    assert fleet.replicas(200)["speedup"] >= 3.8
+
+
+def test_routing_by_cost_is_later_less_often_than_dealing_out() -> None:
+    result = fleet.routing(800, 2, hours=2.0)
+    assert result["cost"]["late"] <= result["round_robin"]["late"]
+    assert result["cost"]["p95_s"] < result["round_robin"]["p95_s"]
+
+
+def test_table_plot_and_json_hold_every_row() -> None:
+    scaling = {
+        "jobs": 1, "hours": 6.0, "cards": 2,
+        "rows": [
+            {"policy": p, "setting": s, "late": i, "gpu_hours": 10.0 * i, "price": 1.0, "p50_s": 1.0, "p95_s": 2.0, "p99_s": 3.0,
+             "late_of_ours_at_these_gpu_hours": 0}
+            for i, (p, s) in enumerate([("ours", "a"), ("ours", "b"), ("theirs", "c<d")], 1)
+        ],
+    }  # fmt: skip
+    results = {
+        "autoscaling": scaling, "replicas": {"songs_per_hour": {"1": 1}, "speedup": 4.0},
+        "eta": {"fixed": {"all": {"p50": 0.1, "p90": 0.2}}},
+        "routing": {"jobs": 1, "cards": 1, **{n: {"late": 0, "p50_s": 1, "p95_s": 1, "p99_s": 1, "price_of_busy_time": 1} for n in ("cost", "round_robin")}},
+    }  # fmt: skip
+    text = fleet.table(json.loads(json.dumps(results)))
+    assert all(word in text for word in ("ours", "theirs", "4.0x", "p90 20.0%", "round_robin"))
+    svg = fleet.plot(scaling)
+    assert svg.startswith("<svg")
+    assert svg.count("<circle") == 3
+    assert "c&lt;d" in svg
+    assert scatter({}, title="t", x="x", y="y").startswith("<svg")
