@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from deployments.k8s.check import rayservice_of
+from deployments.k8s.schema import CRD_ENV, find_crd, load_crd, rayservice_schema
+
+ROOT = Path(__file__).resolve().parents[2]
+K8S = ROOT / "k8s"
+OVERLAYS = sorted(p.name for p in (K8S / "overlays").iterdir())
+Document = dict[str, Any]
+
+
+def tool(name: str) -> Path:
+    """A program of tests/k8s/install_tools.sh, or one on the PATH."""
+    own = ROOT / ".tools" / name
+    found = own if own.exists() else shutil.which(name)
+    if found is None:
+        pytest.skip(f"{name} is not here: run tests/k8s/install_tools.sh")
+    return Path(found)
+
+
+@cache
+def build(overlay: str) -> str:
+    """`kubectl kustomize` of an overlay."""
+    done = subprocess.run(
+        [str(tool("kubectl")), "kustomize", str(K8S / "overlays" / overlay)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def rendered() -> Callable[[str], list[Document]]:
+    """Objects of an overlay by its name, fresh for every call."""
+
+    def objects(overlay: str) -> list[Document]:
+        return [d for d in yaml.safe_load_all(build(overlay)) if d]
+
+    return objects
+
+
+@pytest.fixture
+def production(rendered: Callable[[str], list[Document]]) -> Document:
+    """The RayService with most in it, to be broken by tests."""
+    return copy.deepcopy(rayservice_of(rendered("production")))
+
+
+@pytest.fixture(scope="session")
+def crd_schema() -> Document:
+    """KubeRay's own schema of a RayService."""
+    if not os.environ.get(CRD_ENV):
+        pytest.skip(f"{CRD_ENV} does not name the folder of KubeRay's ray.io_rayservices.yaml")
+    path = find_crd()
+    assert path is not None
+    return rayservice_schema(load_crd(path))
