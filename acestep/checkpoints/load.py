@@ -92,7 +92,7 @@ def _load(folder: Path, dtype: torch.dtype) -> Any:
         with quiet():
             model, info = component_class(folder.name).from_pretrained(
                 folder,
-                torch_dtype=dtype,
+                dtype=dtype,
                 use_safetensors=True,
                 local_files_only=True,
                 output_loading_info=True,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 from acestep import paths
@@ -23,8 +22,6 @@ from acestep.checkpoints.published import (
 )
 from acestep.errors import ModelMissing
 from acestep.song import TINY_NOTICE
-
-log = logging.getLogger(__name__)
 
 
 def resolve(
