@@ -121,9 +121,9 @@ class Decoder:
         self.jobs: list[Job] = []
         self.rows_used = 0
         self.drawn_total = 0
-        self._heads = Heads(model, grammar)
+        self.heads = Heads(model, grammar)
         exact = model.device.type == "cpu" and model.dtype == torch.float32
-        self.invariant_rows = invariant_rows([*model.matrices, *self._heads.matrices]) if exact else None
+        self.invariant_rows = invariant_rows([*model.matrices, *self.heads.matrices]) if exact else None
         self._min_rows = self.invariant_rows or 1
         self._read: Reader = FlatReader(model, self.arena, self._min_rows)
         if lane_length:
@@ -223,7 +223,7 @@ class Decoder:
         drawn = [(outputs, self._sample(outputs, hidden)) for outputs in groups.values()]
         for outputs, indices in drawn:
             for output, index in zip(outputs, indices.tolist(), strict=True):
-                self._advance(output, self._heads.token(output.choice, index))
+                self._advance(output, self.heads.token(output.choice, index))
         self.drawn_total += len(due)
 
     def _sample(self, outputs: list[Output], hidden: torch.Tensor) -> torch.Tensor:
@@ -252,14 +252,14 @@ class Decoder:
         logits, base = self._product(cond, choices), self._product(uncond, choices)
         for row, output in enumerate(outputs):
             if output.params.repetition_penalty != 1.0:
-                used = {self._heads.index(output.choice, token) for token in output.written} - {None}
+                used = {self.heads.index(output.choice, token) for token in output.written} - {None}
                 penalise(logits[row], torch.tensor(sorted(used), device=hidden.device, dtype=torch.long), output.params.repetition_penalty)
         guided = torch.where(logits.isfinite(), base + scale * (logits - base), -torch.inf)
         return guided / heat
 
     def _product(self, hidden: torch.Tensor, choices: list[Choice]) -> torch.Tensor:
         padding = max(0, self._min_rows - len(hidden))
-        return self._heads.logits(F.pad(hidden, (0, 0, 0, padding)).to(self.model.dtype), choices)
+        return self.heads.logits(F.pad(hidden, (0, 0, 0, padding)).to(self.model.dtype), choices)
 
     def _advance(self, output: Output, token: int) -> None:
         output.drawn += 1
