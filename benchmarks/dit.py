@@ -1,0 +1,240 @@
+"""The renderer against diffusers' own `AceStepPipeline.__call__`: same weights, same device, same threads, one run.
+
+    python -m benchmarks.dit [--quick] [--json] [--size mid|2B|XL] [--device cuda] [--full-size] [--soak N]
+
+Without a GPU a mid-size random model is measured; with one, the true 2B (and XL on request). Each case alternates between both sides
+and keeps the best time of each, so that other load on the machine hits them alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+
+from acestep.checkpoints.load import RendererComponents
+from acestep.checkpoints.modules import quiet
+from acestep.checkpoints.published import variant_defaults
+from acestep.dit.renderer import Renderer
+from acestep.dit.work import RenderWork
+from acestep.request import SongRequest
+from acestep.settings import RendererSettings
+from benchmarks.models import build
+
+LYRICS = "[verse]\nA light is in the window and the road is long\n[chorus]\nStay a while, stay a while\n" * 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """Songs that arrive at once: seconds of each."""
+
+    name: str
+    seconds: tuple[float, ...]
+    repeats: int
+
+    @property
+    def audio_s(self) -> float:
+        return sum(self.seconds)
+
+
+CASES = (
+    Case("single10", (10,), 5),
+    Case("single60", (60,), 3),
+    Case("single240", (240,), 1),
+    Case("mixed8", (10, 12, 15, 20, 25, 30, 45, 60), 2),
+    Case("clips8", (10,) * 8, 2),
+)
+QUICK = (
+    Case("single10", (10,), 2),
+    Case("single60", (60,), 1),
+    Case("mixed8", (10, 10, 10, 11, 12, 13, 15, 20), 1),
+    Case("clips8", (10,) * 8, 1),
+)
+
+
+class Ours:
+    """All songs of a case are submitted at once."""
+
+    def __init__(self, parts: RendererComponents, settings: RendererSettings) -> None:
+        self.renderer = Renderer(parts, settings, name="benchmark", defaults=variant_defaults(parts.is_turbo))
+
+    def __call__(self, seconds: Sequence[float], run: str) -> None:
+        requests = [
+            SongRequest(prompt=f"{run} song {i}", lyrics=LYRICS, duration=s, seed=i) for i, s in enumerate(seconds)
+        ]
+        for ticket in [self.renderer.submit(RenderWork(request)) for request in requests]:
+            ticket.result()
+
+
+class Theirs:
+    """One call per song, or with `batch` one per length, which is all that the pipeline can batch: whichever is faster for it.
+
+    On a CPU that is one by one; a batch of 8 clips takes it 1.8 times as long.
+    """
+
+    def __init__(self, parts: RendererComponents, batch: bool) -> None:
+        with quiet():
+            from diffusers import AceStepPipeline, FlowMatchEulerDiscreteScheduler
+
+        self.batch = batch
+        self.pipeline = AceStepPipeline(
+            vae=parts.vae,
+            text_encoder=parts.text_encoder,
+            tokenizer=parts.tokenizer,
+            transformer=parts.transformer,
+            condition_encoder=parts.condition_encoder,
+            scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1, shift=1.0),
+            audio_tokenizer=parts.audio_tokenizer,
+            audio_token_detokenizer=parts.audio_token_detokenizer,
+        )
+        self.pipeline.set_progress_bar_config(disable=True)
+
+    def __call__(self, seconds: Sequence[float], run: str) -> None:
+        calls = [[s] * list(seconds).count(s) for s in dict.fromkeys(seconds)] if self.batch else [[s] for s in seconds]
+        for call in calls:
+            count = len(call)
+            self.pipeline(
+                prompt=[f"{run} song {i}" for i in range(count)],
+                lyrics=[LYRICS] * count,
+                audio_duration=float(call[0]),
+                num_inference_steps=8,
+                guidance_scale=1.0,
+                shift=3.0,
+                generator=[torch.Generator("cpu").manual_seed(i) for i in range(count)],
+                vocal_language="unknown",
+            ).audios.float().cpu()
+
+
+def timed(run: Callable[[Sequence[float], str], None], case: Case, name: str) -> float:
+    begin = time.perf_counter()
+    run(case.seconds, name)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def compare(cases: Sequence[Case], ours: Ours, theirs: Theirs) -> list[dict[str, Any]]:
+    rows = []
+    for side in (ours, theirs):
+        side((10.0,), "warm-up")
+    for case in cases:
+        best = {"ours": float("inf"), "theirs": float("inf")}
+        for repeat in range(case.repeats):
+            for name, side in (("theirs", theirs), ("ours", ours)):
+                # A new prompt each time: our cache of encoded prompts must not help.
+                best[name] = min(best[name], timed(side, case, f"{case.name} {repeat}"))
+                gc.collect()
+        rows.append(
+            {
+                "case": case.name,
+                "audio_s": case.audio_s,
+                "ours_s": round(best["ours"], 3),
+                "theirs_s": round(best["theirs"], 3),
+                "speedup": round(best["theirs"] / best["ours"], 3),
+                "x_realtime": round(case.audio_s / best["ours"], 2),
+            }
+        )
+        print(f"  {case.name} {rows[-1]}", file=sys.stderr)
+    return rows
+
+
+def soak(parts: RendererComponents, settings: RendererSettings, songs: int) -> dict[str, Any]:
+    """Memory after a tenth of `songs` songs and after all of them: it must not grow."""
+    ours = Ours(parts, settings)
+    process = psutil.Process()
+    marks = []
+    for i in range(songs):
+        ours((10.0 + i % 5,), f"soak {i}")
+        if i + 1 in (max(1, songs // 10), songs):
+            gc.collect()
+            marks.append(process.memory_info().rss)
+    ours.renderer.close()
+    return {"songs": songs, "rss_mib": [mark >> 20 for mark in marks], "grown_mib": (marks[-1] - marks[0]) >> 20}
+
+
+def full_size(size: str, dtype: str) -> dict[str, Any]:
+    """10 s of audio on this CPU with weights of the true size; the peak includes building them."""
+    parts = build(size, torch.device("cpu"), getattr(torch, dtype))
+    weights = psutil.Process().memory_info().rss
+    ours = Ours(parts, RendererSettings(dtype=dtype))  # type: ignore[arg-type]
+    begin = time.perf_counter()
+    ours((10.0,), "full size")
+    seconds = time.perf_counter() - begin
+    ours.renderer.close()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    gib = 1 << 30
+    return {
+        "size": size, "dtype": dtype, "audio_s": 10, "seconds": round(seconds, 1), "weights_gib": round(weights / gib, 2),
+        "peak_gib": round(peak / gib, 2),
+    }  # fmt: skip
+
+
+def machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="shorter songs, one repeat: under 50 s on two cores")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--size", choices=("mid", "2B", "XL"), help="default: 2B on a GPU, else mid")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32")
+    parser.add_argument("--compile", action="store_true", help="torch.compile on our side")
+    parser.add_argument(
+        "--full-size", action="store_true", help="only: 10 s of audio with the true 2B size on this CPU"
+    )
+    parser.add_argument("--soak", type=int, metavar="N", help="only: memory over N songs")
+    args = parser.parse_args(argv)
+    device = torch.device(args.device)
+    size = args.size or ("2B" if device.type == "cuda" else "mid")
+    dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    settings = RendererSettings(
+        device=args.device, dtype=dtype, compile=args.compile, attention="flash" if device.type == "cuda" else "sdpa"
+    )
+    report: dict[str, Any] = {"machine": machine(device), "torch": torch.__version__, "size": size, "dtype": dtype}
+    if args.full_size:
+        report["full_size"] = full_size(args.size or "2B", args.dtype or "bfloat16")
+    elif args.soak:
+        report["soak"] = soak(build(size, device, getattr(torch, dtype)), settings, args.soak)
+    else:
+        ours = Ours(build(size, device, getattr(torch, dtype)), settings)
+        rows = compare(
+            QUICK if args.quick else CASES,
+            ours,
+            Theirs(build(size, device, getattr(torch, dtype)), batch=device.type == "cuda"),
+        )
+        report["cases"] = rows
+        report["speedup"] = {row["case"]: row["speedup"] for row in rows}
+        report["attention"] = ours.renderer.info.attention
+        if device.type == "cuda":
+            report["peak_gib"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
+        ours.renderer.close()
+    if args.json:
+        print(json.dumps(report))
+        return 0
+    for row in report.pop("cases", []):
+        print(
+            "{case:>10}  {audio_s:6.0f} s of audio  ours {ours_s:8.2f} s  diffusers {theirs_s:8.2f} s  {speedup:5.2f}×".format(
+                **row
+            )
+        )
+    for name, value in report.items():
+        print(f"{name}: {value}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
