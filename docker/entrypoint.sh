@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# `serve [CONFIG]` prepares and serves a config; anything else is run as it is. KubeRay replaces this by `ray start`.
+# Writes only to ACESTEP_HOME, ACESTEP_CHECKPOINTS and the temporary folder.
+set -euo pipefail
+
+if [ "${1:-serve}" = serve ] && [ $# -le 2 ]; then
+  config=${2:-/opt/acestep/serve_config.yaml}
+  # One container is one Ray: no token to hand around, unless somebody wants one.
+  export RAY_AUTH_MODE=${RAY_AUTH_MODE:-disabled}
+  acestep prepare "$config"
+  exec serve run "$config"
+fi
+exec "$@"
