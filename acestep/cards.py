@@ -70,6 +70,11 @@ class Device:
         return min(self.total_bytes, self.physical_bytes or self.total_bytes)
 
     @property
+    def capped(self) -> bool:
+        """Whether the allocator is held to a simulated size that is not the card's own."""
+        return self.simulated and self.kind != "cpu"
+
+    @property
     def torch_name(self) -> str:
         """The `torch.device` to compute on; a card simulated without hardware computes on the CPU."""
         if self.kind in ("cpu", "mps"):

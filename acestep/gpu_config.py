@@ -322,17 +322,18 @@ def check_batch_size_limit(batch_size: int, gpu_config: GPUConfig, lm_initialize
 def main(arguments: list[str] | None = None) -> int:
     import argparse
 
-    from acestep.tier_doc import markdown, refresh_file
+    from acestep.doc_tables import markdown, refresh_file
 
     parser = argparse.ArgumentParser(prog="python -m acestep.gpu_config", description="The tier tables, from the data.")
     parser.add_argument("--markdown", action="store_true", help="print them as Markdown (what happens anyway)")
     parser.add_argument("--profile", choices=sorted(PROFILES), help="one table only")
     parser.add_argument(
-        "--write", metavar="FILE", help="renew the tables between the markers of a Markdown file instead"
+        "--write", metavar="FILE", nargs="+", help="renew the tables between the markers of Markdown files instead"
     )
     options = parser.parse_args(arguments)
     if options.write:
-        refresh_file(options.write)
+        for file in options.write:
+            refresh_file(file)
     else:
         print("\n".join(markdown(name) for name in ([options.profile] if options.profile else PROFILES)), end="")
     return 0

@@ -90,8 +90,18 @@ _OPTIONS = (
         "lm_slots", "ACESTEP_LM_SLOTS", _number(2, 1024, True), "rows in the planner's batch; a guided song takes two"
     ),
     Option("lm_max_len", "ACESTEP_LM_MAX_LEN", _number(256, 40_960, True), "tokens of one row"),
-    Option("lm_backend", "ACESTEP_LM_BACKEND", _one_of("torch", "pt", "vllm", "mlx"), "upstream's engine choice"),
-    Option("lm_offload_to_cpu", "ACESTEP_LM_OFFLOAD_TO_CPU", _flag, "the planner waits in host memory between songs"),
+    Option(
+        "lm_backend",
+        "ACESTEP_LM_BACKEND",
+        _one_of("torch", "pt", "vllm", "mlx"),
+        "upstream's choice of engine: torch here; others fall back to it with a warning",
+    ),
+    Option(
+        "lm_offload_to_cpu",
+        "ACESTEP_LM_OFFLOAD_TO_CPU",
+        _flag,
+        "upstream's; the slot engine cannot, and says so in a warning",
+    ),
 )
 OPTIONS: dict[str, Option] = {option.name: option for option in _OPTIONS}
 

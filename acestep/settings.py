@@ -14,13 +14,14 @@ from acestep.activations import CONTEXT_BYTES
 from acestep.cards import Device, cpu_device, pick, tier_row
 from acestep.devices import list_devices
 from acestep.errors import OutOfMemory
-from acestep.gpu_config import GPUConfig, Limits, Role, get_limits
+from acestep.gpu_config import GIB, GPUConfig, Limits, Role, get_limits
 from acestep.options import Attention, Book, Value, read_overrides
 from acestep.settings_fit import fit_renderer
 from acestep.settings_planner import PlannerSettings, choose_planner, planner_settings, smaller_planner
 from acestep.settings_renderer import RendererSettings, renderer_settings
 
 DEFAULT_RENDERER = "tiny"
+CROWDED = 0.8  # of a card that should be free when a replica starts alone on it
 
 __all__ = ["Attention", "PlannerSettings", "RendererSettings", "Resolved", "Value", "resolve"]
 
@@ -90,6 +91,9 @@ def resolve(
     present = list(devices) if devices is not None else [device] if device else list_devices(env=env)
     main = device or pick(present, book.overrides["device"].value if "device" in book.overrides else "auto")
     book.note("device", main.torch_name, f"{main.name}, {main.gib:.4g} GiB")
+    if role != "both" and main.is_card and not main.simulated and main.free_bytes < CROWDED * main.total_bytes:
+        held = (main.total_bytes - main.free_bytes) / GIB
+        book.warnings.append(f"other processes hold {held:.1f} of {main.gib:.4g} GiB of {main.name}: songs may not fit")
     profile = book.overrides["tier_profile"].value if "tier_profile" in book.overrides else None
     row = tier_row(main, profile)
 

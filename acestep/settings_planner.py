@@ -191,7 +191,8 @@ def _share(book: Book, role: Role, device: Device, row: GPUConfig, size: str, re
     if not device.is_card:
         gib = book.take("lm_memory_gb", None, "half of the free host memory at most")
     elif role == "plan":
-        gib = book.take("lm_memory_gb", None, "the planner has the card to itself")
+        simulated = round(0.9 * device.memory_bytes / GIB, 2) if device.capped else None
+        gib = book.take("lm_memory_gb", simulated, "the planner has the card to itself")
     elif size == "tiny":
         gib = book.take("lm_memory_gb", 1, "the tiny planner takes little more than its CUDA context")
     elif size in row.available_lm_models and table is None:

@@ -41,7 +41,9 @@ def renderer_settings(book: Book, device: Device, row: GPUConfig, model: str, pl
     dtype = _dtype(book, device)
     offload, offload_dit = _offload(book, device, row, model)
     gib = book.take("memory_gb", None, "all that the planner leaves" if planner_bytes else "all of the device")
-    memory = int(gib * GIB) if gib is not None else device.memory_bytes - planner_bytes if planner_bytes else None
+    memory = int(gib * GIB) if gib is not None else None
+    if memory is None and (planner_bytes or device.capped):
+        memory = device.memory_bytes - planner_bytes
     settings = RendererSettings(
         device=device.torch_name,
         dtype=dtype,

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from acestep import gpu_config, tier_doc
+from acestep import doc_tables, gpu_config
 from acestep.errors import InvalidRequest
 from acestep.gpu_config import (
     TIERS,
@@ -193,11 +193,16 @@ def test_memory_of_a_simulated_card(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (row.tier, row.gpu_memory_gb) == ("tier3", pytest.approx(7.9))
 
 
-def test_documented_table_is_the_data() -> None:
-    page = Path(__file__).parents[2] / "docs" / "tiers.md"
-    text = page.read_text(encoding="utf-8")
-    assert text.count("| `unlimited` |") == 2
-    assert tier_doc.refresh(text) == text, "run: python -m acestep.gpu_config --write docs/tiers.md"
+def test_documented_tables_are_the_data() -> None:
+    root = Path(__file__).parents[2]
+    page = (root / "docs" / "tiers.md").read_text(encoding="utf-8")
+    assert page.count("| `unlimited` |") == 2
+    assert "`ACESTEP_OFFLOAD_DIT_TO_CPU`" in page
+    for file in (root / "README.md", *(root / "docs").rglob("*.md")):
+        text = file.read_text(encoding="utf-8")
+        assert doc_tables.refresh(text) == text, f"run: python -m acestep.gpu_config --write {file.relative_to(root)}"
+    with pytest.raises(ValueError, match="weather"):
+        doc_tables.refresh("<!-- table:weather -->\n<!-- /table -->")
 
 
 def test_no_torch_is_imported() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,13 +20,15 @@ from acestep.settings import Resolved, resolve
 from acestep.weights import PLANNERS
 from tests.tiers.conftest import MakeCard
 
+HOST = Device(0, "cpu", "host", 64 * GIB, 48 * GIB, usable=True)
 TURBO = {"model": "acestep-v15-turbo"}
 
 
 @pytest.fixture(autouse=True)
-def gpu_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The packages of the `gpu` extra count as installed: what matters here is the rule, not this machine."""
+def known_surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The packages of the `gpu` extra count as installed and the host as roomy: what matters is the rule, not this machine."""
     monkeypatch.setattr("acestep.settings_renderer._installed", lambda *names: True)
+    monkeypatch.setattr("acestep.settings.cpu_device", lambda: HOST)
 
 
 def value(resolved: Resolved, name: str) -> Any:
@@ -164,12 +167,30 @@ def test_planner_on_another_card_bounds_nothing(card: MakeCard) -> None:
     assert r.renderer.memory_bytes is None
 
 
+def test_simulated_size_on_a_real_card_is_all_that_may_be_used(card: MakeCard) -> None:
+    device = card(8, simulated=True, physical_bytes=24 * GIB)
+    rendering = resolve("render", TURBO, device=device, env={})
+    planning = resolve("plan", TURBO, device=device, env={})
+    assert rendering.renderer is not None
+    assert planning.planner is not None
+    assert rendering.renderer.memory_bytes == 8 * GIB
+    assert planning.planner.memory_bytes is not None
+    assert planning.planner.memory_bytes < 8 * GIB
+
+
+def test_card_that_others_use_is_mentioned(card: MakeCard) -> None:
+    crowded = replace(card(15.9), free_bytes=6 * GIB)
+    assert any(
+        "other processes hold 9.9 of 15.9 GiB" in w for w in resolve("render", TURBO, device=crowded, env={}).warnings
+    )
+    assert resolve("both", TURBO, device=crowded, env={}).warnings == ()  # the other stage may be there already
+
+
 def test_cpu_with_real_weights() -> None:
     r = resolve("both", TURBO, devices=[cpu_device()], env={})
     assert (r.tier, r.lm_enabled, r.limits.max_duration) == ("tier1", False, 180)
     assert "ACESTEP_INIT_LLM=true" in r.lm_reason
-    host = Device(0, "cpu", "host", 64 * GIB, 48 * GIB, usable=True)
-    forced = resolve("both", {**TURBO, "init_llm": True}, devices=[host], env={})
+    forced = resolve("both", {**TURBO, "init_llm": True}, devices=[HOST], env={})
     assert forced.planner_model == "acestep-5Hz-lm-0.6B"
     assert any("minutes per song" in w for w in forced.warnings)
     assert (forced.limits.max_duration, forced.limits.max_batch) == (180, 1)

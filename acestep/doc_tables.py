@@ -1,4 +1,7 @@
-"""The tier tables as Markdown, and their place in a document: between `<!-- tiers:NAME -->` and `<!-- /tiers -->`."""
+"""Tables of the documentation that are data here, and their places: between `<!-- table:NAME -->` and `<!-- /table -->`.
+
+NAME is `tiers PROFILE` or `settings`. `python -m acestep.gpu_config --write FILE...` renews them; a test sees that they are current.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,9 @@ import re
 from pathlib import Path
 
 from acestep.gpu_config import GPUConfig, get_profile
+from acestep.options import OPTIONS
 
-_BLOCK = re.compile(r"(<!-- tiers:([^ ]+) -->\n).*?(<!-- /tiers -->)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- table:([^>]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 _HEAD = """\
 | VRAM (GiB) | tier | as detected (MiB) | planner sizes (GiB set aside) | recommended | longest song in s: planner on the card / not \
 | largest batch: planner on the card / not | planner on by default |
@@ -58,9 +62,30 @@ def _mib_range(row: GPUConfig, after: GPUConfig | None) -> str:
     return f"{row.first_mib} – {after.first_mib - 1}"
 
 
+def settings_markdown() -> str:
+    """Every setting with its variable."""
+    lines = ["| setting | variable | what it is |", "|---|---|---|"]
+    lines += [f"| `{option.name}` | `{option.env}` | {option.doc} |" for option in OPTIONS.values()]
+    return "\n".join(lines) + "\n"
+
+
+def table(name: str) -> str:
+    """The table that a marker names.
+
+    Raises:
+        ValueError: there is no such table.
+    """
+    kind, _, which = name.partition(" ")
+    if kind == "tiers":
+        return markdown(which or None)
+    if kind == "settings":
+        return settings_markdown()
+    raise ValueError(f"no table is called {name!r}")
+
+
 def refresh(text: str) -> str:
     """`text` with every marked block renewed from the data."""
-    return _BLOCK.sub(lambda block: f"{block[1]}\n{markdown(block[2])}\n{block[3]}", text)
+    return _BLOCK.sub(lambda block: f"{block[1]}\n{table(block[2])}\n{block[3]}", text)
 
 
 def refresh_file(path: str | Path) -> None:
