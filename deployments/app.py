@@ -12,7 +12,7 @@ from ray import serve
 from ray.serve import Application, Deployment
 
 from deployments.config import PlannerArgs, RendererArgs, RouterArgs, parse_args
-from deployments.pools import deployment_options
+from deployments.pools import deployment_options, settled
 
 
 def _deployment(cls: type) -> Deployment:
@@ -42,8 +42,8 @@ def lm(args: dict[str, Any]) -> Application:
     """A planner pool."""
     from deployments.lm import PlannerDeployment
 
-    parsed = parse_args(PlannerArgs, args, "lm")
-    options = deployment_options(parsed, default_share=0.4)
+    parsed = settled(parse_args(PlannerArgs, args, "lm"), default_share=0.4)
+    options = deployment_options(parsed)
     return _deployment(PlannerDeployment).options(name="lm", **options).bind(parsed.model_dump(mode="json"))
 
 
@@ -51,6 +51,6 @@ def dit(args: dict[str, Any]) -> Application:
     """A renderer pool."""
     from deployments.dit import RendererDeployment
 
-    parsed = parse_args(RendererArgs, args, "dit")
-    options = deployment_options(parsed, default_share=0.6)
+    parsed = settled(parse_args(RendererArgs, args, "dit"), default_share=0.6)
+    options = deployment_options(parsed)
     return _deployment(RendererDeployment).options(name="dit", **options).bind(parsed.model_dump(mode="json"))

@@ -36,8 +36,10 @@ class PoolArgs(_Args):
     num_gpus: float | None = Field(
         None, ge=0, description="GPU share; null: from need_gb and tiers, or what this machine has."
     )
-    shared_card: bool = Field(
-        False, description="Planner and renderer share one card; the tier table's limits for sharing hold."
+    shared_card: bool | None = Field(
+        None,
+        description="Planner and renderer share one card, so the tier table's limits for sharing hold. Null: they do where neither tiers "
+        "nor num_gpus are given and the cluster has a GPU.",
     )
     num_cpus: float = Field(0.5, ge=0, description="Ray CPUs that one replica reserves (not its thread count).")
     num_replicas: int | None = Field(None, ge=0, description="Fixed size; excludes the min and max below.")

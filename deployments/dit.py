@@ -18,6 +18,7 @@ from acestep.request import TASKS, SongRequest
 from acestep.simulated import NOTICE, SimulatedRenderer
 from acestep.song import Progress, Song
 from deployments.config import RendererArgs, parse_args
+from deployments.logs import join_serve
 from deployments.replica import start_replica
 from deployments.sources import local_files
 from deployments.storage import Storage
@@ -34,6 +35,7 @@ class RendererDeployment:
     """Renders songs. One engine thread owns the device; the methods here only queue, wait and write files."""
 
     def __init__(self, args: dict[str, Any]) -> None:
+        join_serve()
         self.args = parse_args(RendererArgs, args, "dit")
         self.storage = Storage(self.args.files_url)
         start = start_replica("render", self.args)

@@ -12,6 +12,7 @@ from acestep.request import SongRequest
 from acestep.simulated import NOTICE, SimulatedPlanner
 from acestep.song import Progress
 from deployments.config import PlannerArgs, parse_args
+from deployments.logs import join_serve
 from deployments.replica import start_replica
 from deployments.streaming import TALK_PRIORITY, ProgressMailbox, failure, follow
 
@@ -29,6 +30,7 @@ class PlannerDeployment:
     """
 
     def __init__(self, args: dict[str, Any]) -> None:
+        join_serve()
         self.args = parse_args(PlannerArgs, args, "lm")
         start = start_replica("plan", self.args)
         self._planner: Planner | SimulatedPlanner | None = None

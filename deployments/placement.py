@@ -22,7 +22,7 @@ from acestep.cost import (
     plan_seconds,
     render_seconds,
 )
-from acestep.gpu_config import Limits
+from acestep.gpu_config import TIERS, Limits
 from acestep.limits import apply_limits, best_limits, fits, without_planner
 from acestep.plan import Plan
 from acestep.request import Adjustment, SongRequest
@@ -316,8 +316,14 @@ def _level(free: Sequence[float], work: float) -> float:
     return (work + total) / len(free)
 
 
+def _cost(option: Option) -> tuple[float, int, float, str]:
+    """Cheaper first; of equally cheap cards the smaller, whose absence is missed less; then who ends first."""
+    pool = option.pool
+    return pool.profile.price, TIERS.index(pool.limits.tier), option.finish_s, pool.name
+
+
 def _pick(options: Sequence[Option], spill_factor: float, deadline_in_s: float | None) -> Option:
-    ranked = sorted(options, key=lambda o: (o.pool.profile.price, o.finish_s, o.pool.name))
+    ranked = sorted(options, key=_cost)
     if deadline_in_s is not None:
         in_time = [o for o in ranked if o.finish_s <= deadline_in_s]
         if not in_time:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 
@@ -13,6 +13,7 @@ from deployments.jobs.database import default_database_url
 
 ROLE_LABEL = "acestep/role"
 TIER_LABEL = "acestep/gpu-tier"
+A = TypeVar("A", bound=PoolArgs)
 MIN_CARD_GIB = 2.0  # of tier1, which begins at nothing
 
 
@@ -37,14 +38,23 @@ def gpu_share(args: PoolArgs, default_share: float) -> float:
     return default_share if ray.is_initialized() and cluster_gpus() > 0 else 0.0
 
 
+def settled(args: A, default_share: float) -> A:
+    """The args with what the cluster decides filled in: the GPU share, and whether planner and renderer share a card."""
+    share = gpu_share(args, default_share)
+    shared = args.shared_card
+    if shared is None:
+        shared = args.num_gpus is None and not args.tiers and 0 < share < 1
+    return args.model_copy(update={"num_gpus": share, "shared_card": shared})
+
+
 def cluster_gpus() -> float:
     """GPUs of all nodes, as Ray counts them."""
     return float(ray.cluster_resources().get("GPU", 0.0))  # type: ignore[no-untyped-call]
 
 
-def deployment_options(args: PoolArgs, *, default_share: float) -> dict[str, Any]:
-    """Options for `serve.deployment(...).options(**options)`."""
-    actor: dict[str, Any] = {"num_cpus": args.num_cpus, "num_gpus": gpu_share(args, default_share)}
+def deployment_options(args: PoolArgs) -> dict[str, Any]:
+    """Options for `serve.deployment(...).options(**options)`, from settled args."""
+    actor: dict[str, Any] = {"num_cpus": args.num_cpus, "num_gpus": args.num_gpus}
     if selector := label_selector(args):
         actor["label_selector"] = (
             selector  # in code, not in the YAML: there it would pin the import task to the tier's nodes

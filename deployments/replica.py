@@ -106,8 +106,10 @@ def settle(role: Role, args: PoolArgs) -> Start:
     overrides = dict(args.settings)
     if args.model is not None:
         overrides["lm_model" if role == "plan" else "model"] = args.model
-    if role == "plan" and args.tiers:
-        overrides.setdefault("init_llm", True)  # a planner pool on a named tier was asked for, whatever the table's default
+    if args.tiers and (role == "plan" or args.shared_card):
+        overrides.setdefault(
+            "init_llm", True
+        )  # a planner pool on a named tier was asked for, whatever the table's default
     if args.num_gpus == 0 and "device" not in overrides and platform.system() != "Darwin":
         overrides["device"] = "cpu"  # Ray hides no card from an actor that asked for none
     card_role: CardRole = "both" if args.shared_card else role

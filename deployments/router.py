@@ -18,10 +18,11 @@ from deployments.fleet import Fleet
 from deployments.jobs.backlog import read_backlogs
 from deployments.jobs.retention import Retention
 from deployments.jobs.store import JobStore
+from deployments.logs import join_serve
 from deployments.routing import Routing
 from deployments.storage import Storage
 
-log = logging.getLogger("ray.serve")  # shown by `serve run`
+log = logging.getLogger(__name__)
 BACKLOG_POLL_S = 1.0
 OPEN_WARNING = "THE SERVER LISTENS ON %s AND NEEDS NO KEY: everybody who reaches it can use it. Set ACESTEP_API_KEY, or http_options.host to 127.0.0.1."
 
@@ -30,6 +31,7 @@ class Router:
     """Composes the pools through their handles. Touches no model and no device."""
 
     async def __init__(self, args: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
+        join_serve()
         parsed = parse_args(RouterArgs, args, "router")
         store = JobStore(parsed.database_url)
         storage = Storage(parsed.files_url)

@@ -1,0 +1,69 @@
+"""Whatever process dies, every accepted job ends, once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from acestep.client import Client
+from acestep.errors import Unavailable
+from tests.server import Server
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
+JOBS = 50
+
+
+def pids(server: Server, title: str) -> list[int]:
+    """Processes of this server's Ray whose title begins with `title` (Ray names actors' processes after their class)."""
+    assert server.process is not None
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            session = int((folder / "stat").read_text().rpartition(")")[2].split()[3])
+            command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except (OSError, ValueError, IndexError):
+            continue
+        if session == server.process.pid and command.startswith(title):
+            found.append(int(folder.name))
+    return found
+
+
+def kill(server: Server, title: str) -> None:
+    victims = pids(server, title)
+    assert victims, f"no process {title}"
+    for pid in victims:
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_killing_any_part_in_the_middle_of_many_jobs_loses_none() -> None:
+    with Server() as server, Client(server.url) as client:
+        ids = []
+        victims = ["ray::ServeReplica:dit", "ray::ServeReplica:lm", "ray::ServeController", "ray::ServeReplica:router"]
+        for number in range(JOBS):
+            ids.append(patiently(lambda n=number: client.submit({"prompt": f"song {n}", "duration": 10, "seed": n})["id"]))
+            if number % 10 == 9 and victims:
+                kill(server, victims.pop(0))
+        assert not victims
+        ended = [patiently(lambda i=i: client.wait(i)) for i in ids]
+        assert [j["state"] for j in ended] == ["succeeded"] * JOBS
+        assert len(set(ids)) == JOBS
+        # None was made twice: at most one stage was done again for a job that lost a replica.
+        assert max(j["attempts"] for j in ended) <= 3
+        assert all(len(j["result"]["items"]) == 1 for j in ended)
+
+
+def patiently(call, timeout_s: float = 120.0):
+    """As a client behind a load balancer does: try again while the router is being replaced."""
+    until = time.monotonic() + timeout_s
+    while True:
+        try:
+            return call()
+        except Exception as error:
+            retry = isinstance(error, Unavailable) or "HTTP 5" in str(error)
+            if not retry or time.monotonic() > until:
+                raise
+            time.sleep(0.5)
