@@ -49,15 +49,15 @@ _LM = {
 }
 _LM_BYTES = {"0.6B": 1.33e9, "1.7B": 3.71e9, "4B": 8.38e9}
 
-# Random weights of a few MB: time is overhead of the framework, much the same everywhere. One CPU thread.
-_TINY_PLANNER = PlannerCost(step_s=0.004, row_s=0.0004, kv_token_s=1e-8, prefill_token_s=2e-5, load_s=6.0)
+# Random weights of a few MB: time is overhead of the framework, much the same everywhere. Measured on one thread of a shared EPYC.
+_TINY_PLANNER = PlannerCost(step_s=5e-4, row_s=2e-4, kv_token_s=1e-7, prefill_token_s=1.6e-4, load_s=5.0)
 _TINY_RENDERER = RendererCost(
-    floor_s=0.004, step_s=0.002, frame_s=8e-6, frame2_s=4e-10, conditions_s=0.05, condition_token_s=1e-5,
-    detokenize_frame_s=4e-6, decode_frame_s=5e-4, encode_frame_s=2e-3, load_s=6.0,
+    floor_s=0.0, step_s=0.002, frame_s=2e-6, frame2_s=1.5e-9, conditions_s=0.003, condition_token_s=7e-6,
+    detokenize_frame_s=1e-6, decode_frame_s=6e-4, encode_frame_s=6e-4, load_s=5.0,
 )  # fmt: skip
-# Seconds of one CPU core per second of audio, 48 kHz stereo.
+# Seconds of one CPU core per second of audio, 48 kHz stereo; measured likewise.
 _OUTPUT_S = {
-    "wav": 0.001, "wav24": 0.001, "wav32": 0.001, "flac": 0.006, "mp3": 0.015, "opus": 0.012, "aac": 0.012
+    "wav": 0.0006, "wav24": 0.0006, "wav32": 0.0005, "flac": 0.002, "mp3": 0.04, "opus": 0.006, "aac": 0.03
 }  # fmt: skip
 
 
@@ -201,12 +201,13 @@ def named(name: str) -> Profile:
     )  # fmt: skip
 
 
-def find(card: str = "", *, tier: str = "tier1") -> Profile:
+def find(card: str = "", *, tier: str = "tier1", cpu: bool = False) -> Profile:
     """The best profile for a card: measured on a card of this name, calculated for it, or calculated for a typical card of its tier.
 
     Args:
         card: The name that the driver gives, such as `NVIDIA GeForce RTX 4090`; empty where it is not known yet.
         tier: Its tier, for cards that are not in the table. An unreadable measured file is reported and passed over.
+        cpu: It is no card but the CPU, whatever its name.
     """
     if card and measured_dir().is_dir():
         for path in sorted(measured_dir().glob("*.json")):
@@ -217,7 +218,7 @@ def find(card: str = "", *, tier: str = "tier1") -> Profile:
                 continue
             if profile.card.casefold() == card.casefold():
                 return profile
-    known = identify(card) if card else None
+    known = cards()["cpu"] if cpu else identify(card) if card else None
     if known is not None:
         return calculate(known)
     typical = cards()[_table()["tiers"].get(tier, "cpu")]

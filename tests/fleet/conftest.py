@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,6 +34,7 @@ def pool() -> MakePool:
 
 
 @pytest.fixture(autouse=True)
-def _own_home(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No measured profile of this machine may leak into a test."""
+def _own_profiles(_own_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No measured profile may leak from one test into another; the tiny checkpoints stay shared."""
+    monkeypatch.setenv("ACESTEP_CHECKPOINTS", str(_own_home / "checkpoints"))
     monkeypatch.setenv("ACESTEP_HOME", str(tmp_path / "home"))

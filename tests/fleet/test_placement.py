@@ -191,7 +191,7 @@ def pools(draw: st.DrawFn, role: str) -> PoolState:
     slots = 16 if role == "plan" else 1
     busy = draw(st.integers(0, running * slots))
     return make_pool(
-        f"{role}-{draw(st.integers(0, 10_000))}", role, draw(cards), draw(st.sampled_from(TIERS)), shared=draw(st.booleans()),
+        role, role, draw(cards), draw(st.sampled_from(TIERS)), shared=draw(st.booleans()),
         running=running, pending=draw(st.integers(0, 2)), max_replicas=draw(st.integers(1, 6)), reachable=draw(st.booleans()),
         busy=busy, running_s=draw(st.floats(0, 500)) if busy else 0.0, waiting_s=draw(st.floats(0, 2000)),
         correction=draw(st.floats(0.2, 5)), drain_s=draw(st.sampled_from([None, 30.0])),
@@ -200,7 +200,7 @@ def pools(draw: st.DrawFn, role: str) -> PoolState:
 
 
 fleets = st.builds(
-    lambda plan, render: FleetState((*plan, *render)),
+    lambda plan, render: FleetState(tuple(replace(p, name=f"{p.role}-{i}") for i, p in enumerate((*plan, *render)))),
     st.lists(pools("plan"), max_size=3),
     st.lists(pools("render"), max_size=4),
 )
