@@ -7,6 +7,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from acestep import __version__
 from deployments.api import cluster, files, health, native, plans, problems, webhooks
+from deployments.api.compat import models, tasks, texts
 from deployments.api.middleware import BodyLimit, OptionalPrefix
 from deployments.api.service import Service
 
@@ -38,6 +39,6 @@ def build_app(service: Service) -> FastAPI:
         expose_headers=["Location", "Retry-After", "Preference-Applied", "Content-Range"],
     )
     app.add_middleware(OptionalPrefix)
-    for module in (health, cluster, native, plans, files, webhooks):
+    for module in (health, cluster, native, plans, files, webhooks, tasks, texts, models):
         app.include_router(module.router)
     return app

@@ -6,7 +6,7 @@ Jobs stay queued unless a test plays the dispatcher, through the store as the re
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -117,11 +117,6 @@ async def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
 @pytest.fixture
 def site(build: Build) -> Site:
     return build()
-
-
-@pytest.fixture
-def client(site: Site) -> Iterator[httpx.AsyncClient]:
-    yield site.client
 
 
 @pytest.fixture(scope="session")

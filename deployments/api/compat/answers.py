@@ -1,0 +1,104 @@
+"""Envelope, errors and keys as ACE-Step's server has them."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+import uuid
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from fastapi import HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
+from pydantic import ValidationError
+
+from acestep.errors import AceStepError
+from deployments.api.auth import Caller, header_key
+from deployments.api.compat.bodies import Body
+from deployments.api.compat.fields import BadField
+from deployments.api.problems import STATUS, validation_problems
+from deployments.api.service import Service
+
+log = logging.getLogger(__name__)
+
+
+def envelope(data: Any, code: int = 200, error: str | None = None) -> dict[str, Any]:
+    """What every endpoint answers with; with a code that is not 200, an error that comes as HTTP 200."""
+    return {"data": data, "code": code, "error": error, "timestamp": int(time.time() * 1000), "extra": None}
+
+
+def soft_error(code: int, text: str) -> dict[str, Any]:
+    return envelope(None, code, text)
+
+
+def detail(status: int, text: Any, headers: dict[str, str] | None = None) -> JSONResponse:
+    return JSONResponse({"detail": text}, status_code=status, headers=headers)
+
+
+class CompatRoute(APIRoute):
+    """A route whose errors look as ACE-Step's server writes them."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+
+        async def wrapped(request: Request) -> Response:
+            try:
+                return await handler(request)
+            except RequestValidationError as error:
+                return detail(422, [_entry(e) for e in error.errors()])
+            except HTTPException as error:
+                return detail(error.status_code, error.detail, dict(error.headers or {}) or None)
+            except BadField as error:
+                return detail(400, str(error))
+            except ValidationError as error:
+                found = validation_problems(error.errors(include_url=False, include_input=False))
+                return detail(400, "; ".join(f"{e['field']}: {e['message']}" for e in found[:5]))
+            except AceStepError as error:
+                return from_error(error)
+            except Exception:
+                incident = uuid.uuid4().hex[:12]
+                log.exception("incident %s: %s %s", incident, request.method, request.url.path)
+                return detail(500, f"Internal Server Error (incident {incident})")
+
+        return wrapped
+
+
+def from_error(error: AceStepError) -> JSONResponse:
+    headers = {}
+    if (retry := error.details.get("retry_after")) is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(retry)))
+    status = STATUS.get(error.type, 500)
+    return detail(400 if status == 422 else status, error.message, headers or None)
+
+
+def _entry(error: Any) -> dict[str, Any]:
+    entry = {"type": error["type"], "loc": list(error["loc"]), "msg": error["msg"]}
+    given = error.get("input")
+    if given is None or (isinstance(given, (str, int, bool)) and len(str(given)) <= 100):
+        entry["input"] = given
+    return entry
+
+
+def caller_by_header(request: Request, service: Service) -> Caller:
+    """The key in the header.
+
+    Raises:
+        Unauthorized: with ACE-Step's texts.
+    """
+    caller = service.keys.check(header_key(request))
+    service.rates.take(caller)
+    return caller
+
+
+def caller_by_body(request: Request, service: Service, body: Body) -> Caller:
+    """The key in `ai_token`, which goes first, or in the header."""
+    token = body.fields.get("ai_token")
+    if token is not None and token != "":
+        caller = service.keys.check(str(token), wrong="Invalid ai_token")
+    else:
+        caller = service.keys.check(header_key(request), missing="Missing ai_token or Authorization header")
+    service.rates.take(caller)
+    return caller

@@ -1,0 +1,293 @@
+"""The fields of `/release_task` as data, and how their values are found and read.
+
+Names, aliases, defaults and coercions are those of ACE-Step's server of June 2026; what newer ones added is known, too. Whole numbers that
+arrive as `8.0` count as 8, which that server loses.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from acestep.request import Adjustment
+
+Kind = Literal["str", "bool", "int", "float", "raw"]
+TRUE = ("1", "true", "yes", "y", "on")
+METADATA_SOURCES = ("metas", "meta", "metadata", "user_metadata", "userMetadata")
+_ABSENT = object()
+
+
+@dataclass(frozen=True)
+class Field:
+    """One field.
+
+    Attributes:
+        aliases: Other names, in order; the name itself goes first.
+        low, high: Numbers outside are moved to the border, with a warning.
+        choices: Other values are refused.
+        no_effect: Why the field changes nothing here; said as a warning where it is sent with another value than the default.
+        empty_is_value: An empty text in JSON is meant, not missing.
+    """
+
+    name: str
+    kind: Kind
+    default: Any = None
+    aliases: tuple[str, ...] = ()
+    low: float | None = None
+    high: float | None = None
+    choices: tuple[str, ...] = ()
+    no_effect: str = ""
+    empty_is_value: bool = False
+    about: str = ""
+
+
+def _fields() -> Iterable[Field]:
+    s, b, i, f = "str", "bool", "int", "float"
+    # Text and mode
+    yield Field("prompt", s, "", ("caption",), about="Description of the music.")
+    yield Field("lyrics", s, "", about="Empty, [inst] or [instrumental] means instrumental.")
+    yield Field("global_caption", s, "", about="The whole song, for tasks on single tracks.")
+    yield Field("thinking", b, False, about="The planner writes audio codes first.")
+    yield Field("sample_mode", b, False, ("sampleMode",), about="The planner writes the song's text.")
+    yield Field(
+        "sample_query", s, "", ("sampleQuery", "description", "desc"), about="What about; switches sample mode on."
+    )
+    yield Field("use_format", b, False, ("useFormat", "format"), about="The planner rewrites caption and lyrics.")
+    yield Field("vocal_language", s, "en", ("vocalLanguage", "language"))
+    yield Field("model", s, None, ("model_name", "modelName", "dit_model", "ditModel"))
+    yield Field("task_type", s, "text2music", ("taskType",))
+    yield Field("instruction", s, "")
+    yield Field("track_name", s, None, ("trackName",))
+    yield Field("track_classes", "raw", None, ("trackClasses", "instruments"))
+    yield Field("analysis_only", b, False, ("analysisOnly",), about="Metadata only, no audio.")
+    yield Field("full_analysis_only", b, False, ("fullAnalysisOnly",), about="Describe the source audio.")
+    yield Field("extract_codes_only", b, False, ("extractCodesOnly",), about="Audio codes of the source audio.")
+    # Music
+    yield Field("bpm", i, None, low=30, high=300)
+    yield Field("key_scale", s, "", ("keyscale", "keyScale", "key"))
+    yield Field("time_signature", s, "", ("timesignature", "timeSignature"))
+    yield Field(
+        "audio_duration", f, None, ("duration", "audioDuration", "target_duration", "targetDuration"), low=10, high=600
+    )
+    # Sampling
+    yield Field("inference_steps", i, None, ("inferenceSteps",), low=1, high=200)
+    yield Field("guidance_scale", f, None, ("guidanceScale",), low=1, high=30)
+    yield Field("use_random_seed", b, True, ("useRandomSeed",))
+    yield Field(
+        "seed", "raw", -1, about="A number, or several separated by commas; used where use_random_seed is false."
+    )
+    yield Field("batch_size", i, 2, low=1, high=8)
+    yield Field("shift", f, None, low=0.1, high=10)
+    yield Field("infer_method", s, "ode", ("inferMethod",), choices=("ode", "sde"))
+    yield Field("timesteps", s, None, about="Falling numbers from 1 to 0, separated by commas.")
+    yield Field("use_adg", b, False)
+    yield Field("cfg_interval_start", f, 0.0, low=0, high=1)
+    yield Field("cfg_interval_end", f, 1.0, low=0, high=1)
+    yield Field("audio_format", s, "mp3", choices=("mp3", "wav", "wav32", "flac", "opus", "aac"))
+    yield Field("sampler_mode", s, "euler", ("samplerMode",), choices=("euler", "heun"))
+    # Source audio
+    yield Field("reference_audio_path", s, None, ("ref_audio_path", "referenceAudioPath", "refAudioPath"))
+    yield Field("src_audio_path", s, None, ("ctx_audio_path", "sourceAudioPath", "srcAudioPath", "ctxAudioPath"))
+    yield Field("repainting_start", f, 0.0, low=-600, high=600)
+    yield Field("repainting_end", f, None, low=-1, high=1200)
+    yield Field(
+        "audio_cover_strength", f, 1.0, ("audioCoverStrength", "cover_strength", "coverStrength"), low=0, high=1
+    )
+    yield Field("cover_noise_strength", f, 0.0, ("coverNoiseStrength",), low=0, high=1)
+    yield Field("audio_code_string", "raw", "", ("audioCodeString", "audio_codes"))
+    yield Field("chunk_mask_mode", s, "auto", choices=("explicit", "auto"))
+    yield Field("repaint_latent_crossfade_frames", i, 10, low=0, high=250)
+    yield Field("repaint_wav_crossfade_sec", f, 0.0, low=0, high=10)
+    yield Field("repaint_mode", s, "balanced", choices=("conservative", "balanced", "aggressive"))
+    yield Field("repaint_strength", f, 0.5)
+    # Planner
+    yield Field(
+        "lm_backend", s, "vllm", choices=("vllm", "pt", "mlx"), no_effect="every planner here has its own engine"
+    )
+    yield Field("lm_model_path", s, None)
+    yield Field("lm_temperature", f, 0.85, low=0, high=2)
+    yield Field("lm_cfg_scale", f, 2.5, low=1, high=20)
+    yield Field("lm_top_k", i, 0, low=0, high=1_000_000)
+    yield Field("lm_top_p", f, 0.9)
+    yield Field("lm_repetition_penalty", f, 1.0, low=0.1, high=10)
+    yield Field("lm_negative_prompt", s, "NO USER INPUT", empty_is_value=True)
+    yield Field("use_cot_caption", b, True, ("cot_caption", "cot-caption"))
+    yield Field("use_cot_language", b, True, ("cot_language", "cot-language"))
+    yield Field(
+        "constrained_decoding",
+        b,
+        True,
+        ("constrainedDecoding", "constrained"),
+        no_effect="decoding is always constrained",
+    )
+    yield Field(
+        "constrained_decoding_debug", b, False, ("constrainedDecodingDebug",), no_effect="there is no debug output"
+    )
+    yield Field("is_format_caption", b, False, ("isFormatCaption",), no_effect="it never had one")
+    yield Field(
+        "allow_lm_batch", b, True, ("allowLmBatch", "parallel_thinking"), no_effect="the planner always batches"
+    )
+    # An extension: adapters are chosen by request here.
+    yield Field("lora_path", s, None, about="A LoRA adapter for this song.")
+    yield Field("lora_scale", f, 1.0, low=0, high=4)
+    # Sent by newer clients
+    not_here = "this renderer has no such setting"
+    yield Field("use_tiled_decode", b, True, ("useTiledDecode",), no_effect="tiles follow the card's memory")
+    yield Field("velocity_norm_threshold", f, 0.0, ("velocityNormThreshold",), no_effect=not_here)
+    yield Field("velocity_ema_factor", f, 0.0, ("velocityEmaFactor",), no_effect=not_here)
+    yield Field("eta", f, 0.0, no_effect=not_here)
+    yield Field("momentum", f, -0.75, no_effect=not_here)
+    yield Field("latent_shift", f, 0.0, ("latentShift",), no_effect=not_here)
+    yield Field("latent_rescale", f, 1.0, ("latentRescale",), no_effect=not_here)
+    yield Field("guidance_variant", s, "apg_classic", no_effect=not_here)
+    yield Field("guidance_params", "raw", None, no_effect=not_here)
+    yield Field("dcw_enabled", b, False, no_effect=not_here)
+    yield Field("dcw_mode", s, "double", no_effect=not_here)
+    yield Field("dcw_scaler", f, 0.05, no_effect=not_here)
+    yield Field("dcw_high_scaler", f, 0.02, no_effect=not_here)
+    yield Field("dcw_wavelet", s, "haar", no_effect=not_here)
+
+
+FIELDS: dict[str, Field] = {f.name: f for f in _fields()}
+
+
+class BadField(ValueError):
+    """A value outside a closed list; the text names field and list."""
+
+
+@dataclass
+class Values:
+    """The fields of one body, read.
+
+    Attributes:
+        sent: Names of the fields that came with a value.
+        warnings: What was changed or has no effect.
+    """
+
+    values: dict[str, Any]
+    sent: frozenset[str]
+    warnings: list[Adjustment] = field(default_factory=list)
+
+    def __getitem__(self, name: str) -> Any:
+        return self.values[name]
+
+    def warn(self, name: str, asked: Any, given: Any, reason: str) -> None:
+        shown = asked if isinstance(asked, (int, float, bool)) or asked is None else str(asked)[:200]
+        self.warnings.append(Adjustment(field=name, asked=shown, given=given, reason=reason))
+
+
+def read_fields(body: Mapping[str, Any], *, form: bool) -> Values:
+    """Find and read every field.
+
+    Args:
+        body: The body's own fields.
+        form: It came as a form: everything is text, and empty text means nothing was said.
+
+    Raises:
+        BadField: a value is not one of its field's choices.
+    """
+    sources = _sources(body)
+    read: dict[str, Any] = {}
+    sent = set()
+    out = Values(read, frozenset())
+    for spec in FIELDS.values():
+        value = find(sources, (spec.name, *spec.aliases), skip_empty=form)
+        if value is not _ABSENT:
+            sent.add(spec.name)
+        read[spec.name] = _read(spec, value, form, out)
+    out.sent = frozenset(sent)
+    return out
+
+
+def find(sources: Iterable[Mapping[str, Any]], names: Iterable[str], *, skip_empty: bool = False) -> Any:
+    """The first value under one of `names`, source by source. null counts as absent; empty text only with `skip_empty`."""
+    names = tuple(names)
+    for source in sources:
+        for name in names:
+            value = source.get(name)
+            if value is not None and not (skip_empty and value == ""):
+                return value
+    return _ABSENT
+
+
+def _sources(body: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    sources = [body, as_object(body.get("param_obj"))]
+    sources.append(next((found for name in METADATA_SOURCES if (found := as_object(body.get(name)))), {}))
+    return sources
+
+
+def as_object(value: Any) -> Mapping[str, Any]:
+    """An object, or the JSON text of one; anything else is empty."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return {}
+    return value if isinstance(value, Mapping) else {}
+
+
+def _read(spec: Field, value: Any, form: bool, out: Values) -> Any:
+    if value is _ABSENT or (value == "" and (form or not spec.empty_is_value)):
+        return spec.default
+    match spec.kind:
+        case "bool":
+            read: Any = to_bool(value)
+        case "int":
+            read = to_int(value, spec.default)
+        case "float":
+            read = to_float(value, spec.default)
+        case "str":
+            read = str(value)
+        case _:
+            read = value
+    if spec.choices:
+        read = str(read).strip().lower()
+        if read not in spec.choices:
+            raise BadField(f"{spec.name} must be one of {', '.join(spec.choices)}")
+    if spec.kind in ("int", "float") and read is not None and spec.low is not None and spec.high is not None:
+        read = _within(spec, read, out)
+    if spec.no_effect and read != spec.default:
+        out.warn(spec.name, value, None, f"no effect: {spec.no_effect}")
+    return read
+
+
+def _within(spec: Field, value: Any, out: Values) -> Any:
+    assert spec.low is not None, "fields have both borders or none"
+    assert spec.high is not None, "fields have both borders or none"
+    if spec.name in ("bpm", "audio_duration") and value <= 0:
+        return None  # means: the planner decides
+    if spec.name == "guidance_scale" and 0 <= value < 1:
+        return 1.0  # both mean off
+    given = min(max(value, spec.low), spec.high)
+    if given != value:
+        given = int(given) if spec.kind == "int" else float(given)
+        out.warn(spec.name, value, given, f"{spec.low:g} to {spec.high:g} is possible")
+        return given
+    return value
+
+
+def to_bool(value: Any) -> bool:
+    return str(value).strip().lower() in TRUE
+
+
+def to_int(value: Any, default: int | None) -> int | None:
+    number = to_float(value, None)
+    if isinstance(value, int):
+        return int(value)
+    if number is None or not number.is_integer():
+        return default
+    try:
+        return int(str(value))  # keeps what a float would round
+    except ValueError:
+        return int(number)
+
+
+def to_float(value: Any, default: float | None) -> float | None:
+    try:
+        number = float(value)
+    except (ValueError, TypeError, OverflowError):
+        return default
+    return number if math.isfinite(number) else default

@@ -1,0 +1,352 @@
+"""From the fields of `/release_task` to a job."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from acestep.cost import defaults_of
+from acestep.dit.tasks import RULES
+from acestep.errors import InvalidRequest
+from acestep.plan import NUM_CODES
+from acestep.request import (
+    LANGUAGES,
+    MAX_SEED,
+    NO_USER_INPUT,
+    TRACKS,
+    Adjustment,
+    SongRequest,
+    normalise_key,
+    normalise_time_signature,
+)
+from deployments.api.compat.fields import Values
+from deployments.errands import PREPARE
+
+_LANGUAGE_NAMES = {
+    "english": "en", "chinese": "zh", "mandarin": "zh", "japanese": "ja", "korean": "ko", "spanish": "es", "french": "fr",
+    "german": "de", "italian": "it", "portuguese": "pt", "russian": "ru", "bengali": "bn", "hindi": "hi", "arabic": "ar",
+    "thai": "th", "vietnamese": "vi", "indonesian": "id", "turkish": "tr", "dutch": "nl", "polish": "pl",
+}  # fmt: skip
+_WORDS_TOO = ("hi", "id", "it")  # codes that are everyday words as well
+_CODE = re.compile(r"<\|audio_code_(\d+)\|>|(?<![\w.])(\d+)(?![\w.])")
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A job to be: its request, how far it goes, what the answer needs later, and what was changed."""
+
+    request: SongRequest
+    kind: str
+    extra: dict[str, Any]
+    warnings: tuple[Adjustment, ...]
+
+
+@dataclass(frozen=True)
+class Served:
+    """What the fleet serves, as far as names matter here."""
+
+    renderers: Sequence[str] = ()
+    planner: str | None = None
+
+
+def build(v: Values, served: Served) -> Submission:
+    """The job that the fields ask for.
+
+    Raises:
+        InvalidRequest, pydantic.ValidationError: a field is wrong in a way that cannot be put right.
+    """
+    kind = "understand" if v["full_analysis_only"] else "codes" if v["extract_codes_only"] else "song"
+    if kind == "song" and v["analysis_only"]:
+        kind = "plan"
+    fields = _text(v) | _music(v) | _planner(v, served) | _renderer(v, served, kind) | _source(v, kind)
+    prepare = _prepare(v, fields)
+    if kind in ("codes", "understand"):
+        if fields.get("src_audio") is None and fields.get("audio_codes") is None:
+            raise InvalidRequest("src_audio_path: this analysis needs source audio", field="src_audio_path")
+        fields = {k: fields[k] for k in ("prompt", "lyrics", "src_audio", "audio_codes") if k in fields}
+        fields["thinking"] = False
+        prepare = []
+    elif kind == "plan":
+        fields["thinking"] = False
+    request = SongRequest.model_validate(fields)
+    compat = {"kind": kind, "prompt": v["prompt"], "lyrics": v["lyrics"], "format": v["audio_format"]}
+    extra: dict[str, Any] = {"compat": compat, **({PREPARE: prepare} if prepare else {})}
+    return Submission(request, kind, extra, tuple(v.warnings))
+
+
+def _text(v: Values) -> dict[str, Any]:
+    instruction = v["instruction"].strip()
+    if instruction == RULES["text2music"].instruction:  # what clients send as "the default": every task has its own
+        instruction = ""
+    return {"prompt": v["prompt"], "lyrics": v["lyrics"], "instruction": instruction or None}
+
+
+def _music(v: Values) -> dict[str, Any]:
+    key = normalise_key(v["key_scale"]) if v["key_scale"].strip() else None
+    if key is None and v["key_scale"].strip().lower() not in ("", "n/a", "auto"):
+        v.warn("key_scale", v["key_scale"], None, "not a key such as 'F# minor'; the planner decides")
+    time = normalise_time_signature(v["time_signature"]) if v["time_signature"].strip() else None
+    if time is None and v["time_signature"].strip().lower() not in ("", "n/a", "auto"):
+        v.warn("time_signature", v["time_signature"], None, "not one of 2, 3, 4, 6; the planner decides")
+    return {
+        "duration": v["audio_duration"],
+        "bpm": v["bpm"],
+        "key_scale": key,
+        "time_signature": time,
+        "vocal_language": _language(v),
+        "batch_size": v["batch_size"],
+        "seed": _seed(v),
+    }
+
+
+def _language(v: Values) -> str | None:
+    code = v["vocal_language"].strip().lower()
+    if code in ("", "unknown", "auto"):
+        return None
+    if code not in LANGUAGES:
+        v.warn("vocal_language", v["vocal_language"], None, "not a known language code; the planner decides")
+        return None
+    # "en" is what clients send who do not know; where the planner may look at the lyrics, it knows better.
+    return None if code == "en" and v["use_cot_language"] else code
+
+
+def _seed(v: Values) -> int | tuple[int, ...] | None:
+    """Seeds as given where `use_random_seed` is off; missing ones of a batch go on from the last."""
+    asked = v["seed"]
+    if v["use_random_seed"]:
+        if asked not in (None, "", -1, "-1") and "use_random_seed" in v.sent:
+            v.warn("seed", asked, None, "use_random_seed is true")
+        return None
+    parts = asked if isinstance(asked, list) else str(asked).split(",")
+    seeds = []
+    for part in parts:
+        text = str(part).strip()
+        if re.fullmatch(r"\d{1,19}(\.0+)?", text, re.ASCII) and (seed := int(text.partition(".")[0])) <= MAX_SEED:
+            seeds.append(seed)
+        elif text not in ("", "-1"):
+            v.warn("seed", part, None, f"not a number from 0 to {MAX_SEED}")
+    if not seeds:
+        return None
+    size = v["batch_size"]
+    if len(seeds) > size:
+        v.warn("seed", len(seeds), size, "more seeds than songs")
+    while len(seeds) < size:
+        seeds.append((seeds[-1] + 1) % (MAX_SEED + 1))
+    return tuple(seeds[:size])
+
+
+def _planner(v: Values, served: Served) -> dict[str, Any]:
+    if v["lm_model_path"] and not _same(v["lm_model_path"], served.planner):
+        v.warn("lm_model_path", v["lm_model_path"], served.planner, "this server's planner was chosen when it started")
+    top_p = v["lm_top_p"] if 0.0 < v["lm_top_p"] < 1.0 else 0.9  # as ACE-Step's server, whatever its documents say
+    return {
+        "thinking": v["thinking"],
+        "use_cot_metas": not _wants_sample(v),
+        "use_cot_caption": v["use_cot_caption"],
+        "use_cot_language": v["use_cot_language"],
+        "lm_temperature": v["lm_temperature"],
+        "lm_cfg_scale": v["lm_cfg_scale"],
+        "lm_top_k": v["lm_top_k"],
+        "lm_top_p": top_p,
+        "lm_repetition_penalty": v["lm_repetition_penalty"],
+        "lm_negative_prompt": v["lm_negative_prompt"],
+    }
+
+
+def _renderer(v: Values, served: Served, kind: str) -> dict[str, Any]:
+    model = _model(v, served)
+    defaults = defaults_of(model or (served.renderers[0] if served.renderers else None))
+    steps = v["inference_steps"]
+    if steps is not None and steps > defaults.max_steps and kind == "song":
+        v.warn("inference_steps", steps, defaults.max_steps, "more bring nothing for this checkpoint")
+        steps = defaults.max_steps
+    start, end = v["cfg_interval_start"], v["cfg_interval_end"]
+    if start > end:
+        v.warn("cfg_interval_start", start, 0.0, "it is above cfg_interval_end")
+        start = 0.0
+    sampler = v["sampler_mode"]
+    if sampler == "heun" and v["infer_method"] == "sde":
+        v.warn("sampler_mode", "heun", "euler", "heun is a method for ode")
+        sampler = "euler"
+    lora = {"path": v["lora_path"], "scale": v["lora_scale"]} if v["lora_path"] else None
+    return {
+        "model": model,
+        "steps": steps,
+        "guidance_scale": v["guidance_scale"],
+        "shift": v["shift"],
+        "timesteps": _timesteps(v, defaults.max_steps),
+        "infer_method": v["infer_method"],
+        "sampler": sampler,
+        "use_adg": v["use_adg"],
+        "cfg_interval_start": start,
+        "cfg_interval_end": end,
+        "formats": (v["audio_format"],),
+        "lora": lora,
+    }
+
+
+def _model(v: Values, served: Served) -> str | None:
+    asked = (v["model"] or "").strip().rstrip("/").rpartition("/")[2]
+    if not asked or not served.renderers:
+        return None
+    for name in served.renderers:
+        if _same(asked, name):
+            return name
+    v.warn("model", v["model"], served.renderers[0], "not served here")
+    return None
+
+
+def _same(asked: str, name: str | None) -> bool:
+    def short(text: str) -> str:
+        return text.rstrip("/").rpartition("/")[2].casefold()
+
+    return name is not None and short(asked) == short(name)
+
+
+def _timesteps(v: Values, most: int) -> tuple[float, ...] | None:
+    if not v["timesteps"] or not v["timesteps"].strip():
+        return None
+    try:
+        steps = [float(part) for part in v["timesteps"].strip("[]() ").split(",") if part.strip()]
+    except ValueError:
+        steps = []
+    if steps and steps[-1] == 0.0:
+        steps.pop()  # the end of every schedule; ours do not name it
+    falling = all(b < a for a, b in itertools.pairwise(steps))
+    if not steps or not falling or len(steps) > most or not all(0.0 < s <= 1.0 for s in steps):
+        v.warn("timesteps", v["timesteps"], None, f"not up to {most} falling numbers from 1 to 0; steps and shift hold")
+        return None
+    return tuple(steps)
+
+
+def _source(v: Values, kind: str) -> dict[str, Any]:
+    codes = _codes(v)
+    src, reference = v["src_audio_path"] or None, v["reference_audio_path"] or None
+    task = v["task_type"].strip().lower() or "text2music"
+    if task not in RULES:
+        raise InvalidRequest(f"task_type must be one of {', '.join(RULES)}", field="task_type")
+    if task == "cover" and src is None and codes is None:
+        v.warn("task_type", "cover", "text2music", "there is neither source audio nor codes")
+        task = "text2music"
+    rule = RULES[task]  # type: ignore[index]
+    if codes is not None and kind == "song" and rule.source == "yes":
+        v.warn("audio_code_string", "codes", None, f"task {task} works on source audio")
+        codes = None
+    noise = v["cover_noise_strength"]
+    if noise > 0.0 and (src is None or not (rule.cover or rule.source == "no")):
+        v.warn("cover_noise_strength", noise, 0.0, "needs source audio and one of the tasks cover and text2music")
+        noise = 0.0
+    if kind == "song" and src is not None and rule.source == "no" and noise == 0.0:
+        v.warn("src_audio_path", "source audio", None, f"task {task} does not use it; ask for cover or repaint")
+        src = None
+    start, end = v["repainting_start"], v["repainting_end"]
+    if end is not None and end <= 0.0:
+        end = None  # -1 and 0 mean the end of the song
+    if not rule.window and (start != 0.0 or end is not None):
+        v.warn("repainting_start", [start, end], None, f"task {task} has no use for it")
+        start, end = 0.0, None
+    if rule.window and end is not None and end <= start:
+        raise InvalidRequest("repainting_end must be after repainting_start", field="repainting_end")
+    strength = v["audio_cover_strength"]
+    if strength != 1.0 and not rule.cover and task != "text2music":
+        v.warn("audio_cover_strength", strength, 1.0, f"task {task} has no use for it")
+        strength = 1.0
+    if not 0.0 <= v["repaint_strength"] <= 1.0:
+        raise InvalidRequest("repaint_strength must be between 0 and 1", field="repaint_strength")
+    caption = v["global_caption"]
+    if caption and not rule.stem:
+        v.warn("global_caption", caption, "", f"task {task} has no use for it")
+        caption = ""
+    return {
+        "task": task,
+        "track_name": _track(v, task),
+        "track_classes": _tracks(v, task),
+        "global_caption": caption,
+        "audio_codes": codes,
+        "src_audio": src,
+        "reference_audio": (reference,) if reference else (),
+        "repainting_start": start,
+        "repainting_end": end,
+        "repaint_mode": v["repaint_mode"],
+        "repaint_strength": v["repaint_strength"],
+        "repaint_latent_crossfade_frames": v["repaint_latent_crossfade_frames"],
+        "repaint_wav_crossfade_sec": v["repaint_wav_crossfade_sec"],
+        "chunk_mask_mode": v["chunk_mask_mode"],
+        "audio_cover_strength": strength,
+        "cover_noise_strength": noise,
+    }
+
+
+def _codes(v: Values) -> tuple[int, ...] | None:
+    """Codes as `<|audio_code_1|>...`, as numbers, or as a list of either."""
+    given = v["audio_code_string"]
+    text = ",".join(str(part) for part in given) if isinstance(given, list) else str(given)
+    if not text.strip():
+        return None
+    codes = tuple(int(a or b) for a, b in _CODE.findall(text) if len(a or b) < 10)
+    if not codes or max(codes) >= NUM_CODES:
+        raise InvalidRequest(
+            f"audio_code_string: must hold audio codes from 0 to {NUM_CODES - 1}", field="audio_code_string"
+        )
+    return codes
+
+
+def _track(v: Values, task: str) -> str | None:
+    if not v["track_name"]:
+        return None
+    if task not in ("extract", "lego"):
+        v.warn("track_name", v["track_name"], None, f"task {task} has no use for it")
+        return None
+    return _known_track(v["track_name"], "track_name")
+
+
+def _tracks(v: Values, task: str) -> tuple[str, ...] | None:
+    given = v["track_classes"]
+    names = given if isinstance(given, list) else re.split(r"[,|]", str(given)) if given else []
+    names = [str(name) for name in names if str(name).strip()]
+    if names and task != "complete":
+        v.warn("track_classes", ", ".join(names), None, f"task {task} has no use for it")
+        return None
+    return tuple(_known_track(name, "track_classes") for name in names) or None
+
+
+def _known_track(name: str, field: str) -> str:
+    track = name.strip().lower().replace(" ", "_")
+    if track not in TRACKS:
+        raise InvalidRequest(f"{field} must be one of {', '.join(TRACKS)}", field=field)
+    return track
+
+
+def _wants_sample(v: Values) -> bool:
+    return bool(v["sample_mode"] or v["sample_query"].strip())
+
+
+def _prepare(v: Values, fields: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the planner writes before it plans."""
+    sampling = {"temperature": v["lm_temperature"], "top_k": v["lm_top_k"]}
+    steps: list[dict[str, Any]] = []
+    if _wants_sample(v):
+        query = v["sample_query"].strip() or NO_USER_INPUT
+        instrumental, language = read_query(query)
+        if (said := v["vocal_language"].strip().lower()) not in ("", "en", "unknown") and said in LANGUAGES:
+            language = said
+        wish = {"query": query, "instrumental": instrumental, "vocal_language": language, **sampling}
+        steps.append({"ask": "inspire", "fields": wish})
+    if v["use_format"] and (steps or v["prompt"].strip() or v["lyrics"].strip()):
+        steps.append({"ask": "format", "fields": sampling})
+    return steps
+
+
+def read_query(query: str) -> tuple[bool, str | None]:
+    """Whether a wish asks for music without voice, and the language it names."""
+    text = query.lower().strip()
+    instrumental = any(w in text for w in ("instrumental", "pure music", "pure instrument")) or text.endswith(" solo")
+    words = re.findall(r"[a-z]+", text)
+    for word in words:
+        if word in _LANGUAGE_NAMES:
+            return instrumental, _LANGUAGE_NAMES[word]
+    codes = set(_LANGUAGE_NAMES.values()).difference(_WORDS_TOO)
+    return instrumental, next((word for word in words if word in codes), None)
