@@ -40,7 +40,8 @@ def now() -> float:
 def fill(decoder: Decoder, grammar: Grammar, songs: int, codes: int) -> list[Job]:
     """Admit songs and read their prompts, so that what follows is plain decoding."""
     jobs = [
-        Job(PROMPT, UNCOND, [(CodesProgram(grammar.tokenizer, codes, limit=codes), seed)], PARAMS) for seed in range(songs)
+        Job(PROMPT, UNCOND, [(CodesProgram(grammar.tokenizer, codes, limit=codes), seed)], PARAMS)
+        for seed in range(songs)
     ]
     for job in jobs:
         decoder.add(job)
@@ -197,7 +198,11 @@ def on_gpu(*, quick: bool) -> dict[str, Any]:
     """Steps per second at the published sizes, eagerly and with graphs, and the share of what the bandwidth allows."""
     device = torch.device("cuda", 0)
     grammar = Grammar(true_vocabulary())
-    result: dict[str, Any] = {"device": torch.cuda.get_device_name(device), "bandwidth_bytes_per_s": bandwidth(device), "sizes": {}}
+    result: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(device),
+        "bandwidth_bytes_per_s": bandwidth(device),
+        "sizes": {},
+    }
     pairs, max_len = (1, 4, 16) if quick else (1, 2, 4, 8, 16, 32), 2_048
     free, _ = torch.cuda.mem_get_info(device)
     for size, c in SIZES.items():
@@ -218,7 +223,11 @@ def on_gpu(*, quick: bool) -> dict[str, Any]:
                 timed_steps(decoder, 5)
                 seconds = statistics.median(timed_steps(decoder, 30 if quick else 150))
                 floor = (read + decoder.arena.used_bytes) / result["bandwidth_bytes_per_s"]
-                modes[mode][str(songs)] = {"steps_per_s": 1 / seconds, "codes_per_s": songs / seconds, "of_floor": floor / seconds}
+                modes[mode][str(songs)] = {
+                    "steps_per_s": 1 / seconds,
+                    "codes_per_s": songs / seconds,
+                    "of_floor": floor / seconds,
+                }
                 decoder.reset()
             del decoder
             torch.cuda.empty_cache()
@@ -230,7 +239,11 @@ def on_gpu(*, quick: bool) -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     name = next(
-        (line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        (
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
         platform.processor(),
     )
     return {"cpu": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__}

@@ -70,7 +70,11 @@ def transformers_model(model: PlannerModel) -> torch.nn.Module:
         num_hidden_layers=c.layers, num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, head_dim=c.head_dim,
         rope_theta=c.rope_theta, rms_norm_eps=c.rms_norm_eps, tie_word_embeddings=True, max_position_embeddings=c.max_positions,
     )  # fmt: skip
-    state = {"model.embed_tokens.weight": model.embedding, "lm_head.weight": model.embedding, "model.norm.weight": model.norm}
+    state = {
+        "model.embed_tokens.weight": model.embedding,
+        "lm_head.weight": model.embedding,
+        "model.norm.weight": model.norm,
+    }
     queries, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
     for i, layer in enumerate(model.layers):
         q, k, v = layer.qkv.split((queries, kv, kv))

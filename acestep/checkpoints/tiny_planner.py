@@ -18,7 +18,7 @@ SPECIAL_TOKENS = tuple(
 <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|> <tool_call> </tool_call>
 <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|> <tool_response> </tool_response>
 <think> </think>
-""".split()
+""".split()  # noqa: SIM905
 )
 TINY_CODES = 2_000
 TINY_PADDING_CODES = range(64_000, 64_032)  # audio tokens that exist in the vocabulary and are never valid output
@@ -28,7 +28,7 @@ _MERGED_WORDS = """
 bpm caption duration keyscale language timesignature genres minor major Ġminor Ġmajor Caption Lyric Instruction Generate
 audio Ġaudio semantic tokens based given conditions system user assistant instrumental Ġthe Ġand Ġof Ġa Ġwith Ġpiano
 Ġdrums Ġvoice Verse Chorus false true .Ċ ,Ċ ĊĊ ]Ċ ĠĠ ``
-""".split()
+""".split()  # noqa: SIM905
 
 _HIDDEN, _LAYERS, _HEADS, _KV_HEADS, _HEAD_DIM, _MLP = 64, 2, 4, 2, 16, 128
 _STD = 0.08  # of every matrix; gives logits with a spread of about 0.6
@@ -45,11 +45,12 @@ def write_tiny_planner(folder: Path, *, seed: int = 0) -> None:
     audio = [f"<|audio_code_{n}|>" for n in (*range(TINY_CODES), *TINY_PADDING_CODES)]
     added = {token: len(vocab) + i for i, token in enumerate((*SPECIAL_TOKENS, *audio))}
     _write_tokenizer(folder, vocab, merges, added)
+    vocab_size = len(vocab) + len(added)
     config = {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
         "acestep_tiny": True,
-        "vocab_size": len(vocab) + len(added),
+        "vocab_size": vocab_size,
         "hidden_size": _HIDDEN,
         "intermediate_size": _MLP,
         "num_hidden_layers": _LAYERS,
@@ -70,7 +71,7 @@ def write_tiny_planner(folder: Path, *, seed: int = 0) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     from safetensors.numpy import save_file
 
-    save_file(_weights(config["vocab_size"], seed), folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(_weights(vocab_size, seed), folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def _bpe() -> tuple[dict[str, int], list[tuple[str, str]]]:

@@ -84,7 +84,14 @@ class Arena:
     """
 
     def __init__(
-        self, config: ModelConfig, tokens: int, *, device: torch.device, dtype: torch.dtype, page: int = 1, clean: bool = False
+        self,
+        config: ModelConfig,
+        tokens: int,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        page: int = 1,
+        clean: bool = False,
     ) -> None:
         self.allocator = SpanAllocator(tokens, page)
         shape = (self.allocator.capacity, config.kv_heads, config.head_dim)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch.nn import functional as F
@@ -21,6 +22,7 @@ from acestep.lm.model import PlannerModel
 from acestep.lm.reading import FlatReader, LaneReader, Reader, Row
 from acestep.lm.sampling import SamplingParams, penalise, sample
 
+_CPU = torch.device("cpu")
 PREFILL_CHUNK = 512  # prompt tokens per row and step, so that a long prompt does not hold up the others
 
 
@@ -32,6 +34,7 @@ class Output:
         program: Holds the result when `done`.
         drawn: The counter of the noise, one up with every drawn token.
         written: All tokens appended, for the repetition penalty.
+        choice: What the next token is drawn from; set, as the rows are, when the job is admitted.
     """
 
     program: Program
@@ -39,14 +42,18 @@ class Output:
     params: SamplingParams
     drawn: int = 0
     written: list[int] = field(default_factory=list)
-    choice: Choice | None = None
-    cond: Row | None = None
-    uncond: Row | None = None
     done: bool = False
+    choice: Choice = field(init=False)
+    cond: Row = field(init=False)
+    uncond: Row | None = field(init=False, default=None)
+
+    @property
+    def greedy(self) -> bool:
+        return self.params.temperature == 0 or self.choice.greedy
 
     @property
     def rows(self) -> list[Row]:
-        return [row for row in (self.cond, self.uncond) if row is not None]
+        return [self.cond] if self.uncond is None else [self.cond, self.uncond]
 
 
 class Job:
@@ -146,6 +153,8 @@ class Decoder:
         places = iter(spans)
         for i, output in enumerate(job.outputs):
             move = output.program.start()
+            if move.choice is None:
+                raise ValueError("a program that needs no model was given to the decoder")
             output.choice = move.choice
             output.written = list(move.forced)
             # Only the first output reads the prompt; the others take over its keys and values.
@@ -160,7 +169,8 @@ class Decoder:
         if job in self.jobs:
             self.jobs.remove(job)
             for output in job.outputs:
-                self._release(output)
+                if not output.done:
+                    self._release(output)
 
     def reset(self) -> None:
         """Free everything after a failure."""
@@ -199,7 +209,9 @@ class Decoder:
         for job in self.jobs:
             if not job.prompt_read and job.outputs[0] in due:
                 due += self._share_prompt(job)
-        self.arena.used_tokens = sum(row.span.used for job in self.jobs for o in job.outputs for row in o.rows)
+        self.arena.used_tokens = sum(
+            r.span.used for job in self.jobs for o in job.outputs if not o.done for r in o.rows
+        )
         if due:
             self._draw(due, hidden)
         finished = [job for job in self.jobs if job.done]
@@ -229,33 +241,36 @@ class Decoder:
     def _sample(self, outputs: list[Output], hidden: torch.Tensor) -> torch.Tensor:
         device = hidden.device
         params = [o.params for o in outputs]
-        greedy = torch.tensor([p.temperature == 0 or o.choice.greedy for o, p in zip(outputs, params, strict=True)])
         return sample(
             self._logits(outputs, hidden),
-            torch.tensor([o.seed for o in outputs], device=device),
+            _constant(tuple(o.seed for o in outputs), torch.long, device),
             torch.tensor([o.drawn for o in outputs], device=device),
-            torch.tensor([p.top_k for p in params]),
-            torch.tensor([p.top_p for p in params]),
-            greedy,
+            _constant(tuple(p.top_k for p in params), torch.long, _CPU),
+            _constant(tuple(p.top_p for p in params), torch.float32, _CPU),
+            _constant(tuple(o.greedy for o in outputs), torch.bool, _CPU),
         )
 
     def _logits(self, outputs: list[Output], hidden: torch.Tensor) -> torch.Tensor:
         """Guided logits over temperature. Both are linear, so they are applied to the hidden states: one product per output."""
+        device = hidden.device
+        params = [o.params for o in outputs]
         choices = [o.choice for o in outputs]
-        cond = hidden[[o.cond.hidden for o in outputs]].float()
-        heat = torch.tensor([[o.params.temperature or 1.0] for o in outputs], device=hidden.device)
-        scale = torch.tensor([[o.params.cfg_scale if o.uncond else 1.0] for o in outputs], device=hidden.device)
-        uncond = hidden[[(o.uncond or o.cond).hidden for o in outputs]].float()
-        if all(o.params.repetition_penalty == 1.0 for o in outputs):
+        heat = _constant(tuple(p.temperature or 1.0 for p in params), torch.float32, device)[:, None]
+        scale = _constant(tuple(o.params.cfg_scale if o.uncond else 1.0 for o in outputs), torch.float32, device)[
+            :, None
+        ]
+        cond = hidden[_constant(tuple(o.cond.hidden for o in outputs), torch.long, device)].float()
+        uncond = hidden[_constant(tuple((o.uncond or o.cond).hidden for o in outputs), torch.long, device)].float()
+        if all(p.repetition_penalty == 1.0 for p in params):
             return self._product((uncond + scale * (cond - uncond)) / heat, choices)
         # The penalty is not linear: it comes first, on the conditional logits alone.
         logits, base = self._product(cond, choices), self._product(uncond, choices)
         for row, output in enumerate(outputs):
             if output.params.repetition_penalty != 1.0:
                 used = {self.heads.index(output.choice, token) for token in output.written} - {None}
-                penalise(logits[row], torch.tensor(sorted(used), device=hidden.device, dtype=torch.long), output.params.repetition_penalty)
-        guided = torch.where(logits.isfinite(), base + scale * (logits - base), -torch.inf)
-        return guided / heat
+                places = torch.tensor(sorted(used), device=device, dtype=torch.long)
+                penalise(logits[row], places, output.params.repetition_penalty)
+        return torch.where(logits.isfinite(), base + scale * (logits - base), -torch.inf) / heat
 
     def _product(self, hidden: torch.Tensor, choices: list[Choice]) -> torch.Tensor:
         padding = max(0, self._min_rows - len(hidden))
@@ -264,12 +279,12 @@ class Decoder:
     def _advance(self, output: Output, token: int) -> None:
         output.drawn += 1
         move = output.program.advance(token)
-        output.choice = move.choice
         run = [token, *move.forced]
         output.written += run
         if move.choice is None:
             self._release(output)
             return
+        output.choice = move.choice
         for row in output.rows:
             row.pending = list(run)
 
@@ -277,14 +292,17 @@ class Decoder:
         for row in output.rows:
             self.arena.release(row.span)
             self.rows_used -= 1
-        output.cond = output.uncond = None
         output.done = True
+
+
+@lru_cache(maxsize=256)
+def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A tensor that stays the same while the same outputs are in flight. Never written to."""
+    return torch.tensor(values, dtype=dtype, device=device)
 
 
 def _portions(output: Output) -> list[tuple[Row, int]]:
     """What each row reads in this step: a chunk, but rows of one output end their prompts in the same step."""
     rows = output.rows
     ends = all(len(row.pending) <= PREFILL_CHUNK for row in rows)
-    return [
-        (row, min(len(row.pending), PREFILL_CHUNK)) for row in rows if ends or len(row.pending) > PREFILL_CHUNK
-    ]
+    return [(row, min(len(row.pending), PREFILL_CHUNK)) for row in rows if ends or len(row.pending) > PREFILL_CHUNK]

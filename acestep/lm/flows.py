@@ -227,7 +227,8 @@ class FlowBuilder:
     ) -> list[Job]:
         per_job = max(1, self.max_rows_per_job // (1 if uncond is None else 2))
         return [
-            Job(prompt, uncond, outputs[i : i + per_job], params, stream=stream) for i in range(0, len(outputs), per_job)
+            Job(prompt, uncond, outputs[i : i + per_job], params, stream=stream)
+            for i in range(0, len(outputs), per_job)
         ]
 
     def _open(self, prompt: int, limit: int, *, reasoning_only: bool = False) -> OpenProgram:
@@ -252,7 +253,9 @@ class FlowBuilder:
         known = self.grammar.tokenizer.num_codes
         bad = [n for n in codes if not 0 <= n < known]
         if bad:
-            raise InvalidRequest(f"audio code {bad[0]} is outside 0 to {known - 1}, which this planner knows", field="codes")
+            raise InvalidRequest(
+                f"audio code {bad[0]} is outside 0 to {known - 1}, which this planner knows", field="codes"
+            )
 
     def _too_long(self, needed: int, prompt: int, duration: float | None) -> LimitExceeded:
         seconds = f" and {duration:g} s of codes" if duration else ""

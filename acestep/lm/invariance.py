@@ -32,6 +32,8 @@ def invariant_rows(matrices: Sequence[torch.Tensor]) -> int | None:
                 smallest = n + 1
                 break
     if smallest > _COUNTS[3]:
-        log.warning("this machine's matrix products depend on the batch: codes may differ between batches in rare cases")
+        log.warning(
+            "this machine's matrix products depend on the batch: codes may differ between batches in rare cases"
+        )
         return None
     return smallest

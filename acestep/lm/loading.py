@@ -37,7 +37,9 @@ def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
         raw = json.loads(path.read_text(encoding="utf-8"))
         kind = raw.get("model_type")
     except (OSError, ValueError, AttributeError) as error:
-        raise ModelMissing(f"{path} cannot be read ({error}); download the checkpoint again.", path=str(path)) from error
+        raise ModelMissing(
+            f"{path} cannot be read ({error}); download the checkpoint again.", path=str(path)
+        ) from error
     if kind != "qwen3":
         raise ModelMissing(
             f"{folder} holds a model of type {kind!r}; the planner is a 'qwen3' model, such as acestep-5Hz-lm-1.7B.",
@@ -46,7 +48,9 @@ def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
     try:
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         if rope.get("rope_type", rope.get("type", "default")) != "default" or raw.get("attention_bias"):
-            raise ModelMissing(f"{path}: scaled rotary positions and attention biases are not supported", path=str(path))
+            raise ModelMissing(
+                f"{path}: scaled rotary positions and attention biases are not supported", path=str(path)
+            )
         if raw.get("use_sliding_window") or "sliding_attention" in raw.get("layer_types", ()):
             raise ModelMissing(f"{path}: sliding-window attention is not supported", path=str(path))
         heads = int(raw["num_attention_heads"])

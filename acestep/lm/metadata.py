@@ -18,7 +18,9 @@ MISSING = ("", "n/a")
 
 _TAGS = re.compile(r"<think>(.*?)</think>", re.DOTALL)
 _FIELD = re.compile(r"^([A-Za-z_]+)\s*:(.*)$")
-_LYRIC_HEADER = re.compile(r"\A(?:#\s*languages?[^\n]*\n(?:(?!#)[^\n]*\n)*)?\s*#\s*lyrics?\s*:?[ \t]*(?:\n|\Z)", re.IGNORECASE)
+_LYRIC_HEADER = re.compile(
+    r"\A(?:#\s*languages?[^\n]*\n(?:(?!#)[^\n]*\n)*)?\s*#\s*lyrics?\s*:?[ \t]*(?:\n|\Z)", re.IGNORECASE
+)
 _CODES = re.compile(r"<\|audio_code_(\d+)\|>")
 
 

@@ -103,9 +103,9 @@ class PlannerModel:
             qk = qk * cos + qk.roll(c.head_dim // 2, -1) * sin
             attended = attend(i, qk[:, : c.heads], qk[:, c.heads :], qkv[:, qk_heads:])
             x = x + F.linear(attended, layer.out)
-            gate, up = F.linear(
-                F.rms_norm(x, (c.hidden_size,), layer.mlp_norm, c.rms_norm_eps), layer.gate_up
-            ).chunk(2, -1)
+            gate, up = F.linear(F.rms_norm(x, (c.hidden_size,), layer.mlp_norm, c.rms_norm_eps), layer.gate_up).chunk(
+                2, -1
+            )
             x = x + F.linear(F.silu(gate) * up, layer.down)
         return F.rms_norm(x, (c.hidden_size,), self.norm, c.rms_norm_eps)
 

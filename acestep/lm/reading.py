@@ -130,7 +130,7 @@ class LaneReader:
         pool = torch.cuda.graph_pool_handle()
         for batch in reversed(self._batches):
             for keys in reversed(self._keys):
-                stream = torch.cuda.Stream(self._model.device)
+                stream = torch.cuda.Stream(self._model.device)  # type: ignore[no-untyped-call]
                 stream.wait_stream(torch.cuda.current_stream(self._model.device))
                 with torch.cuda.stream(stream):
                     self._forward(batch, keys)

@@ -91,7 +91,7 @@ def sample(
         return logits.argmax(-1)
     if bool((top_k > 0).any()):
         _keep_top_k(logits, top_k)
-    rows, width = logits.shape
+    width = logits.shape[1]
     best = logits.argmax(-1) if bool(greedy.any()) else None
     probabilities = torch.softmax(logits, -1)
     if width % BLOCK:

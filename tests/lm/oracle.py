@@ -18,7 +18,13 @@ class Oracle:
 
     @torch.inference_mode()
     def decode(
-        self, prompt: list[int], uncond: list[int] | None, program: Program, seed: int, params: SamplingParams, stream: int = 0
+        self,
+        prompt: list[int],
+        uncond: list[int] | None,
+        program: Program,
+        seed: int,
+        params: SamplingParams,
+        stream: int = 0,
     ) -> list[int]:
         """All tokens that `program` appends, forced ones included."""
         move = program.start()
@@ -47,7 +53,11 @@ class Oracle:
         cond = cond.clone()
         if params.repetition_penalty != 1.0:
             for token in set(written):
-                cond[token] = cond[token] * params.repetition_penalty if cond[token] < 0 else cond[token] / params.repetition_penalty
+                cond[token] = (
+                    cond[token] * params.repetition_penalty
+                    if cond[token] < 0
+                    else cond[token] / params.repetition_penalty
+                )
         logits = cond if base is None else base + params.cfg_scale * (cond - base)
         ids = self._ids(choice)
         allowed = logits[ids]

@@ -67,9 +67,11 @@ def test_a_later_phase_goes_before_newcomers(engine: PlannerEngine) -> None:
     engine.add(other)
     while engine.stats()["waiting_jobs"] == 0 and not first.future.done():
         engine.step()
-    assert engine.stats()["waiting_jobs"] == 1 and not engine.has_room(Ticket(song(3)))
+    assert engine.stats()["waiting_jobs"] == 1
+    assert not engine.has_room(Ticket(song(3)))
     finish(engine)
-    assert first.future.done() and other.future.done()
+    assert first.future.done()
+    assert other.future.done()
 
 
 def test_cancelled_work_is_gone_before_the_next_step(engine: PlannerEngine) -> None:
@@ -80,12 +82,14 @@ def test_cancelled_work_is_gone_before_the_next_step(engine: PlannerEngine) -> N
         engine.step()
     rows, reserved = engine.stats()["slots_used"], engine.stats()["kv_reserved_bytes"]
     engine.remove(drop)
-    assert engine.stats()["slots_used"] == rows - 2 and engine.stats()["kv_reserved_bytes"] < reserved
+    assert engine.stats()["slots_used"] == rows - 2
+    assert engine.stats()["kv_reserved_bytes"] < reserved
     finish(engine)
     alone = Ticket(song(1))
     engine.add(alone)
     finish(engine)
-    assert keep.result().codes == alone.result().codes and not drop.future.done()
+    assert keep.result().codes == alone.result().codes
+    assert not drop.future.done()
 
 
 def test_work_that_can_never_fit_is_refused_when_added(model: PlannerModel, grammar: Grammar) -> None:
@@ -110,7 +114,8 @@ def test_one_songs_defect_does_not_stop_the_others(engine: PlannerEngine, monkey
 
     monkeypatch.setattr(FlowBuilder, "_read_codes", broken)
     finish(engine)
-    assert good.result().codes and type(bad.future.exception()).__name__ == "Internal"
+    assert good.result().codes
+    assert type(bad.future.exception()).__name__ == "Internal"
     assert engine.stats()["songs"] == 0 == engine.stats()["slots_used"]
 
 
@@ -122,7 +127,8 @@ def test_numbers_that_are_not_finite_are_an_error(checkpoint: Path, grammar: Gra
     with pytest.raises(InvalidOutput):
         decoder.step()
     decoder.reset()
-    assert decoder.rows_used == 0 and all(bool(k.isfinite().all()) for k in decoder.arena.keys)
+    assert decoder.rows_used == 0
+    assert all(bool(k.isfinite().all()) for k in decoder.arena.keys)
 
 
 def test_the_queue_is_served_by_priority(checkpoint: Path) -> None:

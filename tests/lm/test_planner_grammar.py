@@ -11,7 +11,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from acestep.lm.grammar import Choice, CodesProgram, CotProgram, Grammar, OpenProgram, Program
+from acestep.lm.grammar import Choice, CodesProgram, Grammar, OpenProgram, Program
 from acestep.lm.metadata import FIELDS, KEYS, MAX_BPM, known_fields, metadata_of, unquote
 from acestep.lm.tokenizer import PlannerTokenizer
 from acestep.request import LANGUAGES
@@ -85,14 +85,17 @@ def test_a_thousand_random_plans_are_valid(grammars: list[Grammar]) -> None:
         text = grammar.tokenizer.decode(tokens)
         match = BLOCK.fullmatch(text)
         assert match, text
-        assert 30 <= int(match["bpm"]) <= MAX_BPM and 10 <= int(match["duration"]) <= longest
-        assert bool(match["caption"]) == bool(caption_tokens) and bool(match["language"]) == language
+        assert 30 <= int(match["bpm"]) <= MAX_BPM
+        assert 10 <= int(match["duration"]) <= longest
+        assert bool(match["caption"]) == bool(caption_tokens)
+        assert bool(match["language"]) == language
         for field, value in program.values.items():
             assert match[field] == value
         if caption_tokens:
             assert grammar.tokenizer.decode(program.caption_ids).strip() == match["caption"].strip()
         metadata = metadata_of({**program.values, "caption": match["caption"]}, longest)
-        assert metadata.bpm == int(match["bpm"]) and metadata.keyscale in KEYS
+        assert metadata.bpm == int(match["bpm"])
+        assert metadata.keyscale in KEYS
 
 
 def test_lyrics_follow_the_block(grammars: list[Grammar]) -> None:
@@ -102,8 +105,10 @@ def test_lyrics_follow_the_block(grammars: list[Grammar]) -> None:
         tokens = run(grammar, program, rng)
         assert len(tokens) <= program.max_tokens
         block, end, lyrics = grammar.tokenizer.decode(tokens).partition("</think>")
-        assert BLOCK.fullmatch(block) and end
-        assert max(program.lyrics_ids, default=0) < grammar.tokenizer.text_size and len(program.lyrics_ids) <= 30
+        assert BLOCK.fullmatch(block)
+        assert end
+        assert max(program.lyrics_ids, default=0) < grammar.tokenizer.text_size
+        assert len(program.lyrics_ids) <= 30
         assert lyrics.removesuffix("<|im_end|>") == grammar.tokenizer.decode(program.lyrics_ids)
 
 
@@ -111,7 +116,8 @@ def test_codes_are_exactly_as_many_as_asked(grammar: Grammar) -> None:
     rng = np.random.default_rng(2)
     program = CodesProgram(grammar.tokenizer, 57, limit=57)
     run(grammar, program, rng)
-    assert len(program.codes) == 57 and all(0 <= c < grammar.tokenizer.num_codes for c in program.codes)
+    assert len(program.codes) == 57
+    assert all(0 <= c < grammar.tokenizer.num_codes for c in program.codes)
     limited = CodesProgram(grammar.tokenizer, None, limit=20)
     assert len(run(grammar, limited, rng)) <= 20 == limited.max_tokens
 
@@ -128,7 +134,8 @@ def test_without_grammar_only_a_stop_token_or_the_limit_ends(grammar: Grammar) -
     program = OpenProgram([7], limit=3)
     assert [program.advance(t).choice is None for t in (1, 2, 3)] == [False, False, True]
     stopped = OpenProgram([7], limit=3)
-    assert stopped.advance(7).choice is None and stopped.ids == []
+    assert stopped.advance(7).choice is None
+    assert stopped.ids == []
 
 
 def test_a_block_of_known_values_is_their_canonical_encoding(grammars: list[Grammar]) -> None:
@@ -143,7 +150,8 @@ def test_a_block_of_known_values_is_their_canonical_encoding(grammars: list[Gram
 def test_the_language_is_detected_not_drawn(grammar: Grammar) -> None:
     program = grammar.plan({"bpm": "90", "duration": "10", "keyscale": "A minor"}, max_duration=60, caption_tokens=0)
     move = program.start()
-    assert move.choice is not None and move.choice.greedy
+    assert move.choice is not None
+    assert move.choice.greedy
 
 
 values = st.one_of(st.none(), st.integers(-10, 10_000), st.floats(), st.text(max_size=12))
@@ -161,7 +169,8 @@ def test_whatever_a_caller_gives_the_block_is_valid_and_keeps_it(
     known = known_fields(given_values, longest)
     program = grammar.plan(known, max_duration=longest, caption_tokens=4)
     match = BLOCK.fullmatch(grammar.tokenizer.decode(run(grammar, program, np.random.default_rng(seed))))
-    assert match and int(match["duration"]) <= longest
+    assert match
+    assert int(match["duration"]) <= longest
     assert all(match[field] == value for field, value in known.items())
 
 

@@ -92,7 +92,8 @@ def test_the_tokenizer_loads_from_either_set_of_files(copy: Path, tokenizer: Pla
     (copy / "tokenizer.json").unlink()
     other = PlannerTokenizer.load(copy)
     text = "Ein Lied, 120 bpm\n\n[Verse]\nd'accord … 音"
-    assert other.encode(text) == tokenizer.encode(text) and other.added == tokenizer.added
+    assert other.encode(text) == tokenizer.encode(text)
+    assert other.added == tokenizer.added
 
 
 def test_the_tokenizer_agrees_with_transformers(checkpoint: Path, tokenizer: PlannerTokenizer) -> None:
@@ -154,7 +155,9 @@ def test_what_is_wrong_is_said(copy: Path, change: Callable[[Path], object], sai
     change(copy)
     with pytest.raises(ModelMissing) as failure:
         Planner.load(copy, PlannerSettings(slots=2, max_len=256))
-    assert said in failure.value.message and str(copy) in failure.value.message and failure.value.details["path"]
+    assert said in failure.value.message
+    assert str(copy) in failure.value.message
+    assert failure.value.details["path"]
 
 
 def test_other_failures_have_their_own_classes(checkpoint: Path) -> None:
@@ -175,5 +178,7 @@ def test_the_tiny_checkpoint_is_the_same_every_time(tmp_path: Path) -> None:
 
 
 def test_a_planner_says_what_it_is(planner: Planner, checkpoint: Path) -> None:
-    assert planner.info.name == checkpoint.name and planner.info.notice == TINY_NOTICE
-    assert planner.info.max_len == 4_096 and planner.info.weight_bytes < 2_000_000
+    assert planner.info.name == checkpoint.name
+    assert planner.info.notice == TINY_NOTICE
+    assert planner.info.max_len == 4_096
+    assert planner.info.weight_bytes < 2_000_000

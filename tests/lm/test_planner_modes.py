@@ -29,70 +29,98 @@ def plan(planner: Planner, max_duration: float = 20.0, **fields: object) -> Plan
 def test_the_planner_decides_what_is_left_open(planner: Planner) -> None:
     result = plan(planner)
     m = result.metadata
-    assert m.bpm and m.caption and m.keyscale in KEYS and m.language in LANGUAGES and m.timesignature in ("2", "3", "4", "6")
-    assert m.duration and 10 <= m.duration <= 20
-    assert result.codes and len(result.codes) == 1 and len(result.codes[0]) == int(m.duration * 5)
+    assert m.bpm
+    assert m.caption
+    assert m.keyscale in KEYS
+    assert m.language in LANGUAGES
+    assert m.timesignature in ("2", "3", "4", "6")
+    assert m.duration
+    assert 10 <= m.duration <= 20
+    assert result.codes
+    assert len(result.codes) == 1
+    assert len(result.codes[0]) == int(m.duration * 5)
     assert max(result.codes[0]) < 2_000
-    assert result.model == planner.info.name and result.notice == TINY_NOTICE and result.lm_seeds == (5,)
-    assert result.timings.steps > 50 and result.timings.metadata_s > 0 and result.timings.codes_s > 0
+    assert result.model == planner.info.name
+    assert result.notice == TINY_NOTICE
+    assert result.lm_seeds == (5,)
+    assert result.timings.steps > 50
+    assert result.timings.metadata_s > 0
+    assert result.timings.codes_s > 0
 
 
 def test_what_the_caller_gave_is_kept(planner: Planner) -> None:
     m = plan(planner, bpm=77, key_scale="F# minor", duration=12.5, vocal_language="no").metadata
-    assert (m.bpm, m.keyscale, m.duration, m.language) == (77, "F# minor", 12.5, "no") and m.timesignature
+    assert (m.bpm, m.keyscale, m.duration, m.language) == (77, "F# minor", 12.5, "no")
+    assert m.timesignature
 
 
 def test_with_everything_given_only_codes_are_planned(planner: Planner) -> None:
     result = plan(planner, **GIVEN, duration=10)
     assert result.metadata == Metadata(bpm=120, keyscale="A minor", timesignature="4", duration=10.0)
-    assert result.codes and len(result.codes[0]) == 50 and result.timings.steps == 50
+    assert result.codes
+    assert len(result.codes[0]) == 50
+    assert result.timings.steps == 50
     assert result.timings.metadata_s == 0
 
 
 @pytest.mark.parametrize(("switch", "field"), [("use_cot_caption", "caption"), ("use_cot_language", "language")])
 def test_a_field_can_be_left_out(planner: Planner, switch: str, field: str) -> None:
     result = plan(planner, thinking=False, **{switch: False})
-    assert getattr(result.metadata, field) is None and result.metadata.bpm
+    assert getattr(result.metadata, field) is None
+    assert result.metadata.bpm
     assert result.codes is None
 
 
 def test_without_thinking_and_metadata_nothing_runs(planner: Planner) -> None:
     result = plan(planner, thinking=False, use_cot_metas=False, duration=15)
-    assert result.metadata == Metadata(duration=15.0) and result.codes is None
-    assert result.timings.steps == 0 and result.model is None
+    assert result.metadata == Metadata(duration=15.0)
+    assert result.codes is None
+    assert result.timings.steps == 0
+    assert result.model is None
 
 
 def test_without_any_duration_codes_end_by_themselves_or_at_the_limit(planner: Planner) -> None:
     result = plan(planner, use_cot_metas=False, max_duration=11.0)
-    assert result.metadata == Metadata() and result.codes and 0 < len(result.codes[0]) <= 55
+    assert result.metadata == Metadata()
+    assert result.codes
+    assert 0 < len(result.codes[0]) <= 55
 
 
 def test_an_edited_plan_is_taken_as_it_is(planner: Planner) -> None:
     edited = Plan(metadata=Metadata(bpm=99, caption="my own words", duration=10.0))
     result = plan(planner, plan=edited)
-    assert result.metadata == edited.metadata and result.codes and len(result.codes[0]) == 50
+    assert result.metadata == edited.metadata
+    assert result.codes
+    assert len(result.codes[0]) == 50
     again = plan(planner, plan=result)
-    assert again.codes == result.codes and again.timings.steps == 0
+    assert again.codes == result.codes
+    assert again.timings.steps == 0
     assert (again.model, again.notice, again.lm_seeds) == (result.model, result.notice, result.lm_seeds)
 
 
 def test_given_codes_are_taken_as_they_are(planner: Planner) -> None:
     codes = tuple(range(60))
     result = plan(planner, audio_codes=codes, batch_size=2)
-    assert result.codes == (codes,) and result.codes_of(1) == codes
-    assert result.metadata.duration == 12.0 and result.metadata.bpm
+    assert result.codes == (codes,)
+    assert result.codes_of(1) == codes
+    assert result.metadata.duration == 12.0
+    assert result.metadata.bpm
 
 
 @pytest.mark.parametrize("task", ["cover", "repaint"])
 def test_tasks_with_source_audio_are_not_planned(planner: Planner, task: str) -> None:
     result = plan(planner, task=task, src_audio="some.wav", duration=10)
-    assert result.codes is None and result.timings.steps == 0 and result.metadata == Metadata(duration=10.0)
+    assert result.codes is None
+    assert result.timings.steps == 0
+    assert result.metadata == Metadata(duration=10.0)
 
 
 def test_items_share_metadata_and_differ_in_codes(planner: Planner) -> None:
     result = plan(planner, batch_size=3, duration=10)
-    assert result.lm_seeds == (5, 6, 7) and result.item_metadata == ()
-    assert result.codes and len(set(result.codes)) == 3
+    assert result.lm_seeds == (5, 6, 7)
+    assert result.item_metadata == ()
+    assert result.codes
+    assert len(set(result.codes)) == 3
     # An item is what it would be alone under the same metadata.
     alone = plan(planner, plan=Plan(metadata=result.metadata), seed=6)
     assert alone.codes == result.codes[1:2]
@@ -100,20 +128,25 @@ def test_items_share_metadata_and_differ_in_codes(planner: Planner) -> None:
 
 def test_items_may_have_metadata_of_their_own(planner: Planner) -> None:
     result = plan(planner, batch_size=3, lm_share_cot=False)
-    assert len({m.caption for m in result.item_metadata}) == 3 and result.metadata == result.item_metadata[0]
-    assert result.codes and result.item_metadata[2].duration
+    assert len({m.caption for m in result.item_metadata}) == 3
+    assert result.metadata == result.item_metadata[0]
+    assert result.codes
+    assert result.item_metadata[2].duration
     assert len(result.codes[2]) == int(result.item_metadata[2].duration * 5)
     assert plan(planner, seed=7).metadata == result.item_metadata[2]
 
 
 def test_more_items_than_rows(planner: Planner) -> None:
     result = plan(planner, batch_size=8, duration=10)
-    assert result.codes and len(set(result.codes)) == 8 and {len(c) for c in result.codes} == {50}
+    assert result.codes
+    assert len(set(result.codes)) == 8
+    assert {len(c) for c in result.codes} == {50}
 
 
 def test_the_planner_has_a_seed_of_its_own(planner: Planner) -> None:
     one, two = plan(planner, duration=10, lm_seed=1, seed=8), plan(planner, duration=10, lm_seed=1, seed=9)
-    assert one.codes == two.codes and one.lm_seeds == (1,)
+    assert one.codes == two.codes
+    assert one.lm_seeds == (1,)
     assert plan(planner, duration=10, lm_seed=2, seed=8).codes != one.codes
 
 
@@ -121,7 +154,13 @@ def test_guidance_and_the_negative_prompt_matter(planner: Planner) -> None:
     fixed = {**GIVEN, "duration": 10}
     results = [
         plan(planner, **fixed, **other).codes
-        for other in ({}, {"lm_cfg_scale": 1.0}, {"lm_cfg_scale": 5.0}, {"lm_negative_prompt": "drums"}, {"lm_top_p": 0.1})
+        for other in (
+            {},
+            {"lm_cfg_scale": 1.0},
+            {"lm_cfg_scale": 5.0},
+            {"lm_negative_prompt": "drums"},
+            {"lm_top_p": 0.1},
+        )
     ]
     assert len(set(results)) == 5
     request = SongRequest(prompt="a calm piano", lyrics="la la", seed=5, duration=10, **GIVEN)
@@ -130,26 +169,42 @@ def test_guidance_and_the_negative_prompt_matter(planner: Planner) -> None:
 
 def test_without_grammar_whatever_comes_is_read(planner: Planner) -> None:
     result = plan(planner, constrained_decoding=False, duration=10)
-    assert result.metadata.duration == 10.0 and result.codes is not None
-    assert len(result.codes[0]) <= 50 and all(c < 2_000 for c in result.codes[0])
+    assert result.metadata.duration == 10.0
+    assert result.codes is not None
+    assert len(result.codes[0]) <= 50
+    assert all(c < 2_000 for c in result.codes[0])
 
 
 def test_understand(planner: Planner) -> None:
     sample = ask(planner, UnderstandWork(codes=tuple(range(100)), seed=1))
-    assert isinstance(sample, Sample) and sample.caption and sample.bpm and sample.duration and sample.keyscale
-    assert sample.notice == TINY_NOTICE and sample.timings.steps > 10
+    assert isinstance(sample, Sample)
+    assert sample.caption
+    assert sample.bpm
+    assert sample.duration
+    assert sample.keyscale
+    assert sample.notice == TINY_NOTICE
+    assert sample.timings.steps > 10
 
 
 def test_inspire(planner: Planner) -> None:
     sample = ask(planner, InspireWork("a song about rain", instrumental=True, vocal_language="fi", seed=2))
-    assert isinstance(sample, Sample) and sample.language == "fi" and sample.instrumental and sample.lyrics
+    assert isinstance(sample, Sample)
+    assert sample.language == "fi"
+    assert sample.instrumental
+    assert sample.lyrics
 
 
 def test_format_keeps_what_is_given(planner: Planner) -> None:
     work = FormatWork("piano", "la", bpm=91, duration=33.0, keyscale="c", timesignature="3/4", language="de", seed=3)
     sample = ask(planner, work)
     assert isinstance(sample, Sample)
-    assert (sample.bpm, sample.duration, sample.keyscale, sample.timesignature, sample.language) == (91, 33.0, "C major", "3", "de")
+    assert (sample.bpm, sample.duration, sample.keyscale, sample.timesignature, sample.language) == (
+        91,
+        33.0,
+        "C major",
+        "3",
+        "de",
+    )
     assert ask(planner, FormatWork("piano", "la", seed=3, constrained_decoding=False)).lyrics
 
 
@@ -158,20 +213,24 @@ def test_progress_counts_codes_over_all_items(planner: Planner) -> None:
     request = SongRequest(prompt="x", seed=1, duration=10, batch_size=2, **GIVEN)
     planner.submit(PlanWork(request), on_progress=heard.append).result(timeout=60)
     assert [p.done for p in heard] == sorted(p.done for p in heard)
-    assert heard[-1].done == heard[-1].total == 100 and heard[0].stage == "planning" and len(heard) >= 5
+    assert heard[-1].done == heard[-1].total == 100
+    assert heard[0].stage == "planning"
+    assert len(heard) >= 5
 
 
 def test_a_song_that_cannot_fit_is_refused_with_the_numbers(planner: Planner) -> None:
     with pytest.raises(LimitExceeded) as failure:
         plan(planner, max_duration=600.0, duration=600, lyrics="la " * 700)
     details = failure.value.details
-    assert details["limit"] == 4_096 < details["asked"] and str(details["asked"]) in failure.value.message
+    assert details["limit"] == 4_096 < details["asked"]
+    assert str(details["asked"]) in failure.value.message
     assert 0 < details["prompt_tokens"] < details["asked"] - 3_000
 
 
 def test_the_planner_decides_only_on_what_fits(planner: Planner) -> None:
     result = plan(planner, max_duration=600.0, lyrics="la " * 1_050, use_cot_caption=False, thinking=False)
-    assert result.metadata.duration and result.metadata.duration * 5 < 4_096 - 1_050
+    assert result.metadata.duration
+    assert result.metadata.duration * 5 < 4_096 - 1_050
 
 
 def test_unknown_codes_are_refused(planner: Planner) -> None:
@@ -193,7 +252,8 @@ def test_cancelled_and_late_work_frees_its_place(planner: Planner) -> None:
         planner.submit(PlanWork(request), deadline=0.0).result(timeout=10)
     assert plan(planner, duration=10).codes
     stats = planner.stats()
-    assert stats["slots_used"] == 0 == stats["kv_reserved_bytes"] and stats["songs"] == 0
+    assert stats["slots_used"] == 0 == stats["kv_reserved_bytes"]
+    assert stats["songs"] == 0
 
 
 def test_stats_name_what_is_in_use(planner: Planner) -> None:
@@ -201,5 +261,7 @@ def test_stats_name_what_is_in_use(planner: Planner) -> None:
     request = SongRequest(prompt="x", seed=1, duration=10, batch_size=2, **GIVEN)
     planner.submit(PlanWork(request), on_progress=lambda _: heard.append(planner.stats())).result(timeout=60)
     during = heard[len(heard) // 2]
-    assert during["slots_used"] == 4 and 0 < during["kv_used_bytes"] <= during["kv_reserved_bytes"] < during["kv_bytes"]
-    assert planner.stats()["alive"] and planner.stats()["waiting"] == 0
+    assert during["slots_used"] == 4
+    assert 0 < during["kv_used_bytes"] <= during["kv_reserved_bytes"] < during["kv_bytes"]
+    assert planner.stats()["alive"]
+    assert planner.stats()["waiting"] == 0

@@ -13,7 +13,13 @@ from acestep.request import LANGUAGES
 
 def test_a_well_formed_block() -> None:
     text = "<think>\nbpm: 90\ncaption: 'A: b\n  c'\nduration: 60\ngenres: pop\nlanguage: 'no'\n</think>\n\n# Lyric\nla"
-    assert parse_reasoning(text) == {"bpm": "90", "caption": "A: b c", "duration": "60", "genres": "pop", "language": "no"}
+    assert parse_reasoning(text) == {
+        "bpm": "90",
+        "caption": "A: b c",
+        "duration": "60",
+        "genres": "pop",
+        "language": "no",
+    }
 
 
 def test_an_unquoted_colon_is_no_obstacle() -> None:
@@ -27,7 +33,9 @@ def test_missing_tags(text: str) -> None:
 
 
 def test_unacceptable_values_become_missing() -> None:
-    metadata = metadata_of({"bpm": "fast", "duration": "9999", "keyscale": "N/A", "language": "klingon", "timesignature": "5"}, 300)
+    metadata = metadata_of(
+        {"bpm": "fast", "duration": "9999", "keyscale": "N/A", "language": "klingon", "timesignature": "5"}, 300
+    )
     assert metadata == Metadata(duration=300.0)
 
 

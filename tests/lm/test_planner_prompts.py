@@ -44,15 +44,25 @@ def test_prompts_of_the_true_vocabulary(qwen: PlannerTokenizer) -> None:
 
 def test_ids_of_the_true_vocabulary(qwen: PlannerTokenizer) -> None:
     assert (qwen.text_size, qwen.pad, qwen.im_start, qwen.eos) == (151_643, 151_643, 151_644, 151_645)
-    assert (qwen.think, qwen.end_think, qwen.first_code, qwen.num_codes, qwen.size) == (151_667, 151_668, 151_669, 64_000, 217_204)
+    assert (qwen.think, qwen.end_think, qwen.first_code, qwen.num_codes, qwen.size) == (
+        151_667,
+        151_668,
+        151_669,
+        64_000,
+        217_204,
+    )
     assert qwen.encode("bpm: 120\n") == [65, 5187, 25, 220, 16, 17, 15, 198]
-    assert qwen.encode("\n") == [198] and qwen.encode(".\n") == [624] and qwen.encode("\n\n") == [271]
+    assert qwen.encode("\n") == [198]
+    assert qwen.encode(".\n") == [624]
+    assert qwen.encode("\n\n") == [271]
 
 
 def test_blank_inputs_get_their_literals(tokenizer: PlannerTokenizer) -> None:
     prompts = PromptBuilder(tokenizer)
     assert "user\nNO USER INPUT<|im_end|>" in tokenizer.decode(prompts.understand([]))
-    assert "user\nNO USER INPUT\n\ninstrumental: true<|im_end|>" in tokenizer.decode(prompts.inspire(" ", instrumental=True))
+    assert "user\nNO USER INPUT\n\ninstrumental: true<|im_end|>" in tokenizer.decode(
+        prompts.inspire(" ", instrumental=True)
+    )
     text = tokenizer.decode(prompts.format("", " "))
     assert "user\n# Caption\nNO USER INPUT\n\n# Lyric\n[Instrumental]<|im_end|>" in text
     assert tokenizer.decode(prompts.codes("c", "l", Metadata())).endswith("<think>\n\n</think>\n\n")
@@ -73,7 +83,9 @@ def test_typed_special_tokens_stay_text(qwen: PlannerTokenizer, tokenizer: Plann
 
 
 @settings(max_examples=200, deadline=None)
-@given(text=st.text(st.characters(codec="utf-8")), spice=st.lists(st.sampled_from([*SPECIAL_TOKENS, "<|audio_code_7|>"])))
+@given(
+    text=st.text(st.characters(codec="utf-8")), spice=st.lists(st.sampled_from([*SPECIAL_TOKENS, "<|audio_code_7|>"]))
+)
 def test_no_text_adds_a_special_token_to_a_prompt(tokenizer: PlannerTokenizer, text: str, spice: list[str]) -> None:
     prompts = PromptBuilder(tokenizer)
     hostile = text.join(["", *spice, ""])
@@ -90,10 +102,12 @@ def test_no_text_adds_a_special_token_to_a_prompt(tokenizer: PlannerTokenizer, t
 
 def test_the_reasoning_block_is_rendered_as_the_model_was_trained() -> None:
     caption = 'A calm: piano piece with "quotes" that goes on and on and on so that it wraps around at eighty columns, yes it does wrap.'
-    metadata = Metadata(bpm=120, caption=caption, duration=180.9, keyscale="F# minor", language="no", timesignature="4/4")
+    metadata = Metadata(
+        bpm=120, caption=caption, duration=180.9, keyscale="F# minor", language="no", timesignature="4/4"
+    )
     assert render_metadata(metadata).splitlines() == [
         "bpm: 120",
-        "caption: 'A calm: piano piece with \"quotes\" that goes on and on and on so that it",
+        'caption: \'A calm: piano piece with "quotes" that goes on and on and on so that it',
         "  wraps around at eighty columns, yes it does wrap.'",
         "duration: 180",
         "keyscale: F# minor",

@@ -12,7 +12,9 @@ from acestep.lm.sampling import gumbel, keys, penalise, sample
 WIDTHS = [3, 256, 1_000, 2_049]
 
 
-def draws(logits: torch.Tensor, count: int, *, top_k: int = 0, top_p: float = 1.0, greedy: bool = False) -> torch.Tensor:
+def draws(
+    logits: torch.Tensor, count: int, *, top_k: int = 0, top_p: float = 1.0, greedy: bool = False
+) -> torch.Tensor:
     """Many draws from one row of logits, by seeds 0, 1, 2 …"""
     rows = logits.expand(count, -1).clone()
     zeros = torch.zeros(count, dtype=torch.long)
@@ -67,7 +69,8 @@ def test_greedy_rows_beside_drawn_rows() -> None:
     greedy = torch.tensor([True, False, True, False])
     zeros = torch.zeros(4, dtype=torch.long)
     drawn = sample(logits.clone(), torch.arange(4), zeros, zeros, torch.ones(4), greedy)
-    assert torch.equal(drawn[greedy], best[greedy]) and not torch.equal(drawn, best)
+    assert torch.equal(drawn[greedy], best[greedy])
+    assert not torch.equal(drawn, best)
 
 
 def test_what_is_masked_never_comes() -> None:
@@ -98,9 +101,11 @@ def test_noise_is_a_function_of_seed_and_counter() -> None:
     assert len({tuple(row.tolist()) for row in noise}) == 3
     # Of the two-to-the-17th lanes of many keys, mean and variance of a Gumbel variable.
     many = gumbel(keys(torch.arange(256), torch.zeros(256, dtype=torch.long)), torch.arange(512)).double()
-    assert abs(many.mean() - 0.5772) < 0.02 and abs(many.var() - math.pi**2 / 6) < 0.05
+    assert abs(many.mean() - 0.5772) < 0.02
+    assert abs(many.var() - math.pi**2 / 6) < 0.05
     centred = many - many.mean()
-    assert abs((centred[1:] * centred[:-1]).mean()) < 0.02 and abs((centred[:, 1:] * centred[:, :-1]).mean()) < 0.02
+    assert abs((centred[1:] * centred[:-1]).mean()) < 0.02
+    assert abs((centred[:, 1:] * centred[:, :-1]).mean()) < 0.02
 
 
 def test_the_penalty_weakens_both_signs() -> None:
