@@ -45,7 +45,8 @@ def fill(decoder: Decoder, grammar: Grammar, songs: int, codes: int) -> list[Job
     ]
     for job in jobs:
         decoder.add(job)
-    decoder.step()
+    while not all(job.prompt_read for job in jobs):
+        decoder.step()
     return jobs
 
 
@@ -63,7 +64,7 @@ def step_seconds(decoder: Decoder, grammar: Grammar, *, rounds: int, steps: int)
     seconds: dict[int, list[float]] = {songs: [] for songs in SONGS}
     for _ in range(rounds):
         for songs in SONGS:
-            fill(decoder, grammar, songs, steps + 3)
+            fill(decoder, grammar, songs, steps + songs + 3)
             timed_steps(decoder, 1)
             seconds[songs] += timed_steps(decoder, steps)
             decoder.reset()
@@ -89,7 +90,7 @@ class Stopwatch:
 
 def overhead(decoder: Decoder, grammar: Grammar, songs: int, steps: int) -> dict[str, float]:
     """What a step takes beside the forward and the head's product: scheduling, grammar, guidance, sampling."""
-    fill(decoder, grammar, songs, steps + 3)
+    fill(decoder, grammar, songs, steps + songs + 3)
     watch = Stopwatch()
     forward, head = decoder.model.forward, decoder.heads.logits
     decoder.model.forward = watch.wrap(forward)  # type: ignore[method-assign]
@@ -131,7 +132,7 @@ def transformers_seconds(model: PlannerModel, grammar: Grammar, tokens: int) -> 
 
 def memory(decoder: Decoder, grammar: Grammar, songs: int) -> dict[str, int]:
     """Keys and values reserved at admission, and used when the last code is drawn."""
-    fill(decoder, grammar, songs, 6)
+    fill(decoder, grammar, songs, songs + 6)
     reserved, used = decoder.arena.reserved_bytes, 0
     while decoder.jobs:
         decoder.step()
@@ -219,7 +220,7 @@ def on_gpu(*, quick: bool) -> dict[str, Any]:
             )
             modes[mode] = {}
             for songs in pairs:
-                fill(decoder, grammar, songs, 200)
+                fill(decoder, grammar, songs, 250)
                 timed_steps(decoder, 5)
                 seconds = statistics.median(timed_steps(decoder, 30 if quick else 150))
                 floor = (read + decoder.arena.used_bytes) / result["bandwidth_bytes_per_s"]

@@ -39,28 +39,26 @@ class SpanAllocator:
 
     def allocate(self, sizes: list[int]) -> list[Span] | None:
         """A span for every size, or None where they do not all fit."""
-        before = list(self._free)
-        spans = []
-        for size in sizes:
-            span = self._take(self.rounded(size))
-            if span is None:
-                self._free = before
-                return None
-            spans.append(span)
+        placed = self._placed(sizes)
+        if placed is None:
+            return None
+        spans, self._free = placed
         return spans
 
     def fits(self, sizes: list[int]) -> bool:
-        before = list(self._free)
-        spans = self.allocate(sizes)
-        self._free = before
-        return spans is not None
+        return self._placed(sizes) is not None
 
-    def _take(self, size: int) -> Span | None:
-        for i, (start, room) in enumerate(self._free):
-            if room >= size:
-                self._free[i : i + 1] = [(start + size, room - size)] if room > size else []
-                return Span(start, size)
-        return None
+    def _placed(self, sizes: list[int]) -> tuple[list[Span], list[tuple[int, int]]] | None:
+        """Spans, and what is free after them."""
+        free, spans = list(self._free), []
+        for size in map(self.rounded, sizes):
+            at = next((i for i, (_, room) in enumerate(free) if room >= size), None)
+            if at is None:
+                return None
+            start, room = free[at]
+            free[at : at + 1] = [(start + size, room - size)] if room > size else []
+            spans.append(Span(start, size))
+        return spans, free
 
     def release(self, span: Span) -> None:
         at = bisect.bisect(self._free, (span.start, 0))
@@ -99,17 +97,21 @@ class Arena:
         self.keys = [make(shape, device=device, dtype=dtype) for _ in range(config.layers)]
         self.values = [make(shape, device=device, dtype=dtype) for _ in range(config.layers)]
         self.bytes_per_token = config.kv_elements_per_token * dtype.itemsize
+        self.reserved_tokens = 0
         self.used_tokens = 0  # as of the last step
         self._spans: list[Span] = []
 
     def reserve(self, sizes: list[int]) -> list[Span] | None:
         """A span for every size, or None where they do not all fit."""
         spans = self.allocator.allocate(sizes)
-        self._spans += spans or []
+        for span in spans or []:
+            self._spans.append(span)
+            self.reserved_tokens += span.size
         return spans
 
     def release(self, span: Span) -> None:
         self._spans.remove(span)
+        self.reserved_tokens -= span.size
         self.allocator.release(span)
 
     def next_places(self, lane_length: int, lanes: int) -> list[int]:
@@ -126,7 +128,7 @@ class Arena:
 
     @property
     def reserved_bytes(self) -> int:
-        return (self.allocator.capacity - self.allocator.free) * self.bytes_per_token
+        return self.reserved_tokens * self.bytes_per_token
 
     @property
     def used_bytes(self) -> int:

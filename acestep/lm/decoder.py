@@ -7,11 +7,13 @@ without conditions) that is admitted, stepped and removed as one; the drawn toke
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from acestep.errors import InvalidOutput
 from acestep.lm.cache import Arena
@@ -21,9 +23,13 @@ from acestep.lm.invariance import invariant_rows
 from acestep.lm.model import PlannerModel
 from acestep.lm.reading import FlatReader, LaneReader, Reader, Row
 from acestep.lm.sampling import SamplingParams, penalise, sample
+from acestep.settings import Attention
 
 _CPU = torch.device("cpu")
-PREFILL_CHUNK = 512  # prompt tokens per row and step, so that a long prompt does not hold up the others
+# Prompts are read in chunks, and few at a time, so that they do not hold up the songs in flight. The bounds of a row's chunks do not
+# depend on its company.
+PREFILL_CHUNK = 512
+PREFILL_TOKENS = 512
 
 
 @dataclass(eq=False)
@@ -106,6 +112,7 @@ class Decoder:
         arena_tokens: Tokens of keys and values over all rows.
         lane_length: Gives every row a lane of that many tokens, for the static shapes that GPUs want; None packs rows tightly.
         capture: Record CUDA graphs of the static shapes.
+        attention: `eager` keeps to plain products; otherwise torch takes the fastest kernel that the device and the shape allow.
     """
 
     def __init__(
@@ -117,8 +124,10 @@ class Decoder:
         arena_tokens: int,
         lane_length: int | None = None,
         capture: bool = False,
+        attention: Attention = "sdpa",
     ) -> None:
         self.model = model
+        self._plain_attention = attention == "eager"
         self._lane_length = lane_length
         self.arena = Arena(
             model.config, arena_tokens, device=model.device, dtype=model.dtype,
@@ -134,7 +143,7 @@ class Decoder:
         self._min_rows = self.invariant_rows or 1
         self._read: Reader = FlatReader(model, self.arena, self._min_rows)
         if lane_length:
-            with torch.inference_mode():
+            with torch.inference_mode(), self._kernels():
                 self._read = LaneReader(model, self.arena, max_len=lane_length, lanes=self.max_rows, capture=capture)
 
     def fits(self, job: Job) -> bool:
@@ -181,7 +190,7 @@ class Decoder:
 
     @torch.inference_mode()
     def step(self) -> list[Job]:
-        """Read pending tokens (of each prompt at most a chunk), then draw one token for every output that is up to date.
+        """Read pending tokens (of prompts only some), then draw one token for every output that is up to date.
 
         Returns:
             Jobs that are finished. Their rows are free again.
@@ -191,19 +200,24 @@ class Decoder:
         """
         due: list[Output] = []
         reading: list[tuple[Row, int]] = []
+        budget = PREFILL_TOKENS
         for job in self.jobs:
+            if not job.prompt_read and budget <= 0:
+                continue
             job.steps += 1
-            leader = job.outputs[0]
-            for output in job.outputs if job.prompt_read else [leader]:
+            for output in job.outputs if job.prompt_read else job.outputs[:1]:
                 if output.done:
                     continue
                 taken = _portions(output)
                 reading += taken
-                if all(length == len(row.pending) for row, length in taken) and len(taken) == len(output.rows):
+                if len(taken) == len(output.rows) and all(length == len(row.pending) for row, length in taken):
                     due.append(output)
+                if not job.prompt_read:
+                    budget -= sum(length for _, length in taken)
         for at, (row, _) in enumerate(reading):
             row.hidden = at
-        hidden = self._read(reading)
+        with self._kernels():
+            hidden = self._read(reading)
         if not bool(hidden.isfinite().all()):
             raise InvalidOutput("the planner's weights gave a number that is not finite", device=str(self.model.device))
         for job in self.jobs:
@@ -218,6 +232,9 @@ class Decoder:
         for job in finished:
             self.remove(job)
         return finished
+
+    def _kernels(self) -> AbstractContextManager[object]:
+        return sdpa_kernel(SDPBackend.MATH) if self._plain_attention else nullcontext()
 
     def _share_prompt(self, job: Job) -> list[Output]:
         leader, *followers = job.outputs

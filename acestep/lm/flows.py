@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from acestep.errors import InvalidRequest, LimitExceeded
 from acestep.lm.decoder import Job
 from acestep.lm.grammar import MAX_CAPTION_TOKENS, CodesProgram, CotProgram, Grammar, OpenProgram
-from acestep.lm.metadata import known_fields, metadata_of, parse_lyrics, parse_reasoning, unquote
+from acestep.lm.metadata import known_fields, metadata_of, parse_lyrics, parse_reasoning, printable, unquote
 from acestep.lm.prompts import PromptBuilder
 from acestep.lm.sampling import SamplingParams
 from acestep.lm.work import FormatWork, InspireWork, PlannerWork, PlanWork, Sample, TextWork, UnderstandWork
@@ -239,15 +239,18 @@ class FlowBuilder:
     def _read_metadata(self, program: CotProgram | OpenProgram, limit: float, given: Metadata) -> Metadata:
         """What was written, under what the caller gave."""
         if isinstance(program, CotProgram):
-            caption = unquote(self.grammar.tokenizer.decode(program.caption_ids))
+            caption = unquote(self._text(program.caption_ids))
             found = metadata_of({**program.values, "caption": caption}, limit)
         else:
-            found = metadata_of(parse_reasoning(self.grammar.tokenizer.decode(program.ids)), limit)
+            found = metadata_of(parse_reasoning(self._text(program.ids)), limit)
         return found.model_copy(update=given.model_dump(exclude_none=True))
 
     def _read_lyrics(self, program: CotProgram | OpenProgram) -> str:
         ids = program.lyrics_ids if isinstance(program, CotProgram) else program.ids
-        return parse_lyrics(self.grammar.tokenizer.decode(ids))
+        return parse_lyrics(self._text(ids))
+
+    def _text(self, ids: list[int]) -> str:
+        return printable(self.grammar.tokenizer.decode(ids))
 
     def _check_codes(self, codes: Sequence[int]) -> None:
         known = self.grammar.tokenizer.num_codes

@@ -20,16 +20,16 @@ def arena_tokens(model: PlannerModel, *, rows: int, max_len: int, memory_bytes: 
         memory_bytes: What weights and keys and values may take together; None for what is free.
 
     Raises:
-        OutOfMemory: Not even one pair of rows fits at a quarter of `max_len`.
+        OutOfMemory: Not even one pair of rows fits at full length.
     """
     per_token = model.config.kv_elements_per_token * model.dtype.itemsize
     free = memory_bytes - model.weight_bytes if memory_bytes is not None else _free_bytes(model.device)
-    wanted, least = rows * max_len, 2 * max_len // 4
+    wanted, least = rows * max_len, 2 * max_len
     tokens = min(wanted, max(free, 0) // per_token)
     if tokens < least:
         raise OutOfMemory(
-            f"{free} bytes are left for keys and values after {model.weight_bytes} bytes of weights; one song of the shortest "
-            f"kind needs {least * per_token}. Use a smaller planner or a lower max_len.",
+            f"{free} bytes are left for keys and values after {model.weight_bytes} bytes of weights; one song of "
+            f"{max_len} tokens needs {least * per_token}. Use a smaller planner or a lower max_len.",
             needed_bytes=least * per_token, free_bytes=free,
         )  # fmt: skip
     return tokens

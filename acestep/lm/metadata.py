@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from typing import Any
 
 import yaml
@@ -118,6 +119,11 @@ def parse_lyrics(text: str) -> str:
     """What follows the reasoning block, without its heading."""
     body = text.rpartition("</think>")[2].strip().removesuffix("<|im_end|>").strip()
     return _LYRIC_HEADER.sub("", body, count=1).strip()
+
+
+def printable(text: str) -> str:
+    """Text without control characters, which no database and no terminal wants. Newlines and tabs stay."""
+    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
 
 
 def parse_codes(text: str) -> list[int]:

@@ -84,6 +84,7 @@ class Planner:
                 model, grammar, rows=settings.slots, arena_tokens=tokens,
                 lane_length=None if device.type == "cpu" else max_len,
                 capture=settings.compile and device.type == "cuda",
+                attention=settings.attention,
             )  # fmt: skip
         except torch.OutOfMemoryError as error:
             raise OutOfMemory(f"the planner at {path} does not fit on {device}: {error}", device=str(device)) from error
