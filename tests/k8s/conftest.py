@@ -34,7 +34,10 @@ def tool(name: str) -> Path:
 def build(overlay: str) -> str:
     """`kubectl kustomize` of an overlay."""
     done = subprocess.run(
-        [str(tool("kubectl")), "kustomize", str(K8S / "overlays" / overlay)], capture_output=True, text=True, check=False
+        [str(tool("kubectl")), "kustomize", str(K8S / "overlays" / overlay)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -7,6 +7,7 @@ from a cluster: volumes are folders, there is one machine, and the proxy listens
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -48,7 +49,9 @@ class Nodes:
 
     def _environment(self, objects: list[Document]) -> dict[str, str]:
         """The rendered ConfigMap with folders in place of volumes, and the token as KubeRay passes it on."""
-        own = next(d["data"] for d in objects if d["kind"] == "ConfigMap" and d["metadata"]["name"].startswith("acestep-env"))
+        own = next(
+            d["data"] for d in objects if d["kind"] == "ConfigMap" and d["metadata"]["name"].startswith("acestep-env")
+        )
         folders = {"/var/lib/acestep": self.folder / "state", "/models": self.folder / "models"}
         for path, folder in folders.items():
             folder.mkdir()
@@ -70,7 +73,12 @@ class Nodes:
             f"--metrics-export-port={free_port()}", "--disable-usage-stats",
         ]  # fmt: skip
         if group == "headgroup":
-            command += ["--head", f"--port={self.gcs}", f"--dashboard-port={self.dashboard}", f"--dashboard-host={HEAD}"]
+            command += [
+                "--head",
+                f"--port={self.gcs}",
+                f"--dashboard-port={self.dashboard}",
+                f"--dashboard-host={HEAD}",
+            ]
             command += [f"--temp-dir={self.folder}/ray", f"--ray-client-server-port={free_port()}"]
         else:
             command += [f"--address={HEAD}:{self.gcs}"]
@@ -102,10 +110,8 @@ class Nodes:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGTERM)
         for process in self.processes.values():
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(15)
-            except subprocess.TimeoutExpired:
-                pass
             _kill_session(process.pid)
             process.wait(15)
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -138,7 +144,8 @@ def test_the_rendered_cluster_makes_a_song(nodes: Nodes, tmp_path: Path) -> None
 
     details = nodes.wait("all applications running", running)
     placed = {
-        app: {r["node_ip"] for d in facts["deployments"].values() for r in d["replicas"]} for app, facts in details["applications"].items()
+        app: {r["node_ip"] for d in facts["deployments"].values() for r in d["replicas"]}
+        for app, facts in details["applications"].items()
     }
     assert placed == {"router": {HEAD}, "lm": {WORKER}, "dit": {WORKER}}
 
@@ -148,4 +155,6 @@ def test_the_rendered_cluster_makes_a_song(nodes: Nodes, tmp_path: Path) -> None
     assert song[:4] == b"RIFF"
     assert job["result"]["items"][0]["duration"] == 10
     assert len(job["plan"]["codes"][0]) == 50
-    assert (nodes.folder / "state" / "files").is_dir(), "songs are written below ACESTEP_HOME/files, where the shared volume is mounted"
+    assert (nodes.folder / "state" / "files").is_dir(), (
+        "songs are written below ACESTEP_HOME/files, where the shared volume is mounted"
+    )

@@ -1,0 +1,217 @@
+"""What Kubernetes and KubeRay accept and what then would not work, each broken in an otherwise good object."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import yaml
+
+from deployments.k8s.check import check_all, rayservice_of
+from deployments.k8s.findings import Finding, pod_templates
+from deployments.k8s.fleet_rules import check_disruption_budget, check_fleet
+from deployments.k8s.groups import RAY_VERSION
+from deployments.k8s.pod_security import check_pod_security
+from deployments.k8s.readers import check_autoscaler_view
+from tests.k8s.conftest import Document
+
+Edit = Callable[[Document], Any]
+
+
+def cluster(service: Document) -> Document:
+    return service["spec"]["rayClusterConfig"]
+
+
+def config(change: Edit) -> Edit:
+    """Edit the Serve config inside the RayService."""
+
+    def edit(service: Document) -> None:
+        inner = yaml.safe_load(service["spec"]["serveConfigV2"])
+        change(inner)
+        service["spec"]["serveConfigV2"] = yaml.safe_dump(inner)
+
+    return edit
+
+
+def args_of(config: Document, name: str) -> Document:
+    return next(a for a in config["applications"] if a["name"] == name)["args"]
+
+
+def each_group(**values: Any) -> Edit:
+    def edit(service: Document) -> None:
+        for group in cluster(service)["workerGroupSpecs"]:
+            group.update(values)
+
+    return edit
+
+
+def gpu_group(service: Document) -> Document:
+    return next(g for g in cluster(service)["workerGroupSpecs"] if g["groupName"] == "gpu-tier5")
+
+
+BROKEN: list[tuple[str, Edit, str, str]] = [
+    ("loopback", config(lambda c: c["http_options"].update(host="127.0.0.1")), "error", "nothing outside the pod can connect"),
+    ("other port", config(lambda c: c["http_options"].update(port=8001)), "error", "Serve listens on 8001"),
+    ("head without serve port", lambda s: cluster(s)["headGroupSpec"]["template"]["spec"]["containers"][0]["ports"].pop(3), "error", "port named serve is None"),
+    ("tier without group", config(lambda c: args_of(c, "dit-tier5").update(tiers=["tier2"])), "error", "no worker group is labelled"),
+    ("group without cards", lambda s: gpu_group(s).update(minReplicas=0, maxReplicas=0), "error", "all groups labelled"),
+    ("group from zero, pool unaware", lambda s: (each_group(minReplicas=0)(s), config(lambda c: args_of(c, "dit-tier5").update(nodes_on_demand=False))(s)), "warning", "nodes_on_demand is false"),
+    ("group that nobody asks for", config(lambda c: c["applications"].remove(next(a for a in c["applications"] if a["name"] == "dit-tier6"))), "warning", "it will never have a worker"),
+    ("two databases", config(lambda c: args_of(c, "dit-tier5").update(database_url="postgresql+psycopg://other")), "error", "database_url differs"),
+    ("two file stores", config(lambda c: args_of(c, "router").update(files_url="s3://other")), "error", "files_url differs"),
+    ("two routers on SQLite", config(lambda c: [a["args"].pop("database_url") for a in c["applications"]]), "error", "SQLite is a file on one node"),
+    ("grace too short", lambda s: gpu_group(s)["template"]["spec"].update(terminationGracePeriodSeconds=30), "error", "Kubernetes would kill songs"),
+    ("old cluster deleted too early", lambda s: s["spec"].pop("rayClusterDeletionDelaySeconds"), "error", "deleted with songs under way"),
+    ("other Ray", lambda s: cluster(s).update(rayVersion="2.59.0"), "error", f"the image has Ray {RAY_VERSION}"),
+    ("autoscaling off", lambda s: cluster(s).update(enableInTreeAutoscaling=False), "error", "takes running workers away"),
+    ("autoscaler v1", lambda s: cluster(s)["autoscalerOptions"].update(version="v1"), "error", "v1 ignores labels"),
+    ("no autoscaler version", lambda s: cluster(s)["autoscalerOptions"].pop("version"), "error", "v1 ignores labels"),
+    ("no token", lambda s: cluster(s).pop("authOptions"), "warning", "can run code"),
+    ("name label on workers only", lambda s: gpu_group(s)["template"]["metadata"]["labels"].update({"app.kubernetes.io/name": "x"}), "error", "would not find its pods"),
+    ("typing mistake in the Serve config", config(lambda c: c["applications"][0].update(route_prefx="/")), "error", "route_prefx"),
+    ("unknown argument", config(lambda c: args_of(c, "router").update(replicas=2)), "error", "args.replicas"),
+    ("no Serve config", lambda s: s["spec"].update(serveConfigV2=""), "error", "is not a Serve config"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("edit", "level", "says"), [b[1:] for b in BROKEN], ids=[b[0] for b in BROKEN])
+def test_what_would_not_work_is_found(edit: Edit, level: str, says: str, production: Document) -> None:
+    assert list(check_fleet(production)) == []
+    edit(production)
+    found = list(check_fleet(production))
+    assert any(f.level == level and says in f.message for f in found), [str(f) for f in found]
+
+
+def test_rayversion_is_the_installed_one() -> None:
+    import ray
+
+    assert ray.__version__ == RAY_VERSION
+
+
+# -- trap: a budget over pods without a scale subresource
+
+
+@pytest.mark.parametrize("spec", [{"maxUnavailable": 1}, {"minAvailable": "50%"}, {}])
+def test_a_disruption_budget_that_never_allows_a_drain_is_refused(spec: Document) -> None:
+    budget = {"kind": "PodDisruptionBudget", "metadata": {"name": "x"}, "spec": spec}
+    assert [f.level for f in check_disruption_budget(budget)] == ["error"]
+    assert list(check_disruption_budget(budget | {"spec": {"minAvailable": 1}})) == []
+
+
+# -- trap: PodSecurity restricted, in every pod and in the autoscaler's container
+
+
+def messages(found: Any) -> str:
+    return "\n".join(str(f) for f in found)
+
+
+def test_the_autoscaler_needs_a_security_context_of_its_own(production: Document) -> None:
+    assert list(check_pod_security(production)) == []
+    del cluster(production)["autoscalerOptions"]["securityContext"]
+    assert "PodSecurity would refuse the head" in messages(check_pod_security(production))
+
+
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        (lambda p: p["containers"][0]["securityContext"].pop("allowPrivilegeEscalation"), "allowPrivilegeEscalation"),
+        (lambda p: p["containers"][0]["securityContext"].pop("capabilities"), "drop ALL"),
+        (
+            lambda p: p["containers"][0]["securityContext"]["capabilities"].update(add=["SYS_ADMIN"]),
+            "NET_BIND_SERVICE only",
+        ),
+        (lambda p: p["containers"][0]["securityContext"].update(privileged=True), "privileged"),
+        (lambda p: p["containers"][0]["securityContext"].update(runAsNonRoot=False), "runAsNonRoot"),
+        (lambda p: p["containers"][0]["securityContext"].update(runAsUser=0), "runAsUser"),
+        (lambda p: p["securityContext"].pop("seccompProfile"), "seccompProfile"),
+        (lambda p: p["containers"][0]["ports"][0].update(hostPort=8000), "hostPort"),
+        (lambda p: p["volumes"].append({"name": "host", "hostPath": {"path": "/"}}), "hostPath"),
+        (lambda p: p.update(hostNetwork=True), "hostNetwork"),
+        (lambda p: p["initContainers"][0]["securityContext"].pop("capabilities"), "models-present"),
+    ],
+)
+def test_what_restricted_refuses_is_found(edit: Edit, says: str, production: Document) -> None:
+    edit(gpu_group(production)["template"]["spec"])
+    assert says in messages(check_pod_security(production))
+
+
+def test_jobs_and_stateful_sets_are_looked_into(rendered: Callable[[str], list[Document]]) -> None:
+    for document in rendered("production"):
+        if document["kind"] in ("Job", "StatefulSet"):
+            broken = copy.deepcopy(document)
+            broken["spec"]["template"]["spec"]["securityContext"] = {}
+            assert "seccompProfile" in messages(check_pod_security(broken))
+
+
+# -- traps of Ray's autoscaler
+
+
+def test_a_card_that_ray_would_not_see_is_found(production: Document) -> None:
+    """MIG slices and DRA claims have no limit whose name ends in `gpu`: then only `resources` tells Ray of the card."""
+    assert list(check_autoscaler_view(production)) == []
+    group = gpu_group(production)
+    del group["resources"]
+    for amounts in group["template"]["spec"]["containers"][0]["resources"].values():
+        amounts["nvidia.com/mig-3g.20gb"] = amounts.pop("nvidia.com/gpu")
+    assert "sees 0 GPUs" in messages(check_autoscaler_view(production))
+
+
+def test_labels_where_the_autoscaler_does_not_read_them_are_found(production: Document) -> None:
+    group = gpu_group(production)
+    group["groupName"] = "gpu-tier5-labels"  # Ray warns once per group
+    group["rayStartParams"]["labels"] = "acestep/gpu-tier=tier5"
+    assert "Ignoring labels" in messages(check_autoscaler_view(production))
+
+
+def test_a_cluster_that_the_autoscaler_cannot_read_is_found(production: Document) -> None:
+    del gpu_group(production)["maxReplicas"]
+    assert "cannot read this cluster: KeyError" in messages(check_autoscaler_view(production))
+
+
+def test_a_head_with_cpus_is_mentioned(production: Document) -> None:
+    cluster(production)["headGroupSpec"]["resources"]["CPU"] = "2"
+    assert "resources.CPU" in messages(check_autoscaler_view(production))
+
+
+# -- whole streams of objects
+
+
+def test_names_that_lead_nowhere_are_found(rendered: Callable[[str], list[Document]]) -> None:
+    objects = [
+        d
+        for d in rendered("mixed-fleet")
+        if d["metadata"]["name"] != "acestep-models" and d["kind"] != "ServiceAccount"
+    ]
+    found = messages(check_all(objects))
+    assert "names PersistentVolumeClaim acestep-models" in found
+    assert "names ServiceAccount acestep-worker" in found
+
+
+def test_a_typing_mistake_deep_in_a_pod_is_found(production: Document) -> None:
+    gpu_group(production)["template"]["spec"]["containers"][0]["resorces"] = {}
+    assert any("resorces" in f.message and f.level == "error" for f in check_all([production]))
+
+
+def test_a_typing_mistake_in_a_core_kind_is_found(rendered: Callable[[str], list[Document]]) -> None:
+    objects = rendered("mixed-fleet")
+    next(d for d in objects if d["kind"] == "PodDisruptionBudget")["spec"]["minAvailabel"] = 1
+    assert any("minAvailabel" in f.message for f in check_all(objects) if f.level == "error")
+
+
+def test_without_a_crd_the_check_says_what_it_left_out(
+    rendered: Callable[[str], list[Document]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("KUBERAY_CRD_DIR", raising=False)
+    service = rayservice_of(rendered("cpu-smoke"))
+    notes = [f for f in check_all([service]) if f.level == "note"]
+    assert len(notes) == 1
+    assert "--crd" in notes[0].message
+    assert isinstance(notes[0], Finding)
+
+
+def test_every_pod_template_is_looked_at(production: Document) -> None:
+    assert [name for name, _ in pod_templates(production)] == [
+        "head", *(f"group {g['groupName']}" for g in cluster(production)["workerGroupSpecs"]),
+    ]  # fmt: skip

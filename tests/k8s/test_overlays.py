@@ -1,0 +1,130 @@
+"""Every overlay builds, and no layer of checks finds anything in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import yaml
+
+from deployments.config import PoolArgs, RouterArgs
+from deployments.k8s.check import check_all, rayservice_of
+from deployments.k8s.findings import groups_of, items, mapping
+from deployments.k8s.fleet_rules import pools, serve_config
+from deployments.k8s.readers import autoscaling_config
+from deployments.k8s.schema import check_rayservice
+from tests.k8s.conftest import K8S, OVERLAYS, Document, build
+
+Rendered = Callable[[str], list[Document]]
+NO_SCHEMA = {"Gateway", "HTTPRoute", "PodMonitor", "PrometheusRule"}  # foreign CRDs, see test_components.py
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_no_check_finds_anything(overlay: str, rendered: Rendered) -> None:
+    findings = check_all(rendered(overlay))
+    assert [str(f) for f in findings if f.level != "note"] == []
+    unchecked = {f.where.partition("/")[0] for f in findings} - {"RayService"}
+    assert unchecked <= NO_SCHEMA
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_kuberays_own_schema_takes_it(overlay: str, rendered: Rendered, crd_schema: Document) -> None:
+    assert [str(f) for f in check_rayservice(rayservice_of(rendered(overlay)), crd_schema)] == []
+
+
+def test_building_twice_gives_the_same() -> None:
+    first = build("production")
+    build.cache_clear()
+    assert build("production") == first
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_helpers_of_the_build_do_not_reach_the_cluster(overlay: str, rendered: Rendered) -> None:
+    names = {(d["kind"], d["metadata"]["name"]) for d in rendered(overlay)}
+    assert not {kind for kind, _ in names} & {"Fragment"}
+    assert ("ConfigMap", "acestep-serve-config") not in names
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_the_serve_config_of_the_file_is_the_one_in_the_rayservice(overlay: str, rendered: Rendered) -> None:
+    files = [K8S / "overlays" / overlay / p for p in ("fleet/serve_config.yaml", "serve_config.yaml")]
+    source = next((f for f in files if f.exists()), K8S / "base" / "serve_config.yaml")
+    assert rayservice_of(rendered(overlay))["spec"]["serveConfigV2"] == source.read_text()
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_the_environment_of_all_pods_is_the_generated_one(overlay: str, rendered: Rendered) -> None:
+    objects = rendered(overlay)
+    names = [
+        d["metadata"]["name"]
+        for d in objects
+        if d["kind"] == "ConfigMap" and d["metadata"]["name"].startswith("acestep-env-")
+    ]
+    assert len(names) == 1, "one ConfigMap with a hash"
+    text = yaml.safe_dump(rayservice_of(objects))
+    assert text.count(f"name: {names[0]}") == text.count("configMapRef")
+
+
+def test_groups_are_in_the_order_of_the_components(rendered: Rendered) -> None:
+    assert [g["groupName"] for g in groups_of(rayservice_of(rendered("mixed-fleet")))] == [
+        "gpu-tier4",
+        "gpu-tier6",
+        "gpu-unlimited",
+    ]
+
+
+def test_rays_autoscaler_sees_cards_labels_and_priorities(rendered: Rendered) -> None:
+    config = autoscaling_config(rayservice_of(rendered("mixed-fleet")))
+    types = config["available_node_types"]
+    assert types["headgroup"]["resources"]["CPU"] == 0
+    assert types["headgroup"]["max_workers"] == 0
+    seen = {n: (t["resources"]["GPU"], t["labels"], t["max_workers"]) for n, t in types.items() if n != "headgroup"}
+    assert seen == {
+        f"gpu-{tier}": (1, {"acestep/role": "gpu", "acestep/gpu-tier": tier}, most)
+        for tier, most in (("tier4", 2), ("tier6", 2), ("unlimited", 1))
+    }
+    assert types["gpu-tier4"]["priority"] > types["gpu-tier6"]["priority"] > types["gpu-unlimited"]["priority"]
+    assert config["max_workers"] == 5
+
+
+def test_production_keeps_nothing_on_one_node(rendered: Rendered) -> None:
+    objects = rendered("production")
+    service = rayservice_of(objects)
+    claims = {d["metadata"]["name"] for d in objects if d["kind"] == "PersistentVolumeClaim"}
+    assert claims == {"acestep-models"}, "state and files are in PostgreSQL and S3"
+    applications = pools(serve_config(service))
+    router = applications["router"]
+    assert isinstance(router, RouterArgs)
+    assert router.num_replicas == 2
+    assert {a.database_url for a in applications.values()} == {"postgresql+psycopg://"}
+    assert service["spec"]["upgradeStrategy"]["type"] == "NewCluster"
+    for group in groups_of(service):
+        models = next(v for v in group["template"]["spec"]["volumes"] if v["name"] == "models")
+        assert models["persistentVolumeClaim"] == {"claimName": "acestep-models", "readOnly": True}
+
+
+def test_secrets_are_named_but_never_written(rendered: Rendered) -> None:
+    for overlay in OVERLAYS:
+        assert "Secret" not in {d["kind"] for d in rendered(overlay)}
+
+
+def test_only_pods_with_routers_know_the_routers_secrets(rendered: Rendered) -> None:
+    def secrets(template: Document) -> set[str]:
+        return {e["secretRef"]["name"] for e in items(template["spec"]["containers"][0], "envFrom") if "secretRef" in e}
+
+    cluster = rayservice_of(rendered("production"))["spec"]["rayClusterConfig"]
+    assert secrets(cluster["headGroupSpec"]["template"]) == {"acestep-router", "acestep-storage"}
+    for group in cluster["workerGroupSpecs"]:
+        expected = {"acestep-router", "acestep-storage"} if group["groupName"] == "cpu" else {"acestep-storage"}
+        assert secrets(group["template"]) == expected
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_pods_may_finish_the_longest_song(overlay: str, rendered: Rendered) -> None:
+    service = rayservice_of(rendered(overlay))
+    longest = max(a.graceful_shutdown_s for a in pools(serve_config(service)).values() if isinstance(a, PoolArgs))
+    assert service["spec"]["rayClusterDeletionDelaySeconds"] >= longest
+    for group in groups_of(service):
+        pod = group["template"]["spec"]
+        hook = mapping(pod["containers"][0], "lifecycle", "preStop", "exec")["command"]
+        assert longest <= int(hook[-1]) < pod["terminationGracePeriodSeconds"]
