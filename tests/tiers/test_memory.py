@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -45,8 +46,13 @@ LOOSE = 2.5  # an upper bound may be this much above the truth, not more
 
 def peak_bytes(work: Callable[[], Any]) -> int:
     """Most bytes of tensors alive at once during `work`, from torch's own allocation events."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        result = work()  # kept alive: it counts
+    gc.collect()
+    gc.disable()  # what an earlier test left behind must not be freed on this one's account
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+            result = work()  # kept alive: it counts
+    finally:
+        gc.enable()
     total = peak = 0
     events = (e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]")
     for change in sorted(events, key=lambda e: e.start_ns()):
