@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
 from starlette.middleware.cors import CORSMiddleware
 
 from acestep import __version__
-from deployments.api import cluster, files, health, native, plans, problems, webhooks
+from deployments.api import chat, cluster, files, health, native, plans, problems, webhooks
 from deployments.api.compat import models, tasks, texts
 from deployments.api.middleware import BodyLimit, OptionalPrefix
 from deployments.api.service import Service
@@ -39,6 +42,19 @@ def build_app(service: Service) -> FastAPI:
         expose_headers=["Location", "Retry-After", "Preference-Applied", "Content-Range"],
     )
     app.add_middleware(OptionalPrefix)
-    for module in (health, cluster, native, plans, files, webhooks, tasks, texts, models):
+    for module in (health, cluster, native, plans, files, webhooks, tasks, texts, models, chat):
         app.include_router(module.router)
+    app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     return app
+
+
+def _document(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI document, with what FastAPI cannot know."""
+    if app.openapi_schema is None:
+        document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+        chat.add_schemas(document)
+        schemes = document["components"].setdefault("securitySchemes", {})
+        schemes["key"] = {"type": "http", "scheme": "bearer", "description": "Only where the server has keys."}
+        document["security"] = [{"key": []}, {}]
+        app.openapi_schema = document
+    return app.openapi_schema

@@ -6,13 +6,14 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends
 
+from deployments.api.auth import caller_of
 from deployments.api.health import readiness
 from deployments.api.service import Service, service_of
 from deployments.fleet import FleetView, Pool
 from deployments.jobs.backlog import Backlog
 from deployments.pools import label_selector
 
-router = APIRouter(prefix="/v1", tags=["fleet"])
+router = APIRouter(prefix="/v1", tags=["fleet"], dependencies=[Depends(caller_of)])
 _SHOWN = (
     "model",
     "notice",

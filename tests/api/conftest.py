@@ -131,3 +131,22 @@ def wav() -> bytes:
     tone = 0.2 * np.sin(2 * np.pi * 440 * np.arange(48_000) / 48_000)
     soundfile.write(buffer, np.stack([tone, tone], 1), 48_000, format="WAV")
     return buffer.getvalue()
+
+
+@pytest.fixture
+async def live(site: Site) -> AsyncIterator[str]:
+    """URL of the site's application behind a real HTTP server."""
+    import asyncio
+    import socket
+
+    import uvicorn
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(build_app(site.service), log_level="warning", lifespan="off"))
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        while not server.started:
+            await asyncio.sleep(0.01)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        server.should_exit = True
+        await serving

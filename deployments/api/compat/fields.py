@@ -45,7 +45,10 @@ class Field:
 
 
 def _fields() -> Iterable[Field]:
-    s, b, i, f = "str", "bool", "int", "float"
+    s: Kind = "str"
+    b: Kind = "bool"
+    i: Kind = "int"
+    f: Kind = "float"
     # Text and mode
     yield Field("prompt", s, "", ("caption",), about="Description of the music.")
     yield Field("lyrics", s, "", about="Empty, [inst] or [instrumental] means instrumental.")

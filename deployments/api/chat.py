@@ -1,0 +1,166 @@
+"""`/v1/chat/completions`: songs through clients that know chat, as a whole or as a stream."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import APIRouter, HTTPException, Request
+from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import ValidationError
+
+from deployments.api.auth import Caller
+from deployments.api.chat_text import ChatRequest, Meaning, read_messages, task_fields
+from deployments.api.compat.answers import CompatRoute, caller_by_header, detail
+from deployments.api.compat.bodies import Body, read_body
+from deployments.api.compat.results import error_text
+from deployments.api.compat.tasks import QUEUE_FULL, submit
+from deployments.api.problems import validation_problems
+from deployments.api.service import Service, Svc
+from deployments.api.waiting import wait_for_end
+from deployments.jobs.store import SUCCEEDED, Busy, Job
+
+router = APIRouter(prefix="/v1", tags=["chat"], route_class=CompatRoute)
+HEARTBEAT_S = 2.0
+_OPENAPI: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": {"$ref": "#/components/schemas/ChatRequest"},
+                "example": {"model": "acestep/acestep-v15-turbo", "messages": [{"role": "user", "content": "calm piano, slow"}]},
+            }
+        },
+    }
+}  # fmt: skip
+
+
+def add_schemas(document: dict[str, Any]) -> None:
+    """Put the body's schema, which the route reads by hand, into the OpenAPI document."""
+    schema = ChatRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+    schemas = document.setdefault("components", {}).setdefault("schemas", {})
+    schemas |= {**schema.pop("$defs", {}), "ChatRequest": schema}
+
+
+@router.post("/chat/completions", summary="A song as the answer of a chat", openapi_extra=_OPENAPI)
+async def chat_completions(request: Request, service: Svc) -> Any:
+    if service.args.open_models_and_chat and not request.headers.get("authorization"):
+        caller = Caller()
+    else:
+        caller = caller_by_header(request, service)
+    body = await read_body(request)
+    try:
+        chat = ChatRequest.model_validate(body.fields)
+    except ValidationError as error:
+        found = validation_problems(error.errors(include_url=False, include_input=False))
+        text = "; ".join(f"{e['field']}: {e['message']}" for e in found[:5])
+        raise HTTPException(400, f"Invalid request format: {text}") from None
+    try:
+        meaning = read_messages(chat)
+    except ValueError as error:
+        raise HTTPException(400, str(error)) from None
+    try:
+        job = await _submit(service, caller, chat, meaning)
+    except Busy as error:
+        text = QUEUE_FULL if error.details.get("limit") == service.args.max_queue else error.message
+        return detail(429, text, {"Retry-After": str(max(1, round(error.details.get("retry_after", 1))))})
+    if chat.stream:
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        return StreamingResponse(_stream(service, job, chat), media_type="text/event-stream", headers=headers)
+    job = await wait_for_end(service.store, job, service.args.chat_timeout_s)
+    if not job.ended:
+        raise HTTPException(504, "Generation timeout")
+    if job.state != SUCCEEDED:
+        raise HTTPException(500, error_text(job))
+    message = {
+        "role": "assistant",
+        "content": markdown(job),
+        "audio": await audio_parts(service, job),
+        "audio_codes": None,
+    }
+    return JSONResponse(
+        {
+            "id": completion_id(job),
+            "object": "chat.completion",
+            "created": int(time.time()),
+            "model": chat.model,
+            "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+            "usage": {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0},
+        }
+    )
+
+
+async def _submit(service: Service, caller: Caller, chat: ChatRequest, meaning: Meaning) -> Job:
+    fields = task_fields(chat, meaning)
+    # Songs from nothing take the audio as an example of style, all other tasks as what they work on.
+    roles = ["reference_audio_path"] if chat.task_type == "text2music" else ["src_audio_path", "reference_audio_path"]
+    for role, data in zip(roles, meaning.audio, strict=False):
+        record = await service.sources.upload(data, "chat-audio", caller, field="input_audio")
+        fields[role] = record.id
+    if len(meaning.audio) > len(roles):
+        raise HTTPException(400, f"task {chat.task_type} takes {len(roles)} audio parts, not {len(meaning.audio)}")
+    return await submit(service, caller, Body(fields))
+
+
+async def _stream(service: Service, job: Job, chat: ChatRequest) -> AsyncIterator[bytes]:
+    created, stamp = int(time.time()), completion_id(job)
+
+    def chunk(delta: dict[str, Any], finish: str | None = None) -> bytes:
+        data = {
+            "id": stamp, "object": "chat.completion.chunk", "created": created, "model": chat.model,
+            "choices": [{"index": 0, "delta": delta, "finish_reason": finish}],
+        }  # fmt: skip
+        return f"data: {json.dumps(data, ensure_ascii=False)}\n\n".encode()
+
+    try:
+        yield chunk({"role": "assistant", "content": ""})
+        while not (job := await wait_for_end(service.store, job, HEARTBEAT_S)).ended:
+            yield chunk({"content": "."})
+        if job.state == SUCCEEDED:
+            yield chunk({"content": f"\n\n{markdown(job)}"})
+            yield chunk({"audio": await audio_parts(service, job)})
+            yield chunk({}, "stop")
+        else:
+            yield chunk({"content": f"\n\nError: {error_text(job)}"})
+            yield chunk({}, "error")
+        yield b"data: [DONE]\n\n"
+    finally:
+        if not job.ended and service.args.cancel_with_stream:  # the client went away
+            await asyncio.shield(service.dispatcher.cancel(job.id))
+
+
+def completion_id(job: Job) -> str:
+    return f"chatcmpl-{job.id.replace('-', '')[:24]}"
+
+
+def markdown(job: Job) -> str:
+    """What the song is, for people."""
+    request = job.request
+    metadata = job.plan.metadata if job.plan else None
+    facts = {
+        "Caption": job.extra.get("compat", {}).get("prompt") or (metadata and metadata.caption) or request.prompt,
+        "BPM": (metadata and metadata.bpm) or request.bpm,
+        "Duration": f"{job.result.items[0].duration:g}s" if job.result else None,
+        "Key": (metadata and metadata.keyscale) or request.key_scale,
+        "Time Signature": (metadata and metadata.timesignature) or request.time_signature,
+    }
+    lines = [f"**{name}:** {value}" for name, value in facts.items() if value]
+    text = "\n".join(["## Metadata", *lines]) if lines else "Music generated successfully."
+    return text if request.instrumental else f"{text}\n\n## Lyrics\n{request.lyrics}"
+
+
+async def audio_parts(service: Service, job: Job) -> list[dict[str, Any]] | None:
+    """Every song of the batch as a data URL."""
+    if job.result is None:
+        return None
+    parts = []
+    for item in job.result.items:
+        file = item.files[0]
+        data = await asyncio.to_thread(service.storage.read, file.path)
+        url = f"data:{file.content_type};base64,{base64.b64encode(data).decode()}"
+        parts.append({"type": "audio_url", "audio_url": {"url": url}})
+    return parts

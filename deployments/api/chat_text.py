@@ -1,0 +1,185 @@
+"""What a chat message means as a song: description, lyrics, wish and audio."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+_TAG = {name: re.compile(rf"<{name}>(.*?)</{name}>", re.IGNORECASE | re.DOTALL) for name in ("prompt", "lyrics")}
+_SECTIONS = (
+    "[verse", "[chorus", "[bridge", "[intro", "[outro", "[hook", "[pre-chorus", "[refrain", "[inst"
+)  # fmt: skip
+_MIN_LINES, _MAX_MEAN_LINE = 4, 60
+NOTHING = "No valid prompt, lyrics, sample query, or input audio found in request"
+
+
+class _Open(BaseModel):
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+
+
+class InputAudio(_Open):
+    data: str
+    format: str = "mp3"
+
+
+class Part(_Open):
+    type: str
+    text: str | None = None
+    input_audio: InputAudio | None = None
+
+
+class Message(_Open):
+    role: Literal["system", "user", "assistant", "developer"]
+    content: str | list[Part]
+
+
+class AudioConfig(_Open):
+    duration: float | None = None
+    format: str = "mp3"
+    bpm: int | None = None
+    key_scale: str | None = None
+    time_signature: str | None = None
+    vocal_language: str | None = None
+    instrumental: bool | None = None
+
+
+class ChatRequest(_Open):
+    """The body of a chat completion. Fields that other models have are accepted and mean nothing here."""
+
+    model: str = Field("", max_length=256, description="What follows the first / names the checkpoint.")
+    messages: list[Message] = Field(min_length=1, max_length=1000)
+    audio_config: AudioConfig | None = None
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, ge=0, le=1)
+    top_k: int | None = Field(None, ge=0)
+    max_tokens: int | None = Field(None, ge=1)
+    stream: bool = False
+    seed: int | str | None = None
+    thinking: bool | None = None
+    guidance_scale: float | None = None
+    batch_size: int | None = None
+    lyrics: str = ""
+    sample_mode: bool = False
+    use_format: bool = False
+    use_cot_caption: bool = True
+    use_cot_language: bool = True
+    task_type: str = "text2music"
+    repainting_start: float = 0.0
+    repainting_end: float | None = None
+    audio_cover_strength: float = 1.0
+    inference_steps: int | None = None
+    infer_method: str = "ode"
+    lm_cfg_scale: float = 2.0
+    audio_codes: str = ""
+    cover_noise_strength: float = 0.0
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What the last user message asks for."""
+
+    caption: str = ""
+    lyrics: str = ""
+    query: str = ""
+    audio: tuple[bytes, ...] = ()
+
+
+def read_messages(chat: ChatRequest) -> Meaning:
+    """Tags first, then lyrics by their looks, else it is a description.
+
+    Raises:
+        ValueError: there is nothing to make a song of, or audio that is not base64; the text is for the caller.
+    """
+    last = next((m for m in reversed(chat.messages) if m.role == "user"), None)
+    parts = (
+        []
+        if last is None
+        else [Part(type="text", text=last.content)]
+        if isinstance(last.content, str)
+        else last.content
+    )
+    text = "\n".join(p.text for p in parts if p.type == "text" and p.text).strip()
+    audio = tuple(decode_audio(p.input_audio.data) for p in parts if p.type == "input_audio" and p.input_audio)
+    caption, lyrics, query = _split(text)
+    if chat.lyrics.strip():
+        lyrics = chat.lyrics
+        caption = caption or (text if not _tagged(text) else "")
+    elif chat.sample_mode:
+        caption, lyrics, query = "", "", text
+    if chat.audio_config and chat.audio_config.instrumental and not lyrics.strip():
+        lyrics = "[inst]"
+    found = caption.strip() or query or audio or chat.audio_codes or chat.sample_mode
+    if not found and (not lyrics.strip() or lyrics == "[inst]"):
+        raise ValueError(NOTHING)
+    return Meaning(caption.strip(), lyrics.strip(), query, audio)
+
+
+def _tagged(text: str) -> bool:
+    return any(tag.search(text) for tag in _TAG.values())
+
+
+def _split(text: str) -> tuple[str, str, str]:
+    if _tagged(text):
+        caption = _TAG["prompt"].search(text)
+        lyrics = _TAG["lyrics"].search(text)
+        rest = _TAG["lyrics"].sub("", _TAG["prompt"].sub("", text)).strip()
+        return (caption.group(1).strip() if caption else rest), (lyrics.group(1).strip() if lyrics else ""), ""
+    return ("", text, "") if looks_like_lyrics(text) else (text, "", "")
+
+
+def looks_like_lyrics(text: str) -> bool:
+    lowered = text.lower()
+    if any(section in lowered for section in _SECTIONS):
+        return True
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return len(lines) >= _MIN_LINES and sum(map(len, lines)) / len(lines) < _MAX_MEAN_LINE
+
+
+def decode_audio(data: str) -> bytes:
+    """Base64, or a data URL of it.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if data.startswith("data:"):
+        data = data.partition(",")[2]
+    try:
+        return base64.b64decode("".join(data.split()), validate=True)
+    except (binascii.Error, ValueError):
+        raise ValueError("input_audio: data is not base64") from None
+
+
+def task_fields(chat: ChatRequest, meaning: Meaning) -> dict[str, Any]:
+    """The request as fields of `/release_task`, without its audio."""
+    config = chat.audio_config or AudioConfig()
+    fields: dict[str, Any] = {
+        "prompt": meaning.caption,
+        "lyrics": meaning.lyrics,
+        "sample_mode": chat.sample_mode,
+        "sample_query": meaning.query,
+        "model": chat.model.partition("/")[2] or chat.model,
+        "audio_duration": config.duration,
+        "audio_format": {"ogg": "opus", "m4a": "aac"}.get(config.format.lower(), config.format),
+        "bpm": config.bpm,
+        "key_scale": config.key_scale,
+        "time_signature": config.time_signature,
+        "vocal_language": config.vocal_language,
+        "lm_temperature": chat.temperature,
+        "lm_top_p": chat.top_p,
+        "lm_top_k": chat.top_k,
+        "seed": chat.seed,
+        "use_random_seed": chat.seed in (None, "", -1, "-1"),
+        "batch_size": 1 if chat.batch_size is None else chat.batch_size,
+        "thinking": bool(chat.thinking),
+        "audio_code_string": chat.audio_codes,
+    }
+    same = (
+        "guidance_scale", "use_format", "use_cot_caption", "use_cot_language", "task_type", "repainting_start",
+        "repainting_end", "audio_cover_strength", "inference_steps", "infer_method", "lm_cfg_scale", "cover_noise_strength",
+    )  # fmt: skip
+    return fields | {name: getattr(chat, name) for name in same}

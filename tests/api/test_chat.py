@@ -1,0 +1,190 @@
+"""Chat completions: what a message means, answers as a whole and as a stream, and the `openai` package."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from acestep.errors import OutOfMemory
+from deployments.api import chat
+from deployments.api.chat_text import ChatRequest, looks_like_lyrics, read_messages
+
+from .conftest import Build, Site
+
+LYRICS = "Lights go by\nalong the shore\nDrive with me\nand drive some more"
+
+
+def meaning(content: Any, **fields: Any) -> tuple[str, str, str]:
+    found = read_messages(ChatRequest(messages=[{"role": "user", "content": content}], **fields))
+    return found.caption, found.lyrics, found.query
+
+
+@pytest.mark.parametrize(
+    ("content", "fields", "expected"),
+    [
+        ("calm piano", {}, ("calm piano", "", "")),
+        (LYRICS, {}, ("", LYRICS, "")),
+        ("[Verse]\nla la", {}, ("", "[Verse]\nla la", "")),
+        ("<prompt>rock</prompt>\n<lyrics>la\nla</lyrics>", {}, ("rock", "la\nla", "")),
+        ("<PROMPT>rock</PROMPT> and more", {}, ("rock", "", "")),
+        ("loud\n<lyrics>la</lyrics>", {}, ("loud", "la", "")),
+        ("calm piano", {"lyrics": "la la"}, ("calm piano", "la la", "")),
+        ("a song about rain", {"sample_mode": True}, ("", "", "a song about rain")),
+        ("calm", {"audio_config": {"instrumental": True}}, ("calm", "[inst]", "")),
+        ([{"type": "text", "text": "calm"}, {"type": "text", "text": "piano"}], {}, ("calm\npiano", "", "")),
+    ],
+)
+def test_messages_are_read_as_the_newest_server_does(content: Any, fields: Any, expected: Any) -> None:
+    assert meaning(content, **fields) == expected
+
+
+def test_only_the_last_user_message_counts() -> None:
+    roles = [("user", "old"), ("assistant", "x"), ("user", "new"), ("system", "s")]
+    request = ChatRequest(messages=[{"role": r, "content": c} for r, c in roles])
+    assert read_messages(request).caption == "new"
+    assert not looks_like_lyrics("one line\ntwo lines")
+
+
+async def finish(site: Site, data: bytes = b"RIFFsong") -> None:
+    """Play the dispatcher for the next job."""
+    while not (waiting := site.service.store.page(states=["queued"])):
+        await asyncio.sleep(0.02)
+    site.succeed(waiting[0].id, data)
+
+
+async def test_the_openai_package_gets_a_whole_answer(site: Site, live: str) -> None:
+    client = openai.AsyncOpenAI(base_url=f"{live}/v1", api_key="any", max_retries=0)
+    done = asyncio.create_task(finish(site))
+    answer = await client.chat.completions.create(
+        model="acemusic/acestep-v15-turbo",
+        messages=[{"role": "user", "content": "<prompt>calm piano</prompt><lyrics>la la</lyrics>"}],
+        seed=5,
+        extra_body={"audio_config": {"format": "wav", "duration": 20}, "batch_size": 2},
+    )
+    await done
+    assert answer.id.startswith("chatcmpl-")
+    assert answer.model == "acemusic/acestep-v15-turbo"
+    message = answer.choices[0].message
+    assert answer.choices[0].finish_reason == "stop"
+    assert message.content == (
+        "## Metadata\n**Caption:** calm piano\n**BPM:** 92\n**Duration:** 30s\n**Key:** A minor\n\n## Lyrics\nla la"
+    )
+    urls = [part.audio_url["url"] for part in message.audio]  # type: ignore[union-attr, index]
+    assert urls == [f"data:audio/wav;base64,{base64.b64encode(b'RIFFsong').decode()}"] * 2
+    assert answer.usage is not None
+    assert answer.usage.total_tokens == 0
+    request = site.service.store.page()[0].request
+    assert (request.seed, request.duration, request.formats, request.lm_cfg_scale) == ((5, 6), 20.0, ("wav",), 2.0)
+    listed = await client.models.list()
+    assert [model.id for model in listed.data] == ["acestep/acestep-v15-turbo"]
+
+
+async def test_the_openai_package_gets_a_stream(site: Site, live: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat, "HEARTBEAT_S", 0.05)
+    client = openai.AsyncOpenAI(base_url=f"{live}/v1", api_key="any", max_retries=0)
+    stream = await client.chat.completions.create(
+        model="", messages=[{"role": "user", "content": "calm piano"}], stream=True
+    )
+    texts, audio, finish_reason = [], None, None
+    async for chunk in stream:
+        delta = chunk.choices[0].delta
+        texts.append(delta.content)
+        if texts == ["", ".", "."]:
+            await finish(site)
+        audio = getattr(delta, "audio", None) or audio
+        finish_reason = chunk.choices[0].finish_reason or finish_reason
+    assert texts[0] == ""
+    assert texts[1:3] == [".", "."]
+    assert texts[-3].startswith("\n\n## Metadata")  # type: ignore[union-attr]
+    assert audio[0].audio_url["url"].startswith("data:audio/mpeg;base64,")
+    assert finish_reason == "stop"
+
+
+async def test_frames_of_a_stream_and_of_a_failure(site: Site, live: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat, "HEARTBEAT_S", 0.05)
+
+    async def fail() -> None:
+        while not (waiting := site.service.store.page(states=["queued"])):
+            await asyncio.sleep(0.02)
+        site.run(waiting[0].id)
+        site.service.store.fail(waiting[0].id, "test", OutOfMemory("too small"))
+
+    task = asyncio.create_task(fail())
+    async with httpx.AsyncClient() as client:
+        body = {"messages": [{"role": "user", "content": "x"}], "stream": True}
+        answer = await client.post(f"{live}/v1/chat/completions", json=body)
+    await task
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    frames = answer.text.strip().split("\n\n")
+    assert frames[-1] == "data: [DONE]"
+    choices = [json.loads(frame.removeprefix("data: "))["choices"][0] for frame in frames[:-1]]
+    assert choices[0]["delta"] == {"role": "assistant", "content": ""}
+    assert choices[-2]["delta"]["content"] == "\n\nError: Music generation failed: too small"
+    assert choices[-1] == {"index": 0, "delta": {}, "finish_reason": "error"}
+
+
+async def test_a_closed_stream_cancels_its_job(site: Site, live: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat, "HEARTBEAT_S", 0.05)
+    body = {"messages": [{"role": "user", "content": "x"}], "stream": True}
+    async with httpx.AsyncClient() as client, client.stream("POST", f"{live}/v1/chat/completions", json=body) as answer:
+        async for _ in answer.aiter_lines():
+            break
+    for _ in range(200):
+        if site.service.store.counts()["cancelled"]:
+            return
+        await asyncio.sleep(0.02)
+    raise AssertionError("the job goes on")
+
+
+async def test_audio_parts_take_their_roles(site: Site, wav: bytes) -> None:
+    part = {"type": "input_audio", "input_audio": {"data": base64.b64encode(wav).decode(), "format": "wav"}}
+    url = {"type": "input_audio", "input_audio": {"data": f"data:audio/wav;base64,{part['input_audio']['data']}"}}
+    for task, count in (("text2music", 1), ("cover", 1), ("cover", 2)):
+        body = {
+            "messages": [{"role": "user", "content": [{"type": "text", "text": "x"}, part, url][: count + 1]}],
+            "task_type": task,
+        }
+        done = asyncio.create_task(finish(site))
+        answer = await site.client.post("/v1/chat/completions", json=body)
+        await done
+        assert answer.status_code == 200, answer.text
+        request = site.service.store.page(limit=1)[0].request
+        assert (request.src_audio is None, len(request.reference_audio)) == (
+            task == "text2music",
+            2 - count if task == "text2music" else count - 1,
+        )
+
+
+@pytest.mark.parametrize(
+    ("body", "detail"),
+    [
+        ({}, "Invalid request format: messages"),
+        ({"messages": []}, "Invalid request format: messages"),
+        ({"messages": [{"role": "user", "content": None}]}, "Invalid request format: messages"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "Invalid request format: messages"),
+        ({"messages": [{"role": "user", "content": "x"}], "temperature": 3}, "Invalid request format: temperature"),
+        ({"messages": [{"role": "user", "content": " "}]}, "No valid prompt, lyrics"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, "No valid prompt, lyrics"),
+        ({"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "%"}}]}]}, "input_audio: "),
+        ({"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "eA=="}}]}]}, "input_audio: "),
+        ({"messages": [{"role": "user", "content": "x"}], "task_type": "sing"}, "task_type must be one of"),
+    ],
+)  # fmt: skip
+async def test_bad_chats_are_refused(site: Site, body: dict[str, Any], detail: str) -> None:
+    answer = await site.client.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["detail"].startswith(detail)
+
+
+async def test_a_chat_that_takes_too_long_ends_with_504(build: Build) -> None:
+    site = build(chat_timeout_s=0.05)
+    body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 5, "stop": ["x"], "tools": []}
+    answer = await site.client.post("/v1/chat/completions", json=body)
+    assert (answer.status_code, answer.json()) == (504, {"detail": "Generation timeout"})
+    assert site.service.store.counts()["queued"] == 1
