@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers.ace_step_transformer import AceStepAttnProcessor2_0
 from torch import Tensor
 
 from acestep.settings import Attention as Backend
@@ -135,12 +137,17 @@ class Attention:
 
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """PyTorch's fused attention. Keys and values are repeated for grouped heads where a mask rules out the kernels that group."""
+    """PyTorch's fused attention. Keys and values are repeated for grouped heads where no fused kernel groups them itself."""
     groups = q.shape[1] // k.shape[1]
-    if groups > 1 and mask is not None:
+    if groups > 1 and not (mask is None and _groups_heads(q)):
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         groups = 1
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=groups > 1)
+
+
+def _groups_heads(q: Tensor) -> bool:
+    # On CUDA only the half-precision kernels do; any other would fall back to the one that holds all scores.
+    return q.device.type == "cpu" or (q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16))
 
 
 def eager_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -157,6 +164,34 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Ten
             scores = scores + (mask if mask.shape[-2] == 1 else mask[..., part, :]).float()
         out.append((scores.softmax(dim=-1) @ v).to(q.dtype))
     return torch.cat(out, dim=2)
+
+
+class EagerProcessor(AceStepAttnProcessor2_0):
+    """For diffusers' own attention modules (condition encoder, tokenizer): the eager kernel in place of the fused one."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        q = attn.norm_q(attn.to_q(hidden_states).unflatten(-1, (attn.heads, attn.head_dim)))
+        k = attn.norm_k(attn.to_k(hidden_states).unflatten(-1, (attn.kv_heads, attn.head_dim)))
+        v = attn.to_v(hidden_states).unflatten(-1, (attn.kv_heads, attn.head_dim))
+        if image_rotary_emb is not None:
+            q, k = (rotate(x, image_rotary_emb) for x in (q, k))
+        out = eager_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attention_mask)
+        projected: Tensor = attn.to_out[0](out.transpose(1, 2).flatten(2))
+        return projected
+
+
+def rotate(states: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary embedding of `[B, S, H, D]` in Qwen3's layout, where the two halves of D pair up."""
+    freqs: Any = rope
+    rotated: Any = apply_rotary_emb(states, freqs, use_real=True, use_real_unbind_dim=-2, sequence_dim=1)
+    return rotated
 
 
 def _load_flash(device: torch.device, dtype: torch.dtype) -> Callable[..., Any] | None:

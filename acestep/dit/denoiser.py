@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.ace_step_transformer import AceStepTransformer1DModel, _ace_step_rotary_freqs
 from torch import Tensor, nn
 
-from acestep.dit.attention import Attention, WindowLayout, key_mask, window_layout
+from acestep.dit.attention import Attention, WindowLayout, key_mask, rotate, window_layout
 from acestep.dit.lora import ActiveLora, applied
 from acestep.settings import Attention as Backend
 
 _KEPT_BATCHES = 4  # a batch and the halves it may be split into
+_COMPILED_ROWS = 2  # a song, or a song with guidance; batches of short clips are not worth a compilation each
 _CONDITION_BUCKET = 128  # tokens, where shapes must repeat for a compiled forward
 
 
@@ -73,7 +73,7 @@ class Denoiser:
         transformer: Loaded and on `device`; may carry LoRA layers.
         device, dtype: Where and in what to compute. Latents come and go as float32.
         backend: Attention kernel.
-        compile: Compile the forward per shape, and pad songs and conditions so that few shapes occur.
+        compile: Compile the layer that the model repeats, once per shape, and pad songs and conditions so that few shapes occur.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Denoiser:
         config: Any = transformer.config
         self._window = int(config.sliding_window)
         self._pad_to_buckets = compile
-        self._run: Any = torch.compile(self._forward, dynamic=False) if compile else self._forward
+        self._compiled: Any = compiled(self._block) if compile else self._block
         self._batches: dict[tuple[Any, ...], _Batch] = {}
 
     def forget(self) -> None:
@@ -131,13 +131,10 @@ class Denoiser:
             latents[i, : len(row.x)] = row.x
         times = torch.tensor([row.t for row in rows], dtype=torch.float32, device=self.device)
         loras = [row.lora for row in rows]
-        # Hooks would make a compiled forward compile again, so a batch with adapters runs the plain one.
-        run = self._run if not any(loras) else self._forward
+        # Hooks of an adapter, and a new number of rows, would each compile all over again.
+        block = self._compiled if len(rows) <= _COMPILED_ROWS and not any(loras) else self._block
         with applied(self.transformer, loras):
-            out = run(
-                latents, times, batch.context, batch.rope, batch.full_mask, batch.window, batch.keys, batch.values,
-                batch.cross_mask,
-            )  # fmt: skip
+            out = self._forward(latents, times, batch, block)
         return [out[i, :frames].float() for i, frames in enumerate(batch.frames)]
 
     def _batch_of(self, rows: Sequence[Row]) -> _Batch:
@@ -203,43 +200,45 @@ class Denoiser:
             key_mask(lengths, width, self.device, self.dtype),
         )
 
-    def _forward(
-        self,
-        latents: Tensor,
-        times: Tensor,
-        context: Tensor,
-        rope: tuple[Tensor, Tensor],
-        full_mask: Tensor | None,
-        window: WindowLayout,
-        keys: tuple[Tensor, ...],
-        values: tuple[Tensor, ...],
-        cross_mask: Tensor | None,
-    ) -> Tensor:
+    def _forward(self, latents: Tensor, times: Tensor, batch: _Batch, run_block: Any) -> Tensor:
         model = self.transformer
         # The model was trained with a second time input, (t - r), that is 0 in plain flow matching.
         temb_t, proj_t = self._embed_time(model.time_embed, times)
         temb_r, proj_r = self._embed_time(model.time_embed_r, torch.zeros_like(times))
         temb, proj = temb_t + temb_r, proj_t + proj_r
 
-        states = model.proj_in_conv(torch.cat([context, latents], dim=-1).transpose(1, 2)).transpose(1, 2)
-        for block, kind, key, value in zip(model.layers, model.layer_types, keys, values, strict=True):
-            gates = (block.scale_shift_table + proj).chunk(6, dim=1)
-            shift, scale, gate = gates[:3]
-            inner = (block.self_attn_norm(states) * (1 + scale) + shift).type_as(states)
-            inner = self._self_attention(block.self_attn, inner, rope, full_mask, window, kind == "sliding_attention")
-            states = (states + inner * gate).type_as(states)
-
-            inner = block.cross_attn_norm(states).type_as(states)
-            states = states + self._cross_attention(block.cross_attn, inner, key, value, cross_mask)
-
-            shift, scale, gate = gates[3:]
-            inner = (block.mlp_norm(states) * (1 + scale) + shift).type_as(states)
-            states = (states + block.mlp(inner) * gate).type_as(states)
+        states = model.proj_in_conv(torch.cat([batch.context, latents], dim=-1).transpose(1, 2)).transpose(1, 2)
+        for block, kind, key, value in zip(model.layers, model.layer_types, batch.keys, batch.values, strict=True):
+            window = batch.window if kind == "sliding_attention" else None
+            states = run_block(block, states, proj, batch.rope, window, batch.full_mask, key, value, batch.cross_mask)
 
         shift, scale = (model.scale_shift_table + temb.unsqueeze(1)).chunk(2, dim=1)
         states = (model.norm_out(states) * (1 + scale) + shift).type_as(states)
         velocity: Tensor = model.proj_out_conv(states.transpose(1, 2)).transpose(1, 2)
         return velocity
+
+    def _block(
+        self,
+        block: Any,
+        states: Tensor,
+        proj: Tensor,
+        rope: tuple[Tensor, Tensor],
+        window: WindowLayout | None,
+        full_mask: Tensor | None,
+        key: Tensor,
+        value: Tensor,
+        cross_mask: Tensor | None,
+    ) -> Tensor:
+        """One layer; `window` makes it a sliding one."""
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (block.scale_shift_table + proj).chunk(6, dim=1)
+        inner = (block.self_attn_norm(states) * (1 + scale) + shift).type_as(states)
+        states = (states + self._self_attention(block.self_attn, inner, rope, window, full_mask) * gate).type_as(states)
+
+        inner = block.cross_attn_norm(states).type_as(states)
+        states = states + self._cross_attention(block.cross_attn, inner, key, value, cross_mask)
+
+        inner = (block.mlp_norm(states) * (1 + mlp_scale) + mlp_shift).type_as(states)
+        return (states + block.mlp(inner) * mlp_gate).type_as(states)
 
     def _embed_time(self, embed: Any, times: Tensor) -> tuple[Tensor, Tensor]:
         # As AceStepTimestepEmbedding.forward, with the time itself kept in float32.
@@ -252,16 +251,15 @@ class Denoiser:
         attn: Any,
         states: Tensor,
         rope: tuple[Tensor, Tensor],
+        window: WindowLayout | None,
         full_mask: Tensor | None,
-        window: WindowLayout,
-        sliding: bool,
     ) -> Tensor:
         q = attn.norm_q(attn.to_q(states).unflatten(-1, (attn.heads, attn.head_dim)))
         k = attn.norm_k(attn.to_k(states).unflatten(-1, (attn.kv_heads, attn.head_dim)))
         v = attn.to_v(states).unflatten(-1, (attn.kv_heads, attn.head_dim))
-        q, k = (_rotate(x, rope) for x in (q, k))
+        q, k = (rotate(x, rope) for x in (q, k))
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        if sliding:
+        if window is not None:
             out = self.attention.sliding(q, k, v, window, padded=full_mask is not None)
         else:
             out = self.attention.full(q, k, v, full_mask)
@@ -273,11 +271,11 @@ class Denoiser:
         return attn.to_out[0](out.transpose(1, 2).flatten(2))
 
 
-def _rotate(states: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary embedding of `[B, S, H, D]` in Qwen3's layout, where the two halves of D pair up."""
-    freqs: Any = rope
-    rotated: Any = apply_rotary_emb(states, freqs, use_real=True, use_real_unbind_dim=-2, sequence_dim=1)
-    return rotated
+def compiled(function: Any) -> Any:
+    """`function` compiled for each shape it meets: Dynamo would give up after 8."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
+    torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, 1024)
+    return torch.compile(function, dynamic=False)
 
 
 def bucket(tokens: int, patch: int) -> int:

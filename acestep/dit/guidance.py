@@ -61,8 +61,9 @@ def angle_guidance(x: Tensor, t: float, cond: Tensor, uncond: Tensor, scale: flo
     The angle between both estimates is stretched by `scale - 1` and clipped to 30 degrees.
     """
     weight = max(scale - 1.0, 0.0) + 1e-3
-    clean_cond, clean_uncond = x - t * cond, x - t * uncond
-    a, b = clean_cond.double(), clean_uncond.double()
+    if x.device.type == "mps":  # no float64 there
+        return angle_guidance(x.cpu(), t, cond.cpu(), uncond.cpu(), scale).to(x.device)
+    a, b = (x - t * cond).double(), (x - t * uncond).double()
     cosine = torch.nn.functional.cosine_similarity(a, b, dim=-1, eps=1e-12).unsqueeze(-1)
     theta = torch.acos(cosine.clamp(-1.0 + 1e-6, 1.0 - 1e-6))
     turned = (weight * theta).clamp(-ADG_MAX_ANGLE, ADG_MAX_ANGLE)

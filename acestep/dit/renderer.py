@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.models.transformers.ace_step_transformer import AceStepAttention
 
 from acestep.checkpoints.checkpoint import Checkpoint
 from acestep.checkpoints.load import RendererComponents, load_renderer
 from acestep.checkpoints.published import VariantDefaults
 from acestep.dit import tasks
 from acestep.dit.admission import Admission
+from acestep.dit.attention import EagerProcessor
 from acestep.dit.conditions import Conditions
 from acestep.dit.denoiser import Denoiser
 from acestep.dit.engine import RenderEngine, Result, Work
@@ -86,6 +88,8 @@ class Renderer:
         )
         residency = Residency(groups, device, frozenset(offloaded))
         denoiser = Denoiser(components.transformer, device, dtype, settings.attention, compile=settings.compile)
+        if denoiser.attention.backend == "eager":
+            use_eager_attention(components)
         loras = LoraCache(components.transformer, device, dtype)
         conditions = Conditions(components, device, dtype)
         budget = settings.max_batch_frames
@@ -191,6 +195,16 @@ class Renderer:
     def close(self) -> None:
         """Stop after the step in progress; unfinished works fail as cancelled."""
         self._thread.close()
+
+
+def use_eager_attention(components: RendererComponents) -> None:
+    """Have the encoders, too, compute attention with a float32 softmax."""
+    components.text_encoder.set_attn_implementation("eager")
+    processor: Any = EagerProcessor
+    for part in (components.condition_encoder, components.audio_tokenizer, components.audio_token_detokenizer):
+        for module in part.modules():
+            if isinstance(module, AceStepAttention):
+                module.set_processor(processor())
 
 
 def quantize(module: torch.nn.Module) -> None:

@@ -111,6 +111,7 @@ class Vae:
         tile = self._tile
         if self._device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(self._device)
+            free += torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
             tile = min(tile, int(0.8 * free / self._bytes(1)))
         return max(tile - 2 * self._overlap, _SMALLEST_CORE_FRAMES)
 

@@ -84,11 +84,25 @@ def test_the_null_condition_is_one_token(parts: RendererComponents, rel: Any) ->
 
 
 def test_padding_to_buckets_changes_nothing(parts: RendererComponents, rel: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(torch, "compile", lambda run, **options: run)  # the shapes of a compiled forward, run eagerly
+    monkeypatch.setattr(torch, "compile", lambda run, **options: run)  # the shapes that are compiled, run plainly
     x, context, condition = inputs(parts, 301, 40, seed=2)
     plain, padded = (Denoiser(parts.transformer, CPU, torch.float32, compile=c) for c in (False, True))
     got = padded.velocity([Row(x, 0.5, context, padded.project(condition))])[0]
     assert rel(got, plain.velocity([Row(x, 0.5, context, plain.project(condition))])[0]) <= 1e-6
+
+
+def test_the_layer_compiles_whole(parts: RendererComponents, rel: Any, monkeypatch: Any) -> None:
+    plain = Denoiser(parts.transformer, CPU, torch.float32)
+    compile = torch.compile
+    # Traced by the real compiler without generating code; "fullgraph" makes any break an error.
+    monkeypatch.setattr(
+        torch, "compile", lambda run, dynamic: compile(run, dynamic=dynamic, backend="eager", fullgraph=True)
+    )
+    traced = Denoiser(parts.transformer, CPU, torch.float32, compile=True)
+    for frames in (100, 1400):
+        x, context, condition = inputs(parts, frames, 40, seed=3)
+        got = traced.velocity([Row(x, 0.5, context, traced.project(condition))])[0]
+        assert rel(got, plain.velocity([Row(x, 0.5, context, plain.project(condition))])[0]) <= 1e-6
 
 
 def test_buckets_are_few() -> None:

@@ -200,7 +200,7 @@ def test_a_batch_that_does_not_fit_is_halved(make_renderer: Make, renderers: dic
             raise torch.OutOfMemoryError("no room")
         return forward(latents, *rest)
 
-    denoiser._run = denoiser._forward = tight
+    denoiser._forward = tight
     result = renderer.submit(work_of(batch_size=4)).result(60)
     assert renderer.stats()["batches_halved"] == 1  # and from then on the batches are smaller
     alone = renderers["tiny"].submit(work_of(batch_size=4)).result(60)
@@ -218,7 +218,7 @@ def test_a_song_that_never_fits_fails_with_numbers_and_spares_the_rest(make_rend
             raise torch.OutOfMemoryError("no room")
         return forward(latents, *rest)
 
-    denoiser._run = denoiser._forward = tight
+    denoiser._forward = tight
     long, short = renderer.submit(work_of(duration=20)), renderer.submit(work_of())
     with pytest.raises(OutOfMemory, match=r"1 row\(s\) of 500 frames"):
         long.result(60)
@@ -325,6 +325,14 @@ def test_int8_stays_close(make_renderer: Make, renderers: dict[str, Renderer], r
     audio = make_renderer("tiny", int8=True).submit(work_of()).result(60).items[0].audio
     exact = renderers["tiny"].submit(work_of()).result(60).items[0].audio
     assert 0 < rel(audio, exact) < 0.05
+
+
+def test_eager_attention_everywhere(make_renderer: Make, renderers: dict[str, Renderer], rel: Any) -> None:
+    eager = make_renderer("tiny", attention="eager")
+    assert eager.info.attention == "eager"
+    for fields in ({}, {"duration": None, "audio_codes": tuple(range(55))}):
+        audio = eager.submit(work_of(**fields)).result(60).items[0].audio
+        assert rel(audio, renderers["tiny"].submit(work_of(**fields)).result(60).items[0].audio) <= 1e-5
 
 
 def test_bfloat16_stays_close(make_renderer: Make, renderers: dict[str, Renderer], rel: Any) -> None:
