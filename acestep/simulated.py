@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from acestep.cost import (
@@ -21,6 +22,7 @@ from acestep.cost import (
     render_seconds,
 )
 from acestep.engine import EngineThread, Ticket
+from acestep.errors import Unavailable
 from acestep.plan import CODES_PER_SECOND, NUM_CODES, Metadata, Plan, PlanTimings
 from acestep.request import SongRequest
 from acestep.song import SAMPLE_RATE, Progress, RenderTimings
@@ -184,6 +186,9 @@ class SimulatedRenderer:
     def submit(self, work: Any, **options: Any) -> Ticket[Any, Any]:
         job = SimulatedRender(work.request, work.plan, work.indices, self._cost, self._model)
         return self._thread.submit(job, **options)
+
+    def submit_codes(self, path: Path, *, priority: float = 0.0) -> Ticket[Any, Any]:
+        raise Unavailable("the simulated engine reads no audio")
 
     def cancel(self, ticket: Ticket[Any, Any]) -> None:
         self._thread.cancel(ticket)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from acestep.checkpoints import Checkpoint
 from acestep.errors import AceStepError, InvalidRequest
 from acestep.paths import home, writable
+from deployments.config import PlannerArgs, PoolArgs, RendererArgs, parse_args
+from deployments.models import checkpoint_for
+from deployments.replica import Role
 from deployments.validate import problems, read_config
 
 config = typer.Typer(help="Check and write Serve config files.", no_args_is_help=True, add_completion=False)
@@ -80,7 +83,7 @@ def _cluster_nodes() -> list[dict[str, Any]]:
     import ray
 
     try:
-        ray.init(address="auto", logging_level="ERROR", log_to_driver=False)
+        ray.init(address="auto", logging_level=logging.ERROR, log_to_driver=False)
     except ConnectionError:
         raise InvalidRequest("no Ray cluster runs here; start one or give --tiers", field="tiers") from None
     try:
@@ -95,26 +98,26 @@ def prepare_command(
     path: Annotated[Path, typer.Argument(help="A Serve config file.")] = Path("serve_config.yaml"),
 ) -> None:
     """Make sure that `serve run PATH` can work here: config, folders, checkpoints (downloads them), port."""
-    from deployments.config import PlannerArgs, RendererArgs, parse_args
-    from deployments.models import checkpoint_for
-
     data = _checked(path)
     writable(home())
     _port_free(data)
     for application in data["applications"]:  # type: ignore[attr-defined]
-        builder = application["import_path"].rpartition(":")[2]
-        checkpoint: Checkpoint | None
-        if builder == "lm":
-            checkpoint = checkpoint_for("plan", parse_args(PlannerArgs, application.get("args"), application["name"]))
-        elif builder == "dit":
-            checkpoint = checkpoint_for(
-                "render", parse_args(RendererArgs, application.get("args"), application["name"])
-            )
-        else:
-            continue
-        typer.echo(
-            f"{application['name']}: {checkpoint.name}" + (f" ({checkpoint.notice})" if checkpoint.notice else "")
-        )
+        stage = STAGES.get(application["import_path"].rpartition(":")[2])
+        if stage is not None:
+            typer.echo(f"{application['name']}: {_prepare_pool(application, *stage)}")
+
+
+STAGES: dict[str, tuple[Role, type[PoolArgs]]] = {"lm": ("plan", PlannerArgs), "dit": ("render", RendererArgs)}
+
+
+def _prepare_pool(application: dict[str, Any], role: Role, model: type[PoolArgs]) -> str:
+    args = parse_args(model, application.get("args"), application["name"])
+    if args.tiers:
+        return f"on nodes of {', '.join(args.tiers)}, which load their own checkpoint"
+    checkpoint = checkpoint_for(role, args)
+    if checkpoint is None:
+        return "off on this machine"
+    return checkpoint.name + (f" ({checkpoint.notice})" if checkpoint.notice else "")
 
 
 def _port_free(data: dict[str, object]) -> None:

@@ -26,6 +26,7 @@ from deployments.errands import ANSWER, Errands
 from deployments.fleet import Capacity, Fleet
 from deployments.jobs.queue import read_queue
 from deployments.jobs.store import Job, JobStore, LeaseLost
+from deployments.metrics import Meter
 from deployments.ordering import Usage, next_jobs
 from deployments.placement import Decision
 from deployments.routing import NoPool, Routing
@@ -54,10 +55,18 @@ class Dispatcher:
     """
 
     def __init__(
-        self, store: JobStore, fleet: Fleet, routing: Routing, *, lease_s: float, max_run_s: float = 3600.0
+        self,
+        store: JobStore,
+        fleet: Fleet,
+        routing: Routing,
+        *,
+        lease_s: float,
+        max_run_s: float = 3600.0,
+        meter: Meter | None = None,
     ) -> None:
         self.store = store
         self.fleet = fleet
+        self.meter = meter or Meter()
         self.routing = routing
         self.lease_s = lease_s
         self.max_run_s = max_run_s
@@ -148,6 +157,7 @@ class Dispatcher:
             song, extra = (made, None) if isinstance(made, Song) else (None, made)
             await asyncio.to_thread(self.store.succeed, job.id, self.owner, song, extra)
             log.info("job %s succeeded", job.id)
+            await self._count(job.id, "succeeded", sum(i.duration for i in song.items) if song else 0.0)
             return
         except asyncio.CancelledError:
             if self._draining:
@@ -173,6 +183,11 @@ class Dispatcher:
         log.info("job %s ended: %s: %s", job.id, error.type, error.message)
         with contextlib.suppress(LeaseLost):
             await asyncio.to_thread(self.store.fail, job.id, self.owner, error)
+        await self._count(job.id, error.type, 0.0)
+
+    async def _count(self, job_id: str, outcome: str, audio_s: float) -> None:
+        if (job := await asyncio.to_thread(self.store.get, job_id)) is not None:
+            self.meter.ended(job, outcome, audio_s)
 
     async def _with_deadline(self, job: Job) -> Song | dict[str, Any] | None:
         late = (job.started_at or time.time()) + self.max_run_s
@@ -180,7 +195,11 @@ class Dispatcher:
         try:
             return await asyncio.wait_for(self._make(job), max(0.0, first - time.time()))
         except TimeoutError:
-            why = f"it ran for more than {self.max_run_s:g} s" if first == late else "its deadline passed before it was done"
+            why = (
+                f"it ran for more than {self.max_run_s:g} s"
+                if first == late
+                else "its deadline passed before it was done"
+            )
             raise DeadlineExceeded(f"the job was stopped: {why}") from None
 
     async def _make(self, job: Job) -> Song | dict[str, Any] | None:
@@ -254,6 +273,7 @@ class Dispatcher:
 
     async def _lost(self, job: Job, pool: str, error: BaseException, attempt: int) -> None:
         log.warning("job %s: a replica of %s was lost (%s)", job.id, pool, type(error).__name__)
+        self.meter.retry(pool)
         if attempt + 1 == STAGE_ATTEMPTS:
             raise Unavailable(f"pool {pool} lost its replica {STAGE_ATTEMPTS} times in a row") from error
         await asyncio.sleep(BACKOFF_S * (attempt + 1))

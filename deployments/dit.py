@@ -19,6 +19,7 @@ from acestep.simulated import NOTICE, SimulatedRenderer
 from acestep.song import Progress, Song
 from deployments.config import RendererArgs, parse_args
 from deployments.logs import join_serve
+from deployments.metrics import ReplicaMeter
 from deployments.replica import start_replica
 from deployments.sources import local_files
 from deployments.storage import Storage
@@ -58,6 +59,7 @@ class RendererDeployment:
                 "tasks": self.renderer.info.tasks,
             }
         self.info = start.info(**facts, load_s=time.monotonic() - began)
+        self._meter = ReplicaMeter(self.renderer.stats, start.device, self.info.load_s)
         log.info("renderer %s is ready on %s", self.info.model, self.info.device)
 
     async def render(
@@ -102,7 +104,8 @@ class RendererDeployment:
             with local_files(self.storage, [name]) as (path,):
                 ticket = self.renderer.submit_codes(path, priority=TALK_PRIORITY)
                 try:
-                    return {"result": list(await asyncio.wrap_future(ticket.future))}
+                    codes: tuple[int, ...] = await asyncio.wrap_future(ticket.future)  # type: ignore[arg-type]  # a stub's union
+                    return {"result": list(codes)}
                 except asyncio.CancelledError:
                     self.renderer.cancel(ticket)
                     raise
@@ -121,5 +124,7 @@ class RendererDeployment:
             raise RuntimeError("the renderer's engine thread has ended")
 
     def __del__(self) -> None:
+        if meter := getattr(self, "_meter", None):
+            meter.close()
         if renderer := getattr(self, "renderer", None):
             renderer.close()

@@ -13,6 +13,7 @@ from acestep.simulated import NOTICE, SimulatedPlanner
 from acestep.song import Progress
 from deployments.config import PlannerArgs, parse_args
 from deployments.logs import join_serve
+from deployments.metrics import ReplicaMeter
 from deployments.replica import start_replica
 from deployments.streaming import TALK_PRIORITY, ProgressMailbox, failure, follow
 
@@ -58,6 +59,7 @@ class PlannerDeployment:
             capacity=start.settings.planner.slots,
             load_s=time.monotonic() - began,
         )
+        self._meter = ReplicaMeter(self._planner.stats, start.device, self.info.load_s)
         log.info("planner %s is ready on %s", self.info.model, self.info.device)
 
     @property
@@ -108,5 +110,7 @@ class PlannerDeployment:
             raise RuntimeError("the planner's engine thread has ended")
 
     def __del__(self) -> None:
+        if meter := getattr(self, "_meter", None):
+            meter.close()
         if planner := getattr(self, "_planner", None):
             planner.close()

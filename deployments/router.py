@@ -19,6 +19,7 @@ from deployments.jobs.backlog import read_backlogs
 from deployments.jobs.retention import Retention
 from deployments.jobs.store import JobStore
 from deployments.logs import join_serve
+from deployments.metrics import RouterMeter
 from deployments.routing import Routing
 from deployments.storage import Storage
 
@@ -36,8 +37,11 @@ class Router:
         store = JobStore(parsed.database_url)
         storage = Storage(parsed.files_url)
         fleet = Fleet()
-        routing = Routing()
-        dispatcher = Dispatcher(store, fleet, routing, lease_s=parsed.lease_s, max_run_s=parsed.max_run_s)
+        self._meter = RouterMeter()
+        routing = Routing(self._meter)
+        dispatcher = Dispatcher(
+            store, fleet, routing, lease_s=parsed.lease_s, max_run_s=parsed.max_run_s, meter=self._meter
+        )
         self.service = Service(parsed, store, storage, fleet, routing, dispatcher, started=time.time())
         retention = Retention(
             store, storage, self.service.sources.records,
@@ -57,7 +61,10 @@ class Router:
         service = self.service
         while True:
             try:
-                service.routing.set_backlogs(await asyncio.to_thread(read_backlogs, service.store.url))
+                backlogs = await asyncio.to_thread(read_backlogs, service.store.url)
+                service.routing.set_backlogs(backlogs)
+                states = await asyncio.to_thread(service.store.counts)
+                self._meter.fleet(service.fleet.view, backlogs, states, service.routing.corrections.factor)
             except Exception:
                 log.exception("cannot read what waits")
             await asyncio.sleep(BACKLOG_POLL_S)

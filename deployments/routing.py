@@ -23,6 +23,7 @@ from acestep.request import SongRequest
 from deployments.fleet import FleetView, Pool
 from deployments.jobs.backlog import Backlog
 from deployments.jobs.store import Job
+from deployments.metrics import Meter
 from deployments.placement import Decision, FleetState, PoolState, choose
 from deployments.pools import label_selector
 
@@ -43,7 +44,8 @@ class Load:
 class Routing:
     """Chooses pools and counts what is in flight."""
 
-    def __init__(self) -> None:
+    def __init__(self, meter: Meter | None = None) -> None:
+        self.meter = meter or Meter()
         self._load: dict[str, Load] = defaultdict(Load)
         self.backlogs: Mapping[str, Backlog] = {}
         self._admitted: dict[str, float] = defaultdict(float)  # since the backlogs were read
@@ -113,6 +115,7 @@ class Routing:
         began = time.monotonic()
         try:
             yield
+            self.meter.stage(pool, stage, time.monotonic() - began)
             if alone and load.in_flight == 1:  # else the time has others' work in it
                 self.corrections.refine(pool, stage, wall_s, time.monotonic() - began)
         finally:

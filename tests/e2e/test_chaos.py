@@ -44,7 +44,9 @@ def test_killing_any_part_in_the_middle_of_many_jobs_loses_none() -> None:
         ids = []
         victims = ["ray::ServeReplica:dit", "ray::ServeReplica:lm", "ray::ServeController", "ray::ServeReplica:router"]
         for number in range(JOBS):
-            ids.append(patiently(lambda n=number: client.submit({"prompt": f"song {n}", "duration": 10, "seed": n})["id"]))
+            ids.append(
+                patiently(lambda n=number: client.submit({"prompt": f"song {n}", "duration": 10, "seed": n})["id"])
+            )
             if number % 10 == 9 and victims:
                 kill(server, victims.pop(0))
         assert not victims

@@ -62,7 +62,11 @@ def test_small_cards_plan_and_render_what_fits_and_large_cards_do_the_rest(fleet
 
 def test_each_pool_tells_its_limits(fleet: Cluster) -> None:
     seen = httpx.get(fleet.url + "/v1/cluster").json()
-    limits = {p["name"]: (p["limits"]["max_duration"], p["limits"]["max_batch"]) for p in seen["pools"] if p["role"] == "render"}
+    limits = {
+        p["name"]: (p["limits"]["max_duration"], p["limits"]["max_batch"])
+        for p in seen["pools"]
+        if p["role"] == "render"
+    }
     assert limits == {"dit-tier4": (240, 2), "dit-tier6": (480, 8), "dit-unlimited": (600, 8)}
     assert seen["missing"] == []
     assert sorted(n["tier"] for n in seen["nodes"] if n["tier"]) == ["tier4", "tier6", "unlimited"]

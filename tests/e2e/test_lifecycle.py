@@ -38,7 +38,9 @@ def test_ctrl_c_stops_cleanly_and_unfinished_jobs_go_on_at_the_next_start(tmp_pa
 
 def test_a_missing_model_is_said_in_readyz_and_by_prepare(tmp_path: Path) -> None:
     def other_model(config: dict) -> None:
-        next(a for a in config["applications"] if a["name"] == "dit")["args"] = {"model": str(tmp_path / "no-such-model")}
+        next(a for a in config["applications"] if a["name"] == "dit")["args"] = {
+            "model": str(tmp_path / "no-such-model")
+        }
 
     server = Server(edit=other_model)
     try:
@@ -67,7 +69,9 @@ def test_prepare_says_that_the_port_is_taken(tmp_path: Path) -> None:
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", server.port))
             taken.listen()
-            told = subprocess.run([ACESTEP, "prepare", str(server.config)], env=server.env, capture_output=True, text=True)
+            told = subprocess.run(
+                [ACESTEP, "prepare", str(server.config)], env=server.env, capture_output=True, text=True
+            )
         assert told.returncode == 1
         assert f"port {server.port}" in told.stderr
     finally:
@@ -78,7 +82,9 @@ def test_prepare_says_that_the_port_is_taken(tmp_path: Path) -> None:
 def test_prepare_says_that_the_state_folder_cannot_be_written(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     env = {**os.environ, "ACESTEP_HOME": str(tmp_path / "home")}
-    told = subprocess.run([ACESTEP, "prepare", str(ROOT / "serve_config.yaml")], env=env, capture_output=True, text=True)
+    told = subprocess.run(
+        [ACESTEP, "prepare", str(ROOT / "serve_config.yaml")], env=env, capture_output=True, text=True
+    )
     assert told.returncode == 1
     assert "storage_permission" in told.stderr
 
@@ -90,7 +96,11 @@ def test_config_validate_finds_what_serve_ignores(tmp_path: Path) -> None:
     assert subprocess.run([ACESTEP, "config", "validate", str(config)]).returncode == 0
     for old, new, words in (
         ("http_options:", "http_option:", "did you mean http_options?"),
-        ("import_path: deployments.app:lm\n    args: {}", "import_path: deployments.app:lm\n    args: {tier: [tier4]}", "args.tier"),
+        (
+            "import_path: deployments.app:lm\n    args: {}",
+            "import_path: deployments.app:lm\n    args: {tier: [tier4]}",
+            "args.tier",
+        ),
         ("import_path: deployments.app:dit", "import_path: deployments.app:did", "deployments.app:dit"),
         (
             "import_path: deployments.app:dit",
