@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from acestep.cards import Device, Kind, cpu_device, list_cards, nvml_devices, pick, simulated, tier_row
@@ -29,7 +29,15 @@ def list_devices(*, probe_torch: bool = True, env: Mapping[str, str] | None = No
     """
     if not probe_torch:
         return list_cards(env)
-    return simulated([*_with_torch(nvml_devices(env)), cpu_device()], env)
+    known = nvml_devices(env)
+    try:
+        seen = _torch_cards({_bare(card.uuid): card for card in known})
+    except Exception as error:  # a torch that cannot initialise its driver must leave the CPU usable
+        log.warning("torch cannot list its devices: %s", error)
+        seen = []
+    here = {_bare(card.uuid) for card in seen if card.uuid}
+    missing = [replace(card, usable=False) for card in known if _bare(card.uuid) not in here]
+    return simulated([*seen, *missing, cpu_device()], env)
 
 
 def cap_process_memory(device: Device, max_bytes: int | None = None) -> None:
@@ -46,28 +54,12 @@ def cap_process_memory(device: Device, max_bytes: int | None = None) -> None:
     torch.cuda.set_per_process_memory_fraction(min(1.0, cap / physical), device.index)
 
 
-def _with_torch(nvml_cards: list[Device]) -> list[Device]:
-    """torch's view of the cards, with NVML's sizes where both know a card; then the cards that only NVML knows."""
-    try:
-        seen = _torch_cards()
-    except Exception as error:  # a torch that cannot initialise its driver must leave the CPU usable
-        log.warning("torch cannot list its devices: %s", error)
-        seen = []
-    by_uuid = {_bare(card.uuid): card for card in nvml_cards}
-    merged = []
-    for card in seen:
-        known = by_uuid.pop(_bare(card.uuid), None) if card.kind == "cuda" and card.uuid else None
-        if known is not None:
-            card = replace(known, index=card.index, usable=True, free_bytes=min(known.free_bytes, known.total_bytes))
-        merged.append(card)
-    return merged + [replace(card, usable=False) for card in by_uuid.values()]
-
-
 def _bare(uuid: str | None) -> str:
     return (uuid or "").removeprefix("GPU-").removeprefix("MIG-").lower()
 
 
-def _torch_cards() -> list[Device]:
+def _torch_cards(known: Mapping[str, Device]) -> list[Device]:
+    """Cards that torch lists. What NVML `known` by UUID is not asked again: asking torch opens a context on the card."""
     import torch
 
     cards: list[Device] = []
@@ -75,13 +67,15 @@ def _torch_cards() -> list[Device]:
         kind: Kind = "rocm" if torch.version.hip else "cuda"
         for i in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(i)
-            free, total = torch.cuda.mem_get_info(i)
-            capability = None if kind == "rocm" else (properties.major, properties.minor)
-            driver = torch.version.hip if kind == "rocm" else None
             uuid = str(getattr(properties, "uuid", "")) or None
-            cards.append(
-                Device(i, kind, properties.name, total, free, capability, driver=driver, usable=True, uuid=uuid)
-            )
+            card = known.get(_bare(uuid)) if uuid else None
+            capability = None if kind == "rocm" else (properties.major, properties.minor)
+            if card is None:
+                free, total = torch.cuda.mem_get_info(i)
+                driver = torch.version.hip if kind == "rocm" else None
+                card = Device(i, kind, properties.name, total, free, capability, driver=driver, uuid=uuid)
+            usable = capability is None or built_for(capability, torch.cuda.get_arch_list())
+            cards.append(replace(card, index=i, usable=usable))
     if hasattr(torch, "xpu") and torch.xpu.is_available():
         for i in range(torch.xpu.device_count()):
             free, total = torch.xpu.mem_get_info(i)
@@ -91,3 +85,13 @@ def _torch_cards() -> list[Device]:
         free = max(0, total - int(torch.mps.driver_allocated_memory()))
         cards.append(Device(0, "mps", f"Apple {platform.machine()}", total, free, usable=True))
     return cards
+
+
+def built_for(capability: tuple[int, int], architectures: Sequence[str]) -> bool:
+    """Whether a CUDA build has code for a card: compiled for its major version, or as PTX for an older one."""
+    for name in architectures:
+        kind, _, digits = name.rstrip("af").partition("_")
+        built = (int(digits[:-1]), int(digits[-1]))
+        if built <= capability and (kind == "compute" or built[0] == capability[0]):
+            return True
+    return False

@@ -17,10 +17,12 @@ from acestep.cards import Device, tier_row
 from acestep.client import server_url
 from acestep.devices import list_devices
 from acestep.errors import AceStepError
-from acestep.gpu_config import GIB, Role, is_tiny
-from acestep.memory import RenderTask, admit_render, is_guided, known_configs
+from acestep.gpu_config import GIB, Role, get_lm_model_size, is_tiny
+from acestep.memory import RenderTask, admit_render, is_guided, known_configs, plan_need, render_need
 from acestep.probes import Finding
 from acestep.settings import Resolved, resolve
+from acestep.settings_planner import PROMPT_ALLOWANCE
+from acestep.weights import PLANNERS
 
 INSTALL = "https://pytorch.org/get-started/locally/"
 _PACKAGES = ("torch", "transformers", "diffusers", "ray", "av", "torchao", "flash-attn", "kernels", "triton")
@@ -47,6 +49,7 @@ class Report:
         cards: Every device, the CPU last.
         role: What the settings are for.
         settings: What a process started now would use; None where that cannot be settled, and `findings` says why.
+        ledger: Bytes by stage, for the longest song that the limits allow; empty for the tiny checkpoint.
         findings: Everything that was tried.
     """
 
@@ -54,6 +57,7 @@ class Report:
     cards: Sequence[CardReport]
     role: Role
     settings: Resolved | None
+    ledger: Mapping[str, Mapping[str, int]]
     findings: Sequence[Finding]
 
     @property
@@ -112,7 +116,7 @@ def report(
         )
     chosen = settings.device if settings else None
     cards = [card_report(device, device == chosen, overrides, env) for device in present]
-    return Report(machine(), cards, role, settings, findings)
+    return Report(machine(), cards, role, settings, ledger(settings) if settings else {}, findings)
 
 
 def machine() -> dict[str, Any]:
@@ -139,6 +143,23 @@ def machine() -> dict[str, Any]:
     }
 
 
+def ledger(settings: Resolved) -> dict[str, dict[str, int]]:
+    """Bytes that each stage takes at its peak, weights included, for the longest song of the limits."""
+    found: dict[str, dict[str, int]] = {}
+    if settings.renderer is not None and settings.renderer_model and not is_tiny(settings.renderer_model):
+        model = settings.renderer_model
+        task = RenderTask(settings.limits.max_duration, settings.limits.max_batch, guided=is_guided(model))
+        need = render_need(task, known_configs(model), settings.renderer)
+        found["renderer"] = dict(need.stages)
+        found["renderer weights"] = dict(need.weights)
+    if settings.planner is not None and settings.planner_model and not is_tiny(settings.planner_model):
+        config = PLANNERS[get_lm_model_size(settings.planner_model)]
+        need = plan_need(settings.limits.max_duration, 1, True, PROMPT_ALLOWANCE, config, settings.planner)
+        found["planner, one guided song"] = dict(need.stages)
+        found["planner weights"] = dict(need.weights)
+    return found
+
+
 def torch_build() -> str:
     """`CUDA 12.8`, `ROCm 6.4`, `XPU ...` or `CPU`."""
     import torch
@@ -159,8 +180,7 @@ def build_mismatches(devices: Sequence[Device], pci: Sequence[str], build: str |
     found = [
         Finding(
             "warning", "cards",
-            f"{device.name} is present, but this torch ({build} build) cannot use it: "
-            + ("update the NVIDIA driver" if build.startswith("CUDA") else f"install a CUDA build of torch, see {INSTALL}"),
+            f"{device.name} is present, but this torch ({build} build) cannot use it: {_advice(device, build)}, see {INSTALL}",
             {"card": device.name, "driver": device.driver},
         )
         for device in devices
@@ -177,6 +197,13 @@ def build_mismatches(devices: Sequence[Device], pci: Sequence[str], build: str |
         text = f"an Intel GPU is present, this torch is a {build} build: to use it install an XPU build of torch, see {INSTALL}"
         found.append(Finding("note", "cards", text))
     return found
+
+
+def _advice(device: Device, build: str) -> str:
+    if not build.startswith("CUDA"):
+        return "install a CUDA build of torch"
+    shown = ".".join(map(str, device.capability or ()))
+    return f"update the NVIDIA driver, or install a torch that is built for compute capability {shown}"
 
 
 def card_report(

@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from acestep.doctor import Report
+from acestep.gpu_config import GIB
 
 _MARKS = {"ok": ("✓", "green"), "note": ("·", "cyan"), "warning": ("!", "yellow"), "error": ("✗", "bold red")}
 
@@ -26,7 +27,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
     table = Table.grid(padding=(0, 2))
     for card in report.cards:
         device = card.device
-        size = f"{device.gib:.4g} GiB, {device.free_bytes / 2**30:.4g} free"
+        size = f"{device.gib:.4g} GiB, {device.free_bytes / GIB:.4g} free"
         notes = [
             f"compute capability {device.capability[0]}.{device.capability[1]}" if device.capability else "",
             f"MIG {device.mig}" if device.mig else "",
@@ -51,6 +52,11 @@ def print_report(report: Report, console: Console | None = None) -> None:
         for value in settings.values:
             table.add_row(*(Text(str(x)) for x in (value.name, value.value, value.source, value.reason)))
         console.print(table)
+
+    if report.ledger:
+        console.rule("memory for the longest song, GiB", align="left")
+        for what, sizes in report.ledger.items():
+            console.print(Text(f"{what}: " + ", ".join(f"{name} {size / GIB:.2f}" for name, size in sizes.items())))
 
     console.rule("findings", align="left")
     for finding in report.findings:

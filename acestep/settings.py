@@ -88,7 +88,7 @@ def resolve(
         OutOfMemory: the model has no room for one song, or the planner that was asked for has none.
     """
     book = Book(read_overrides(overrides, env))
-    present = list(devices) if devices is not None else [device] if device else list_devices(env=env)
+    present = list(devices) if devices is not None else [device] if device else _look(book, env)
     main = device or pick(present, book.overrides["device"].value if "device" in book.overrides else "auto")
     book.note("device", main.torch_name, f"{main.name}, {main.gib:.4g} GiB")
     if role != "both" and main.is_card and not main.simulated and main.free_bytes < CROWDED * main.total_bytes:
@@ -127,6 +127,12 @@ def resolve(
         role, main, lm_main, row, limits, planner, renderer, planner_model, None if role == "plan" else renderer_model,
         planner is not None, lm_reason, tuple(book.values.values()), tuple(dict.fromkeys(book.warnings)),
     )  # fmt: skip
+
+
+def _look(book: Book, env: Mapping[str, str] | None) -> list[Device]:
+    """What is here. A process that was told to keep to the CPU opens no card."""
+    named = {book.overrides[name].value.lower() for name in ("device", "lm_device") if name in book.overrides}
+    return list_devices(env=env, probe_torch=named != {"cpu"})
 
 
 def _give_way(

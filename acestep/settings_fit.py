@@ -26,10 +26,12 @@ def fit_renderer(
     Raises:
         OutOfMemory: no settings fit; with `shorten`: not even with the shortest song.
     """
-    if is_tiny(model) or device.kind == "cpu":
+    if is_tiny(model):
         return settings, limits
     task = RenderTask(limits.max_duration, limits.max_batch, guided=is_guided(model))
-    configs, room = known_configs(model), device.memory_bytes
+    configs = known_configs(model)
+    # What is simulated on the CPU has the limits of its size, and the memory of the host.
+    room = (device.physical_bytes or device.total_bytes) if device.kind == "cpu" else device.memory_bytes
 
     def admission(candidate: RendererSettings) -> Admission | None:
         try:

@@ -8,12 +8,14 @@ from typing import Any
 
 import pynvml
 import pytest
+import torch
 
 from acestep import devices, host, nvml
 from acestep.cards import Device, cpu_device, list_cards, pick, tier_row
 from acestep.devices import list_devices
 from acestep.errors import DeviceUnavailable, InvalidRequest
 from acestep.gpu_config import GIB
+from acestep.settings import resolve
 
 MIB = 2**20
 
@@ -145,7 +147,7 @@ def test_a_driver_that_breaks_after_its_start(driver: Driver, monkeypatch: pytes
 
 
 def test_a_card_that_this_torch_cannot_use_is_listed_as_such(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "_torch_cards", list)
+    monkeypatch.setattr(devices, "_torch_cards", lambda known: [])
     found = list_devices(env={})
     assert [d.usable for d in found] == [False, False, False, True]
     assert pick(found, "auto").kind == "cpu"
@@ -154,15 +156,36 @@ def test_a_card_that_this_torch_cannot_use_is_listed_as_such(driver: Driver, mon
 
 
 def test_torch_and_nvml_see_one_card_once(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = Device(0, "cuda", "RTX 4060", 7900 * MIB, 7000 * MIB, (8, 9), usable=True, uuid="aaaa")
-    monkeypatch.setattr(devices, "_torch_cards", lambda: [seen])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_80", "sm_86", "compute_90"])
+    properties = SimpleNamespace(name="RTX 4060", uuid="aaaa", major=8, minor=9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: properties)
     first, *rest = list_devices(env={"CUDA_VISIBLE_DEVICES": "0"})
     assert (first.total_bytes // MIB, first.usable, first.driver) == (8188, True, "570.1")
     assert [d.kind for d in rest] == ["cpu"]
 
 
+def test_card_that_the_build_has_no_code_for(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    builds = ["sm_75", "sm_80", "sm_86", "sm_90a", "compute_90"]
+    capabilities = {(6, 1): False, (7, 0): False, (7, 5): True, (8, 0): True, (8, 9): True, (9, 0): True, (12, 0): True}
+    assert {c: devices.built_for(c, builds) for c in capabilities} == capabilities
+    assert not devices.built_for((12, 0), ["sm_75", "sm_90"])
+
+
+def test_process_that_keeps_to_the_cpu_opens_no_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(known: object) -> list[Device]:
+        raise AssertionError("torch was asked for its cards")
+
+    monkeypatch.setattr(devices, "_torch_cards", fail)
+    with monkeypatch.context() as patch:
+        patch.setattr(devices.log, "warning", lambda *_: pytest.fail("torch was asked for its cards"))
+        r = resolve("both", {"device": "cpu"}, env={})
+    assert r.device.kind == "cpu"
+
+
 def test_torch_that_fails_leaves_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail() -> list[Device]:
+    def fail(known: object) -> list[Device]:
         raise RuntimeError("no kernel image")
 
     monkeypatch.setattr(devices, "_torch_cards", fail)

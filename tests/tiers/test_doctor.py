@@ -79,6 +79,9 @@ def test_cards_and_what_each_could_do(card: MakeCard) -> None:
     assert "GiB (" in large.render
     assert "180 s" in cpu.render
     assert "compute capability 8.9" in text_of(made)
+    assert made.ledger["renderer weights"]["vae"] == 2 * 168_695_426
+    assert {"conditions", "denoise", "decode"} == set(made.ledger["renderer"])
+    assert "denoise" in text_of(made)
 
 
 def test_real_checkpoint_that_is_not_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -138,7 +141,7 @@ def test_cards_that_this_torch_cannot_use(card: MakeCard) -> None:
     unusable = card(24, (8, 9), usable=False, name="RTX 4090")
     assert "RTX 4090 is present" in mismatches([unusable], ["NVIDIA"], "CPU")
     assert "install a CUDA build" in mismatches([unusable], ["NVIDIA"], "CPU")
-    assert "update the NVIDIA driver" in mismatches([unusable], ["NVIDIA"], "CUDA 13.0")
+    assert "built for compute capability 8.9" in mismatches([unusable], ["NVIDIA"], "CUDA 13.0")
     assert "driver does not answer" in mismatches([cpu_device()], ["NVIDIA"], "CUDA 13.0")
     amd = mismatches([cpu_device()], ["AMD"], "CPU")
     assert "an AMD card is present, this torch is a CPU build" in amd

@@ -196,6 +196,16 @@ def test_cpu_with_real_weights() -> None:
     assert (forced.limits.max_duration, forced.limits.max_batch) == (180, 1)
 
 
+def test_cpu_with_too_little_memory_for_real_weights() -> None:
+    def host(gib: int) -> Device:
+        return Device(0, "cpu", "host", gib * GIB, gib * GIB, usable=True)
+
+    with pytest.raises(OutOfMemory, match=r"8\.00 GiB"):
+        resolve("render", TURBO, device=host(8), env={})
+    roomy = resolve("render", TURBO, device=host(16), env={})
+    assert (roomy.limits.max_duration, roomy.warnings) == (180, ())
+
+
 def test_arguments_win_over_environment_over_defaults() -> None:
     env = {
         "ACESTEP_VAE_TILE_FRAMES": "128",
