@@ -114,6 +114,9 @@ class Arena:
         self.reserved_tokens -= span.size
         self.allocator.release(span)
 
+    def count_used(self) -> None:
+        self.used_tokens = sum(span.used for span in self._spans)
+
     def next_places(self, lane_length: int, lanes: int) -> list[int]:
         """Where the next token of each lane goes; 0 where the lane is free."""
         places = [0] * lanes

@@ -159,19 +159,20 @@ class Decoder:
         spans = self.arena.reserve(job.sizes())
         if spans is None or self.rows_used + job.rows > self.max_rows:
             raise RuntimeError("a job was added that does not fit")
+        self.rows_used += job.rows
+        self.jobs.append(job)
         places = iter(spans)
         for i, output in enumerate(job.outputs):
             move = output.program.start()
-            if move.choice is None:
-                raise ValueError("a program that needs no model was given to the decoder")
-            output.choice = move.choice
             output.written = list(move.forced)
             # Only the first output reads the prompt; the others take over its keys and values.
             output.cond = Row(next(places), [*job.prompt, *move.forced] if i == 0 else [])
             if job.uncond is not None:
                 output.uncond = Row(next(places), [*job.uncond, *move.forced] if i == 0 else [])
-        self.rows_used += job.rows
-        self.jobs.append(job)
+            if move.choice is None:  # everything was known before
+                self._release(output)
+            else:
+                output.choice = move.choice
 
     def remove(self, job: Job) -> None:
         """Free all rows of a job, finished or not. Unknown jobs are ignored."""
@@ -198,8 +199,30 @@ class Decoder:
         Raises:
             InvalidOutput: The model gave a number that is not finite.
         """
-        due: list[Output] = []
+        reading, due = self._select()
+        if reading:
+            for at, (row, _) in enumerate(reading):
+                row.hidden = at
+            with self._kernels():
+                hidden = self._read(reading)
+            if not bool(hidden.isfinite().all()):
+                raise InvalidOutput(
+                    "the planner's weights gave a number that is not finite", device=str(self.model.device)
+                )
+            for job in self.jobs:
+                if not job.prompt_read and job.outputs[0] in due:
+                    due += self._share_prompt(job)
+            self.arena.count_used()
+            self._draw(due, hidden)
+        finished = [job for job in self.jobs if job.done]
+        for job in finished:
+            self.remove(job)
+        return finished
+
+    def _select(self) -> tuple[list[tuple[Row, int]], list[Output]]:
+        """Rows with the number of tokens that each reads now, and the outputs that are up to date after it."""
         reading: list[tuple[Row, int]] = []
+        due: list[Output] = []
         budget = PREFILL_TOKENS
         for job in self.jobs:
             if not job.prompt_read and budget <= 0:
@@ -214,24 +237,7 @@ class Decoder:
                     due.append(output)
                 if not job.prompt_read:
                     budget -= sum(length for _, length in taken)
-        for at, (row, _) in enumerate(reading):
-            row.hidden = at
-        with self._kernels():
-            hidden = self._read(reading)
-        if not bool(hidden.isfinite().all()):
-            raise InvalidOutput("the planner's weights gave a number that is not finite", device=str(self.model.device))
-        for job in self.jobs:
-            if not job.prompt_read and job.outputs[0] in due:
-                due += self._share_prompt(job)
-        self.arena.used_tokens = sum(
-            r.span.used for job in self.jobs for o in job.outputs if not o.done for r in o.rows
-        )
-        if due:
-            self._draw(due, hidden)
-        finished = [job for job in self.jobs if job.done]
-        for job in finished:
-            self.remove(job)
-        return finished
+        return reading, due
 
     def _kernels(self) -> AbstractContextManager[object]:
         return sdpa_kernel(SDPBackend.MATH) if self._plain_attention else nullcontext()

@@ -153,7 +153,9 @@ class FlowBuilder:
     def _codes_program(
         self, request: SongRequest, metadata: Metadata, limit: float, prompt: int
     ) -> CodesProgram | OpenProgram:
-        count = int(min(metadata.duration, limit) * CODES_PER_SECOND) if metadata.duration is not None else None
+        count = None
+        if metadata.duration is not None:
+            count = max(1, int(min(metadata.duration, limit) * CODES_PER_SECOND))
         if prompt + (count or 1) + 1 > self.max_len:
             raise self._too_long(prompt + (count or 1) + 1, prompt, metadata.duration)
         most = min(int(limit * CODES_PER_SECOND), self.max_len - prompt - 1)

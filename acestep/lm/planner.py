@@ -28,6 +28,8 @@ from acestep.song import TINY_NOTICE, Progress
 
 log = logging.getLogger(__name__)
 
+_SMALL_BYTES = 32 << 20  # weights below this gain nothing from a second thread, and lose much where the cores are busy
+
 
 @dataclass(frozen=True)
 class PlannerInfo:
@@ -68,8 +70,6 @@ class Planner:
             OutOfMemory: Weights and the keys and values of one song do not fit.
         """
         begin = time.monotonic()
-        if settings.threads is not None:
-            torch.set_num_threads(settings.threads)
         path = Path(path)
         config, raw = read_config(path)
         tokenizer = PlannerTokenizer.load(path)
@@ -78,6 +78,7 @@ class Planner:
         max_len = min(settings.max_len, config.max_positions)
         try:
             model = load_model(path, device=device, dtype=dtype, max_len=max_len)
+            _set_threads(1 if model.weight_bytes < _SMALL_BYTES else settings.threads)
             grammar = Grammar(tokenizer)
             tokens = arena_tokens(model, rows=settings.slots, max_len=max_len, memory_bytes=settings.memory_bytes)
             decoder = Decoder(
@@ -133,6 +134,11 @@ class Planner:
     def close(self) -> None:
         """Stop after the step in progress."""
         self._thread.close()
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is not None:
+        torch.set_num_threads(threads)
 
 
 def _device(name: str) -> torch.device:

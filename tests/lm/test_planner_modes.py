@@ -218,6 +218,17 @@ def test_progress_counts_codes_over_all_items(planner: Planner) -> None:
     assert len(heard) >= 5
 
 
+def test_a_block_without_any_choice_needs_no_model(planner: Planner) -> None:
+    result = plan(planner, **GIVEN, max_duration=10.0, use_cot_caption=False, use_cot_language=False, batch_size=2)
+    assert result.metadata == Metadata(bpm=120, keyscale="A minor", timesignature="4", duration=10.0)
+    assert result.codes
+    assert [len(c) for c in result.codes] == [50, 50]
+
+
+def test_the_shortest_plan_has_a_code(planner: Planner) -> None:
+    assert len(plan(planner, plan=Plan(metadata=Metadata(duration=0.05))).codes[0]) == 1
+
+
 def test_a_song_that_cannot_fit_is_refused_with_the_numbers(planner: Planner) -> None:
     with pytest.raises(LimitExceeded) as failure:
         plan(planner, max_duration=600.0, duration=600, lyrics="la " * 700)
