@@ -54,7 +54,8 @@ class Song:
     id: str
     arrival: Arrival
     decision: Decision
-    eta_s: float | None
+    eta_s: float | None  # from submit to the end, as told at submit
+    later_eta_s: float | None = None  # the same as told once the plan was there
     stage: Literal["plan", "render", "done"] = "plan"
     begun: float | None = None
     pieces: int = 0
@@ -94,7 +95,7 @@ class Pool:
         self.target = spec.min_replicas
         self.queue: dict[str, tuple[Song, int, float]] = {}  # waiting id -> (song, items, work)
         self.waiting_s = 0.0
-        self.coming: dict[str, tuple[float, float]] = {}  # song id -> (planned at, as foretold; render work)
+        self.coming: dict[str, tuple[float, float, float]] = {}  # song id -> (planned at, as foretold; render work; due)
         self.upcoming: dict[str, tuple[float, float]] = {}  # song id -> (render work, planning since)
         self.upcoming_s = 0.0
         self.later_s = 0.0
@@ -112,7 +113,7 @@ class Pool:
             return sum(len(r.jobs) * max(0.0, r.free_at - now) / share for r in self.replicas)
         return sum(max(0.1, r.free_at - now) for r in self.replicas if r.busy)
 
-    def state(self, now: float, correction: float, ahead_s: float) -> PoolState:
+    def state(self, now: float, correction: float, ahead_s: float, due: float) -> PoolState:
         live = [r for r in self.replicas if not r.draining]
         if self.slots > 1:
             free = tuple(at for r in live for at in self._rows_free(r, now))
@@ -122,7 +123,7 @@ class Pool:
             name=self.spec.name, role=self.spec.role, model=self.spec.model, limits=self.limits, profile=self.profile,
             tasks=TASKS if self.spec.role == "render" else frozenset(), running=len(live), pending=self.starting,
             max_replicas=self.spec.max_replicas, slots=self.slots, busy=sum(r.rows for r in live), waiting_s=ahead_s,
-            coming=tuple((max(0.1, at - now), work) for at, work in self.coming.values()), drain_s=self.drain_s,
+            coming=tuple((max(0.1, at - now), work, theirs < due) for at, work, theirs in self.coming.values()), drain_s=self.drain_s,
             running_s=self.running_s(now), free_in_s=free, correction=correction,
             ready_in_s=max(0.0, self.starting_at[0] - now) if self.starting_at else None,
         )  # fmt: skip
@@ -256,7 +257,7 @@ class Simulator:
         if decision.planner:
             render.later_s += decision.est_render_s
             planned_at = self.now + decision.plan_wait_s + decision.plan_wall_s
-            render.coming[song.id] = (planned_at, decision.est_render_s)
+            render.coming[song.id] = (planned_at, decision.est_render_s, arrival.at + self._patience(arrival))
             pool = self.pools[decision.planner]
             pool.recent.append((self.now, decision.est_plan_s))
             self._enqueue(pool, song, arrival.request.batch_size, decision.est_plan_s)
@@ -266,6 +267,8 @@ class Simulator:
 
     def _to_render(self, song: Song, decision: Decision) -> None:
         song.stage, song.decision, song.begun = "render", decision, self.now
+        if decision.eta_s is not None:
+            song.later_eta_s = self.now - song.arrival.at + decision.eta_s
         pool = self.pools[decision.renderer or ""]
         song.pieces = len(decision.groups)
         items = sum(map(len, decision.groups))
@@ -413,9 +416,10 @@ class Simulator:
 
     def _fleet(self, arrival: Arrival) -> FleetState:
         """Every pool as this job would find it: of what waits, only what goes before it."""
+        due = arrival.at + self._patience(arrival)
         return FleetState(
             tuple(
-                p.state(self.now, self.corrections.factor(n, p.spec.role), self._ahead(p, arrival))
+                p.state(self.now, self.corrections.factor(n, p.spec.role), self._ahead(p, arrival), due)
                 for n, p in self.pools.items()
             )
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -53,7 +54,7 @@ class PoolState:
         slots: Pieces of work that one replica runs at once: batch rows of a planner, 1 for a renderer.
         busy: Slots in use, over all replicas.
         waiting_s: Seconds of work that wait for it and would go first, in one replica's time.
-        coming: (in how many seconds, seconds of work) that planners will hand over to it.
+        coming: What planners will hand over to it: (in how many seconds, seconds of work, whether it goes before us if both wait).
         running_s: Seconds of work left in what runs.
         free_in_s: When each slot of the running replicas will be free, where that is known; else estimated from `running_s`.
         ready_in_s: When the pending replicas will serve; None means the profile's load time.
@@ -76,7 +77,7 @@ class PoolState:
     slots: int = 1
     busy: int = 0
     waiting_s: float = 0.0
-    coming: tuple[tuple[float, float], ...] = ()
+    coming: tuple[tuple[float, float, bool], ...] = ()
     running_s: float = 0.0
     free_in_s: tuple[float, ...] | None = None
     ready_in_s: float | None = None
@@ -287,7 +288,7 @@ def _free_times(pool: PoolState) -> list[float]:
     times += [ready_in] * (pool.pending * pool.slots)
     wanted = 1  # from zero, autoscaling starts at least one
     if pool.drain_s is not None:
-        coming = sum(work for _, work in pool.coming)
+        coming = sum(work for _, work, _ in pool.coming)
         wanted = max(1, math.ceil((pool.waiting_s + coming + pool.running_s) / pool.drain_s))
     more = min(wanted, max(1, pool.max_replicas)) - pool.running - pool.pending
     times += [pool.load_s] * (more * pool.slots)
@@ -304,6 +305,37 @@ def _spaced(pool: PoolState) -> list[float]:
     busy = min(pool.busy, slots)
     mean = pool.running_s * pool.slots / busy if busy else 0.0
     return [0.0] * (slots - busy) + [2.0 * mean * (i + 1) / (busy + 1) for i in range(busy)]
+
+
+def _starts(
+    free: list[float], coming: Sequence[tuple[float, float, bool]], ours_at: float, pieces: int
+) -> list[float]:
+    """When our first, second, ... piece would begin, each on a replica of its own, if they are ready at `ours_at`.
+
+    Plays forward what planners will hand over: a free replica takes waiting work that goes before us, else a piece of ours, else other work.
+    """
+    coming = sorted(coming)
+    before: deque[float] = deque()
+    after: deque[float] = deque()
+    starts: list[float] = []
+    pieces = min(pieces, len(free))
+    arrived = 0
+    heapq.heapify(free)
+    while len(starts) < pieces:
+        now = free[0]
+        while arrived < len(coming) and coming[arrived][0] <= now:
+            _, work, first = coming[arrived]
+            (before if first else after).append(work)
+            arrived += 1
+        if before:
+            heapq.heapreplace(free, now + before.popleft())
+        elif ours_at <= now:
+            starts.append(heapq.heappop(free))
+        elif after:
+            heapq.heapreplace(free, now + after.popleft())
+        else:  # idle until something comes
+            heapq.heapreplace(free, min(ours_at, coming[arrived][0]) if arrived < len(coming) else ours_at)
+    return starts
 
 
 def _level(free: Sequence[float], work: float) -> float:
@@ -349,14 +381,9 @@ def _plan_option(pool: PoolState, request: SongRequest, duration: float) -> Opti
 def _render_option(pool: PoolState, request: SongRequest, duration: float, planned_s: float) -> Option:
     """Rendering on a pool; times count from when the plan is there."""
     cost = pool.profile.renderer(pool.model)
-    free = _free_times(pool)
-    crowded = pool.waiting_s > 0
-    for at, work in sorted(pool.coming):  # plans that will be there before ours
-        if at > planned_s:
-            break
-        crowded = True
-        heapq.heapreplace(free, max(free[0], at) + work)  # a sorted list is a heap
-    free = sorted(max(0.0, at - planned_s) for at in free)
+    starts = _starts(_free_times(pool), pool.coming, planned_s, request.batch_size)
+    free = [at - planned_s for at in starts]
+    crowded = pool.waiting_s > 0 or starts[0] > planned_s
     start = free[0]
     n = request.batch_size
 

@@ -162,15 +162,17 @@ def test_a_batch_is_spread_where_that_is_faster_and_not_where_others_wait() -> N
 
 
 def test_coming_work_counts_only_if_its_plan_is_there_before_ours() -> None:
-    def eta(coming: tuple[tuple[float, float], ...]) -> float:
+    def eta(*coming: tuple[float, float, bool]) -> float:
         lm, dit = make_pool("lm", "plan", "rtx-4090", "tier6"), make_pool("dit", "render", "rtx-4090", "unlimited")
         decision = choose(song(duration=60), FleetState((lm, replace(dit, coming=coming))))
         assert decision.eta_s is not None
         return decision.eta_s
 
-    alone = eta(())
-    assert eta(((0.5, 30.0),)) > alone + 20
-    assert eta(((900.0, 30.0),)) == alone
+    alone = eta()
+    assert eta((0.5, 40.0, False)) > alone + 20  # it has the card when we come
+    assert eta((900.0, 30.0, True)) == alone
+    both_wait = ((0.1, 60.0, True), (1.0, 40.0, True)), ((0.1, 60.0, True), (1.0, 40.0, False))
+    assert eta(*both_wait[0]) == pytest.approx(eta(*both_wait[1]) + 40.0)  # who goes first matters only if both wait
 
 
 def test_planner_only_calls_take_a_planner_with_room() -> None:
@@ -195,7 +197,7 @@ def pools(draw: st.DrawFn, role: str) -> PoolState:
         running=running, pending=draw(st.integers(0, 2)), max_replicas=draw(st.integers(1, 6)), reachable=draw(st.booleans()),
         busy=busy, running_s=draw(st.floats(0, 500)) if busy else 0.0, waiting_s=draw(st.floats(0, 2000)),
         correction=draw(st.floats(0.2, 5)), drain_s=draw(st.sampled_from([None, 30.0])),
-        loras=draw(st.booleans()), coming=tuple(draw(st.lists(st.tuples(st.floats(0, 60), st.floats(0, 60)), max_size=4))),
+        loras=draw(st.booleans()), coming=tuple(draw(st.lists(st.tuples(st.floats(0, 60), st.floats(0, 60), st.booleans()), max_size=4))),
     )  # fmt: skip
 
 
