@@ -1,0 +1,206 @@
+"""Webhooks against a real receiver on this machine: signatures, retries, dead letters, and where they may not go."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import hashlib
+import hmac
+import ipaddress
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+import pytest
+
+from acestep.errors import InvalidRequest
+from acestep.request import SongRequest
+from deployments.jobs.store import JobStore
+from deployments.jobs.webhooks import Outbox, Refused, allowed, check_url, derived_secret, resolve, shown_secret
+
+SECRET = b"s" * 32
+LOCAL = ("127.0.0.0/8",)
+
+
+@dataclass
+class Receiver:
+    """An HTTP server that answers with the next status of a list, 200 after the last."""
+
+    statuses: list[int] = field(default_factory=list)
+    seen: list[tuple[dict[str, str], bytes]] = field(default_factory=list)
+    port: int = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/hook?x=1"
+
+    async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+        headers = {k.lower(): v for k, _, v in (line.partition(": ") for line in head[1:] if line)}
+        body = await reader.readexactly(int(headers["content-length"]))
+        self.seen.append(({**headers, ":": head[0]}, body))
+        status = self.statuses.pop(0) if self.statuses else 200
+        location = "Location: http://127.0.0.1:1/elsewhere\r\n" if status == 302 else ""
+        writer.write(f"HTTP/1.1 {status} X\r\nContent-Length: 0\r\nConnection: close\r\n{location}\r\n".encode())
+        await writer.drain()
+        writer.close()
+
+
+@pytest.fixture
+async def receiver() -> AsyncIterator[Receiver]:
+    made = Receiver()
+    server = await asyncio.start_server(made.handle, "127.0.0.1", 0)
+    made.port = server.sockets[0].getsockname()[1]
+    yield made
+    server.close()
+    await server.wait_closed()
+
+
+def outbox(store: JobStore, **options: object) -> Outbox:
+    defaults = {"retry_s": (0.05, 0.05), "networks": LOCAL, "timeout_s": 5.0}
+    return Outbox(store.engine, SECRET, **{**defaults, **options})  # type: ignore[arg-type]
+
+
+@contextlib.asynccontextmanager
+async def sending(box: Outbox, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[None]:
+    monkeypatch.setattr("deployments.jobs.webhooks.POLL_S", 0.02)
+    task = asyncio.create_task(box.run())
+    yield
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
+def ended_job(store: JobStore, url: str) -> str:
+    job_id = str(uuid.uuid4())
+    store.add(job_id, SongRequest(prompt="x", seed=1), extra={"webhook": url}, owner_key="me")
+    store.request_cancel(job_id)
+    return job_id
+
+
+async def until(box: Outbox, state: str) -> None:
+    for _ in range(400):
+        if [m.state for m in box.page(owner_key=None, state=None, limit=1)] == [state]:
+            return
+        await asyncio.sleep(0.02)
+    raise AssertionError(f"never {state}: {box.page(owner_key=None, state=None, limit=1)}")
+
+
+async def test_delivered_once_signed_and_about_the_job(
+    store: JobStore, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = ended_job(store, receiver.url)
+    boxes = [outbox(store), outbox(store)]  # two routers
+    async with sending(boxes[0], monkeypatch), sending(boxes[1], monkeypatch):
+        await until(boxes[0], "delivered")
+        await asyncio.sleep(0.1)
+    ((headers, body),) = receiver.seen
+    assert headers[":"] == "POST /hook?x=1 HTTP/1.1"
+    assert headers["host"] == f"127.0.0.1:{receiver.port}"
+    assert json.loads(body)["type"] == "job.cancelled"
+    assert json.loads(body)["data"] == {"job_id": job_id, "state": "cancelled", "url": f"/v1/jobs/{job_id}"}
+    # As a receiver checks it: with the secret it was shown.
+    key = base64.b64decode(shown_secret(derived_secret(SECRET, "me")).removeprefix("whsec_"))
+    signed = f"{headers['webhook-id']}.{headers['webhook-timestamp']}.".encode() + body
+    expected = base64.b64encode(hmac.new(key, signed, hashlib.sha256).digest()).decode()
+    assert headers["webhook-signature"] == f"v1,{expected}"
+    assert abs(time.time() - int(headers["webhook-timestamp"])) < 30
+
+
+async def test_retried_with_the_same_id_until_it_works(
+    store: JobStore, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    receiver.statuses = [500, 302]
+    ended_job(store, receiver.url)
+    box = outbox(store)
+    async with sending(box, monkeypatch):
+        await until(box, "delivered")
+    assert len(receiver.seen) == 3  # the redirect was not followed
+    assert len({headers["webhook-id"] for headers, _ in receiver.seen}) == 1
+    (message,) = box.page(owner_key="me", state="delivered", limit=5)
+    assert (message.attempts, message.last_status) == (3, 200)
+
+
+async def test_a_dead_letter_is_seen_and_sent_again(
+    store: JobStore, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    receiver.statuses = [500, 500, 503]
+    ended_job(store, receiver.url)
+    box = outbox(store)
+    async with sending(box, monkeypatch):
+        await until(box, "dead")
+        (message,) = box.page(owner_key=None, state="dead", limit=5)
+        assert (message.attempts, message.last_error) == (3, "HTTP 503")
+        assert box.retry(message.id, "somebody else") is None
+        assert box.retry(message.id, "me") is not None
+        await until(box, "delivered")
+
+
+async def test_410_ends_it_at_once(store: JobStore, receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    receiver.statuses = [410]
+    ended_job(store, receiver.url)
+    box = outbox(store)
+    async with sending(box, monkeypatch):
+        await until(box, "dead")
+    assert len(receiver.seen) == 1
+
+
+async def test_a_message_of_a_router_that_died_is_sent_by_another(
+    store: JobStore, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended_job(store, receiver.url)
+    monkeypatch.setattr("deployments.jobs.webhooks.SPARE_S", 0.1)
+    assert len(outbox(store, timeout_s=0.1).claim()) == 1  # claimed, and never sent
+    box = outbox(store)
+    async with sending(box, monkeypatch):
+        await until(box, "delivered")
+
+
+async def test_nothing_reaches_private_networks(
+    store: JobStore, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended_job(store, f"http://localhost:{receiver.port}/hook")  # a name: seen only when it is resolved
+    box = outbox(store, networks=(), retry_s=())
+    async with sending(box, monkeypatch):
+        await until(box, "dead")
+    assert receiver.seen == []
+    (message,) = box.page(owner_key=None, state="dead", limit=5)
+    assert message.last_error == "the host's address is private"
+    with pytest.raises(Refused):
+        await resolve("localhost", 80, ())
+    assert await resolve("127.0.0.1", 80, LOCAL) == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "127.0.0.1", "10.0.0.1", "172.16.3.4", "192.168.1.1", "169.254.169.254", "0.0.0.0", "100.64.0.1", "224.0.0.1", "255.255.255.255",
+        "::1", "::", "fe80::1", "fc00::1", "ff02::1", "::ffff:127.0.0.1", "::ffff:10.0.0.1", "64:ff9b::7f00:1", "64:ff9b::a9fe:a9fe",
+        "2002:7f00:1::", "2002:0a00:0001::1",
+    ],
+)  # fmt: skip
+def test_private_addresses_in_every_disguise(address: str) -> None:
+    assert not allowed(ipaddress.ip_address(address), ())
+
+
+def test_public_addresses_and_configured_networks_are_allowed() -> None:
+    for address in ("8.8.8.8", "2606:4700::1111", "64:ff9b::808:808"):
+        assert allowed(ipaddress.ip_address(address), ())
+    assert allowed(ipaddress.ip_address("10.1.2.3"), ("10.1.0.0/16",))
+    assert allowed(ipaddress.ip_address("::ffff:10.1.2.3"), ("10.1.0.0/16",))
+    assert not allowed(ipaddress.ip_address("10.2.2.3"), ("10.1.0.0/16",))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "ftp://example.com", "file:///etc/passwd", "http://", "http://u:p@example.com", "https://[::1]/x", "http://127.0.0.1",
+        "http://[::ffff:10.0.0.1]/", "javascript:alert(1)", "http://exa\nmple.com", "http://example.com:99999/", "http://[bad/",
+    ],
+)  # fmt: skip
+def test_urls_that_are_refused_at_submit(url: str) -> None:
+    with pytest.raises(InvalidRequest, match="webhook_url"):
+        check_url(url, ())
