@@ -214,6 +214,8 @@ def on_gpu(*, quick: bool) -> dict[str, Any]:
         read = model.weight_bytes - model.embedding.nbytes + grammar.tokenizer.num_codes * c.hidden_size * 2
         modes: dict[str, Any] = {}
         for mode in ("eager", "graphs"):
+            if mode == "graphs":
+                model.compile()
             rows = 2 * max(pairs)
             decoder = Decoder(
                 model, grammar, rows=rows, arena_tokens=rows * max_len, lane_length=max_len, capture=mode == "graphs"

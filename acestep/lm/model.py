@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
+from acestep.lm.pointwise import Pointwise, compiled
+
 # (layer, queries (T, heads, head_dim), keys (T, kv_heads, head_dim), values likewise) -> (T, heads * head_dim)
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -74,7 +76,13 @@ class PlannerModel:
         self.norm = norm
         self.head = head
         self.device, self.dtype = embedding.device, embedding.dtype
+        self._pointwise = Pointwise()
         self._cos, self._sin = _rotary_tables(config, max_len, self.device, self.dtype)
+
+    def compile(self) -> None:
+        """Fuse what lies between the products. Takes seconds."""
+        with torch.inference_mode():
+            self._pointwise = compiled(self.device, self.dtype)
 
     @property
     def matrices(self) -> list[torch.Tensor]:
@@ -92,22 +100,20 @@ class PlannerModel:
     @torch.inference_mode()
     def forward(self, ids: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
         """Args: `ids` and `positions`, (T,) int64. Returns (T, hidden) after the final norm."""
-        c = self.config
+        c, p = self.config, self._pointwise
         qk_heads = c.heads + c.kv_heads
         cos, sin = self._cos[positions][:, None], self._sin[positions][:, None]
         x = F.embedding(ids, self.embedding)
-        for i, layer in enumerate(self.layers):
-            qkv = F.linear(F.rms_norm(x, (c.hidden_size,), layer.input_norm, c.rms_norm_eps), layer.qkv)
-            qkv = qkv.view(len(ids), qk_heads + c.kv_heads, c.head_dim)
-            qk = F.rms_norm(qkv[:, :qk_heads], (c.head_dim,), None, c.rms_norm_eps) * layer.qk_norm
-            qk = qk * cos + qk.roll(c.head_dim // 2, -1) * sin
+        normed = F.rms_norm(x, (c.hidden_size,), self.layers[0].input_norm, c.rms_norm_eps)
+        following = [layer.input_norm for layer in self.layers[1:]] + [self.norm]
+        for i, (layer, next_norm) in enumerate(zip(self.layers, following, strict=True)):
+            qkv = F.linear(normed, layer.qkv).view(len(ids), qk_heads + c.kv_heads, c.head_dim)
+            qk = p.rotate_heads(qkv, layer.qk_norm, cos, sin, c.rms_norm_eps)
             attended = attend(i, qk[:, : c.heads], qk[:, c.heads :], qkv[:, qk_heads:])
-            x = x + F.linear(attended, layer.out)
-            gate, up = F.linear(F.rms_norm(x, (c.hidden_size,), layer.mlp_norm, c.rms_norm_eps), layer.gate_up).chunk(
-                2, -1
-            )
-            x = x + F.linear(F.silu(gate) * up, layer.down)
-        return F.rms_norm(x, (c.hidden_size,), self.norm, c.rms_norm_eps)
+            x, normed = p.add_norm(x, F.linear(attended, layer.out), layer.mlp_norm, c.rms_norm_eps)
+            opened = p.gate(F.linear(normed, layer.gate_up))
+            x, normed = p.add_norm(x, F.linear(opened, layer.down), next_norm, c.rms_norm_eps)
+        return normed
 
 
 def _rotary_tables(

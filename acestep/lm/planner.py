@@ -78,13 +78,16 @@ class Planner:
         max_len = min(settings.max_len, config.max_positions)
         try:
             model = load_model(path, device=device, dtype=dtype, max_len=max_len)
+            graphs = settings.compile and device.type == "cuda"
+            if graphs:
+                model.compile()
             _set_threads(1 if model.weight_bytes < _SMALL_BYTES else settings.threads)
             grammar = Grammar(tokenizer)
             tokens = arena_tokens(model, rows=settings.slots, max_len=max_len, memory_bytes=settings.memory_bytes)
             decoder = Decoder(
                 model, grammar, rows=settings.slots, arena_tokens=tokens,
                 lane_length=None if device.type == "cpu" else max_len,
-                capture=settings.compile and device.type == "cuda",
+                capture=graphs,
                 attention=settings.attention,
             )  # fmt: skip
         except torch.OutOfMemoryError as error:

@@ -16,6 +16,7 @@ from acestep.checkpoints.tiny_planner import write_tiny_planner
 from acestep.errors import DeviceUnavailable, ModelMissing, OutOfMemory
 from acestep.lm.loading import load_model
 from acestep.lm.planner import Planner
+from acestep.lm.pointwise import Pointwise, add_norm, compiled, gate, rotate_heads
 from acestep.lm.tokenizer import PlannerTokenizer
 from acestep.settings import PlannerSettings
 from acestep.song import TINY_NOTICE
@@ -80,6 +81,19 @@ def test_the_forward_is_transformers_own(checkpoint: Path) -> None:
     with torch.inference_mode():
         expected = reference(torch.arange(40, 60)[None]).logits[0]
     assert torch.allclose(hidden(checkpoint), expected, atol=1e-5)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs g++")
+def test_fused_kernels_compute_the_same() -> None:
+    fused = compiled(torch.device("cpu"), torch.float32)
+    assert fused != Pointwise()
+    generator = torch.Generator().manual_seed(0)
+    x, y, qkv, angle = (torch.randn(shape, generator=generator) for shape in ((7, 64), (7, 64), (7, 8, 16), (7, 1, 16)))
+    for written, made in zip(add_norm(x, y, x[0], 1e-6), fused.add_norm(x, y, x[0], 1e-6), strict=True):
+        assert torch.allclose(written, made, atol=1e-6)
+    arguments = (qkv, qkv[0, :6], angle, angle.flip(0), 1e-6)
+    assert torch.allclose(rotate_heads(*arguments), fused.rotate_heads(*arguments), atol=1e-6)
+    assert torch.allclose(gate(x), fused.gate(x), atol=1e-6)
 
 
 @pytest.mark.parametrize("change", [shard, without_prefix, with_head, untied])
