@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import torch
@@ -18,9 +18,9 @@ from torch import Tensor
 from acestep.checkpoints.published import VariantDefaults
 from acestep.dit import tasks
 from acestep.dit.denoiser import Denoiser, Row
-from acestep.dit.preparation import Item, Preparation, Prepared, read_source, song_samples, work_codes
+from acestep.dit.preparation import Preparation, Prepared, read_source, song_samples, work_codes
 from acestep.dit.residency import Residency
-from acestep.dit.sampler import Walk, Walker
+from acestep.dit.runs import ItemRun, SongRun
 from acestep.dit.vae import Vae
 from acestep.dit.work import CodesWork, Rendered, RenderedItem, RenderWork
 from acestep.engine import Ticket
@@ -34,55 +34,6 @@ Result = Rendered | tuple[int, ...]
 
 _MAX_SONGS = 16
 _MAX_PREEMPTING = 4  # songs that may overtake a running one
-
-
-class _Run:
-    """One item on its way: denoising (`pending` rows), then decoding (`tiles`), then done (`audio`)."""
-
-    def __init__(self, item: Item, device: torch.device) -> None:
-        self.item = item
-        self.precision: torch.dtype | None = None  # None: the renderer's own
-        self.latents: Tensor | None = None
-        self.tiles: Iterator[tuple[int, Tensor]] | None = None
-        self.chunks: list[Tensor] = []
-        self.audio: Tensor | None = None
-        self.start(device)
-
-    def start(self, device: torch.device) -> None:
-        self.walker = Walker(self.item.path, device)
-        self._walk: Walk = self.walker.walk()
-        self.pending: list[Row] | None = next(self._walk)
-
-    def send(self, velocities: Sequence[Tensor]) -> None:
-        """Give the walk its velocities; afterwards it has new pending rows, or latents."""
-        try:
-            self.pending = self._walk.send(velocities)
-        except StopIteration as done:
-            self.pending = None
-            self.latents = done.value
-
-    @property
-    def frames(self) -> int:
-        return self.item.path.frames
-
-
-class _Song:
-    """A ticket in flight: being prepared, then its runs."""
-
-    def __init__(
-        self, ticket: Ticket[Any, Any], order: int, preparation: Generator[None, None, Any], frames: int
-    ) -> None:
-        self.ticket = ticket
-        self.rank = (ticket.priority, order)
-        self.preparation: Generator[None, None, Any] | None = preparation
-        self.prepared: Prepared | None = None
-        self.runs: list[_Run] = []
-        self.frames = frames  # rows × frames it asks for, as far as is known
-        self.seconds = dict.fromkeys(("conditions_s", "denoise_s", "decode_s"), 0.0)
-
-    @property
-    def denoising(self) -> bool:
-        return self.preparation is not None or any(run.latents is None for run in self.runs)
 
 
 class RenderEngine:
@@ -114,7 +65,7 @@ class RenderEngine:
         self._budget = budget
         self._dtype = denoiser.dtype
         self._retry_in_float32 = retry_in_float32 and denoiser.dtype != torch.float32
-        self._songs: list[_Song] = []
+        self._songs: list[SongRun] = []
         self._order = itertools.count()
         self._denoise_steps = 0
         self._rows = 0
@@ -141,7 +92,7 @@ class RenderEngine:
         else:
             tasks.check(work.request, self._defaults, self._name)
             preparation = self._preparation.prepare(work)
-        self._songs.append(_Song(ticket, next(self._order), preparation, self._frames_of(work)))
+        self._songs.append(SongRun(ticket, next(self._order), preparation, self._frames_of(work)))
         self._songs.sort(key=lambda song: song.rank)
 
     def remove(self, ticket: Ticket[Work, Result]) -> None:
@@ -160,7 +111,7 @@ class RenderEngine:
             "songs": len(songs),
             "preparing": sum(song.preparation is not None for song in songs),
             "denoising": sum(run.latents is None for run in runs),
-            "decoding": sum(run.latents is not None and run.audio is None for run in runs),
+            "decoding": sum(run.latents is not None and not run.decoded for run in runs),
             "batch_frames": self._budget,
             "denoise_steps": self._denoise_steps,
             "denoise_rows": self._rows,
@@ -178,7 +129,7 @@ class RenderEngine:
                 return True
         for song in self._songs:
             for run in song.runs:
-                if run.latents is not None and run.audio is None:
+                if run.latents is not None and not run.decoded:
                     self._decode(song, run)
                     return True
             if song.runs:
@@ -188,7 +139,7 @@ class RenderEngine:
 
     # -- preparation
 
-    def _prepare(self, song: _Song) -> None:
+    def _prepare(self, song: SongRun) -> None:
         assert song.preparation is not None
         begin = time.monotonic()
         try:
@@ -197,7 +148,7 @@ class RenderEngine:
             song.preparation = None
             if isinstance(done.value, Prepared):
                 song.prepared = done.value
-                song.runs = [_Run(item, self._device) for item in done.value.items]
+                song.runs = [ItemRun(item, self._device) for item in done.value.items]
                 song.frames = sum(run.frames * len(run.pending or ()) for run in song.runs)
             else:
                 self._close(song, result=done.value)
@@ -243,14 +194,14 @@ class RenderEngine:
         for song in {id(song): song for song, _ in batch}.values():
             song.seconds["denoise_s"] += seconds
 
-    def _batch(self) -> list[tuple[_Song, _Run]]:
+    def _batch(self) -> list[tuple[SongRun, ItemRun]]:
         """The first item in order, and after it those that fit the budget together with it."""
         waiting = [(song, run) for song in self._songs for run in song.runs if run.pending is not None]
         first, run = waiting[0]
-        batch, rows, longest, room = [waiting[0]], len(run.pending or ()), run.frames, min(self._budget, _room(first))
+        batch, rows, longest, room = [waiting[0]], len(run.pending or ()), run.frames, min(self._budget, first.room)
         precision = run.precision
         for song, run in waiting[1:]:
-            more, longer, tighter = rows + len(run.pending or ()), max(longest, run.frames), min(room, _room(song))
+            more, longer, tighter = rows + len(run.pending or ()), max(longest, run.frames), min(room, song.room)
             if run.precision == precision and more * longer <= tighter:
                 batch.append((song, run))
                 rows, longest, room = more, longer, tighter
@@ -278,11 +229,11 @@ class RenderEngine:
                 outcomes += [failure] * len(half)
         return outcomes
 
-    def _check_latents(self, song: _Song, run: _Run) -> None:
+    def _check_latents(self, song: SongRun, run: ItemRun) -> None:
         latents = run.latents
         assert latents is not None
         if bool(torch.isfinite(latents).all()) and bool(latents.any()):
-            run.tiles = self._vae.decode(latents)
+            run.begin_decoding(self._vae)
             return
         if self._retry_in_float32 and run.precision is None:
             log.warning("item %d of %s is not finite; denoising it again in float32", run.item.index, song.ticket.id)
@@ -294,7 +245,7 @@ class RenderEngine:
 
     # -- decoding
 
-    def _decode(self, song: _Song, run: _Run) -> None:
+    def _decode(self, song: SongRun, run: ItemRun) -> None:
         begin = time.monotonic()
         self._residency.need("vae")
         assert run.tiles is not None
@@ -307,21 +258,16 @@ class RenderEngine:
             self._close(song, error=self._invalid(run, "the VAE gave samples that are not finite"))
             return
         first = frame * SAMPLES_PER_FRAME
-        chunk = piece[:, : run.item.samples - first].clone()
-        if run.item.splice is not None:
-            chunk = run.item.splice(first, chunk)
-        run.chunks.append(chunk)
-        self._hand_out(song, run, first, chunk)
+        self._hand_out(song, run, first, run.keep(first, piece))
         done = frame + -(-piece.shape[1] // SAMPLES_PER_FRAME)
         self._report(song, run, "decoding", done, run.frames)
         song.seconds["decode_s"] += time.monotonic() - begin
         if done >= run.frames:
-            run.audio = torch.cat(run.chunks, dim=1)
-            run.chunks = []
-            if all(other.audio is not None for other in song.runs):
+            run.decoded = True
+            if all(other.decoded for other in song.runs):
                 self._close(song, result=self._rendered(song))
 
-    def _hand_out(self, song: _Song, run: _Run, first: int, chunk: Tensor) -> None:
+    def _hand_out(self, song: SongRun, run: ItemRun, first: int, chunk: Tensor) -> None:
         work = song.ticket.work
         if work.on_audio is None or song.ticket.cancelled:
             return
@@ -330,15 +276,11 @@ class RenderEngine:
         except Exception:  # a listener's defect must not stop other callers' work
             log.exception("audio listener of %s failed", song.ticket.id)
 
-    def _rendered(self, song: _Song) -> Rendered:
+    def _rendered(self, song: SongRun) -> Rendered:
         assert song.prepared is not None
         request = song.ticket.work.request
-        items = []
-        for run in song.runs:
-            assert run.audio is not None
-            items.append(RenderedItem(run.item.index, run.item.seed, run.audio))
         return Rendered(
-            items=tuple(items),
+            items=tuple(RenderedItem(run.item.index, run.item.seed, run.audio) for run in song.runs),
             timings=RenderTimings(queued_s=song.ticket.queued_s, **song.seconds),
             settings={
                 "task": request.task,
@@ -359,7 +301,7 @@ class RenderEngine:
         rows = 2 if min(guidance, self._defaults.guidance_scale) > 1.0 else 1
         return sum(rows * -(-s // SAMPLES_PER_FRAME) for s in samples)
 
-    def _close(self, song: _Song, *, result: Any = None, error: AceStepError | None = None) -> None:
+    def _close(self, song: SongRun, *, result: Any = None, error: AceStepError | None = None) -> None:
         self._songs = [other for other in self._songs if other is not song]
         self._denoiser.forget()
         if error is not None:
@@ -368,11 +310,11 @@ class RenderEngine:
             song.ticket.finish(result)
 
     @staticmethod
-    def _report(song: _Song, run: _Run, stage: Any, done: int, total: int) -> None:
+    def _report(song: SongRun, run: ItemRun, stage: Any, done: int, total: int) -> None:
         song.ticket.progress(Progress(stage=stage, done=done, total=total, item=run.item.index))
 
     @staticmethod
-    def _invalid(run: _Run, what: str) -> InvalidOutput:
+    def _invalid(run: ItemRun, what: str) -> InvalidOutput:
         return InvalidOutput(
             f"item {run.item.index}: {what}. Try another seed; if it stays, the checkpoint or the precision is at fault.",
             item=run.item.index, seed=run.item.seed,
@@ -399,9 +341,3 @@ class RenderEngine:
             f"{what} do not fit in the memory of {self._device}{free_mib}. Ask for a shorter song or use a larger card.",
             **details,
         )
-
-
-def _room(song: _Song) -> int:
-    """Rows times frames that the memory leaves for a batch with this song in it."""
-    assert song.prepared is not None
-    return song.prepared.pass_frames

@@ -102,37 +102,38 @@ class Preparation:
         )  # a file may change under its name: shared within this work only
 
         contexts: dict[object, Tensor] = {}
-        projected: dict[object, Projected] = {}
+        encoded: dict[tuple[str, str], Tensor] = {}
         texts: dict[int, list[tuple[str, str]]] = {}
         lengths: dict[int, int] = {}
         for index in work.indices:
             codes = work_codes(work, index)
-            samples = song_samples(work, codes, source)
-            lengths[index] = samples
+            samples = lengths[index] = song_samples(work, codes, source)
             adjustments += _length_adjustments(work, samples, source)
             frames = -(-samples // SAMPLES_PER_FRAME)
-            self._residency.need("conditions")
-            key = (codes, frames)
-            if key not in contexts:
-                contexts[key] = self._context(work, codes, frames, source)
-                yield
             texts[index] = self._texts(work, codes, samples / SAMPLE_RATE)
+            self._residency.need("conditions")
+            if (codes, frames) not in contexts:
+                contexts[codes, frames] = self._context(work, codes, frames, source)
+                yield
             for caption, lyrics in texts[index]:
-                if (caption, lyrics) not in projected:
+                if (caption, lyrics) not in encoded:
                     adjustments += self._cuts(caption, lyrics)
-                    tokens = self._conditions.encode(caption, lyrics, references, key=reference_key)
-                    yield
-                    self._residency.need("dit")
-                    projected[caption, lyrics] = self._denoiser.project(tokens, lora)
+                    self._residency.need("conditions")
+                    encoded[caption, lyrics] = self._conditions.encode(caption, lyrics, references, key=reference_key)
                     yield
         pass_frames = self._admission.pass_frames(
             frames=-(-max(lengths.values()) // SAMPLES_PER_FRAME),
             songs=len(lengths),
             guided=sampling.guided,
-            condition_tokens=max(p.tokens for p in projected.values()),
+            condition_tokens=max(len(tokens) for tokens in encoded.values()),
             references=len(references),
             encodes_source=source is not None or bool(references),
         )
+        projected: dict[tuple[str, str], Projected] = {}
+        for pair, tokens in encoded.items():
+            self._residency.need("dit")
+            projected[pair] = self._denoiser.project(tokens, lora)
+            yield
         self._residency.need("dit")
         null = self._denoiser.project(self._conditions.null(), lora)
         items = []

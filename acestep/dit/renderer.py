@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from acestep.dit.residency import Residency
 from acestep.dit.vae import Vae
 from acestep.dit.work import CodesWork, Rendered, RenderWork
 from acestep.engine import EngineThread, Ticket
-from acestep.errors import DeviceUnavailable, ModelMissing
+from acestep.errors import DeviceUnavailable, InvalidRequest, ModelMissing
 from acestep.request import SongRequest
 from acestep.settings import RendererSettings
 from acestep.song import Progress
@@ -162,13 +162,16 @@ class Renderer:
         deadline: float | None = None,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> Ticket[RenderWork, Rendered]:
-        """Queue a work. The ticket's future gives `Rendered` or raises an `AceStepError`.
+        """Queue a work. The ticket's future gives `Rendered` or raises an `AceStepError`. A missing seed is drawn here.
 
         Raises:
             InvalidRequest: see `check`.
             Unavailable: closed, or too much waits already.
         """
         self.check(work.request)
+        if not all(0 <= index < work.request.batch_size for index in work.indices):
+            raise InvalidRequest(f"items: {work.items} of a batch of {work.request.batch_size}.", field="items")
+        work = replace(work, request=work.request.with_seeds())
         ticket: Any = self._thread.submit(work, id=id, priority=priority, deadline=deadline, on_progress=on_progress)
         return ticket
 

@@ -78,7 +78,20 @@ class Vae:
         window = latents[first:last].T[None].to(self._device, self.dtype)
         whole = last - first == self._tile
         audio = (self._decoder if whole else self.vae.decoder)(window)
+        if self.dtype != torch.float32 and not bool(torch.isfinite(audio).all()):
+            audio = self._decode_in_float32(window)
         return audio[0, :, (begin - first) * self.hop : (end - first) * self.hop].float().cpu()
+
+    def _decode_in_float32(self, window: Tensor) -> Tensor:
+        """Once more with wider numbers: what overflowed in half precision may not. The conversion back loses nothing."""
+        log.warning("a VAE tile is not finite in %s; decoding it again in float32", self.dtype)
+        narrow = self.dtype
+        self.vae.decoder.float()
+        try:
+            audio: Tensor = self.vae.decoder(window.float())
+        finally:
+            self.vae.decoder.to(narrow)
+        return audio
 
     def encode(self, audio: Tensor) -> Generator[None, None, Tensor]:
         """Latents `[frames, C]` of PCM `[2, n]`; yields after each tile. The mean of the posterior, so no seed is involved.

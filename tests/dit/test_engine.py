@@ -386,3 +386,14 @@ def test_a_closed_renderer_takes_nothing(make_renderer: Make) -> None:
     with pytest.raises(Unavailable):
         renderer.submit(work_of())
     assert not renderer.alive
+
+
+def test_items_must_be_of_the_batch(renderers: dict[str, Renderer]) -> None:
+    with pytest.raises(InvalidRequest, match="^items: "):
+        renderers["tiny"].submit(RenderWork(work_of().request, items=(1,)))
+
+
+def test_a_missing_seed_is_drawn_and_told(renderers: dict[str, Renderer]) -> None:
+    first = renderers["tiny"].submit(work_of(seed=None)).result(60).items[0]
+    again = renderers["tiny"].submit(work_of(seed=first.seed)).result(60).items[0]
+    assert torch.equal(first.audio, again.audio)

@@ -114,6 +114,18 @@ def test_a_vae_in_its_own_precision(fresh: Fresh) -> None:
     assert piece.dtype == torch.float32
 
 
+def test_a_tile_that_overflows_is_decoded_in_float32(fresh: Fresh, rel: Any) -> None:
+    latents = latents_of(20).float()
+    exact = next(iter(Vae(fresh(), CPU).decode(latents)))[1]
+    half = Vae(fresh().bfloat16(), CPU)
+    overflow = half.vae.decoder.conv1.register_forward_hook(
+        lambda module, args, out: out * float("inf") if out.dtype == torch.bfloat16 else out
+    )
+    assert rel(next(iter(half.decode(latents)))[1], exact) < 0.02
+    overflow.remove()
+    assert half.dtype == torch.bfloat16
+
+
 class _SmallCard(torch.nn.Module):
     """A decoder that has no room for more than `room` frames."""
 

@@ -1,0 +1,85 @@
+"""What is in flight in the renderer: items, each with its walk and its PCM, and the songs that they belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from acestep.dit.denoiser import Row
+from acestep.dit.preparation import Item, Prepared
+from acestep.dit.sampler import Walk, Walker
+from acestep.dit.vae import Vae
+from acestep.engine import Ticket
+from acestep.song import CHANNELS
+
+
+class ItemRun:
+    """One item on its way: denoising while it has `pending` rows, then decoding `tiles` into `audio`, then `decoded`."""
+
+    def __init__(self, item: Item, device: torch.device) -> None:
+        self.item = item
+        self.precision: torch.dtype | None = None  # None: the renderer's own
+        self.latents: Tensor | None = None
+        self.tiles: Iterator[tuple[int, Tensor]] | None = None
+        self.audio = torch.empty(0)
+        self.decoded = False
+        self.start(device)
+
+    def start(self, device: torch.device) -> None:
+        self.walker = Walker(self.item.path, device)
+        self._walk: Walk = self.walker.walk()
+        self.pending: list[Row] | None = next(self._walk)
+
+    def send(self, velocities: Sequence[Tensor]) -> None:
+        """Give the walk its velocities; afterwards it has new pending rows, or latents."""
+        try:
+            self.pending = self._walk.send(velocities)
+        except StopIteration as done:
+            self.pending = None
+            self.latents = done.value
+
+    def begin_decoding(self, vae: Vae) -> None:
+        assert self.latents is not None
+        self.tiles = vae.decode(self.latents)
+        self.audio = torch.empty((CHANNELS, self.item.samples))
+
+    def keep(self, first: int, piece: Tensor) -> Tensor:
+        """Take decoded PCM from sample `first` on into the song; returns it as it is there: cut to the song, spliced."""
+        chunk = piece[:, : self.item.samples - first]
+        if self.item.splice is not None:
+            chunk = self.item.splice(first, chunk)
+        part = self.audio[:, first : first + chunk.shape[1]]
+        part.copy_(chunk)
+        return part.clone()  # a listener may do with it what it likes
+
+    @property
+    def frames(self) -> int:
+        return self.item.path.frames
+
+
+class SongRun:
+    """A ticket in flight: being prepared, then its runs."""
+
+    def __init__(
+        self, ticket: Ticket[Any, Any], order: int, preparation: Generator[None, None, Any], frames: int
+    ) -> None:
+        self.ticket = ticket
+        self.rank = (ticket.priority, order)
+        self.preparation: Generator[None, None, Any] | None = preparation
+        self.prepared: Prepared | None = None
+        self.runs: list[ItemRun] = []
+        self.frames = frames  # rows × frames it asks for, as far as is known
+        self.seconds = dict.fromkeys(("conditions_s", "denoise_s", "decode_s"), 0.0)
+
+    @property
+    def denoising(self) -> bool:
+        return self.preparation is not None or any(run.latents is None for run in self.runs)
+
+    @property
+    def room(self) -> int:
+        """Rows times frames that the memory leaves for a batch with this song in it."""
+        assert self.prepared is not None
+        return self.prepared.pass_frames
