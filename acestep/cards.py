@@ -34,7 +34,7 @@ class Device:
         mig: MIG profile such as `1g.10gb` where this is a slice.
         driver: Driver version.
         simulated: `MAX_CUDA_VRAM` set the size.
-        physical_bytes: True size where `simulated`; what may really be allocated is the smaller of both.
+        physical_bytes: True size where `simulated`.
         usable: Whether torch can compute on it; None where torch was not asked.
         uuid: The driver's identifier.
         as_detected: A simulated size is to count as if a card had reported it.
@@ -66,8 +66,9 @@ class Device:
 
     @property
     def memory_bytes(self) -> int:
-        """What can truly be allocated at most."""
-        return min(self.total_bytes, self.physical_bytes or self.total_bytes)
+        """What may be allocated at most: no more than the simulated size on a card, the host's memory on the CPU."""
+        physical = self.physical_bytes or self.total_bytes
+        return physical if self.kind == "cpu" else min(self.total_bytes, physical)
 
     @property
     def capped(self) -> bool:

@@ -35,8 +35,13 @@ def list_devices(*, probe_torch: bool = True, env: Mapping[str, str] | None = No
     except Exception as error:  # a torch that cannot initialise its driver must leave the CPU usable
         log.warning("torch cannot list its devices: %s", error)
         seen = []
+    by_uuid = {_bare(card.uuid) for card in known}
     here = {_bare(card.uuid) for card in seen if card.uuid}
-    missing = [replace(card, usable=False) for card in known if _bare(card.uuid) not in here]
+    # CUDA may give a MIG slice the id of its whole card: a card that NVML does not list then is one of the slices.
+    slices_seen = any(card.kind == "cuda" and _bare(card.uuid) not in by_uuid for card in seen)
+    missing = [
+        replace(card, usable=False) for card in known if _bare(card.uuid) not in here and not (card.mig and slices_seen)
+    ]
     return simulated([*seen, *missing, cpu_device()], env)
 
 

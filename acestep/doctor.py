@@ -8,6 +8,7 @@ import platform
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from difflib import get_close_matches
 from importlib import metadata
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,6 +20,7 @@ from acestep.devices import list_devices
 from acestep.errors import AceStepError
 from acestep.gpu_config import GIB, Role, get_lm_model_size, is_tiny
 from acestep.memory import RenderTask, admit_render, is_guided, known_configs, plan_need, render_need
+from acestep.options import OPTIONS
 from acestep.probes import Finding
 from acestep.settings import Resolved, resolve
 from acestep.settings_planner import PROMPT_ALLOWANCE
@@ -106,6 +108,7 @@ def report(
         if settings.planner_model:
             findings.append(probes.checkpoint(settings.planner_model, "planner"))
 
+    findings += misspelt(env)
     downloads = any(f.area == "checkpoints" and f.level == "note" for f in findings)
     findings += probes.storage(probes.default_folders() if downloads else probes.state_folders())
     findings += probes.codecs()
@@ -196,6 +199,16 @@ def build_mismatches(devices: Sequence[Device], pci: Sequence[str], build: str |
     if "Intel" in pci and not seen["xpu"]:
         text = f"an Intel GPU is present, this torch is a {build} build: to use it install an XPU build of torch, see {INSTALL}"
         found.append(Finding("note", "cards", text))
+    return found
+
+
+def misspelt(env: Mapping[str, str]) -> list[Finding]:
+    """Variables that nothing reads and that look like ones that are read."""
+    known = [option.env for option in OPTIONS.values()]
+    found = []
+    for name in env:
+        if name.startswith("ACESTEP_") and name not in known and (near := get_close_matches(name, known, 1, 0.9)):
+            found.append(Finding("warning", "settings", f"nothing reads {name}: did you mean {near[0]}?"))
     return found
 
 

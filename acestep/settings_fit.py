@@ -29,9 +29,7 @@ def fit_renderer(
     if is_tiny(model):
         return settings, limits
     task = RenderTask(limits.max_duration, limits.max_batch, guided=is_guided(model))
-    configs = known_configs(model)
-    # What is simulated on the CPU has the limits of its size, and the memory of the host.
-    room = (device.physical_bytes or device.total_bytes) if device.kind == "cpu" else device.memory_bytes
+    configs, room = known_configs(model), device.memory_bytes
 
     def admission(candidate: RendererSettings) -> Admission | None:
         try:

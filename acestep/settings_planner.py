@@ -116,7 +116,7 @@ def planner_settings(
     wanted = CPU_MAX_LEN if on_cpu else -(-(int(longest * CODES_PER_SECOND) + PROMPT_ALLOWANCE) // 1024) * 1024
     max_len = int(book.take("lm_max_len", wanted, "prompt, lyrics, metadata and the codes of the longest song"))
 
-    budget = share if share is not None else int(0.5 * device.free_bytes if on_cpu else 0.9 * device.memory_bytes)
+    budget = share if share is not None else int((0.5 if on_cpu else 0.9) * device.memory_bytes)
     context = 0 if on_cpu else CONTEXT_BYTES
     fixed = weights.planner_bytes(config, dtype) + WORK_BYTES + context
     # A guided song takes two rows. Cards give every row a lane of full length, the CPU packs rows at their exact length.
@@ -188,8 +188,8 @@ def _dtype(book: Book, device: Device) -> str:
 def _share(book: Book, role: Role, device: Device, row: GPUConfig, size: str, renderer_model: str) -> int | None:
     """Bytes set aside for the planner, or None for all that is free."""
     table = row.planner_memory_gib(size)
-    if not device.is_card:
-        gib = book.take("lm_memory_gb", None, "half of the free host memory at most")
+    if device.kind == "cpu":
+        gib = book.take("lm_memory_gb", None, "half of the host's memory at most")
     elif role == "plan":
         simulated = round(0.9 * device.memory_bytes / GIB, 2) if device.capped else None
         gib = book.take("lm_memory_gb", simulated, "the planner has the card to itself")

@@ -166,6 +166,12 @@ def test_torch_and_nvml_see_one_card_once(driver: Driver, monkeypatch: pytest.Mo
     assert [d.kind for d in rest] == ["cpu"]
 
 
+def test_slice_under_the_id_of_its_card(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = Device(0, "cuda", "A100 MIG 3g.20gb", 19968 * MIB, 9000 * MIB, (8, 0), usable=True, uuid="cccc")
+    monkeypatch.setattr(devices, "_torch_cards", lambda known: [seen])
+    assert list_devices(env={"CUDA_VISIBLE_DEVICES": "MIG-dddd"})[:-1] == [seen]
+
+
 def test_card_that_the_build_has_no_code_for(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     builds = ["sm_75", "sm_80", "sm_86", "sm_90a", "compute_90"]
     capabilities = {(6, 1): False, (7, 0): False, (7, 5): True, (8, 0): True, (8, 9): True, (9, 0): True, (12, 0): True}
@@ -199,7 +205,7 @@ def test_simulation_without_a_card() -> None:
     assert card.is_card
     assert card.torch_name == "cpu"
     assert card.gib == 8
-    assert card.memory_bytes == min(8 * GIB, cpu.total_bytes)
+    assert card.memory_bytes == cpu.total_bytes
     assert tier_row(card).tier == "tier4"
     assert not cpu.is_card
     assert tier_row(cpu).tier == "tier1"

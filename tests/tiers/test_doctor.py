@@ -18,7 +18,7 @@ from rich.console import Console
 from acestep import probes
 from acestep.cards import Device, cpu_device
 from acestep.checkpoints import resolve
-from acestep.doctor import Report, build_mismatches, report
+from acestep.doctor import Report, build_mismatches, misspelt, report
 from acestep.doctor_view import print_report
 from acestep.probes import Finding
 from tests.tiers.conftest import MakeCard
@@ -127,6 +127,12 @@ def test_setting_that_cannot_be(card: MakeCard) -> None:
     warned = report(devices=[card(15, (7, 5))], env={"ACESTEP_USE_FLASH_ATTENTION": "true"})
     assert any(f.level == "warning" and "flash" in f.text for f in warned.findings)
     assert warned.ok
+
+
+def test_variable_that_is_misspelt() -> None:
+    env = {"ACESTEP_OFFLOAD_TO_CPUS": "1", "ACESTEP_HOME": "/x", "ACESTEP_API_KEY": "k", "ACESTEP_DEVICE": "cpu"}
+    (found,) = misspelt(env)
+    assert "nothing reads ACESTEP_OFFLOAD_TO_CPUS: did you mean ACESTEP_OFFLOAD_TO_CPU?" in found.text
 
 
 def test_planner_machine_without_planner(card: MakeCard) -> None:
