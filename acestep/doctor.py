@@ -205,11 +205,11 @@ def build_mismatches(devices: Sequence[Device], pci: Sequence[str], build: str |
 def misspelt(env: Mapping[str, str]) -> list[Finding]:
     """Variables that nothing reads and that look like ones that are read."""
     known = [option.env for option in OPTIONS.values()]
-    found = []
-    for name in env:
-        if name.startswith("ACESTEP_") and name not in known and (near := get_close_matches(name, known, 1, 0.9)):
-            found.append(Finding("warning", "settings", f"nothing reads {name}: did you mean {near[0]}?"))
-    return found
+    return [
+        Finding("warning", "settings", f"nothing reads {name}: did you mean {near[0]}?")
+        for name in env
+        if name.startswith("ACESTEP_") and name not in known and (near := get_close_matches(name, known, 1, 0.9))
+    ]
 
 
 def _advice(device: Device, build: str) -> str:
