@@ -71,7 +71,7 @@ async def chat_completions(request: Request, service: Svc) -> Any:
     if chat.stream:
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         return StreamingResponse(_stream(service, job, chat), media_type="text/event-stream", headers=headers)
-    job = await wait_for_end(service.store, job, service.args.chat_timeout_s)
+    job = await wait_for_end(service, job, service.args.chat_timeout_s)
     if not job.ended:
         raise HTTPException(504, "Generation timeout")
     if job.state != SUCCEEDED:
@@ -118,7 +118,7 @@ async def _stream(service: Service, job: Job, chat: ChatRequest) -> AsyncIterato
 
     try:
         yield chunk({"role": "assistant", "content": ""})
-        while not (job := await wait_for_end(service.store, job, HEARTBEAT_S)).ended:
+        while not (job := await wait_for_end(service, job, HEARTBEAT_S)).ended:
             yield chunk({"content": "."})
         if job.state == SUCCEEDED:
             yield chunk({"content": f"\n\n{markdown(job)}"})

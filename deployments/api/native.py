@@ -79,7 +79,7 @@ async def accept(
     if not created:
         response.headers["Idempotent-Replayed"] = "true"
     if (seconds := wait_seconds(prefer, service.args.max_wait_s)) is not None:
-        job = await wait_for_end(service.store, job, seconds)
+        job = await wait_for_end(service, job, seconds)
         response.headers["Preference-Applied"] = f"wait={seconds:g}"
     response.status_code = 200 if job.ended else 202
     return await job_view(service, job)
@@ -142,7 +142,7 @@ async def get_job(
 ) -> dict[str, Any]:
     job = await existing(service, job_id, caller)
     if (seconds := wait_seconds(prefer, service.args.max_wait_s)) is not None:
-        job = await wait_for_end(service.store, job, seconds)
+        job = await wait_for_end(service, job, seconds)
         response.headers["Preference-Applied"] = f"wait={seconds:g}"
     return await job_view(service, job)
 
