@@ -27,8 +27,10 @@ from deployments.fleet import Capacity, Fleet
 from deployments.jobs.queue import read_queue
 from deployments.jobs.store import Job, JobStore, LeaseLost
 from deployments.metrics import Meter
+from deployments.notices import Notices
 from deployments.ordering import Usage, next_jobs
 from deployments.placement import Decision
+from deployments.progress import ProgressWriter
 from deployments.routing import NoPool, Routing
 from deployments.talk import Talk
 
@@ -67,6 +69,8 @@ class Dispatcher:
         self.store = store
         self.fleet = fleet
         self.meter = meter or Meter()
+        self.notices = Notices()
+        self._placed: dict[str, str | None] = {}  # renderer pool of running jobs, as the store has it
         self.routing = routing
         self.lease_s = lease_s
         self.max_run_s = max_run_s
@@ -179,6 +183,7 @@ class Dispatcher:
             error = Internal(f"unexpected {type(failure).__name__}; the server's log of job {job.id} has the details")
         finally:
             self._tasks.pop(job.id, None)
+            self._placed.pop(job.id, None)
             self.wake()
         log.info("job %s ended: %s: %s", job.id, error.type, error.message)
         with contextlib.suppress(LeaseLost):
@@ -186,6 +191,7 @@ class Dispatcher:
         await self._count(job.id, error.type, 0.0)
 
     async def _count(self, job_id: str, outcome: str, audio_s: float) -> None:
+        self.notices.tell(job_id)
         if (job := await asyncio.to_thread(self.store.get, job_id)) is not None:
             self.meter.ended(job, outcome, audio_s)
 
@@ -223,7 +229,8 @@ class Dispatcher:
             try:
                 async with self.routing.occupy(choice.planner, "plan", choice.est_plan_s, choice.plan_wall_s):
                     handle = self.fleet.handle(choice.planner, "plan")
-                    result = await self._follow(job, handle, "plan", arguments, self._save(job))
+                    async with ProgressWriter(self.store, job.id, self.owner) as report:
+                        result = await self._follow(job, handle, "plan", arguments, report)
                 return request, adjustments, Plan.model_validate(result)
             except _REPLICA_LOST as error:
                 await self._lost(job, choice.planner, error, attempt)
@@ -234,20 +241,19 @@ class Dispatcher:
         for attempt in range(STAGE_ATTEMPTS):
             choice, adjustments = await self._choose(job, request, adjustments, plan)
             request, plan = choice.request, choice.plan or plan
-            assert choice.renderer is not None, "only the outcome `never` has no renderer, and that raised"
             finished = {i for items in done for i in items}
             groups = [g for group in choice.groups if (g := tuple(i for i in group if i not in finished))]
-            report = _JointProgress(self._save(job), len(groups))
-            tasks = [
-                asyncio.ensure_future(self._render_group(job, choice, request, plan, items, report.part(n)))
-                for n, items in enumerate(groups)
-            ]
-            try:
-                async with self.routing.occupy(choice.renderer, "render", choice.est_render_s, choice.render_wall_s):
-                    results = await asyncio.gather(*tasks, return_exceptions=True)
-            finally:
-                for task in tasks:
-                    task.cancel()
+            assert choice.renderer is not None, "a decision to run names its renderer"
+            async with (
+                self.routing.occupy(choice.renderer, "render", choice.est_render_s, choice.render_wall_s),
+                ProgressWriter(self.store, job.id, self.owner) as write,
+            ):
+                report = _JointProgress(write, len(groups))
+                parts = [
+                    self._render_group(job, choice, request, plan, items, report.part(n))
+                    for n, items in enumerate(groups)
+                ]
+                results = await asyncio.gather(*parts, return_exceptions=True)
             done |= {items: r for items, r in zip(groups, results, strict=True) if isinstance(r, Song)}
             failures = [r for r in results if isinstance(r, BaseException)]
             if not failures:
@@ -278,12 +284,6 @@ class Dispatcher:
             raise Unavailable(f"pool {pool} lost its replica {STAGE_ATTEMPTS} times in a row") from error
         await asyncio.sleep(BACKOFF_S * (attempt + 1))
 
-    def _save(self, job: Job) -> Report:
-        async def save(progress: Progress) -> None:
-            await asyncio.to_thread(self.store.save_progress, job.id, self.owner, progress)
-
-        return save
-
     async def _choose(
         self, job: Job, request: SongRequest, adjustments: Sequence[Adjustment], plan: Plan | None
     ) -> tuple[Decision, tuple[Adjustment, ...]]:
@@ -297,7 +297,12 @@ class Dispatcher:
         columns: dict[str, Any] = {"render_pool": decision.renderer, "est_render_s": decision.est_render_s}
         if plan is None:
             columns |= {"plan_pool": decision.planner, "est_plan_s": decision.est_plan_s}
-        await asyncio.to_thread(self.store.save_request, job.id, self.owner, decision.request, adjustments, **columns)
+        known = self._placed.get(job.id) == decision.renderer and not decision.adjustments
+        if plan is None or not known or decision.outcome == "wait":
+            await asyncio.to_thread(
+                self.store.save_request, job.id, self.owner, decision.request, adjustments, **columns
+            )
+        self._placed[job.id] = decision.renderer
         if decision.outcome == "wait":
             raise NoPool(decision.reason)
         log.info("job %s %s", job.id, decision.reason)
