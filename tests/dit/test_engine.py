@@ -389,7 +389,7 @@ def test_a_closed_renderer_takes_nothing(make_renderer: Make) -> None:
 
 
 def test_items_must_be_of_the_batch(renderers: dict[str, Renderer]) -> None:
-    with pytest.raises(InvalidRequest, match="^items: "):
+    with pytest.raises(InvalidRequest, match=r"^items: "):
         renderers["tiny"].submit(RenderWork(work_of().request, items=(1,)))
 
 

@@ -11,12 +11,14 @@ import soundfile
 import torch
 from torch import Tensor
 
+from acestep.checkpoints import variant_defaults
 from acestep.dit.renderer import Renderer
 from acestep.dit.tasks import RULES, instruction
 from acestep.dit.window import Splice, window_of
 from acestep.dit.work import Rendered, RenderWork
 from acestep.errors import AceStepError, InvalidRequest, LimitExceeded
 from acestep.request import SongRequest
+from acestep.settings import RendererSettings
 
 SECONDS = 4.0
 SongFile = Callable[..., Path]
@@ -54,6 +56,15 @@ def test_every_task_on_every_variant(renderers: dict[str, Renderer], song_file: 
     assert audio.shape == (2, round(SECONDS * 48_000))
     assert audio.isfinite().all()
     assert not torch.equal(audio, audio_of(renderers[name], source, **fields | {"seed": 2}))
+
+
+@pytest.mark.parametrize("task", ["lego", "extract", "complete"])
+def test_stem_tasks_on_a_wide_base_model(load_parts: Any, song_file: SongFile, task: Any) -> None:
+    settings, defaults = RendererSettings(), variant_defaults(False)
+    renderer = Renderer(load_parts("tiny-xl"), settings, name="xl-base", defaults=defaults)
+    audio = audio_of(renderer, song_file(SECONDS), task=task, global_caption="a band")
+    assert audio.isfinite().all()
+    renderer.close()
 
 
 @pytest.mark.parametrize(
