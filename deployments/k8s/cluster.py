@@ -6,6 +6,7 @@ Objects go in and out as plain dicts. Every failure that a user can do something
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -25,10 +26,16 @@ class Cluster:
 
     Args:
         api: `kubernetes.client.ApiClient`.
+
+    Raises:
+        Unavailable: nobody answers.
     """
 
     def __init__(self, api: Any, namespace: str = NAME) -> None:
-        self._client = needs("kubernetes.dynamic").DynamicClient(api)
+        # The client's default cache of kinds is a file with a guessable name in the common temporary folder.
+        self._cache = tempfile.TemporaryDirectory(prefix="acestep-k8s-")
+        with _spoken("connecting"):
+            self._client = needs("kubernetes.dynamic").DynamicClient(api, cache_file=f"{self._cache.name}/kinds.json")
         self.namespace = namespace
 
     @classmethod
@@ -36,15 +43,14 @@ class Cluster:
         """By the user's kubeconfig, or the service account inside a pod.
 
         Raises:
-            Unavailable: there is neither, or nobody answers.
+            Unavailable: there is neither.
         """
         config, client = needs("kubernetes.config"), needs("kubernetes.client")
         try:
             config.load_config(context=context) if context else config.load_config()
         except config.ConfigException as error:
             raise Unavailable(f"no cluster to talk to: {error}. Set KUBECONFIG or give --context") from error
-        with _spoken("connecting"):
-            return cls(client.ApiClient(), namespace)
+        return cls(client.ApiClient(), namespace)
 
     def get(self, kind: str, name: str, api_version: str = "v1") -> Document | None:
         """An object, or None where there is none of that name."""
