@@ -80,6 +80,9 @@ class RendererArgs(PoolArgs):
     files_url: str | None = Field(
         None, description="Where encoded files go: a folder or fsspec URL. Null: ACESTEP_HOME/files."
     )
+    lora_roots: tuple[str, ...] | None = Field(
+        None, description="Folders whose LoRA adapters a request may name. Null: ACESTEP_HOME/loras."
+    )
 
 
 class KeyArgs(_Args):

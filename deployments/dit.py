@@ -17,6 +17,7 @@ from acestep.plan import Plan
 from acestep.request import TASKS, SongRequest
 from acestep.simulated import NOTICE, SimulatedRenderer
 from acestep.song import Progress, Song
+from deployments.adapters import adapter_roots, with_adapter
 from deployments.config import RendererArgs, parse_args
 from deployments.logs import join_serve
 from deployments.metrics import ReplicaMeter
@@ -39,6 +40,7 @@ class RendererDeployment:
         join_serve()
         self.args = parse_args(RendererArgs, args, "dit")
         self.storage = Storage(self.args.files_url)
+        self.lora_roots = adapter_roots(self.args.lora_roots)
         start = start_replica("render", self.args)
         self.renderer: Renderer | SimulatedRenderer
         began = time.monotonic()
@@ -78,6 +80,7 @@ class RendererDeployment:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         try:
             parsed, made = SongRequest.model_validate(request), Plan.model_validate(plan)
+            parsed = with_adapter(parsed, self.lora_roots)
             with local_files(self.storage, [*filter(None, [parsed.src_audio]), *parsed.reference_audio]) as paths:
                 source = paths.pop(0) if parsed.src_audio else None
                 work = RenderWork(
@@ -104,7 +107,7 @@ class RendererDeployment:
             with local_files(self.storage, [name]) as (path,):
                 ticket = self.renderer.submit_codes(path, priority=TALK_PRIORITY)
                 try:
-                    codes: tuple[int, ...] = await asyncio.wrap_future(ticket.future)  # type: ignore[arg-type]  # a stub's union
+                    codes: tuple[int, ...] = await asyncio.wrap_future(ticket.future)
                     return {"result": list(codes)}
                 except asyncio.CancelledError:
                     self.renderer.cancel(ticket)
