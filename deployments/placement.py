@@ -6,16 +6,12 @@ factor, than the wait on a larger card that would finish earlier. Every decision
 
 from __future__ import annotations
 
-import heapq
-import math
-from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from acestep.cost import (
     NOTHING,
-    Profile,
     Seconds,
     expected_duration,
     needs_planner,
@@ -27,88 +23,17 @@ from acestep.gpu_config import TIERS, Limits
 from acestep.limits import apply_limits, best_limits, fits, without_planner
 from acestep.plan import Plan
 from acestep.request import Adjustment, SongRequest
+from deployments.waits import FleetState, PoolState, free_times, starts, wait_s
 
-Role = Literal["plan", "render"]
+__all__ = ["Decision", "FleetState", "PoolState", "Promise", "choose", "choose_planner", "fleet_limits", "wait_s"]
+
 SPILL_FACTOR = 2.0
 MIN_PATIENCE_S = 2.0  # a wait below this is never worth a larger card
 PROMISE_TOLERANCE = 1.25
-SPREAD_GAIN = 0.9  # more replicas must finish the batch in less than this share of the time
-SPREAD_GAIN_S = 0.5  # and at least this much earlier
+# Spreading a batch over k replicas must end it in this share of the time and this many seconds earlier: below that it costs others more
+# than it brings.
+SPREAD_SHARE, SPREAD_S = 0.75, 4.0
 SPREAD_WORK = 1.1  # while others wait, spreading may not add more work than this factor
-
-
-@dataclass(frozen=True)
-class PoolState:
-    """One pool as the router sees it now. Seconds count from now.
-
-    Attributes:
-        name: The Serve application.
-        model: The checkpoint it serves.
-        limits: What its cards may be asked to do in its role, shared cards included.
-        profile: Cost profile of its cards.
-        tasks: What its checkpoint can do; empty for planner pools.
-        loras: Whether it loads LoRA adapters.
-        running, pending: Replicas that serve, and that are on their way.
-        max_replicas: How many there may be.
-        reachable: Whether the cluster has a node for it, or can add one.
-        slots: Pieces of work that one replica runs at once: batch rows of a planner, 1 for a renderer.
-        busy: Slots in use, over all replicas.
-        waiting_s: Seconds of work that wait for it and would go first, in one replica's time.
-        coming: What planners will hand over to it: (in how many seconds, seconds of work, whether it goes before us if both wait).
-        running_s: Seconds of work left in what runs.
-        free_in_s: When each slot of the running replicas will be free, where that is known; else estimated from `running_s`.
-        ready_in_s: When the pending replicas will serve; None means the profile's load time.
-        correction: Measured time over foretold time (`acestep.cost.Corrections`).
-        drain_s: How its autoscaling sizes it: seconds in which it wants to be rid of what waits. None: it keeps its size.
-        needs: The node label that it needs, for people.
-    """
-
-    name: str
-    role: Role
-    model: str
-    limits: Limits
-    profile: Profile
-    tasks: frozenset[str] = frozenset()
-    loras: bool = True
-    running: int = 0
-    pending: int = 0
-    max_replicas: int = 1
-    reachable: bool = True
-    slots: int = 1
-    busy: int = 0
-    waiting_s: float = 0.0
-    coming: tuple[tuple[float, float, bool], ...] = ()
-    running_s: float = 0.0
-    free_in_s: tuple[float, ...] | None = None
-    ready_in_s: float | None = None
-    correction: float = 1.0
-    drain_s: float | None = None
-    needs: str = ""
-
-    @property
-    def load_s(self) -> float:
-        cost = self.profile.planner(self.model) if self.role == "plan" else self.profile.renderer(self.model)
-        return cost.load_s
-
-    @property
-    def can_run(self) -> bool:
-        """Whether waiting here leads anywhere: there is a replica, or there can be one."""
-        return self.running + self.pending > 0 or (self.reachable and self.max_replicas > 0)
-
-
-@dataclass(frozen=True)
-class FleetState:
-    """All pools. `default_model` renders requests that name none; None means the first renderer pool's."""
-
-    pools: tuple[PoolState, ...]
-    default_model: str | None = None
-
-    def of(self, role: Role) -> tuple[PoolState, ...]:
-        return tuple(p for p in self.pools if p.role == role)
-
-    @property
-    def model(self) -> str | None:
-        return self.default_model or next((p.model for p in self.pools if p.role == "render"), None)
 
 
 @dataclass(frozen=True)
@@ -275,79 +200,6 @@ def choose_planner(fleet: FleetState, *, spill_factor: float = SPILL_FACTOR) -> 
     return _pick([Option(p, wait_s(p), NOTHING) for p in pools], spill_factor, None).pool
 
 
-def wait_s(pool: PoolState, slots: int = 1) -> float:
-    """Seconds until a new piece of work that needs `slots` slots would begin, after what goes before it."""
-    times = _free_times(pool)
-    return times[min(slots, len(times)) - 1]
-
-
-def _free_times(pool: PoolState) -> list[float]:
-    """When each slot is free for new work, sorted: slots free up one after another and first work off what waits."""
-    ready_in = pool.load_s if pool.ready_in_s is None else pool.ready_in_s
-    times = list(pool.free_in_s) if pool.free_in_s is not None else _spaced(pool)
-    times += [ready_in] * (pool.pending * pool.slots)
-    wanted = 1  # from zero, autoscaling starts at least one
-    if pool.drain_s is not None:
-        coming = sum(work for _, work, _ in pool.coming)
-        wanted = max(1, math.ceil((pool.waiting_s + coming + pool.running_s) / pool.drain_s))
-    more = min(wanted, max(1, pool.max_replicas)) - pool.running - pool.pending
-    times += [pool.load_s] * (more * pool.slots)
-    times.sort()
-    if pool.waiting_s <= 0:
-        return times
-    level = _level(times, pool.waiting_s * pool.slots)
-    return [max(level, at) for at in times]
-
-
-def _spaced(pool: PoolState) -> list[float]:
-    """Free times from the summed work alone: what is left is taken to be spread evenly over the busy slots."""
-    slots = pool.running * pool.slots
-    busy = min(pool.busy, slots)
-    mean = pool.running_s * pool.slots / busy if busy else 0.0
-    return [0.0] * (slots - busy) + [2.0 * mean * (i + 1) / (busy + 1) for i in range(busy)]
-
-
-def _starts(
-    free: list[float], coming: Sequence[tuple[float, float, bool]], ours_at: float, pieces: int
-) -> list[float]:
-    """When our first, second, ... piece would begin, each on a replica of its own, if they are ready at `ours_at`.
-
-    Plays forward what planners will hand over: a free replica takes waiting work that goes before us, else a piece of ours, else other work.
-    """
-    coming = sorted(coming)
-    before: deque[float] = deque()
-    after: deque[float] = deque()
-    starts: list[float] = []
-    pieces = min(pieces, len(free))
-    arrived = 0
-    heapq.heapify(free)
-    while len(starts) < pieces:
-        now = free[0]
-        while arrived < len(coming) and coming[arrived][0] <= now:
-            _, work, first = coming[arrived]
-            (before if first else after).append(work)
-            arrived += 1
-        if before:
-            heapq.heapreplace(free, now + before.popleft())
-        elif ours_at <= now:
-            starts.append(heapq.heappop(free))
-        elif after:
-            heapq.heapreplace(free, now + after.popleft())
-        else:  # idle until something comes
-            heapq.heapreplace(free, min(ours_at, coming[arrived][0]) if arrived < len(coming) else ours_at)
-    return starts
-
-
-def _level(free: Sequence[float], work: float) -> float:
-    """The time t with sum(max(0, t - f)) == work, or the earliest free time where there is no work. `free` is sorted."""
-    total = 0.0
-    for i, at in enumerate(free):
-        if i and i * at - total >= work:
-            return (work + total) / i
-        total += at
-    return (work + total) / len(free)
-
-
 def _cost(option: Option) -> tuple[float, int, float, str]:
     """Cheaper first; of equally cheap cards the smaller, whose absence is missed less; then who ends first."""
     pool = option.pool
@@ -381,9 +233,9 @@ def _plan_option(pool: PoolState, request: SongRequest, duration: float) -> Opti
 def _render_option(pool: PoolState, request: SongRequest, duration: float, planned_s: float) -> Option:
     """Rendering on a pool; times count from when the plan is there."""
     cost = pool.profile.renderer(pool.model)
-    starts = _starts(_free_times(pool), pool.coming, planned_s, request.batch_size)
-    free = [at - planned_s for at in starts]
-    crowded = pool.waiting_s > 0 or starts[0] > planned_s
+    begins = starts(free_times(pool), pool.coming, planned_s, request.batch_size)
+    free = [at - planned_s for at in begins]
+    crowded = pool.waiting_s > 0 or begins[0] > planned_s
     start = free[0]
     n = request.batch_size
 
@@ -397,7 +249,7 @@ def _render_option(pool: PoolState, request: SongRequest, duration: float, plann
         groups = tuple(tuple(range(i * n // k, (i + 1) * n // k)) for i in range(k))
         walls = [wall(len(g)) for g in groups]
         end = max(at + w for at, w in zip(free, sorted(walls, reverse=True), strict=False))
-        faster = end - start < SPREAD_GAIN * (best_end - start) and end < best_end - SPREAD_GAIN_S
+        faster = end - start < SPREAD_SHARE * (best_end - start) and end < best_end - SPREAD_S
         if faster and (not crowded or sum(walls) <= SPREAD_WORK * wall(n)):
             best_end, best_groups, best_work = end, groups, sum(walls)
     return Option(pool, start, Seconds(best_end - start, best_work), best_groups)
