@@ -9,7 +9,9 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator
+from typing import Any
 
+from deployments.api.redact import public_error
 from deployments.jobs.store import TERMINAL, JobStore
 
 POLL_S = 0.25
@@ -24,7 +26,7 @@ async def stream(store: JobStore, job_id: str, after: int, heartbeat_s: float = 
         events = await asyncio.to_thread(store.events_after, job_id, after)
         for event in events:
             after = event.seq
-            data = json.dumps({"job_id": job_id, "at": event.at, **event.data}, ensure_ascii=False)
+            data = json.dumps({"job_id": job_id, "at": event.at, **_shown(event.data)}, ensure_ascii=False)
             yield f"id: {event.seq}\nevent: {event.type}\ndata: {data}\n\n".encode()
             spoke = time.monotonic()
             if event.type in TERMINAL:
@@ -35,3 +37,7 @@ async def stream(store: JobStore, job_id: str, after: int, heartbeat_s: float = 
             yield b": still here\n\n"
             spoke = time.monotonic()
         await asyncio.sleep(POLL_S)
+
+
+def _shown(data: dict[str, Any]) -> dict[str, Any]:
+    return {**data, "error": public_error(data["error"])} if "error" in data else data

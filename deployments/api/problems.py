@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from acestep.errors import AceStepError
+from deployments.api.redact import public_error, redact
 
 log = logging.getLogger(__name__)
 
@@ -138,17 +139,18 @@ def _invalid(errors: Sequence[Any]) -> JSONResponse:
 
 
 def from_error(error: AceStepError) -> JSONResponse:
-    details = dict(error.details)
+    # Server paths are for the log, not for callers.
+    details = {name: value for name, value in (public_error(error.details) or {}).items() if name != "message"}
+    message = redact(error.message)
     headers = {}
     if (retry := details.pop("retry_after", None)) is not None:
         headers["Retry-After"] = str(max(1, round(retry)))
     if "field" in details:
-        details["errors"] = [{k: v for k, v in {"field": details["field"], "message": error.message,
-                                                "limit": details.get("limit")}.items() if v is not None}]  # fmt: skip
+        entry = {"field": details["field"], "message": message, "limit": details.get("limit")}
+        details["errors"] = [{name: value for name, value in entry.items() if value is not None}]
     if error.type == "unauthorized":
         headers["WWW-Authenticate"] = "Bearer"
-    details.pop("path", None)  # server paths are for the log, not for callers
-    return problem(STATUS.get(error.type, 500), error.type, error.message, headers=headers or None, **details)
+    return problem(STATUS.get(error.type, 500), error.type, message, headers=headers or None, **details)
 
 
 def install(app: FastAPI) -> None:

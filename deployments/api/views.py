@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from acestep.request import SongRequest
+from deployments.api.redact import public_error
 from deployments.api.service import Service
 from deployments.jobs.files import FOLDER, FileRecord
 from deployments.jobs.store import Job
@@ -37,7 +38,7 @@ async def job_view(service: Service, job: Job) -> dict[str, Any]:
         "seeds": list(job.request.seeds),
         "warnings": [a.model_dump(mode="json") for a in job.adjustments],
         "plan": job.plan.model_dump(mode="json") if job.plan else None,
-        "error": job.error if job.ended else None,
+        "error": public_error(job.error) if job.ended else None,
         "result": None,
         "links": {"self": f"/v1/jobs/{job.id}", "events": f"/v1/jobs/{job.id}/events"},
     }

@@ -7,7 +7,9 @@ import json
 
 import pytest
 
+from acestep.errors import StoragePermission
 from deployments.api import examples
+from deployments.api.redact import redact
 
 from .conftest import Build, Site
 
@@ -245,3 +247,23 @@ async def test_every_error_is_a_problem_body(
     assert problem["type"].startswith("urn:acestep:")
     assert "Traceback" not in answer.text
     assert str(site.service.storage.url) not in answer.text
+
+
+async def test_errors_of_jobs_hold_no_paths(site: Site) -> None:
+    job_id = str((await submit(site))["id"])
+    site.run(job_id)
+    error = StoragePermission("cannot write /srv/acestep/files/songs/x.wav: denied (uid 7)", path="/srv/acestep", uid=7)
+    site.service.store.fail(job_id, "test", error)
+    view = (await site.client.get(f"/v1/jobs/{job_id}")).json()
+    shown = {"type": "storage_permission", "message": "cannot write .../x.wav: denied (uid 7)"}
+    assert view["error"] == shown
+    events = (await site.client.get(f"/v1/jobs/{job_id}/events")).text
+    assert "/srv" not in events
+    item = (await site.client.post("/query_result", json={"task_id_list": [job_id]})).text
+    assert "/srv" not in item
+
+
+def test_urls_of_the_server_are_no_paths() -> None:
+    assert redact("ask POST /v1/music or /api/v1/jobs; 4/4; a/b; https://x.org/a/b") == (
+        "ask POST /v1/music or /api/v1/jobs; 4/4; a/b; https://x.org/a/b"
+    )

@@ -21,6 +21,7 @@ from deployments.api.auth import Caller, header_key
 from deployments.api.compat.bodies import Body
 from deployments.api.compat.fields import BadField
 from deployments.api.problems import STATUS, validation_problems
+from deployments.api.redact import redact
 from deployments.api.service import Service
 
 log = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ def from_error(error: AceStepError) -> JSONResponse:
     if (retry := error.details.get("retry_after")) is not None:
         headers["Retry-After"] = str(max(1, math.ceil(retry)))
     status = STATUS.get(error.type, 500)
-    return detail(400 if status == 422 else status, error.message, headers or None)
+    return detail(400 if status == 422 else status, redact(error.message), headers or None)
 
 
 def _entry(error: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from urllib.parse import quote
 from acestep.lm.work import Sample
 from acestep.plan import Metadata
 from acestep.song import Song
+from deployments.api.redact import redact
 from deployments.api.service import Service
 from deployments.errands import ANSWER
 from deployments.jobs.store import QUEUED, SUCCEEDED, Job
@@ -53,7 +54,7 @@ def error_text(job: Job) -> str:
     error = job.error or {}
     if error.get("type") == "cancelled":
         return "cancelled"
-    message = " ".join(str(error.get("message") or "the job failed").split())
+    message = redact(" ".join(str(error.get("message") or "the job failed").split()))
     if message.startswith(("create_sample failed:", "5Hz LM init failed:")):
         return message
     return f"Music generation failed: {message}"
