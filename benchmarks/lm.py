@@ -132,11 +132,12 @@ def transformers_seconds(model: PlannerModel, grammar: Grammar, tokens: int) -> 
 
 def memory(decoder: Decoder, grammar: Grammar, songs: int) -> dict[str, int]:
     """Keys and values reserved at admission, and used when the last code is drawn."""
-    fill(decoder, grammar, songs, songs + 6)
-    reserved, used = decoder.arena.reserved_bytes, 0
+    jobs = fill(decoder, grammar, songs, songs + 6)
+    reserved = decoder.arena.reserved_bytes
+    spans = [row.span for job in jobs for output in job.outputs for row in output.rows]
     while decoder.jobs:
         decoder.step()
-        used = max(used, decoder.arena.used_bytes)
+    used = sum(span.used for span in spans) * decoder.arena.bytes_per_token
     return {"songs": songs, "reserved_bytes": reserved, "used_bytes": used, "left_bytes": decoder.arena.reserved_bytes}
 
 

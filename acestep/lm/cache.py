@@ -98,7 +98,6 @@ class Arena:
         self.values = [make(shape, device=device, dtype=dtype) for _ in range(config.layers)]
         self.bytes_per_token = config.kv_elements_per_token * dtype.itemsize
         self.reserved_tokens = 0
-        self.used_tokens = 0  # as of the last step
         self._spans: list[Span] = []
 
     def reserve(self, sizes: list[int]) -> list[Span] | None:
@@ -113,9 +112,6 @@ class Arena:
         self._spans.remove(span)
         self.reserved_tokens -= span.size
         self.allocator.release(span)
-
-    def count_used(self) -> None:
-        self.used_tokens = sum(span.used for span in self._spans)
 
     def next_places(self, lane_length: int, lanes: int) -> list[int]:
         """Where the next token of each lane goes; 0 where the lane is free."""
@@ -135,7 +131,7 @@ class Arena:
 
     @property
     def used_bytes(self) -> int:
-        return self.used_tokens * self.bytes_per_token
+        return sum(span.used for span in list(self._spans)) * self.bytes_per_token
 
     def clear(self) -> None:
         """Forget every value, such as one that is not finite."""

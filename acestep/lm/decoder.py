@@ -212,7 +212,6 @@ class Decoder:
             for job in self.jobs:
                 if not job.prompt_read and job.outputs[0] in due:
                     due += self._share_prompt(job)
-            self.arena.count_used()
             self._draw(due, hidden)
         finished = [job for job in self.jobs if job.done]
         for job in finished:

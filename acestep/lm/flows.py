@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
-from acestep.errors import InvalidRequest, LimitExceeded
+from acestep.errors import InvalidOutput, InvalidRequest, LimitExceeded
 from acestep.lm.decoder import Job
 from acestep.lm.grammar import MAX_CAPTION_TOKENS, CodesProgram, CotProgram, Grammar, OpenProgram
 from acestep.lm.metadata import known_fields, metadata_of, parse_lyrics, parse_reasoning, printable, unquote
@@ -140,7 +140,7 @@ class FlowBuilder:
                 else self.prompts.codes_unconditional(request.lm_negative_prompt)
             )
         jobs: list[Job] = []
-        programs: list[CodesProgram | OpenProgram] = [None] * len(seeds)  # type: ignore[list-item]
+        programs: dict[int, CodesProgram | OpenProgram] = {}
         for same in dict.fromkeys(metadata):
             prompt = self.prompts.codes(request.prompt, lyrics, same)
             items = [i for i, m in enumerate(metadata) if m == same]
@@ -148,7 +148,7 @@ class FlowBuilder:
                 programs[i] = self._codes_program(request, same, limit, max(len(prompt), len(uncond or ())))
             jobs += self._jobs(prompt, uncond, [(programs[i], seeds[i]) for i in items], params, CODES_STREAM)
         yield jobs
-        return tuple(self._read_codes(program, metadata[i]) for i, program in enumerate(programs))
+        return tuple(self._read_codes(programs[i], m) for i, m in enumerate(metadata))
 
     def _codes_program(
         self, request: SongRequest, metadata: Metadata, limit: float, prompt: int
@@ -170,6 +170,11 @@ class FlowBuilder:
         codes = [id - t.first_code for id in program.ids if t.first_code <= id < t.first_code + t.num_codes]
         if metadata.duration is not None:
             codes = codes[: int(metadata.duration * CODES_PER_SECOND)]
+        if not codes:
+            raise InvalidOutput(
+                "without grammar the planner wrote no audio codes; try another seed or leave constrained_decoding on",
+                field="constrained_decoding",
+            )
         return tuple(codes)
 
     # -- descriptions

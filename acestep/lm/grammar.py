@@ -239,7 +239,7 @@ class CotProgram:
 
 
 class CodesProgram:
-    """Exactly `count` codes; without a count, codes until the end of the turn, at most `limit`.
+    """Exactly `count` codes; without a count, one or more until the end of the turn, at most `limit`.
 
     Attributes:
         codes: Code numbers so far.
@@ -260,7 +260,7 @@ class CodesProgram:
         return len(self.codes)
 
     def start(self) -> Move:
-        return self._more if self.max_tokens > 0 else self._DONE
+        return self._CODES if self.max_tokens > 0 else self._DONE
 
     def advance(self, token: int) -> Move:
         if token == self._eos:

@@ -154,14 +154,12 @@ def test_reserved_memory_is_exactly_what_is_used(decoder: Decoder, grammar: Gram
     prompt, uncond = t.encode("A song with a piano"), t.encode("NO USER INPUT")
     job = Job(prompt, uncond, [(CodesProgram(t, 25, limit=25), s) for s in (1, 2)], SamplingParams(cfg_scale=2.0))
     decoder.add(job)
-    reserved = decoder.arena.reserved_bytes
-    assert reserved == sum(job.sizes()) * decoder.arena.bytes_per_token
-    used = 0
+    spans = [row.span for output in job.outputs for row in output.rows]
+    assert decoder.arena.reserved_bytes == sum(span.size for span in spans) * decoder.arena.bytes_per_token
     while decoder.jobs:
         decoder.step()
-        used = max(used, decoder.arena.used_bytes)
-    assert used == reserved
-    assert decoder.arena.reserved_bytes == 0
+    assert all(span.used == span.size for span in spans)
+    assert decoder.arena.reserved_bytes == 0 == decoder.arena.used_bytes
 
 
 def test_forced_runs_take_one_forward(decoder: Decoder, grammar: Grammar) -> None:

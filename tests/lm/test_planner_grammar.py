@@ -124,8 +124,8 @@ def test_codes_are_exactly_as_many_as_asked(grammar: Grammar) -> None:
 
 def test_without_a_count_the_end_of_the_turn_ends_the_codes(grammar: Grammar) -> None:
     program = CodesProgram(grammar.tokenizer, None, limit=20)
-    assert program.start().choice == Choice("codes", end=True)
-    assert program.advance(grammar.tokenizer.first_code + 3).choice is not None
+    assert program.start().choice == Choice("codes")
+    assert program.advance(grammar.tokenizer.first_code + 3).choice == Choice("codes", end=True)
     assert program.advance(grammar.tokenizer.eos).choice is None
     assert program.codes == [3]
 
