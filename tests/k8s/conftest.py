@@ -3,11 +3,12 @@ from __future__ import annotations
 import copy
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate.utils
 import pytest
 import yaml
 
@@ -16,7 +17,7 @@ from deployments.k8s.schema import CRD_ENV, find_crd, load_crd, rayservice_schem
 
 ROOT = Path(__file__).resolve().parents[2]
 K8S = ROOT / "k8s"
-OVERLAYS = sorted(p.name for p in (K8S / "overlays").iterdir())
+OVERLAYS = sorted(p.name for p in (K8S / "overlays").iterdir() if (p / "kustomization.yaml").exists())
 Document = dict[str, Any]
 
 
@@ -40,6 +41,14 @@ def build(overlay: str) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _schemas_are_read_once() -> Iterator[None]:
+    """kubernetes-validate parses megabytes for every object; hundreds of checks of one run share what was parsed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kubernetes_validate.utils, "schema_contents", cache(kubernetes_validate.utils.schema_contents))
+        yield
 
 
 @pytest.fixture(scope="session")

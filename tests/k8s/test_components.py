@@ -1,0 +1,193 @@
+"""Components whose kinds no schema here knows, and numbers that must agree with the service."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from deployments.config import RouterArgs
+from deployments.k8s.check import check_all, rayservice_of
+from deployments.k8s.findings import groups_of
+from deployments.k8s.render import COMPONENT
+from tests.k8s.conftest import K8S, Document, tool
+
+COMPONENTS = sorted(
+    str(p.parent.relative_to(K8S / "components")) for p in (K8S / "components").rglob("kustomization.yaml")
+)
+MONITORING = K8S / "components" / "monitoring"
+LONGEST_S = int(RouterArgs.model_fields["max_run_s"].default)
+
+
+def kustomize(folder: Path, **overlay: Any) -> list[Document]:
+    """Objects of an overlay that lies outside of the tree."""
+    here = os.path.relpath(K8S, folder)
+    for key in ("resources", "components"):
+        overlay[key] = [f"{here}/{path}" for path in overlay.get(key, [])]
+    (folder / "kustomization.yaml").write_text(yaml.safe_dump(overlay))
+    done = subprocess.run([str(tool("kubectl")), "kustomize", str(folder)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [d for d in yaml.safe_load_all(done.stdout) if d]
+
+
+def built(folder: Path, *components: str) -> list[Document]:
+    """The base with some components."""
+    return kustomize(folder, resources=["base"], components=[f"components/{c}" for c in components])
+
+
+def of_kind(objects: list[Document], kind: str) -> list[Document]:
+    return [d for d in objects if d["kind"] == kind]
+
+
+@pytest.mark.parametrize("name", [c for c in COMPONENTS if c not in ("model-download", "cpu-only", "gpu-any")])
+def test_a_component_works_on_its_own(name: str, tmp_path: Path) -> None:
+    components = [name] if "gpu-" in name else ["gpu-tier6", name]
+    findings = [f for f in check_all(built(tmp_path, "cpu-only", *components)) if f.level == "error"]
+    assert [str(f) for f in findings] == []
+
+
+def test_every_component_says_what_it_is_for() -> None:
+    for name in COMPONENTS:
+        text = (K8S / "components" / name / "kustomization.yaml").read_text()
+        assert text.startswith("#"), name
+        assert COMPONENT.items() <= yaml.safe_load(text).items(), name
+
+
+def test_volumes_are_exchanged_in_all_groups(tmp_path: Path) -> None:
+    objects = built(tmp_path, "gpu-tier4", "cpu-only", "dra/gpu-tier6", "model-cache", "files-s3")
+    groups = groups_of(rayservice_of(objects))
+    assert len(groups) == 3
+    for group in groups:
+        volumes = {v["name"]: v for v in group["template"]["spec"]["volumes"]}
+        assert volumes["models"]["persistentVolumeClaim"]["readOnly"] is True
+        assert volumes["files"] == {"name": "files", "emptyDir": {}}
+    assert [d["metadata"]["name"] for d in of_kind(objects, "ResourceClaimTemplate")] == ["acestep-gpu-tier6"]
+
+
+def test_names_with_a_prefix_are_followed_into_the_pods(tmp_path: Path) -> None:
+    objects = kustomize(tmp_path, resources=["overlays/mixed-fleet"], namePrefix="x-")
+    assert rayservice_of(objects)["metadata"]["name"] == "x-acestep"
+    assert [str(f) for f in check_all(objects) if "names " in f.message] == []
+
+
+# -- the way in: long answers, large uploads
+
+
+def test_the_gateway_lets_the_longest_job_pass(tmp_path: Path) -> None:
+    objects = built(tmp_path, "cpu-only", "gateway")
+    route, gateway = of_kind(objects, "HTTPRoute")[0], of_kind(objects, "Gateway")[0]
+    rule = route["spec"]["rules"][0]
+    assert rule["timeouts"] == {"request": f"{LONGEST_S}s", "backendRequest": f"{LONGEST_S}s"}
+    assert rule["backendRefs"] == [{"name": "acestep-serve-svc", "port": 8000}]
+    assert route["spec"]["parentRefs"] == [{"name": gateway["metadata"]["name"]}]
+
+
+def test_the_ingress_lets_the_longest_job_and_the_largest_upload_pass(tmp_path: Path) -> None:
+    ingress = of_kind(built(tmp_path, "cpu-only", "ingress"), "Ingress")[0]
+    said = {k.rpartition("/")[2]: v for k, v in ingress["metadata"]["annotations"].items()}
+    assert int(said["proxy-read-timeout"]) >= LONGEST_S
+    assert said["proxy-buffering"] == "off"
+    assert int(said["proxy-body-size"].removesuffix("m")) << 20 >= RouterArgs.model_fields["max_upload_bytes"].default
+
+
+def test_nobody_but_the_serve_port_is_reachable_from_outside(tmp_path: Path) -> None:
+    objects = built(tmp_path, "cpu-only", "loadbalancer")
+    policy = next(d for d in of_kind(objects, "NetworkPolicy") if d["metadata"]["name"] == "acestep")
+    open_to_all = [r for r in policy["spec"]["ingress"] if "from" not in r]
+    assert [p["port"] for r in open_to_all for p in r["ports"]] == [8000]
+    assert rayservice_of(objects)["spec"]["serveService"]["spec"] == {"type": "LoadBalancer"}
+
+
+# -- monitoring
+
+
+def test_monitors_scrape_ports_that_pods_have(rendered: Callable[[str], list[Document]]) -> None:
+    objects = rendered("production")
+    cluster = rayservice_of(objects)["spec"]["rayClusterConfig"]
+    head = {p["name"] for p in cluster["headGroupSpec"]["template"]["spec"]["containers"][0]["ports"]}
+    workers = [
+        {p["name"] for p in g["template"]["spec"]["containers"][0]["ports"]} for g in cluster["workerGroupSpecs"]
+    ]
+    monitors = {
+        m["metadata"]["name"]: {e["port"] for e in m["spec"]["podMetricsEndpoints"]}
+        for m in of_kind(objects, "PodMonitor")
+    }
+    assert monitors["acestep-head"] == {"metrics", "as-metrics", "dash-metrics"} <= head
+    assert all(monitors["acestep-workers"] <= ports for ports in workers)
+
+
+def expressions() -> Iterator[str]:
+    for rule in yaml.safe_load((MONITORING / "alerts.yaml").read_text())["spec"]["groups"][0]["rules"]:
+        yield rule["expr"]
+    for panel in json.loads((MONITORING / "acestep.json").read_text())["panels"]:
+        yield from (target["expr"] for target in panel["targets"])
+
+
+@cache
+def rays_source() -> str:
+    """The parts of Ray that define metrics."""
+    spec = find_spec("ray")
+    assert spec is not None
+    assert spec.origin is not None
+    root = Path(spec.origin).parent
+    files = [*(root / "serve/_private").glob("*.py"), root / "autoscaler/_private/prom_metrics.py"]
+    files.append(root / "dashboard/modules/reporter/reporter_agent.py")
+    return "\n".join(f.read_text() for f in files)
+
+
+@pytest.mark.parametrize(
+    "metric",
+    sorted({m for e in expressions() for m in re.findall(r"\b(?:ray|autoscaler)_[a-z_]+\b", e)} - {"ray_io_cluster"}),
+)
+def test_every_metric_is_one_that_ray_exports(metric: str) -> None:
+    name = re.sub(r"^(ray|autoscaler)_|_bucket$", "", metric)
+    names = {name, name.removesuffix("_total")}
+    names |= {n.replace("http", "{protocol_name}") for n in names}
+    assert any(f'"{n}"' in rays_source() for n in names)
+
+
+def test_expressions_are_promql() -> None:
+    parser = pytest.importorskip("promql_parser")
+    for expression in expressions():
+        parser.parse(expression.replace("$cluster", "x"))
+
+
+def test_alerts_say_what_happened() -> None:
+    rules = yaml.safe_load((MONITORING / "alerts.yaml").read_text())["spec"]["groups"][0]["rules"]
+    assert len({r["alert"] for r in rules}) == len(rules)
+    for rule in rules:
+        assert rule["annotations"]["summary"]
+        assert rule["labels"]["severity"] in ("warning", "critical")
+
+
+def test_the_dashboard_can_be_loaded(rendered: Callable[[str], list[Document]]) -> None:
+    config = next(d for d in rendered("production") if d["metadata"]["name"] == "acestep-dashboard")
+    assert config["metadata"]["labels"]["grafana_dashboard"] == "1"
+    dashboard: dict[str, Any] = json.loads(config["data"]["acestep.json"])
+    assert len({p["id"] for p in dashboard["panels"]}) == len(dashboard["panels"])
+    for panel in dashboard["panels"]:
+        position = panel["gridPos"]
+        assert position["x"] + position["w"] <= 24
+
+
+# -- roles
+
+
+def test_roles_cover_what_an_overlay_applies(rendered: Callable[[str], list[Document]]) -> None:
+    roles = {d["metadata"]["name"]: d for d in yaml.safe_load_all((K8S / "rbac.yaml").read_text())}
+    may = {(g, r) for rule in roles["acestep-deployer"]["rules"] for g in rule["apiGroups"] for r in rule["resources"]}
+    objects = [d for o in ("cpu-smoke", "mixed-fleet", "production") for d in rendered(o) if d["kind"] != "Namespace"]
+    for document in objects:
+        group = document["apiVersion"].rpartition("/")[0]
+        plural = document["kind"].lower() + ("es" if document["kind"].endswith("ss") else "s")
+        plural = plural.replace("policys", "policies").replace("ingresss", "ingresses")
+        assert (group, plural) in may, document["kind"]

@@ -1,0 +1,120 @@
+"""The container image, as far as it can be tested without building it."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from deployments.k8s.groups import HOME, MODELS
+from tests.k8s.conftest import K8S, ROOT, tool
+
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
+ENTRYPOINT = ROOT / "docker" / "entrypoint.sh"
+
+
+def test_hadolint_finds_nothing() -> None:
+    done = subprocess.run([str(tool("hadolint")), str(ROOT / "Dockerfile")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def final_stage() -> str:
+    return DOCKERFILE.rpartition("\nFROM ")[2]
+
+
+def test_kubeRays_probes_find_their_programs() -> None:
+    installed = re.search(r"apt-get install --no-install-recommends --yes ([a-z ]+) \\", final_stage())
+    assert installed is not None
+    assert {"bash", "wget", "grep"} <= set(installed[1].split())
+
+
+def test_the_user_is_the_one_of_the_pods() -> None:
+    assert "\nUSER 1000:1000\n" in final_stage()
+    for overlay in (K8S / "components/gpu-tier6/group.yaml", K8S / "components/cpu-only/group.yaml"):
+        pod = yaml.safe_load(overlay.read_text())[0]["value"]["template"]["spec"]
+        assert (pod["securityContext"]["runAsUser"], pod["securityContext"]["runAsGroup"]) == (1000, 1000)
+
+
+def test_image_and_manifests_agree_on_folders() -> None:
+    environment = dict(
+        line.split("=", 1)
+        for line in (K8S / "base/env.properties").read_text().splitlines()
+        if "=" in line and line[0] != "#"
+    )
+    for name, value in environment.items():
+        assert re.search(rf"\b{name}={re.escape(value)}(\s|$)", final_stage()), f"{name}={value}"
+    assert environment["ACESTEP_HOME"] == HOME
+    assert environment["ACESTEP_CHECKPOINTS"] == MODELS
+
+
+def test_versions_are_pinned() -> None:
+    assert re.search(r"ARG PYTHON=\d+\.\d+\.\d+-slim-\w+\n", DOCKERFILE)
+    assert DOCKERFILE.count("--constraint constraints.txt") == 2
+    assert "latest" not in DOCKERFILE
+
+
+def test_what_is_copied_reaches_the_build_and_nothing_else_does() -> None:
+    rules = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
+    assert rules[0] == "*"
+    allowed = [r[1:] for r in rules if r.startswith("!")]
+    copied = [
+        source
+        for line in re.findall(r"^COPY (?!--from)(?:--\S+ )*(.+)$", DOCKERFILE, re.MULTILINE)
+        for source in line.split()[:-1]
+    ]
+    assert sorted(copied) == sorted(allowed)
+    for source in copied:
+        assert (ROOT / source).exists(), source
+    tracked = subprocess.run(["git", "ls-files", *copied], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+    if tracked:  # a checkout, not an archive
+        assert not [f for f in tracked if fnmatch.fnmatch(f, "*.wav")]
+
+
+@pytest.fixture
+def programs(tmp_path: Path) -> dict[str, str]:
+    """`acestep` and `serve` that note how they were called."""
+    for name in ("acestep", "serve"):
+        program = tmp_path / name
+        program.write_text(
+            f'#!/bin/sh\necho "{name} $@ auth=$RAY_AUTH_MODE" >> {tmp_path}/calls\n[ "$2" != bad.yaml ]\n'
+        )
+        program.chmod(0o755)
+    return {"PATH": f"{tmp_path}:{os.defpath}:/usr/bin:/bin", "calls": str(tmp_path / "calls")}
+
+
+def entrypoint(programs: dict[str, str], *arguments: str, **env: str) -> tuple[int, list[str], str]:
+    done = subprocess.run(
+        ["bash", str(ENTRYPOINT), *arguments], env={"PATH": programs["PATH"], **env}, capture_output=True, text=True
+    )
+    calls = Path(programs["calls"])
+    return done.returncode, calls.read_text().splitlines() if calls.exists() else [], done.stdout
+
+
+def test_the_entrypoint_prepares_and_serves(programs: dict[str, str]) -> None:
+    config = "/opt/acestep/serve_config.yaml"
+    assert entrypoint(programs) == (
+        0,
+        [f"acestep prepare {config} auth=disabled", f"serve run {config} auth=disabled"],
+        "",
+    )
+
+
+def test_the_entrypoint_takes_another_config_and_keeps_a_token(programs: dict[str, str]) -> None:
+    _, calls, _ = entrypoint(programs, "serve", "my.yaml", RAY_AUTH_MODE="token")
+    assert calls == ["acestep prepare my.yaml auth=token", "serve run my.yaml auth=token"]
+
+
+def test_what_cannot_be_prepared_is_not_served(programs: dict[str, str]) -> None:
+    code, calls, _ = entrypoint(programs, "serve", "bad.yaml")
+    assert code == 1
+    assert len(calls) == 1
+
+
+def test_the_entrypoint_runs_anything_else_as_it_is(programs: dict[str, str]) -> None:
+    assert entrypoint(programs, "echo", "a  b") == (0, [], "a  b\n")
+    assert entrypoint(programs, "serve", "status", "-a", "x")[1] == ["serve status -a x auth="]
