@@ -14,7 +14,7 @@ router = APIRouter(tags=["health"])
 
 
 def readiness(view: FleetView) -> tuple[bool, dict[str, Any]]:
-    """Whether both stages can serve, and per pool why not."""
+    """Whether both stages can serve and have said what they can do, and per pool why not."""
     pools = []
     for pool in view.pools:
         entry = {"pool": pool.app, "role": pool.role, "running": pool.running, "starting": pool.starting}
@@ -23,7 +23,7 @@ def readiness(view: FleetView) -> tuple[bool, dict[str, Any]]:
         pools.append(entry)
     missing = [
         f"no {name} is running" for role, name in (("plan", "planner"), ("render", "renderer"))
-        if not any(p.running or p.args.min_replicas == 0 for p in view.of(role))  # type: ignore[arg-type]
+        if not any((p.running and p.info) or p.args.min_replicas == 0 for p in view.of(role))  # type: ignore[arg-type]
     ]  # fmt: skip
     ready = not missing and bool(view.pools)
     return ready, {"ready": ready, "missing": missing, "pools": pools}

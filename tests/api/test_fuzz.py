@@ -118,7 +118,7 @@ def test_the_document_is_complete_and_walked(server: Server) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_ten_thousand_requests(server: Server) -> None:
-    assert _walk(server, 250) + _nonsense(server, 3000) >= 10_000
+    assert _walk(server, 250) + _nonsense(server, 5000) >= 10_000
 
 
 VALUES = st.recursive(
