@@ -21,8 +21,9 @@ from typing import Any
 
 import torch
 
-from acestep.lm.decoder import Decoder, Job
+from acestep.lm.decoder import Decoder
 from acestep.lm.grammar import CodesProgram, Grammar
+from acestep.lm.job import Job
 from acestep.lm.model import PlannerModel
 from acestep.lm.sampling import SamplingParams
 from benchmarks.lm_models import SIZES, random_model, transformers_model, true_vocabulary

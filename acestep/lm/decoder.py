@@ -6,10 +6,7 @@ without conditions) that is admitted, stepped and removed as one; the drawn toke
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from functools import lru_cache
 
 import torch
 from torch.nn import functional as F
@@ -17,12 +14,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from acestep.errors import InvalidOutput
 from acestep.lm.cache import Arena
-from acestep.lm.grammar import Choice, Grammar, Program
+from acestep.lm.constants import constant
+from acestep.lm.grammar import Choice, Grammar
 from acestep.lm.heads import Heads
 from acestep.lm.invariance import invariant_rows
+from acestep.lm.job import Job, Output
 from acestep.lm.model import PlannerModel
 from acestep.lm.reading import FlatReader, LaneReader, Reader, Row
-from acestep.lm.sampling import SamplingParams, penalise, sample
+from acestep.lm.sampling import penalise, sample
 from acestep.settings import Attention
 
 _CPU = torch.device("cpu")
@@ -30,78 +29,6 @@ _CPU = torch.device("cpu")
 # depend on its company.
 PREFILL_CHUNK = 512
 PREFILL_TOKENS = 512
-
-
-@dataclass(eq=False)
-class Output:
-    """One sequence of tokens in the making.
-
-    Attributes:
-        program: Holds the result when `done`.
-        drawn: The counter of the noise, one up with every drawn token.
-        written: All tokens appended, for the repetition penalty.
-        choice: What the next token is drawn from; set, as the rows are, when the job is admitted.
-    """
-
-    program: Program
-    seed: int
-    params: SamplingParams
-    drawn: int = 0
-    written: list[int] = field(default_factory=list)
-    done: bool = False
-    choice: Choice = field(init=False)
-    cond: Row = field(init=False)
-    uncond: Row | None = field(init=False, default=None)
-
-    @property
-    def greedy(self) -> bool:
-        return self.params.temperature == 0 or self.choice.greedy
-
-    @property
-    def rows(self) -> list[Row]:
-        return [self.cond] if self.uncond is None else [self.cond, self.uncond]
-
-
-class Job:
-    """Outputs that share one prompt.
-
-    Args:
-        prompt: Ids of the conditional prompt.
-        uncond: Ids of the unconditional prompt; None switches guidance off.
-        outputs: Program and seed of each output. All programs must start alike.
-        stream: Separates the noise of jobs that share a seed.
-    """
-
-    def __init__(
-        self,
-        prompt: list[int],
-        uncond: list[int] | None,
-        outputs: Sequence[tuple[Program, int]],
-        params: SamplingParams,
-        *,
-        stream: int = 0,
-    ) -> None:
-        self.prompt = prompt
-        self.uncond = uncond
-        self.params = params
-        self.outputs = [Output(program, seed, params, drawn=stream << 32) for program, seed in outputs]
-        self.stream = stream
-        self.steps = 0
-        self.prompt_read = False
-
-    @property
-    def rows(self) -> int:
-        """Rows that it takes."""
-        return len(self.outputs) * (1 if self.uncond is None else 2)
-
-    @property
-    def done(self) -> bool:
-        return all(output.done for output in self.outputs)
-
-    def sizes(self) -> list[int]:
-        """Tokens of every row, exact where the program's length is: the last token is never read."""
-        prompts = [self.prompt] if self.uncond is None else [self.prompt, self.uncond]
-        return [len(p) + max(o.program.max_tokens - 1, 0) for o in self.outputs for p in prompts]
 
 
 class Decoder:
@@ -205,10 +132,6 @@ class Decoder:
                 row.hidden = at
             with self._kernels():
                 hidden = self._read(reading)
-            if not bool(hidden.isfinite().all()):
-                raise InvalidOutput(
-                    "the planner's weights gave a number that is not finite", device=str(self.model.device)
-                )
             for job in self.jobs:
                 if not job.prompt_read and job.outputs[0] in due:
                     due += self._share_prompt(job)
@@ -251,10 +174,14 @@ class Decoder:
         return followers
 
     def _draw(self, due: list[Output], hidden: torch.Tensor) -> None:
-        groups: dict[tuple[str, bool], list[Output]] = {}
+        # What decides on the arithmetic of an output is in its key: never its company.
+        groups: dict[tuple[str, bool, bool], list[Output]] = {}
         for output in due:
-            groups.setdefault((output.choice.kind, output.choice.end), []).append(output)
+            penalised = output.params.repetition_penalty != 1.0
+            groups.setdefault((output.choice.kind, output.choice.end, penalised), []).append(output)
         drawn = [(outputs, self._sample(outputs, hidden)) for outputs in groups.values()]
+        if not bool(hidden.isfinite().all()):  # asked after the draw, so that a GPU is not waited for twice
+            raise InvalidOutput("the planner's weights gave a number that is not finite", device=str(self.model.device))
         for outputs, indices in drawn:
             for output, index in zip(outputs, indices.tolist(), strict=True):
                 self._advance(output, self.heads.token(output.choice, index))
@@ -265,11 +192,11 @@ class Decoder:
         params = [o.params for o in outputs]
         return sample(
             self._logits(outputs, hidden),
-            _constant(tuple(o.seed for o in outputs), torch.long, device),
+            constant(tuple(o.seed for o in outputs), torch.long, device),
             torch.tensor([o.drawn for o in outputs], device=device),
-            _constant(tuple(p.top_k for p in params), torch.long, _CPU),
-            _constant(tuple(p.top_p for p in params), torch.float32, _CPU),
-            _constant(tuple(o.greedy for o in outputs), torch.bool, _CPU),
+            constant(tuple(p.top_k for p in params), torch.long, _CPU),
+            constant(tuple(p.top_p for p in params), torch.float32, _CPU),
+            constant(tuple(o.greedy for o in outputs), torch.bool, _CPU),
         )
 
     def _logits(self, outputs: list[Output], hidden: torch.Tensor) -> torch.Tensor:
@@ -277,21 +204,19 @@ class Decoder:
         device = hidden.device
         params = [o.params for o in outputs]
         choices = [o.choice for o in outputs]
-        heat = _constant(tuple(p.temperature or 1.0 for p in params), torch.float32, device)[:, None]
-        scale = _constant(tuple(o.params.cfg_scale if o.uncond else 1.0 for o in outputs), torch.float32, device)[
-            :, None
-        ]
-        cond = hidden[_constant(tuple(o.cond.hidden for o in outputs), torch.long, device)].float()
-        uncond = hidden[_constant(tuple((o.uncond or o.cond).hidden for o in outputs), torch.long, device)].float()
-        if all(p.repetition_penalty == 1.0 for p in params):
+        heat = constant(tuple(p.temperature or 1.0 for p in params), torch.float32, device)[:, None]
+        scales = tuple(o.params.cfg_scale if o.uncond else 1.0 for o in outputs)
+        scale = constant(scales, torch.float32, device)[:, None]
+        cond = hidden[constant(tuple(o.cond.hidden for o in outputs), torch.long, device)].float()
+        uncond = hidden[constant(tuple((o.uncond or o.cond).hidden for o in outputs), torch.long, device)].float()
+        if params[0].repetition_penalty == 1.0:
             return self._product((uncond + scale * (cond - uncond)) / heat, choices)
         # The penalty is not linear: it comes first, on the conditional logits alone.
         logits, base = self._product(cond, choices), self._product(uncond, choices)
         for row, output in enumerate(outputs):
-            if output.params.repetition_penalty != 1.0:
-                used = {self.heads.index(output.choice, token) for token in output.written} - {None}
-                places = torch.tensor(sorted(used), device=device, dtype=torch.long)
-                penalise(logits[row], places, output.params.repetition_penalty)
+            used = {at for token in output.written if (at := self.heads.index(output.choice, token)) is not None}
+            places = torch.tensor(sorted(used), device=device, dtype=torch.long)
+            penalise(logits[row], places, output.params.repetition_penalty)
         return torch.where(logits.isfinite(), base + scale * (logits - base), -torch.inf) / heat
 
     def _product(self, hidden: torch.Tensor, choices: list[Choice]) -> torch.Tensor:
@@ -315,12 +240,6 @@ class Decoder:
             self.arena.release(row.span)
             self.rows_used -= 1
         output.done = True
-
-
-@lru_cache(maxsize=256)
-def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A tensor that stays the same while the same outputs are in flight. Never written to."""
-    return torch.tensor(values, dtype=dtype, device=device)
 
 
 def _portions(output: Output) -> list[tuple[Row, int]]:

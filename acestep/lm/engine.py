@@ -12,8 +12,9 @@ from weakref import WeakKeyDictionary
 
 from acestep.engine import Ticket
 from acestep.errors import AceStepError, Internal, LimitExceeded
-from acestep.lm.decoder import Decoder, Job
+from acestep.lm.decoder import Decoder
 from acestep.lm.flows import CODES_STREAM, Flow, FlowBuilder
+from acestep.lm.job import Job
 from acestep.lm.work import PlannerWork, Sample
 from acestep.plan import CODES_PER_SECOND, Plan, PlanTimings
 from acestep.song import Progress

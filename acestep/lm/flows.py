@@ -9,8 +9,8 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 from acestep.errors import InvalidOutput, InvalidRequest, LimitExceeded
-from acestep.lm.decoder import Job
 from acestep.lm.grammar import MAX_CAPTION_TOKENS, CodesProgram, CotProgram, Grammar, OpenProgram
+from acestep.lm.job import Job
 from acestep.lm.metadata import known_fields, metadata_of, parse_lyrics, parse_reasoning, printable, unquote
 from acestep.lm.prompts import PromptBuilder
 from acestep.lm.sampling import SamplingParams

@@ -22,6 +22,7 @@ class Heads:
         self._codes = model.head[t.first_code : t.first_code + t.num_codes]
         self._text = model.head[: t.text_size]
         device = model.device
+        self._wide = _sums_stay_wide(device, model.dtype)
         self._forbidden = {name: torch.from_numpy(~mask).to(device) for name, mask in grammar.text_classes.items()}
         self._never = torch.zeros(len(model.head), dtype=torch.bool, device=device)
         self._never[t.first_code + t.num_codes :] = True  # unused audio tokens and padding of the matrix
@@ -44,16 +45,21 @@ class Heads:
             width = max(len(c.ids) for c in choices)
             logits = torch.full((rows, width), -torch.inf, device=hidden.device)
             for i, choice in enumerate(choices):
-                logits[i, : len(choice.ids)] = F.linear(hidden[i : i + 1], self._head[list(choice.ids)])[0]
+                logits[i, : len(choice.ids)] = self._product(hidden[i : i + 1], self._head[list(choice.ids)])[0]
             return logits
         if kind == "any":
-            return F.linear(hidden, self._head)[:rows].float().masked_fill_(self._never, -torch.inf)
-        logits = F.linear(hidden, self._codes if kind == "codes" else self._text)[:rows].float()
+            return self._product(hidden, self._head)[:rows].masked_fill_(self._never, -torch.inf)
+        logits = self._product(hidden, self._codes if kind == "codes" else self._text)[:rows]
         if kind == "text":
             logits.masked_fill_(torch.stack([self._forbidden[c.text] for c in choices]), -torch.inf)
         if choices[0].end:
-            logits = torch.cat((logits, F.linear(hidden, self._eos)[:rows].float()), -1)
+            logits = torch.cat((logits, self._product(hidden, self._eos)[:rows]), -1)
         return logits
+
+    def _product(self, hidden: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        if self._wide:
+            return torch.mm(hidden, matrix.T, out_dtype=torch.float32)
+        return F.linear(hidden, matrix).float()
 
     def token(self, choice: Choice, index: int) -> int:
         """The id at `index` of a row of logits."""
@@ -81,3 +87,15 @@ class Heads:
                 return token if token < t.text_size else (t.text_size if choice.end and token == t.eos else None)
             case "any":
                 return token
+
+
+def _sums_stay_wide(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether 16-bit products can be given out in float32, as they are summed: rounded logits would sit an eighth apart."""
+    if dtype == torch.float32:
+        return False
+    try:
+        x = torch.ones(16, 16, device=device, dtype=dtype)
+        torch.mm(x, x, out_dtype=torch.float32)
+    except (RuntimeError, NotImplementedError, TypeError):
+        return False
+    return True

@@ -9,6 +9,7 @@ import torch
 
 from acestep.lm.attention import LaneAttention, RowAttention, Segment
 from acestep.lm.cache import Arena, Span
+from acestep.lm.constants import constant
 from acestep.lm.model import PlannerModel
 
 
@@ -82,7 +83,8 @@ class LaneReader:
         self._max_len = max_len
         self._flat = FlatReader(model, arena, 1)
         self._batches = _buckets(min(2, lanes), lanes)
-        self._keys = _buckets(min(512, max_len), max_len)
+        # Half steps between the doublings: attention looks at a whole bucket.
+        self._keys = sorted({*_buckets(min(512, max_len), max_len), *_buckets(min(768, max_len), max_len)})
         self._inputs = torch.zeros(2, lanes, dtype=torch.long, device=model.device)  # ids, positions
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         if capture:
@@ -119,7 +121,7 @@ class LaneReader:
             graph.replay()
         else:
             hidden = self._forward(batch, keys)
-        return hidden[lanes]
+        return hidden[constant(tuple(lanes), torch.long, hidden.device)]
 
     def _forward(self, batch: int, keys: int) -> torch.Tensor:
         ids, positions = self._inputs[0, :batch], self._inputs[1, :batch]

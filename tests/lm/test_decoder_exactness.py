@@ -11,8 +11,9 @@ import pytest
 import torch
 from oracle import Oracle
 
-from acestep.lm.decoder import Decoder, Job
+from acestep.lm.decoder import Decoder
 from acestep.lm.grammar import CodesProgram, Grammar, OpenProgram, Program
+from acestep.lm.job import Job
 from acestep.lm.sampling import SamplingParams
 
 

@@ -12,10 +12,11 @@ import torch
 
 from acestep.engine import Ticket
 from acestep.errors import InvalidOutput, LimitExceeded
-from acestep.lm.decoder import Decoder, Job
+from acestep.lm.decoder import Decoder
 from acestep.lm.engine import PlannerEngine
 from acestep.lm.flows import FlowBuilder
 from acestep.lm.grammar import CodesProgram, Grammar
+from acestep.lm.job import Job
 from acestep.lm.loading import load_model
 from acestep.lm.model import PlannerModel
 from acestep.lm.planner import Planner
@@ -160,3 +161,18 @@ def test_memory_is_flat_over_five_hundred_songs(checkpoint: Path) -> None:
         assert planner.stats()["kv_reserved_bytes"] == 0 == planner.stats()["slots_used"]
     planner.close()
     assert rss[-1] - rss[1] < 8 << 20, rss
+
+
+@pytest.mark.parametrize("lane_length", [None, 512])
+def test_sixteen_bit_weights_and_plain_attention_give_valid_codes(
+    checkpoint: Path, grammar: Grammar, lane_length: int | None
+) -> None:
+    model = load_model(checkpoint, device=torch.device("cpu"), dtype=torch.bfloat16, max_len=512)
+    decoder = Decoder(model, grammar, rows=4, arena_tokens=2_048, lane_length=lane_length, attention="eager")
+    programs = [CodesProgram(grammar.tokenizer, 20, limit=20) for _ in range(2)]
+    decoder.add(Job([5, 6, 7], [8, 9], [(p, n) for n, p in enumerate(programs)], SamplingParams(cfg_scale=2.0)))
+    while decoder.jobs:
+        decoder.step()
+    assert [len(p.codes) for p in programs] == [20, 20]
+    assert programs[0].codes != programs[1].codes
+    assert decoder.invariant_rows is None

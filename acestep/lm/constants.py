@@ -1,0 +1,13 @@
+"""Small tensors that stay the same from step to step."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+
+@lru_cache(maxsize=256)
+def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """`values` on the device: copied there once while the same outputs are in flight. Never written to."""
+    return torch.tensor(values, dtype=dtype, device=device)
