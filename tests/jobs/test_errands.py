@@ -1,0 +1,36 @@
+"""What the planner writes becomes the request, within its limits."""
+
+from __future__ import annotations
+
+from acestep.lm.work import Sample
+from acestep.request import MAX_PROMPT_CHARS, SongRequest
+from deployments.errands import with_sample
+
+ASKED = SongRequest(prompt="mine", lyrics="la", bpm=90, key_scale="C major", duration=30, vocal_language="de", seed=1)
+
+
+def test_a_wish_replaces_everything_that_describes_the_song() -> None:
+    sample = Sample(
+        caption="theirs", lyrics="lo", bpm=120, duration=60, keyscale="a minor", timesignature="4", language="fr"
+    )
+    made = with_sample(ASKED, sample, replace_all=True)
+    assert (made.prompt, made.lyrics, made.bpm, made.duration) == ("theirs", "lo", 120, 60.0)
+    assert (made.key_scale, made.time_signature, made.vocal_language, made.seed) == ("A minor", "4", "fr", 1)
+    empty = with_sample(ASKED, Sample(instrumental=True, language="xx"), replace_all=True)
+    assert (empty.prompt, empty.bpm, empty.duration, empty.instrumental, empty.vocal_language) == (
+        "",
+        None,
+        None,
+        True,
+        "de",
+    )
+
+
+def test_formatting_keeps_what_the_planner_left_open() -> None:
+    made = with_sample(ASKED, Sample(caption="better", keyscale="nonsense"), replace_all=False)
+    assert (made.prompt, made.lyrics, made.bpm, made.key_scale, made.duration) == ("better", "la", 90, "C major", 30.0)
+
+
+def test_long_texts_are_cut_to_what_a_request_may_hold() -> None:
+    made = with_sample(ASKED, Sample(caption="x" * 10_000, lyrics="y" * 100_000), replace_all=True)
+    assert len(made.prompt) == MAX_PROMPT_CHARS
