@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -29,7 +30,8 @@ class Client:
 
     def __init__(self, url: str | None = None, api_key: str | None = None, timeout_s: float = 30.0) -> None:
         self.url = (url or server_url()).rstrip("/")
-        key = api_key if api_key is not None else os.environ.get("ACESTEP_API_KEY", "")
+        # The server's variable may hold several keys; any of them will do.
+        key = api_key if api_key is not None else os.environ.get("ACESTEP_API_KEY", "").partition(",")[0].strip()
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout_s)
 
@@ -48,6 +50,11 @@ class Client:
 
     def cancel(self, job_id: str) -> dict[str, Any]:
         return self._json("DELETE", f"/v1/jobs/{job_id}")
+
+    def upload(self, path: Path) -> str:
+        """POST /v1/files. Returns the id that `src_audio` and `reference_audio` take."""
+        with path.open("rb") as file:
+            return str(self._json("POST", "/v1/files", files={"file": (path.name, file)})["id"])
 
     def cluster(self) -> dict[str, Any]:
         """GET /v1/cluster: pools, replicas, load."""

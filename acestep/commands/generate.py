@@ -75,7 +75,7 @@ def generate(
 
 def _served(fields: dict[str, Any], output: Path, url: str | None) -> dict[str, Any]:
     with Client(url) as client, _Bars() as bars:
-        job = client.submit(fields)
+        job = client.submit(_uploaded(client, fields))
         _err.print(f"job {job['id']}", highlight=False)
         try:
             job = client.wait(job["id"], bars.job)
@@ -88,6 +88,21 @@ def _served(fields: dict[str, Any], output: Path, url: str | None) -> dict[str, 
                 path.write_bytes(client.audio(audio["url"]))
                 audio["file"] = str(path)
     return job
+
+
+def _uploaded(client: Client, fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields with source audio that lies on this machine sent to the server; other names are left to it."""
+
+    def name(value: Any) -> Any:
+        return client.upload(Path(value)) if isinstance(value, str) and Path(value).is_file() else value
+
+    sent = dict(fields)
+    if "src_audio" in sent:
+        sent["src_audio"] = name(sent["src_audio"])
+    if "reference_audio" in sent:
+        given = sent["reference_audio"]
+        sent["reference_audio"] = [name(v) for v in ([given] if isinstance(given, str) else given)]
+    return sent
 
 
 def _local(request: SongRequest, output: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from deployments.api.problems import NotFound
 from deployments.storage import Storage
 
 _RANGE = re.compile(r"bytes=(\d*)-(\d*)")
+_NOSNIFF = {"X-Content-Type-Options": "nosniff"}
 GONE = "the file is no longer kept"
 
 
@@ -33,11 +34,18 @@ def send_file(
     if path is not None:
         if not path.is_file():
             raise NotFound(GONE)
-        return FileResponse(path, media_type=content_type, filename=download_name, content_disposition_type=disposition)
+        return FileResponse(
+            path,
+            media_type=content_type,
+            filename=download_name,
+            content_disposition_type=disposition,
+            headers=dict(_NOSNIFF),
+        )
     size = storage.size(name)
     if size is None:
         raise NotFound(GONE)
     headers = {
+        **_NOSNIFF,
         "Accept-Ranges": "bytes",
         "Content-Disposition": f'{disposition}; filename="{download_name}"',
         "ETag": f'"{hashlib.sha256(f"{name}:{size}".encode()).hexdigest()[:32]}"',

@@ -328,6 +328,7 @@ async def test_odd_polls_are_empty_or_refused(site: Site) -> None:
         assert (await site.client.post("/query_result", json=body)).json()["data"] == []
     assert (await site.client.post("/query_result")).json()["data"] == []
     assert (await site.client.post("/query_result", json=["x"])).status_code == 400
+    assert (await site.client.post("/query_result", json={"task_id_list": ["x"] * 1001})).status_code == 400
 
 
 async def test_cancelling(site: Site) -> None:

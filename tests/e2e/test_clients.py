@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -138,3 +141,26 @@ def test_events_tell_the_way_of_a_song(server: Server) -> None:
 def test_the_log_says_when_the_service_is_up(server: Server) -> None:
     assert "Application startup complete" in server.output()
     assert "Traceback" not in server.output()
+
+
+def test_the_command_line_sends_its_source_audio(server: Server, song: bytes, tmp_path: Path) -> None:
+    (tmp_path / "in.wav").write_bytes(song)
+    acestep = Path(sys.executable).with_name("acestep")
+    command = [
+        acestep,
+        "generate",
+        "with strings",
+        "-p",
+        "task=cover",
+        "-p",
+        "src_audio=in.wav",
+        "--duration",
+        "10",
+        "--steps",
+        "2",
+    ]
+    done = subprocess.run(
+        [*command, "--url", server.url, "-o", "out.mp3"], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out.mp3").stat().st_size > 10_000

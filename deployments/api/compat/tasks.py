@@ -37,6 +37,7 @@ router = APIRouter(tags=["ACE-Step's own API"], route_class=CompatRoute)
 
 SOURCE_PARTS = ("ctx_audio", "src_audio")
 REFERENCE_PARTS = ("ref_audio", "reference_audio")
+MAX_IDS = 1_000
 QUEUE_FULL = "Server busy: queue is full"
 OUTSIDE = "Access denied: path outside allowed directory"
 AUDIO_NOT_FOUND = "Audio file not found"
@@ -136,7 +137,11 @@ async def query_result(request: Request, service: Svc) -> Any:
 
 
 def task_ids(value: Any) -> list[str]:
-    """A list of ids, or the JSON text of one, or a single id; anything else is empty."""
+    """A list of ids, or the JSON text of one, or a single id; anything else is empty.
+
+    Raises:
+        InvalidRequest: too many.
+    """
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -144,7 +149,9 @@ def task_ids(value: Any) -> list[str]:
             value = [value] if re.fullmatch(r"[0-9A-Za-z-]{1,64}", value.strip()) else []
     if not isinstance(value, list):
         return []
-    return [str(entry)[:64] for entry in value[:1000] if isinstance(entry, (str, int))]
+    if len(value) > MAX_IDS:
+        raise InvalidRequest(f"task_id_list: at most {MAX_IDS} ids at once", field="task_id_list", limit=MAX_IDS)
+    return [str(entry)[:64] for entry in value if isinstance(entry, (str, int))]
 
 
 @router.get("/v1/audio", summary="A song's file", response_class=Response)
