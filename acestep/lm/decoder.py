@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from acestep.errors import InvalidOutput
+from acestep.errors import InvalidOutput, OutOfMemory
 from acestep.lm.cache import Arena
 from acestep.lm.constants import constant
 from acestep.lm.grammar import Choice, Grammar
@@ -125,21 +125,28 @@ class Decoder:
 
         Raises:
             InvalidOutput: The model gave a number that is not finite.
+            OutOfMemory: The device's memory is exhausted.
         """
         reading, due = self._select()
         if reading:
-            for at, (row, _) in enumerate(reading):
-                row.hidden = at
-            with self._kernels():
-                hidden = self._read(reading)
-            for job in self.jobs:
-                if not job.prompt_read and job.outputs[0] in due:
-                    due += self._share_prompt(job)
-            self._draw(due, hidden)
+            try:
+                self._read_and_draw(reading, due)
+            except torch.OutOfMemoryError as error:
+                raise OutOfMemory(f"planning ran out of memory: {error}", device=str(self.model.device)) from error
         finished = [job for job in self.jobs if job.done]
         for job in finished:
             self.remove(job)
         return finished
+
+    def _read_and_draw(self, reading: list[tuple[Row, int]], due: list[Output]) -> None:
+        for at, (row, _) in enumerate(reading):
+            row.hidden = at
+        with self._kernels():
+            hidden = self._read(reading)
+        for job in self.jobs:
+            if not job.prompt_read and job.outputs[0] in due:
+                due += self._share_prompt(job)
+        self._draw(due, hidden)
 
     def _select(self) -> tuple[list[tuple[Row, int]], list[Output]]:
         """Rows with the number of tokens that each reads now, and the outputs that are up to date after it."""

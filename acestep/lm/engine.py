@@ -211,17 +211,24 @@ class PlannerEngine:
 
 
 class _Rate:
-    """Tokens per second over the last few seconds."""
+    """Tokens per second over the last few seconds; 0 when nothing was drawn for long."""
 
     def __init__(self, window_s: float = 2.0) -> None:
-        self.value = 0.0
         self._window_s = window_s
+        self._value = 0.0
         self._since = time.monotonic()
         self._count = 0
 
+    @property
+    def value(self) -> float:
+        return self._value if time.monotonic() - self._since < 2 * self._window_s else 0.0
+
     def add(self, tokens: int) -> None:
+        now = time.monotonic()
+        elapsed = now - self._since
+        if elapsed > 2 * self._window_s:  # back from idling
+            self._since, self._count = now, 0
+        elif elapsed >= self._window_s:
+            self._value = self._count / elapsed
+            self._since, self._count = now, 0
         self._count += tokens
-        elapsed = time.monotonic() - self._since
-        if elapsed >= self._window_s:
-            self.value = self._count / elapsed
-            self._since, self._count = time.monotonic(), 0

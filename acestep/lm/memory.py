@@ -36,7 +36,8 @@ def arena_tokens(model: PlannerModel, *, rows: int, max_len: int, memory_bytes: 
 
 
 def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
+    backend = getattr(torch, device.type, None)
+    if backend is not None and hasattr(backend, "mem_get_info"):
+        free, total = backend.mem_get_info(device)
         return int(free - _DEVICE_RESERVE * total)
     return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * _CPU_SHARE)

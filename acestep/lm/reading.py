@@ -138,7 +138,7 @@ class LaneReader:
                     self._forward(batch, keys)
                 torch.cuda.current_stream(self._model.device).wait_stream(stream)
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=pool):
+                with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                     hidden = self._forward(batch, keys)
                 self._graphs[batch, keys] = graph, hidden
 
