@@ -20,8 +20,8 @@ from acestep.song import Progress, Song
 from deployments.adapters import adapter_roots, with_adapter
 from deployments.config import RendererArgs, parse_args
 from deployments.logs import join_serve
-from deployments.metrics import ReplicaMeter
 from deployments.replica import start_replica
+from deployments.replica_metrics import ReplicaMeter
 from deployments.sources import local_files
 from deployments.storage import Storage
 from deployments.streaming import TALK_PRIORITY, ProgressMailbox, failure, follow

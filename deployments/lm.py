@@ -13,8 +13,8 @@ from acestep.simulated import NOTICE, SimulatedPlanner
 from acestep.song import Progress
 from deployments.config import PlannerArgs, parse_args
 from deployments.logs import join_serve
-from deployments.metrics import ReplicaMeter
 from deployments.replica import start_replica
+from deployments.replica_metrics import ReplicaMeter
 from deployments.streaming import TALK_PRIORITY, ProgressMailbox, failure, follow
 
 if TYPE_CHECKING:
@@ -35,15 +35,15 @@ class PlannerDeployment:
         self.args = parse_args(PlannerArgs, args, "lm")
         start = start_replica("plan", self.args)
         self._planner: Planner | SimulatedPlanner | None = None
-        if self.args.engine == "simulated":
-            model = str(start.model or "simulated")
-            self._planner = SimulatedPlanner(start.profile, model, SIMULATED_SLOTS)
-            self.info = start.info(model=model, model_hash=None, notice=NOTICE, capacity=SIMULATED_SLOTS)
-            return
         if not start.settings.lm_enabled or start.settings.planner is None:
             reason = start.settings.lm_reason
             self.info = start.info(model=str(start.model), model_hash=None, notice=None, disabled=reason)
             log.warning("the planner is off here: %s", reason)
+            return
+        if self.args.engine == "simulated":
+            model = str(start.model or "simulated")
+            self._planner = SimulatedPlanner(start.profile, model, SIMULATED_SLOTS)
+            self.info = start.info(model=model, model_hash=None, notice=NOTICE, capacity=SIMULATED_SLOTS)
             return
         from acestep.lm.planner import Planner
 

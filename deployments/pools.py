@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import ray
 
-from acestep.gpu_config import get_gpu_config
+from acestep.gpu_config import get_gpu_config, simulated_gib
 from deployments.config import PoolArgs
 from deployments.jobs.database import default_database_url
 
@@ -43,7 +43,8 @@ def settled(args: A, default_share: float) -> A:
     share = gpu_share(args, default_share)
     shared = args.shared_card
     if shared is None:
-        shared = args.num_gpus is None and not args.tiers and 0 < share < 1
+        one_card = 0 < share < 1 or simulated_gib() is not None
+        shared = args.num_gpus is None and not args.tiers and one_card
     return args.model_copy(update={"num_gpus": share, "shared_card": shared})
 
 

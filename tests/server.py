@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -96,6 +97,13 @@ class Server:
             time.sleep(0.25)
         shown = last.text if isinstance(last, httpx.Response) else repr(last)
         raise AssertionError(f"{path} never answered {status}; last: {shown}\n{self.output()[-4000:]}")
+
+    def deploy(self, config: dict[str, Any]) -> None:
+        """What `serve deploy` does: hand a changed config to the running Serve."""
+        found = re.findall(r"dashboard at .*?(http://[\d.]+:\d+|[\d.]+:\d+)", self.output())
+        assert found, "the log does not name the dashboard"
+        address = found[-1] if found[-1].startswith("http") else f"http://{found[-1]}"
+        httpx.put(f"{address}/api/serve/applications/", json=config, timeout=30).raise_for_status()
 
     def output(self) -> str:
         return self.log.read_text(errors="replace")
