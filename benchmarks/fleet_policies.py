@@ -7,7 +7,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from benchmarks.fleet_simulator import PLANNER_ROWS, PoolSpec
-from deployments.autoscaling import PeakHold, desired
+from deployments.autoscaling import desired
 from deployments.jobs.backlog import Backlog
 
 
@@ -54,10 +54,9 @@ class ServeDelays:
 class SecondsOfWork:
     """`deployments.autoscaling.BacklogPolicy` without its thread and database."""
 
-    def __init__(self, pool: PoolSpec, drain_s: float, delays: Delays = OURS, hold_s: float = 60.0) -> None:
+    def __init__(self, pool: PoolSpec, drain_s: float, delays: Delays = OURS) -> None:
         self.pool = pool
         self.drain_s = drain_s
-        self._hold = PeakHold(hold_s)
         self._delays = ServeDelays(delays)
 
     def __call__(self, now: float, backlog: Backlog, running: int, target: int, ongoing: int) -> int:
@@ -65,7 +64,7 @@ class SecondsOfWork:
             backlog, drain_s=self.drain_s, min_replicas=self.pool.min_replicas, max_replicas=self.pool.max_replicas,
             slots=PLANNER_ROWS // 2 if self.pool.role == "plan" else 1,
         )  # fmt: skip
-        return self._delays(now, self._hold(wanted, now), running, target)
+        return self._delays(now, wanted, running, target)
 
 
 class RequestCount:

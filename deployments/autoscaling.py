@@ -94,12 +94,12 @@ class BacklogPolicy:
         slots: Jobs that one replica runs at once.
         poll_s: Seconds between reads of the store.
         stale_s: A reading older than this is not believed: the pool keeps its size.
-        hold_s: How long a need is remembered before the pool shrinks below it.
+        hold_s: How long a need is remembered before the pool shrinks below it, on top of Serve's own delay.
     """
 
     def __init__(
         self, database_url: str, pool: str, drain_s: float = 30.0, slots: int = 1, poll_s: float = 1.0, stale_s: float = 30.0,
-        hold_s: float = 60.0,
+        hold_s: float = 0.0,
     ) -> None:  # fmt: skip
         self.database_url = database_url
         self.pool = pool
@@ -110,7 +110,9 @@ class BacklogPolicy:
         self._hold = PeakHold(hold_s)
         self._polling: threading.Thread | None = None
         self._polled_at = -math.inf
-        self._read: tuple[float, Any] | None = None  # (time.monotonic(), Backlog), replaced as a whole by the polling thread
+        self._read: tuple[float, Any] | None = (
+            None  # (time.monotonic(), Backlog), replaced as a whole by the polling thread
+        )
         self._failing = False
 
     def __call__(self, ctx: Any) -> tuple[int, dict[str, Any]]:

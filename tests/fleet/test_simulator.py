@@ -61,7 +61,7 @@ def test_table_plot_and_json_hold_every_row() -> None:
         "jobs": 1, "hours": 6.0, "cards": 2,
         "rows": [
             {"policy": p, "setting": s, "late": i, "gpu_hours": 10.0 * i, "price": 1.0, "p50_s": 1.0, "p95_s": 2.0, "p99_s": 3.0,
-             "late_of_ours_at_these_gpu_hours": 0}
+             "late_of_ours_at_this_gpu_hours": 0, "late_of_ours_at_this_price": None}
             for i, (p, s) in enumerate([("ours", "a"), ("ours", "b"), ("theirs", "c<d")], 1)
         ],
     }  # fmt: skip
