@@ -49,14 +49,16 @@ class TierCards:
 
 @dataclass(frozen=True)
 class FleetPlan:
-    """What the cluster offers. `tiers` is ordered from the smallest."""
+    """What the cluster offers. `tiers` is ordered from the smallest; `claims`: a DRA driver offers the cards."""
 
     tiers: tuple[TierCards, ...]
     warnings: tuple[str, ...]
+    claims: bool = False
 
     def arguments(self) -> str:
         """The arguments of `acestep k8s render fleet` for all cards there are."""
-        return " ".join(f"--group {t.tier}={t.cards}" for t in self.tiers)
+        groups = " ".join(f"--group {t.tier}={t.cards}" for t in self.tiers)
+        return f"{groups} --source dra" if self.claims else groups
 
 
 def plan(
@@ -86,7 +88,7 @@ def plan(
             warnings += _add_labelled(tiers, node, name, used.get(name, 0))
     if not tiers:
         warnings.append("no usable card; for a fleet without cards see k8s/overlays/cpu-smoke")
-    return FleetPlan(tuple(tiers[t] for t in TIERS if t in tiers), tuple(warnings))
+    return FleetPlan(tuple(tiers[t] for t in TIERS if t in tiers), tuple(warnings), claims=bool(by_slice))
 
 
 def _add_labelled(tiers: dict[str, TierCards], node: Mapping[str, Any], name: str, used: int) -> Iterator[str]:

@@ -81,6 +81,7 @@ def test_slices_of_dra_tell_unequal_cards_of_one_node_apart() -> None:
     found = plan([node("a", 24564, 2)], slices=[slice_of("a", "24564Mi", "8188Mi")])
     assert [(t.tier, t.cards) for t in found.tiers] == [("tier4", 1), ("unlimited", 1)]
     assert "only the DRA groups" in found.warnings[0]
+    assert found.arguments() == "--group tier4=1 --group unlimited=1 --source dra"
 
 
 def test_slices_of_other_drivers_do_not_count() -> None:
