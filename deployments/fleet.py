@@ -10,7 +10,7 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -29,6 +29,8 @@ ROLE_OF_DEPLOYMENT: dict[str, Role] = {"lm": "plan", "dit": "render"}
 ARGS_OF_ROLE: dict[Role, type[PoolArgs]] = {"plan": PlannerArgs, "render": RendererArgs}
 POLL_S = 1.0
 DESCRIBE_EVERY_S = 10.0
+DESCRIBE_TIMEOUT_S = 5.0
+COLD_START_TIMEOUT_S = 600.0
 _EXCEPTION_LINE = re.compile(
     r"^\s*(?:\w+\.)*(\w+(?:Error|Exception|Missing|Permission|Unavailable|Exceeded|Request|OutOfMemory)): (.+)$"
 )
@@ -155,6 +157,22 @@ def parse_details(details: Mapping[str, Any]) -> FleetView:
     return FleetView(tuple(sorted(pools, key=lambda p: p.app)), time.time(), apps, http_host=host)
 
 
+def unplaced_leavers(details: Mapping[str, Any]) -> list[str]:
+    """Actor names of pools' replicas that were told to stop before they had found a node.
+
+    Serve asks a leaving replica to finish first and waits for `graceful_shutdown_timeout_s`. One that never started cannot answer, so for
+    all that time it would go on asking the cluster for a card.
+    """
+    return [
+        str(replica["actor_name"])
+        for facts in details.get("applications", {}).values()
+        for name, deployment in (facts.get("deployments") or {}).items()
+        if name in ROLE_OF_DEPLOYMENT
+        for replica in deployment.get("replicas", [])
+        if str(getattr(replica["state"], "value", replica["state"])) == "STOPPING" and replica.get("node_id") is None
+    ]
+
+
 class Fleet:
     """Keeps a `FleetView` fresh. Lives in the router's event loop."""
 
@@ -177,9 +195,14 @@ class Fleet:
     async def refresh(self) -> None:
         details, nodes = await asyncio.to_thread(_serve_details), await asyncio.to_thread(_live_nodes)
         view = replace(parse_details(details), nodes=nodes)
+        await asyncio.to_thread(_release, unplaced_leavers(details))
         for pool in view.pools:
             if pool.running:
-                self._describe_soon(pool.app, pool.role)
+                self._describe_soon(pool.app, pool.role, DESCRIBE_TIMEOUT_S)
+            elif pool.app not in self._infos and not pool.args.tiers:
+                # Without a tier nobody knows what it can do until a replica says so, and no job could be given to it to wake it. The
+                # question itself makes Serve start the first replica.
+                self._describe_soon(pool.app, pool.role, COLD_START_TIMEOUT_S)
         pools = tuple(replace(p, info=self._infos[p.app][1]) if p.app in self._infos else p for p in view.pools)
         self.view = replace(view, pools=pools)
         self.changed.set()
@@ -191,16 +214,16 @@ class Fleet:
             self._handles[app] = serve.get_deployment_handle(deployment, app_name=app)
         return self._handles[app]
 
-    def _describe_soon(self, app: str, role: Role) -> None:
+    def _describe_soon(self, app: str, role: Role, timeout_s: float) -> None:
         known = self._infos.get(app)
         busy = self._describing.get(app)
         if (known and time.monotonic() - known[0] < DESCRIBE_EVERY_S) or (busy and not busy.done()):
             return
-        self._describing[app] = asyncio.create_task(self._describe(app, role))
+        self._describing[app] = asyncio.create_task(self._describe(app, role, timeout_s))
 
-    async def _describe(self, app: str, role: Role) -> None:
+    async def _describe(self, app: str, role: Role, timeout_s: float) -> None:
         try:
-            info = await asyncio.wait_for(_call(self.handle(app, role)), 5.0)
+            info = await asyncio.wait_for(_call(self.handle(app, role)), timeout_s)
         except Exception as error:
             log.info("pool %s did not describe itself: %s", app, error)
             return
@@ -219,6 +242,15 @@ def _serve_details() -> Mapping[str, Any]:
     client = _get_global_client()
     details: Mapping[str, Any] = client.get_serve_details() if client is not None else {}
     return details
+
+
+def _release(actors: Iterable[str]) -> None:
+    for name in actors:
+        try:
+            ray.kill(ray.get_actor(name, namespace="serve"))
+        except ValueError:
+            continue  # gone meanwhile
+        log.info("released %s, which waited for a node that nobody needs any more", name)
 
 
 def _live_nodes() -> tuple[Node, ...]:

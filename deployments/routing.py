@@ -144,7 +144,7 @@ class Routing:
         return PoolState(
             name=pool.app,
             role=pool.role,
-            model=str(info.get("model") or pool.args.model or ""),
+            model=served_model(pool, view),
             limits=limits,
             profile=pool_profile(pool, limits.tier),
             tasks=frozenset(info.get("tasks") or ()),
@@ -169,6 +169,14 @@ def pool_limits(pool: Pool) -> Limits | None:
         least = min(pool.args.tiers, key=lambda t: get_gpu_config(t).opens_gib)
         return get_limits(get_gpu_config(least), pool.role)
     return None
+
+
+def served_model(pool: Pool, view: FleetView) -> str:
+    """What a pool serves: as its replica said, else its args, else what the other pools without a `model` of their own turned out to serve."""
+    if known := (pool.info or {}).get("model") or pool.args.model:
+        return str(known)
+    alike = (p.info for p in view.of(pool.role) if p.info and p.args.model is None)
+    return next((str(info["model"]) for info in alike), "")
 
 
 def pool_profile(pool: Pool, tier: str) -> Profile:

@@ -80,7 +80,7 @@ def summarise(rows: Iterable[Any], now: float) -> dict[str, Backlog]:
     for row in rows:
         plan_pool, render_pool = row["plan_pool"], row["render_pool"]
         plan_s, render_s = row["est_plan_s"], row["est_render_s"]
-        if row["created_at"] >= now - RATE_WINDOW_S:
+        if row["created_at"] >= now - RATE_WINDOW_S and row["state"] != "cancelled":
             add(plan_pool, "arrival", plan_s / RATE_WINDOW_S)
             add(render_pool, "arrival", render_s / RATE_WINDOW_S)
         if row["state"] not in ACTIVE:

@@ -1,0 +1,119 @@
+"""Pools that scale on the seconds of work in the job store, inside the real Serve controller."""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from acestep.client import Client
+from tests.server import Server
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
+UPSCALED = re.compile(r"Upscaling Deployment\(name='dit', app='([\w-]+)'\) from (\d+) to (\d+)")
+
+
+def pool(name: str, builder: str, **args: Any) -> dict[str, Any]:
+    sizes = {"min_replicas": 0, "max_replicas": 3, "drain_backlog_s": 1, "downscale_delay_s": 5, "num_cpus": 0.1}
+    return {
+        "name": name,
+        "route_prefix": None,
+        "import_path": f"deployments.app:{builder}",
+        "args": {"pool": name, "engine": "simulated", **sizes, **args},
+    }
+
+
+def fleet(config: dict[str, Any]) -> None:
+    """A planner pool whose policy cannot read its database, a renderer pool, and one whose tier has no node."""
+    config["applications"] = [
+        config["applications"][0],
+        pool("lm", "lm", profile="h100-sxm", min_replicas=1, database_url="sqlite:////nonexistent/jobs.sqlite3"),
+        pool("dit", "dit", profile="rtx-3060-12"),
+        pool("dit-unlimited", "dit", profile="h100-sxm", tiers=["unlimited"], nodes_on_demand=True),
+    ]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with Server(edit=fleet) as running:
+        yield running
+
+
+def until(
+    server: Server, true: Callable[[dict[str, dict[str, Any]]], Any], timeout_s: float = 120.0
+) -> dict[str, dict[str, Any]]:
+    """Poll the pools until something holds. Meanwhile every application stays RUNNING."""
+    end = time.monotonic() + timeout_s
+    pools: dict[str, dict[str, Any]] = {}
+    with Client(server.url) as client:
+        while time.monotonic() < end:
+            pools = {p["name"]: p for p in client.cluster()["pools"]}
+            assert {p["status"] for p in pools.values()} == {"RUNNING"}
+            if true(pools):
+                return pools
+            time.sleep(0.3)
+    raise AssertionError(f"never came: {pools}\n{server.output()[-3000:]}")
+
+
+def size(pools: dict[str, dict[str, Any]], name: str) -> tuple[int, int]:
+    replicas = pools[name]["replicas"]
+    return replicas["running"], replicas["target"]
+
+
+def upscaled(server: Server, app: str, since: int) -> list[tuple[int, int]]:
+    """(from, to) of each step up in the controller's log."""
+    return [(int(a), int(b)) for name, a, b in UPSCALED.findall(server.output()[since:]) if name == app]
+
+
+def let_time_pass(server: Server) -> None:
+    """The rate of arrivals is taken over two minutes; for the store they are over now."""
+    store = sqlite3.connect(server.home / "jobs.sqlite3", timeout=30)
+    with store:
+        store.execute("UPDATE jobs SET created_at = created_at - 300 WHERE state IN ('succeeded', 'cancelled')")
+    store.close()
+
+
+def test_from_zero_to_all_in_one_step_and_back_to_zero(server: Server) -> None:
+    # Nothing told what the pool can do, so it was started once to say so, and let go.
+    until(server, lambda p: p["dit"].get("limits") and size(p, "dit") == (0, 0))
+    log = len(server.output())
+
+    def song(seed: int) -> dict[str, Any]:
+        with Client(server.url) as client:
+            return client.wait(
+                client.submit({"prompt": "a song", "duration": 60, "seed": seed, "thinking": False})["id"]
+            )
+
+    with ThreadPoolExecutor(6) as pool:
+        songs = list(pool.map(song, range(6)))
+    assert all(s["placement"]["renderer"] == "dit" for s in songs)
+    assert upscaled(server, "dit", log) == [(0, 3)]
+    assert upscaled(server, "dit-unlimited", log) == []
+    let_time_pass(server)
+    pools = until(server, lambda p: size(p, "dit") == (0, 0))
+    # The planner pool's policy has no database all the while: it keeps its size, and nobody else's is held up.
+    assert size(pools, "lm") == (1, 1)
+    assert "pool lm: cannot read the job store, its size stays" in server.output()
+
+
+def test_work_for_a_tier_without_a_node_scales_that_pool_alone_and_nobody_waiting_lets_it_go(server: Server) -> None:
+    until(server, lambda p: p["dit"].get("limits") and size(p, "dit") == (0, 0))
+    with Client(server.url) as client:
+        job = client.submit({"prompt": "a song", "duration": 590, "thinking": False})
+        assert job["placement"]["renderer"] == "dit-unlimited"
+        assert job["warnings"] == []
+        pools = until(server, lambda p: p["dit-unlimited"]["replicas"]["starting"])
+        assert "acestep/gpu-tier=unlimited" in pools["dit-unlimited"]["reason"]
+        assert size(pools, "dit") == (0, 0)
+        client.cancel(job["id"])
+    # Released long before graceful_shutdown_s (900 s): what never started has nothing to finish.
+    until(server, lambda p: size(p, "dit-unlimited") == (0, 0) and not p["dit-unlimited"]["replicas"]["starting"])
+    end = time.monotonic() + 60
+    while "which waited for a node that nobody needs any more" not in server.output():
+        assert time.monotonic() < end, server.output()[-3000:]
+        time.sleep(0.5)
