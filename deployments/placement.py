@@ -155,12 +155,12 @@ def choose(
             adjustments += tuple(cuts)
         else:
             planner = _pick(
-                [_plan_option(p, request, seconds) for p in usable or planners], spill_factor, deadline_in_s
+                [plan_option(p, request, seconds) for p in usable or planners], spill_factor, deadline_in_s
             )
             planned_s = planner.finish_s
             plan_reason = "plans on " + _why(planner, planners, spill_factor) + "; "
 
-    options = [_render_option(p, request, seconds, planned_s) for p in live or able]
+    options = [render_option(p, request, seconds, planned_s) for p in live or able]
     left = None if deadline_in_s is None else deadline_in_s - planned_s
     if promise is not None:
         options = _keeping(promise, options)
@@ -221,7 +221,7 @@ def _pick(options: Sequence[Option], spill_factor: float, deadline_in_s: float |
     return best
 
 
-def _plan_option(pool: PoolState, request: SongRequest, duration: float) -> Option:
+def plan_option(pool: PoolState, request: SongRequest, duration: float) -> Option:
     cost = pool.profile.planner(pool.model)
     busy = pool.busy // pool.running if pool.running else 0
     if pool.waiting_s > 0:  # what waits will fill the batch while this is planned
@@ -230,7 +230,7 @@ def _plan_option(pool: PoolState, request: SongRequest, duration: float) -> Opti
     return Option(pool, wait_s(pool, plan_rows(request, pool.slots)), _corrected(seconds, pool.correction))
 
 
-def _render_option(pool: PoolState, request: SongRequest, duration: float, planned_s: float) -> Option:
+def render_option(pool: PoolState, request: SongRequest, duration: float, planned_s: float) -> Option:
     """Rendering on a pool; times count from when the plan is there."""
     cost = pool.profile.renderer(pool.model)
     begins = starts(free_times(pool), pool.coming, planned_s, request.batch_size)

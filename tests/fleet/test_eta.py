@@ -1,0 +1,71 @@
+"""The time that is left of a job, stage by stage."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from acestep.plan import Metadata, Plan
+from acestep.request import SongRequest
+from deployments.eta import remaining_s
+from deployments.placement import FleetState, choose
+from tests.fleet.conftest import make_pool
+
+REQUEST = SongRequest(prompt="folk", duration=120)
+PLAN = Plan(metadata=Metadata(duration=120), codes=((1,) * 600,))
+POOLS = {"planner": "lm", "renderer": "dit"}
+
+
+def fleet(**renderer: object) -> FleetState:
+    return FleetState(
+        (
+            make_pool("lm", "plan", "rtx-4080", "tier6"),
+            make_pool("dit", "render", "rtx-3060-12", "tier5", **renderer),
+        )
+    )
+
+
+def test_at_submit_it_is_what_the_decision_said() -> None:
+    for state in (fleet(), fleet(waiting_s=40.0, busy=1, running_s=5.0)):
+        assert remaining_s(REQUEST, state, stage="queued", **POOLS) == pytest.approx(choose(REQUEST, state).eta_s)
+
+
+def test_it_falls_from_stage_to_stage() -> None:
+    left = [
+        remaining_s(REQUEST, fleet(), stage="queued", **POOLS),
+        remaining_s(REQUEST, fleet(), stage="planning", elapsed_s=2.0, **POOLS),
+        remaining_s(REQUEST, fleet(), stage="planning", done=0.9, **POOLS),
+        remaining_s(REQUEST, fleet(), stage="planned", plan=PLAN, **POOLS),
+        remaining_s(REQUEST, fleet(), stage="rendering", plan=PLAN, elapsed_s=1.0, **POOLS),
+        remaining_s(REQUEST, fleet(), stage="rendering", plan=PLAN, done=0.99, **POOLS),
+    ]
+    assert all(x is not None and x > 0 for x in left)
+    assert left == sorted(left, key=lambda x: -(x or 0.0))
+
+
+def test_only_what_goes_before_counts() -> None:
+    crowded = fleet(waiting_s=500.0)
+    everyone = remaining_s(REQUEST, crowded, stage="queued", **POOLS)
+    first = remaining_s(REQUEST, crowded, stage="queued", ahead={"dit": 0.0}, **POOLS)
+    assert everyone is not None
+    assert first is not None
+    assert first < everyone - 400
+    # Others' queues do not touch a song that is being rendered.
+    assert remaining_s(REQUEST, crowded, stage="rendering", plan=PLAN, **POOLS) == remaining_s(
+        REQUEST, fleet(), stage="rendering", plan=PLAN, **POOLS
+    )
+
+
+def test_without_the_card_there_is_no_answer() -> None:
+    gone = fleet(running=0, reachable=False)
+    assert remaining_s(REQUEST, gone, stage="queued", **POOLS) is None
+    no_planner = FleetState(tuple(replace(p, running=0, reachable=p.role == "render") for p in fleet().pools))
+    assert remaining_s(REQUEST, no_planner, stage="queued", **POOLS) is None
+    assert remaining_s(REQUEST, fleet(), stage="planned", plan=PLAN, **POOLS) is not None
+
+
+def test_an_overdue_stage_still_takes_some_time() -> None:
+    late = remaining_s(REQUEST, fleet(), stage="rendering", plan=PLAN, elapsed_s=1e6, **POOLS)
+    assert late is not None
+    assert late > 0
