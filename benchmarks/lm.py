@@ -206,11 +206,13 @@ def on_gpu(*, quick: bool) -> dict[str, Any]:
         "bandwidth_bytes_per_s": bandwidth(device),
         "sizes": {},
     }
-    pairs, max_len = (1, 4, 16) if quick else (1, 2, 4, 8, 16, 32), 2_048
-    free, _ = torch.cuda.mem_get_info(device)
-    for size, c in SIZES.items():
-        parameters = c.vocab_size * c.hidden_size + c.layers * c.hidden_size * 3 * c.intermediate_size
-        if size == "mid" or (quick and size == "4B") or 3 * parameters > free:
+    wanted, max_len = (1, 4, 16) if quick else (1, 2, 4, 8, 16, 32), 2_048
+    for size in ("0.6B",) if quick else ("0.6B", "1.7B", "4B"):
+        c = SIZES[size]
+        parameters = c.vocab_size * c.hidden_size + c.layers * c.hidden_size * (3 * c.intermediate_size + c.heads * 256)
+        room = 0.8 * torch.cuda.mem_get_info(device)[0] - 2 * parameters
+        pairs = [p for p in wanted if 2 * p * max_len * 2 * c.kv_elements_per_token < room]
+        if not pairs:
             continue
         model = random_model(size, device, torch.bfloat16, max_len)
         read = model.weight_bytes - model.embedding.nbytes + grammar.tokenizer.num_codes * c.hidden_size * 2
