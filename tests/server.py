@@ -35,6 +35,7 @@ class Server:
         edit: Changes the config before it is written.
         env: Further environment.
         home: State folder, kept by the caller; else a temporary one.
+        uid: Run as this user, which need not have an account; needs root and setpriv.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Server:
         edit: Callable[[dict[str, Any]], None] | None = None,
         env: dict[str, str] | None = None,
         home: Path | None = None,
+        uid: int | None = None,
     ) -> None:
         # Short: Ray keeps unix sockets in there, whose paths may have 107 characters.
         self.folder = Path(tempfile.mkdtemp(prefix="ace-"))
@@ -66,13 +68,19 @@ class Server:
             **(env or {}),
         }
         self.process: subprocess.Popen[bytes] | None = None
+        self.prefix: list[str] = []
+        if uid is not None:
+            self.prefix = as_user(uid)
+            for path in (self.folder, self.config):
+                os.chown(path, uid, uid)
+            self.env = {k: v for k, v in self.env.items() if k not in ("HOME", "USER", "LOGNAME")}
 
     def start(self, ready: bool = True) -> Server:
         """Start; with `ready` wait until both stages serve."""
         serve = Path(sys.executable).with_name("serve")
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [str(serve), "run", str(self.config)], cwd=self.folder, env=self.env, stdout=log, stderr=log,
+                [*self.prefix, str(serve), "run", str(self.config)], cwd=self.folder, env=self.env, stdout=log, stderr=log,
                 start_new_session=True, preexec_fn=_default_sigint,
             )  # fmt: skip
         self.wait_for("/readyz" if ready else "/livez")
@@ -135,6 +143,26 @@ class Server:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+
+def as_user(uid: int) -> list[str]:
+    """What to put before a command so that it runs as a user without an account.
+
+    Where the interpreter lies in a folder that only its owner may enter (a home), the command gets a view of the file system in which the way
+    to the interpreter, and nothing else of that home, is open.
+    """
+    drop = ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "--no-new-privs"]
+    interpreter = Path(sys.executable).resolve()
+    closed = [p for p in interpreter.parents if not p.stat().st_mode & 0o001]
+    if not closed:
+        return drop
+    home = closed[-1]
+    inside = home / interpreter.relative_to(home).parts[0]
+    script = (
+        f'set -e; keep=$(mktemp -d); mount --bind {inside} "$keep"; mount -t tmpfs -o mode=755 tmpfs {home}; '
+        f'mkdir -p {inside}; mount --bind "$keep" {inside}; umount "$keep"; rmdir "$keep"; exec "$@"'
+    )
+    return ["unshare", "--mount", "sh", "-c", script, "sh", *drop]
 
 
 def _default_sigint() -> None:

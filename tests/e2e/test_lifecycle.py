@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from acestep.client import Client
 from tests.server import ROOT, Server
 
 pytestmark = pytest.mark.e2e
+NOBODY = 54_321  # an id that has no account
 ACESTEP = str(Path(sys.executable).with_name("acestep"))
 
 
@@ -74,6 +76,20 @@ def test_prepare_says_that_the_port_is_taken(tmp_path: Path) -> None:
             )
         assert told.returncode == 1
         assert f"port {server.port}" in told.stderr
+    finally:
+        server.stop()
+
+
+@pytest.mark.skipif(
+    os.geteuid() != 0 or not shutil.which("setpriv"), reason="only root can become another user, with setpriv"
+)
+def test_a_user_without_account_home_or_write_access_to_the_checkout_can_serve() -> None:
+    server = Server(uid=NOBODY)
+    try:
+        server.start()
+        with Client(server.url) as client:
+            job = client.wait(client.submit({"prompt": "calm piano", "duration": 10})["id"])
+            assert job["result"]["items"][0]["duration"] == 10.0
     finally:
         server.stop()
 
