@@ -181,16 +181,17 @@ class Denoiser:
                 tuple(v.to(self.dtype).expand(count, -1, -1, -1) for v in first.values),
                 None,
             )
-        lengths = [c.tokens for c in conditions]
-        width = max(lengths)
+        width = max(c.tokens for c in conditions)
         if self._pad_to_buckets:
             width = -(-width // _CONDITION_BUCKET) * _CONDITION_BUCKET
+        # One token ("no condition") is repeated instead of padded: equal keys give its value, and need no mask.
+        lengths = [width if c.tokens == 1 else c.tokens for c in conditions]
 
         def stacked(parts: list[Tensor]) -> Tensor:
             shape = (len(parts), parts[0].shape[1], width, parts[0].shape[3])
             out = parts[0].new_zeros(shape, dtype=self.dtype)
             for i, part in enumerate(parts):
-                out[i, :, : part.shape[2]] = part[0]
+                out[i, :, : width if part.shape[2] == 1 else part.shape[2]] = part[0]
             return out
 
         layers = range(len(first.keys))

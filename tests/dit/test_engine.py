@@ -305,6 +305,39 @@ def test_offload_equals_resident(
     assert offloaded.stats()["offload_moves"] >= len(requests) * (3 if offload_dit else 2)
 
 
+def test_offloaded_parts_are_there_whenever_they_are_used(make_renderer: Make, song_file: Callable[..., Path]) -> None:
+    # diffusers moves a part when its forward is called; reading codes calls none, so on a card it would fail.
+    renderer = make_renderer("tiny", offload="stage", offload_dit=True)
+    engine: Any = renderer._thread.engine
+    residency: Residency = engine._residency
+    used: set[str] = set()
+
+    def watch(group: str) -> Callable[..., None]:
+        def check(*args: Any) -> None:
+            used.add(group)
+            assert residency._visiting == group
+
+        return check
+
+    for group, modules in residency._groups.items():
+        for module in modules:
+            for part in module.modules():
+                part.register_forward_pre_hook(watch(group))
+    quantizer: Any = engine._preparation._conditions._parts.audio_tokenizer.quantizer
+    decode, check = quantizer.get_output_from_indices, watch("conditions")
+    quantizer.get_output_from_indices = lambda indices: (check(), decode(indices))[1]
+    source = song_file(4.0)
+    for work in (
+        work_of(duration=None, audio_codes=(7,) * 50, batch_size=2),
+        RenderWork(
+            SongRequest(task="cover", src_audio="s", seed=1, steps=2, audio_cover_strength=0.5), src_audio=source
+        ),
+    ):
+        assert renderer.submit(work).result(60).items
+    assert len(renderer.audio_to_codes(source)) == 20
+    assert used == {"conditions", "dit", "vae"}
+
+
 def test_one_offloaded_group_is_on_the_device_at_a_time() -> None:
     # "meta" stands in for the card: what is there can be told from what is not.
     device = torch.device("meta")
