@@ -110,7 +110,9 @@ def _by_size(costs: Mapping[str, C], size: str, profile: str, stage: str) -> C:
     try:
         return costs[size]
     except KeyError:
-        raise ValueError(f"profile {profile} has no {stage} of size {size}, only {', '.join(costs) or 'none'}") from None
+        raise ValueError(
+            f"profile {profile} has no {stage} of size {size}, only {', '.join(costs) or 'none'}"
+        ) from None
 
 
 def planner_size(model: str | None) -> str:
@@ -137,7 +139,9 @@ def forwards(request: SongRequest, model: str | None) -> float:
     defaults = defaults_of(model or request.model)
     steps = len(request.timesteps) if request.timesteps else request.steps or defaults.steps
     guidance = defaults.guidance_scale
-    if guidance > 1.0 and request.guidance_scale is not None:  # distilled checkpoints run without guidance, whatever is asked
+    if (
+        guidance > 1.0 and request.guidance_scale is not None
+    ):  # distilled checkpoints run without guidance, whatever is asked
         guidance = request.guidance_scale
     guided = request.cfg_interval_end - request.cfg_interval_start if guidance > 1.0 else 0.0
     per_step = 2.0 - 1.0 / steps if request.sampler == "heun" else 1.0
@@ -234,10 +238,14 @@ def plan_seconds(
     codes = waves * code_steps * cost.seconds_per_step(others + rows, context)
     # A full batch divides each step among its rows; the prefill is the request's own.
     full = max(slots, rows)
-    work = prefill + (
-        metadata_steps * cost.seconds_per_step(full, prompt) * metadata_rows
-        + waves * code_steps * cost.seconds_per_step(full, context) * rows
-    ) / full
+    work = (
+        prefill
+        + (
+            metadata_steps * cost.seconds_per_step(full, prompt) * metadata_rows
+            + waves * code_steps * cost.seconds_per_step(full, context) * rows
+        )
+        / full
+    )
     wall = prefill + metadata + codes
     return Seconds(wall, work, {"prefill_s": prefill, "metadata_s": metadata, "codes_s": codes})
 

@@ -56,7 +56,10 @@ def autoscaling(jobs: int, scale: int, *, hours: float, thorough: bool) -> dict[
     if thorough:
         ours += [(10.0, 120.0), (30.0, 300.0), (120.0, 30.0)]
     counts = (1, 2, 4) if thorough else (2, 4)
-    rows = [_row("seconds of work", f"{d:g} s, down {w:g} s", Simulator(specs, arrivals, seconds(d, w)).run()) for d, w in ours]
+    rows = [
+        _row("seconds of work", f"{d:g} s, down {w:g} s", Simulator(specs, arrivals, seconds(d, w)).run())
+        for d, w in ours
+    ]
     rows += [
         _row("request count, Serve's delays", f"{n} per replica", Simulator(specs, arrivals, count(n, SERVE)).run())
         for n in counts
@@ -93,12 +96,18 @@ def _on_curve(curve: Sequence[tuple[float, float]], at: float) -> int | None:
 def replicas(jobs: int) -> dict[str, Any]:
     """Throughput of 1, 2 and 4 renderer replicas when all work is there at once."""
     rng = random.Random(3)
-    songs = [Arrival(0.0, request_of(RERENDERS, float(rng.choice((60, 120, 180))), 1, 6), "key", 120.0, 1e9) for _ in range(jobs)]
+    songs = [
+        Arrival(0.0, request_of(RERENDERS, float(rng.choice((60, 120, 180))), 1, 6), "key", 120.0, 1e9)
+        for _ in range(jobs)
+    ]
     per_hour = {}
     for n in (1, 2, 4):
         spec = [PoolSpec("dit", "render", "rtx-4090", "unlimited", DIT, n)]
         per_hour[n] = 3600 * jobs / Simulator(spec, songs, None).run().span_s
-    return {"songs_per_hour": {str(n): round(v) for n, v in per_hour.items()}, "speedup": round(per_hour[4] / per_hour[1], 2)}
+    return {
+        "songs_per_hour": {str(n): round(v) for n, v in per_hour.items()},
+        "speedup": round(per_hour[4] / per_hour[1], 2),
+    }
 
 
 def eta(jobs: int, scale: int, *, hours: float) -> dict[str, Any]:
@@ -117,7 +126,9 @@ def eta(jobs: int, scale: int, *, hours: float) -> dict[str, Any]:
             errors["with the plan, all"].append(abs(song.later_eta_s - taken) / taken)
             if song.arrival.request.duration is not None:
                 errors["at submit, length given"].append(errors["at submit, all"][-1])
-        out[name] = {k: {"p50": round(quantile(v, 0.5), 3), "p90": round(quantile(v, 0.9), 3)} for k, v in errors.items()}
+        out[name] = {
+            k: {"p50": round(quantile(v, 0.5), 3), "p90": round(quantile(v, 0.9), 3)} for k, v in errors.items()
+        }
     return out
 
 
@@ -140,7 +151,9 @@ def plot(result: dict[str, Any]) -> str:
     series: dict[str, list[tuple[float, float, str]]] = {}
     for row in result["rows"]:
         series.setdefault(row["policy"], []).append((row["gpu_hours"], row["late"], row["setting"]))
-    return scatter(series, title=f"One simulated day, {result['jobs']} jobs: late jobs by GPU hours", x="GPU hours", y="late jobs")
+    return scatter(
+        series, title=f"One simulated day, {result['jobs']} jobs: late jobs by GPU hours", x="GPU hours", y="late jobs"
+    )
 
 
 def table(results: dict[str, Any]) -> str:
@@ -167,7 +180,9 @@ def table(results: dict[str, Any]) -> str:
     lines += ["", f"Routing: {dealt['jobs']} jobs on {dealt['cards']} cards that are always on"]
     for name in ("cost", "round_robin"):
         r = dealt[name]
-        lines.append(f"  {name:12} late {r['late']:5}  p50 {r['p50_s']:6} s  p95 {r['p95_s']:6} s  p99 {r['p99_s']:6} s  price of busy time {r['price_of_busy_time']}")
+        lines.append(
+            f"  {name:12} late {r['late']:5}  p50 {r['p50_s']:6} s  p95 {r['p95_s']:6} s  p99 {r['p99_s']:6} s  price of busy time {r['price_of_busy_time']}"
+        )
     return "\n".join(lines)
 
 

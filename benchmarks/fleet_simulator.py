@@ -95,7 +95,9 @@ class Pool:
         self.target = spec.min_replicas
         self.queue: dict[str, tuple[Song, int, float]] = {}  # waiting id -> (song, items, work)
         self.waiting_s = 0.0
-        self.coming: dict[str, tuple[float, float, float]] = {}  # song id -> (planned at, as foretold; render work; due)
+        self.coming: dict[
+            str, tuple[float, float, float]
+        ] = {}  # song id -> (planned at, as foretold; render work; due)
         self.upcoming: dict[str, tuple[float, float]] = {}  # song id -> (render work, planning since)
         self.upcoming_s = 0.0
         self.later_s = 0.0
@@ -201,9 +203,7 @@ class Simulator:
     ) -> None:
         self.rng = random.Random(seed)
         fixed: Scaler = lambda now, backlog, running, target, ongoing: target  # noqa: E731
-        self.pools = {
-            s.name: Pool(s, bias ** self.rng.uniform(-1, 1), scaler(s) if scaler else fixed) for s in specs
-        }
+        self.pools = {s.name: Pool(s, bias ** self.rng.uniform(-1, 1), scaler(s) if scaler else fixed) for s in specs}
         self.arrivals = arrivals
         self.scaled = scaler is not None
         self.routing = routing
@@ -351,7 +351,9 @@ class Simulator:
         replica.version += 1
         if replica.jobs:
             left = (replica.jobs[0][0] - replica.clock) * replica.pool.step_s(replica.rows) * replica.pool.bias
-            replica.free_at = self.now + left / replica.pool.bias * self.corrections.factor(replica.pool.spec.name, "plan")
+            replica.free_at = self.now + left / replica.pool.bias * self.corrections.factor(
+                replica.pool.spec.name, "plan"
+            )
             self._at(self.now + max(0.0, left), self._planned, replica, replica.version)
 
     def _planned(self, replica: Replica, version: int) -> None:
@@ -441,7 +443,10 @@ class Simulator:
                 p
                 for p in fleet.pools
                 if p.role == role
-                and (role == "plan" or (p.limits.max_duration >= arrival.duration and p.limits.max_batch >= arrival.request.batch_size))
+                and (
+                    role == "plan"
+                    or (p.limits.max_duration >= arrival.duration and p.limits.max_batch >= arrival.request.batch_size)
+                )
             ]
             slots = [p for p in able for _ in range(max(1, p.running + p.pending))]
             chosen.append(slots[next(self._turn) % len(slots)])
@@ -487,11 +492,12 @@ def _work_s(pool: Pool, arrival: Arrival, duration: float) -> float:
     if pool.spec.role == "plan":
         return plan_seconds(arrival.request, pool.profile.planner(pool.spec.model), duration, slots=pool.slots).work_s
     cost = pool.profile.renderer(pool.spec.model)
-    return render_seconds(arrival.request, cost, duration, model=pool.spec.model, items=arrival.request.batch_size).work_s
+    return render_seconds(
+        arrival.request, cost, duration, model=pool.spec.model, items=arrival.request.batch_size
+    ).work_s
 
 
 def pool_load(pool: Pool) -> float:
     """Seconds from the decision to a serving replica."""
     cost = pool.profile.planner(pool.spec.model) if pool.spec.role == "plan" else pool.profile.renderer(pool.spec.model)
     return cost.load_s
-

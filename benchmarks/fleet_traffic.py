@@ -73,7 +73,9 @@ def request_of(kind: Kind, duration: float | None, batch: int, verses: int) -> S
     )  # fmt: skip
 
 
-def day(jobs: int, *, seed: int = 1, hours: float = 24.0, burst_share: float = 0.25, callers: int = 40) -> list[Arrival]:
+def day(
+    jobs: int, *, seed: int = 1, hours: float = 24.0, burst_share: float = 0.25, callers: int = 40
+) -> list[Arrival]:
     """`jobs` arrivals over `hours`; a quarter of them in bursts (one caller sends 10 to 60 at once).
 
     Args:

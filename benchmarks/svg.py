@@ -38,6 +38,10 @@ def scatter(series: Mapping[str, Sequence[tuple[float, float, str]]], *, title: 
         out.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-opacity="0.5"/>')
         for px, py, label in ordered:
             a, b = at(px, py)
-            out.append(f'<circle cx="{a}" cy="{b}" r="4" fill="{colour}"/><text x="{a + 6}" y="{b - 6}">{escape(label)}</text>')
-        out.append(f'<text x="{WIDTH - RIGHT}" y="{TOP + 16 * number}" text-anchor="end" fill="{colour}">{escape(name)}</text>')
+            out.append(
+                f'<circle cx="{a}" cy="{b}" r="4" fill="{colour}"/><text x="{a + 6}" y="{b - 6}">{escape(label)}</text>'
+            )
+        out.append(
+            f'<text x="{WIDTH - RIGHT}" y="{TOP + 16 * number}" text-anchor="end" fill="{colour}">{escape(name)}</text>'
+        )
     return "\n".join([*out, "</svg>"]) + "\n"

@@ -90,7 +90,9 @@ def _ordered(candidates: Iterable[Waiting], usage: Mapping[str, float], now: flo
     while queues:
         shares = {key: share(key) for key in queues}
         bar = min(shares.values()) + SLACK_S
-        key = min((k for k, s in shares.items() if s <= bar), key=lambda k: (queues[k][0].due, queues[k][0].submitted, k))
+        key = min(
+            (k for k, s in shares.items() if s <= bar), key=lambda k: (queues[k][0].due, queues[k][0].submitted, k)
+        )
         job = queues[key].popleft()
         had[key] += job.work_s / job.weight
         if not queues[key]:

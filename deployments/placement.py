@@ -154,9 +154,7 @@ def choose(
             request, cuts = without_planner(request, why)
             adjustments += tuple(cuts)
         else:
-            planner = _pick(
-                [plan_option(p, request, seconds) for p in usable or planners], spill_factor, deadline_in_s
-            )
+            planner = _pick([plan_option(p, request, seconds) for p in usable or planners], spill_factor, deadline_in_s)
             planned_s = planner.finish_s
             plan_reason = "plans on " + _why(planner, planners, spill_factor) + "; "
 

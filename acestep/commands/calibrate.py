@@ -46,8 +46,12 @@ def calibrate(
             stages["renderer"] = timed(studio.renderer)
         device = studio.settings.device
         profile = measure(
-            card=device.name, tier=studio.settings.tier, cpu=device.kind == "cpu", memory_gb=device.total_bytes / GIB,
-            longest_s=longest, **stages,
+            card=device.name,
+            tier=studio.settings.tier,
+            cpu=device.kind == "cpu",
+            memory_gb=device.total_bytes / GIB,
+            longest_s=longest,
+            **stages,
         )
     text = profile.model_dump_json(indent=1)
     if print_only:

@@ -223,5 +223,6 @@ def find(card: str = "", *, tier: str = "tier1", cpu: bool = False) -> Profile:
         return calculate(known)
     typical = cards()[_table()["tiers"].get(tier, "cpu")]
     return calculate(
-        typical, provenance=f"calculated for {typical.card}, a typical card of {tier}: {card or 'the card'} is not in the table"
+        typical,
+        provenance=f"calculated for {typical.card}, a typical card of {tier}: {card or 'the card'} is not in the table",
     )

@@ -37,7 +37,9 @@ backlogs = st.builds(
 
 @settings(max_examples=200, deadline=None)
 @given(work=backlogs, low=st.integers(0, 5), more=st.integers(0, 50), drain=st.floats(1, 600), slots=st.integers(1, 16))
-def test_desired_stays_within_bounds_and_grows_with_work(work: Backlog, low: int, more: int, drain: float, slots: int) -> None:
+def test_desired_stays_within_bounds_and_grows_with_work(
+    work: Backlog, low: int, more: int, drain: float, slots: int
+) -> None:
     sizes = {"drain_s": drain, "min_replicas": low, "max_replicas": low + more, "slots": slots}
     wanted = desired(work, **sizes)  # type: ignore[arg-type]
     assert low <= wanted <= low + more
@@ -59,12 +61,22 @@ def test_renderers_are_not_started_for_what_the_planners_cannot_hand_over() -> N
     """1,000 s of songs wait for a planner pool that is at its limit and hands over half a second of rendering per second."""
     behind = Backlog(upcoming_s=20.0, later_s=1000.0, handover=0.5)
     assert desired(behind, drain_s=30, max_replicas=100) == 2
-    assert desired(Backlog(later_s=1000.0), drain_s=30, max_replicas=100) == 34  # planners are starting: both start at once
+    assert (
+        desired(Backlog(later_s=1000.0), drain_s=30, max_replicas=100) == 34
+    )  # planners are starting: both start at once
 
 
 def test_a_need_is_remembered_for_a_while() -> None:
     hold = PeakHold(60)
-    assert [hold(v, t) for v, t in ((2, 0), (5, 10), (1, 20), (3, 65), (1, 69), (1, 71), (0, 130))] == [2, 5, 5, 5, 5, 3, 1]
+    assert [hold(v, t) for v, t in ((2, 0), (5, 10), (1, 20), (3, 65), (1, 69), (1, 71), (0, 130))] == [
+        2,
+        5,
+        5,
+        5,
+        5,
+        3,
+        1,
+    ]
 
 
 # -- the policy under Serve
@@ -174,7 +186,9 @@ def test_the_policy_never_raises(ctx: Any, read: Any) -> None:
 def test_serve_can_carry_the_policy_to_its_controller(tmp_path: Any) -> None:
     """By import path, kwargs as JSON, pickled by value, loaded where neither torch nor this module was imported."""
     kwargs = {"database_url": f"sqlite:///{tmp_path}/jobs.db", "pool": "dit", "drain_s": 30.0}
-    config = AutoscalingConfig(min_replicas=0, max_replicas=4, policy=AutoscalingPolicy(policy_function=POLICY, policy_kwargs=kwargs))
+    config = AutoscalingConfig(
+        min_replicas=0, max_replicas=4, policy=AutoscalingPolicy(policy_function=POLICY, policy_kwargs=kwargs)
+    )
     path = tmp_path / "policy.pkl"
     path.write_bytes(cloudpickle.dumps((config.policy.get_serialized_policy_def(), kwargs)))
     code = (
@@ -189,7 +203,9 @@ def test_serve_can_carry_the_policy_to_its_controller(tmp_path: Any) -> None:
 
 
 def test_through_serves_own_wrapper_zero_goes_to_n_at_once(tmp_path: Any) -> None:
-    config = AutoscalingConfig(min_replicas=0, max_replicas=5, upscale_delay_s=60, policy=AutoscalingPolicy(policy_function=POLICY))
+    config = AutoscalingConfig(
+        min_replicas=0, max_replicas=5, upscale_delay_s=60, policy=AutoscalingPolicy(policy_function=POLICY)
+    )
     ctx = context(config=config, target_num_replicas=0)
     assert _apply_default_params(desired(Backlog(waiting_s=350), drain_s=100, max_replicas=5), ctx, {})[0] == 4
 
@@ -222,12 +238,22 @@ def test_the_backlog_follows_a_job_through_its_stages(tmp_path: Any) -> None:
         store.add("j", SongRequest(prompt="x"), plan_pool="lm", render_pool="dit", est_plan_s=5.0, est_render_s=20.0)
         now = time.time()
         seen = read_backlogs(url, now)
-        assert (seen["lm"].waiting_s, seen["lm"].waiting_jobs, seen["dit"].later_s, seen["dit"].waiting_s) == (5.0, 1, 20.0, 0.0)
+        assert (seen["lm"].waiting_s, seen["lm"].waiting_jobs, seen["dit"].later_s, seen["dit"].waiting_s) == (
+            5.0,
+            1,
+            20.0,
+            0.0,
+        )
         assert seen["dit"].arrival == pytest.approx(20.0 / 120)
 
         assert store.claim("j", "me", 30) is not None
         seen = read_backlogs(url, now)
-        assert (seen["lm"].waiting_s, seen["lm"].running_jobs, seen["dit"].upcoming_s, seen["dit"].later_s) == (0.0, 1, 20.0, 0.0)
+        assert (seen["lm"].waiting_s, seen["lm"].running_jobs, seen["dit"].upcoming_s, seen["dit"].later_s) == (
+            0.0,
+            1,
+            20.0,
+            0.0,
+        )
         assert seen["dit"].handover == pytest.approx(4.0)
 
         from acestep.plan import Plan
@@ -299,5 +325,7 @@ def test_the_simulated_serve_delays_as_serve_does(seed: int) -> None:
 
 def test_the_module_is_light() -> None:
     code = "import sys, deployments.autoscaling; print(sorted({'torch', 'ray', 'sqlalchemy', 'pydantic'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
     assert autoscaling.BacklogPolicy.__module__ == POLICY.split(":")[0]

@@ -57,7 +57,9 @@ def test_the_cpu_profile_agrees_with_the_run_it_was_fitted_to() -> None:
     assert parts["decode_s"] == pytest.approx(27.0, rel=0.03)
 
 
-@pytest.mark.parametrize(("card", "size", "low", "high"), [("h100-sxm", "1.7B", 450, 650), ("h100-sxm", "4B", 200, 260)])
+@pytest.mark.parametrize(
+    ("card", "size", "low", "high"), [("h100-sxm", "1.7B", 450, 650), ("h100-sxm", "4B", 200, 260)]
+)
 def test_planner_steps_per_second_are_in_the_expected_range(card: str, size: str, low: float, high: float) -> None:
     assert low <= 1 / profiles.named(card).planners[size].seconds_per_step(2, 400) <= high
 
@@ -141,7 +143,12 @@ def test_model_names_give_sizes() -> None:
     assert planner_size("ACE-Step/acestep-5Hz-lm-4B") == "4B"
     assert planner_size("tiny-lm") == "tiny"
     assert planner_size(None) == "1.7B"
-    assert [renderer_size(n) for n in ("acestep-v15-xl-sft", "acestep-v15-sft", "tiny-xl", None)] == ["XL", "2B", "tiny", "2B"]
+    assert [renderer_size(n) for n in ("acestep-v15-xl-sft", "acestep-v15-sft", "tiny-xl", None)] == [
+        "XL",
+        "2B",
+        "tiny",
+        "2B",
+    ]
 
 
 # -- profiles

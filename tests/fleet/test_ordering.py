@@ -57,7 +57,8 @@ def test_place_tells_position_and_what_goes_before() -> None:
 
 
 jobs_of_callers = st.lists(
-    st.tuples(st.sampled_from("abcd"), st.floats(0.1, 300), st.floats(0, 3000), st.none() | st.floats(-100, 3000)), max_size=40
+    st.tuples(st.sampled_from("abcd"), st.floats(0.1, 300), st.floats(0, 3000), st.none() | st.floats(-100, 3000)),
+    max_size=40,
 )
 
 

@@ -125,7 +125,10 @@ def test_a_pool_at_zero_is_started_when_the_running_one_is_crowded() -> None:
     quiet = three_cards(running=0, max_replicas=2)
     assert choose(song(duration=500), quiet).outcome == "wait"  # only the large card can, so it starts
     crowded = FleetState(
-        tuple(replace(p, running=0, max_replicas=4) if p.name == "dit-8" else replace(p, waiting_s=500.0, busy=1) for p in quiet.pools)
+        tuple(
+            replace(p, running=0, max_replicas=4) if p.name == "dit-8" else replace(p, waiting_s=500.0, busy=1)
+            for p in quiet.pools
+        )
     )
     decision = choose(song(duration=30), crowded)
     assert decision.outcome == "wait"
