@@ -25,7 +25,9 @@ class Cluster(Server):
         config: A whole Serve config; its port is replaced.
     """
 
-    def __init__(self, cards: Sequence[tuple[str, str, float]], config: dict[str, Any], env: dict[str, str] | None = None):
+    def __init__(
+        self, cards: Sequence[tuple[str, str, float]], config: dict[str, Any], env: dict[str, str] | None = None
+    ):
         def edit(data: dict[str, Any]) -> None:
             port = data["http_options"]["port"]
             data.clear()
@@ -47,12 +49,14 @@ class Cluster(Server):
         return self
 
     def tell(self, order: str) -> None:
-        assert self.process is not None and self.process.stdin is not None
+        assert self.process is not None
+        assert self.process.stdin is not None
         self.process.stdin.write(order.encode() + b"\n")
         self.process.stdin.flush()
 
     def interrupt(self, timeout_s: float = 90.0) -> float:
-        assert self.process is not None and self.process.stdin is not None
+        assert self.process is not None
+        assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait(timeout_s)
         return 0.0
@@ -98,7 +102,9 @@ def main(config_path: str, *specs: str) -> None:
         elif order == "add":
             nodes[name] = add(name)
         elif order == "deploy":
-            client.deploy_apps(ServeDeploySchema.model_validate(yaml.safe_load(Path(name).read_text())), _blocking=False)
+            client.deploy_apps(
+                ServeDeploySchema.model_validate(yaml.safe_load(Path(name).read_text())), _blocking=False
+            )
         print(f"told: {line.strip()}", flush=True)
     serve.shutdown()
     ray.shutdown()

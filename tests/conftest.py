@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,11 +13,11 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 
 @pytest.fixture(autouse=True)
-def _own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def _own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """State never lands in the user's home; the tiny checkpoints are made once for the whole run."""
     home = tmp_path_factory.getbasetemp() / "acestep-home"
     monkeypatch.setenv("ACESTEP_HOME", str(home))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for name in ("MAX_CUDA_VRAM", "ACESTEP_CONFIG_PATH", "ACESTEP_LM_MODEL_PATH"):
         monkeypatch.delenv(name, raising=False)
-    yield home
+    return home
