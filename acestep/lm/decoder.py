@@ -73,6 +73,11 @@ class Decoder:
             with torch.inference_mode(), self._kernels():
                 self._read = LaneReader(model, self.arena, max_len=lane_length, lanes=self.max_rows, capture=capture)
 
+    @property
+    def graphs(self) -> int:
+        """CUDA graphs recorded."""
+        return self._read.graphs if isinstance(self._read, LaneReader) else 0
+
     def fits(self, job: Job) -> bool:
         """Whether `add` would find rows and memory now."""
         return self.rows_used + job.rows <= self.max_rows and self.arena.allocator.fits(job.sizes())

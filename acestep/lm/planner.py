@@ -33,7 +33,10 @@ _SMALL_BYTES = 32 << 20  # weights below this gain nothing from a second thread,
 
 @dataclass(frozen=True)
 class PlannerInfo:
-    """What is loaded, for health and manifests. `invariant_rows` is None where codes may depend on the batch."""
+    """What is loaded, for health and manifests.
+
+    `invariant_rows` is None where codes may depend on the batch; `graphs` counts the CUDA graphs recorded.
+    """
 
     name: str
     hash: str | None
@@ -45,6 +48,7 @@ class PlannerInfo:
     weight_bytes: int
     kv_bytes: int
     invariant_rows: int | None
+    graphs: int
     load_s: float
 
 
@@ -109,6 +113,7 @@ class Planner:
             weight_bytes=model.weight_bytes,
             kv_bytes=decoder.arena.bytes,
             invariant_rows=decoder.invariant_rows,
+            graphs=decoder.graphs,
             load_s=time.monotonic() - begin,
         )
         log.info("planner loaded: %s", asdict(info))

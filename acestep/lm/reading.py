@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,6 +12,8 @@ from acestep.lm.attention import LaneAttention, RowAttention, Segment
 from acestep.lm.cache import Arena, Span
 from acestep.lm.constants import constant
 from acestep.lm.model import PlannerModel
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -74,7 +77,7 @@ class LaneReader:
     Args:
         max_len: Length of a lane.
         lanes: Their number.
-        capture: Record CUDA graphs now; otherwise the same code runs eagerly.
+        capture: Record CUDA graphs now; without them, or where that fails, the same code runs eagerly.
     """
 
     def __init__(self, model: PlannerModel, arena: Arena, *, max_len: int, lanes: int, capture: bool) -> None:
@@ -88,7 +91,16 @@ class LaneReader:
         self._inputs = torch.zeros(2, lanes, dtype=torch.long, device=model.device)  # ids, positions
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         if capture:
-            self._capture()
+            try:
+                self._capture()
+            except RuntimeError:  # a driver's or a library's limit; the planner works without, only slower
+                log.warning("CUDA graphs could not be recorded: decoding runs eagerly", exc_info=True)
+                self._graphs.clear()
+
+    @property
+    def graphs(self) -> int:
+        """How many shapes are recorded."""
+        return len(self._graphs)
 
     def __call__(self, reading: list[tuple[Row, int]]) -> torch.Tensor:
         single = [i for i, (_, length) in enumerate(reading) if length == 1]

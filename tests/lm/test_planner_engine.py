@@ -176,3 +176,33 @@ def test_sixteen_bit_weights_and_plain_attention_give_valid_codes(
     assert [len(p.codes) for p in programs] == [20, 20]
     assert programs[0].codes != programs[1].codes
     assert decoder.invariant_rows is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here graphs can be recorded")
+def test_without_graphs_static_shapes_run_eagerly(
+    model: PlannerModel, grammar: Grammar, caplog: pytest.LogCaptureFixture
+) -> None:
+    decoder = Decoder(model, grammar, rows=2, arena_tokens=1_024, lane_length=512, capture=True)
+    assert decoder.graphs == 0
+    assert "eagerly" in caplog.text
+    program = CodesProgram(grammar.tokenizer, 5, limit=5)
+    decoder.add(Job([5, 6, 7], None, [(program, 0)], SamplingParams()))
+    while decoder.jobs:
+        decoder.step()
+    assert len(program.codes) == 5
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA card")
+def test_graphs_give_the_codes_of_eager_decoding(checkpoint: Path, grammar: Grammar) -> None:
+    model = load_model(checkpoint, device=torch.device("cuda", 0), dtype=torch.float32, max_len=512)
+
+    def codes(capture: bool) -> list[list[int]]:
+        decoder = Decoder(model, grammar, rows=4, arena_tokens=2_048, lane_length=512, capture=capture)
+        assert bool(decoder.graphs) == capture
+        programs = [CodesProgram(grammar.tokenizer, 40, limit=40) for _ in range(2)]
+        decoder.add(Job([5, 6, 7], [8, 9], [(p, n) for n, p in enumerate(programs)], SamplingParams(cfg_scale=2.0)))
+        while decoder.jobs:
+            decoder.step()
+        return [p.codes for p in programs]
+
+    assert codes(capture=True) == codes(capture=False)
