@@ -5,6 +5,7 @@ A flow is a generator: it yields the jobs that may run side by side, is resumed 
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
@@ -207,8 +208,9 @@ class FlowBuilder:
             if work.constrained_decoding
             else self._open(len(prompt), most)
         )
+        seed = secrets.randbelow(2**31) if work.seed is None else work.seed
         params = SamplingParams(temperature=work.temperature, top_k=work.top_k, top_p=work.top_p)
-        yield self._jobs(prompt, None, [(program, work.seed)], params, METADATA_STREAM)
+        yield self._jobs(prompt, None, [(program, seed)], params, METADATA_STREAM)
         metadata = self._read_metadata(program, limit, Metadata(**_typed(known)))
         lyrics = self._read_lyrics(program)
         if not lyrics and isinstance(work, FormatWork):
@@ -219,7 +221,7 @@ class FlowBuilder:
             **metadata.model_dump(),
             lyrics=lyrics,
             instrumental=instrumental or lyrics.strip().lower() in ("", "[inst]", "[instrumental]"),
-            seed=work.seed,
+            seed=seed,
         )
 
     # -- shared

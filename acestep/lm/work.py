@@ -30,13 +30,13 @@ class PlanWork:
 
 @dataclass(frozen=True)
 class UnderstandWork:
-    """Describe audio codes. The result is a `Sample`."""
+    """Describe audio codes. The result is a `Sample`. Without a seed one is drawn, here and below; the sample names it."""
 
     codes: tuple[int, ...]
     temperature: float = UNDERSTAND_TEMPERATURE
     top_k: int = 0
     top_p: float = 1.0
-    seed: int = 0
+    seed: int | None = None
     max_duration: float = 600.0
     constrained_decoding: bool = True
 
@@ -51,7 +51,7 @@ class InspireWork:
     temperature: float = TEXT_TEMPERATURE
     top_k: int = 0
     top_p: float = 1.0
-    seed: int = 0
+    seed: int | None = None
     max_duration: float = 600.0
     constrained_decoding: bool = True
 
@@ -70,7 +70,7 @@ class FormatWork:
     temperature: float = TEXT_TEMPERATURE
     top_k: int = 0
     top_p: float = 1.0
-    seed: int = 0
+    seed: int | None = None
     max_duration: float = 600.0
     constrained_decoding: bool = True
 

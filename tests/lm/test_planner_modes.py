@@ -186,6 +186,17 @@ def test_understand(planner: Planner) -> None:
     assert sample.timings.steps > 10
 
 
+def test_a_text_mode_without_a_seed_names_the_one_it_drew(planner: Planner) -> None:
+    one, two = (ask(planner, FormatWork("piano", "la", temperature=2.0)) for _ in range(2))
+    assert isinstance(one, Sample)
+    assert isinstance(two, Sample)
+    assert one.seed != two.seed
+    assert one.caption != two.caption
+    again = ask(planner, FormatWork("piano", "la", temperature=2.0, seed=one.seed))
+    assert isinstance(again, Sample)
+    assert (again.caption, again.lyrics) == (one.caption, one.lyrics)
+
+
 def test_inspire(planner: Planner) -> None:
     sample = ask(planner, InspireWork("a song about rain", instrumental=True, vocal_language="fi", seed=2))
     assert isinstance(sample, Sample)
