@@ -11,7 +11,7 @@ from starlette.middleware.cors import CORSMiddleware
 from acestep import __version__
 from deployments.api import chat, cluster, files, health, native, plans, problems, webhooks
 from deployments.api.compat import models, tasks, texts
-from deployments.api.middleware import BodyLimit, OptionalPrefix
+from deployments.api.middleware import BodyLimit, LostProxy, OptionalPrefix
 from deployments.api.service import Service
 
 CHAT_PATH = "/v1/chat/completions"  # takes audio inside its JSON
@@ -42,6 +42,7 @@ def build_app(service: Service) -> FastAPI:
         expose_headers=["Location", "Retry-After", "Preference-Applied", "Content-Range"],
     )
     app.add_middleware(OptionalPrefix)
+    app.add_middleware(LostProxy)
     for module in (health, cluster, native, plans, files, webhooks, tasks, texts, models, chat):
         app.include_router(module.router)
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ray.exceptions import RayActorError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.api import problems
@@ -20,6 +21,22 @@ class OptionalPrefix:
             raw = scope.get("raw_path") or b""
             scope = {**scope, "path": scope["path"][len(PREFIX) :], "raw_path": raw.removeprefix(PREFIX.encode())}
         await self.app(scope, receive, send)
+
+
+class LostProxy:
+    """A request whose Serve proxy died ends as if its client had left: when the server stops, proxies go first."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def received() -> Message:
+            try:
+                return await receive()
+            except RayActorError:
+                return {"type": "http.disconnect"}
+
+        await self.app(scope, received, send)
 
 
 class BodyLimit:

@@ -131,6 +131,8 @@ def _decode(cursor: str | None) -> tuple[float, str] | None:
         return None
     try:
         at, job_id = base64.b64decode(cursor.encode(), altchars=b"-_", validate=True).decode("ascii").split(" ")
+        if not re.fullmatch(r"[0-9A-Za-z-]{1,64}", job_id):
+            raise ValueError(job_id)
         return float(at), job_id
     except (binascii.Error, ValueError):
         raise InvalidRequest("cursor: is not one that /v1/jobs gave", field="cursor") from None
@@ -205,7 +207,7 @@ async def get_audio(
     if stored is None:
         raise NotFound(f"the job was made as {', '.join(f.format for f in item.files)}, not {format}")
     name = f"{job.id}-{index}.{stored.path.rpartition('.')[2]}"
-    return send_file(request, service.storage, stored.path, stored.content_type, name)
+    return await asyncio.to_thread(send_file, request, service.storage, stored.path, stored.content_type, name)
 
 
 # A second route: one operation with two methods would get the same name twice in the OpenAPI document.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import uuid
 from collections.abc import Sequence
@@ -94,6 +95,13 @@ class Forbidden(AceStepError):
     type = "forbidden"
 
 
+class AsciiJSONResponse(JSONResponse):
+    """JSON in ASCII: what a caller wrote into a name may be no text that UTF-8 can hold."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode("ascii")
+
+
 def problem(status: int, type: str, detail: str, *, headers: dict[str, str] | None = None, **more: Any) -> JSONResponse:
     """A problem document. `type` is one of the stable error types; `more` are extension members."""
     body = {
@@ -103,7 +111,7 @@ def problem(status: int, type: str, detail: str, *, headers: dict[str, str] | No
         "detail": detail,
         **more,
     }
-    return JSONResponse(body, status_code=status, headers=headers, media_type="application/problem+json")
+    return AsciiJSONResponse(body, status_code=status, headers=headers, media_type="application/problem+json")
 
 
 def validation_problems(errors: Sequence[Any]) -> list[dict[str, Any]]:

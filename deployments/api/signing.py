@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import hashlib
 import hmac
 import os
@@ -29,10 +28,15 @@ def load_secret(name: str, env: str) -> bytes:
     with open(descriptor, "wb") as file:
         file.write(secrets.token_bytes(32))
     try:
-        with contextlib.suppress(FileExistsError):
+        try:
             os.link(temporary, path)  # whole or not at all, and never over an earlier one
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without links: two first starts at once could disagree, a restart settles it
+            if not path.exists():
+                os.replace(temporary, path)
     finally:
-        temporary.unlink()
+        temporary.unlink(missing_ok=True)
     return Path(path).read_bytes()
 
 

@@ -39,6 +39,11 @@ def writer(engine: Engine) -> Engine:
     return engine.execution_options(write=True)
 
 
+def storable(text: str) -> bool:
+    """Whether a database can hold, and so look for, this text: PostgreSQL knows neither NUL nor lone surrogates."""
+    return "\x00" not in text and not any(0xD800 <= ord(c) <= 0xDFFF for c in text)
+
+
 def migrate(engine: Engine, revision: str = "head") -> None:
     """Run the missing migrations, in one transaction under a lock."""
     config = Config()

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 
-from deployments.jobs.database import writer
+from deployments.jobs.database import storable, writer
 from deployments.jobs.schema import files, jobs
 
 FOLDER = "uploads/"
@@ -51,6 +51,8 @@ class FileRecords:
             db.execute(files.insert().values(**asdict(record)))
 
     def get(self, file_id: str) -> FileRecord | None:
+        if not storable(file_id):
+            return None
         with self._engine.connect() as db:
             row = db.execute(sa.select(files).where(files.c.id == file_id)).mappings().first()
         return FileRecord(**row) if row else None

@@ -11,7 +11,8 @@ from deployments.jobs.store import JobStore
 from deployments.storage import Storage
 
 log = logging.getLogger(__name__)
-EVERY_S = 300.0
+CLEAN_EVERY_S = 300.0
+LATE_EVERY_S = 5.0
 
 
 class Retention:
@@ -32,15 +33,20 @@ class Retention:
         self.keep_uploads_s = keep_uploads_s
 
     async def run(self) -> None:
-        """Clean up now and then until cancelled."""
+        """Clean up now and then, and end jobs that wait beyond their deadline, until cancelled."""
+        cleaned = float("-inf")
         while True:
             try:
-                jobs, files = await asyncio.to_thread(self.clean)
-                if jobs or files:
-                    log.info("forgot %d ended jobs and %d uploads", jobs, files)
+                if late := await asyncio.to_thread(self.store.expire):
+                    log.info("%d jobs waited beyond their deadline", late)
+                if time.monotonic() - cleaned >= CLEAN_EVERY_S:
+                    cleaned = time.monotonic()
+                    jobs, files = await asyncio.to_thread(self.clean)
+                    if jobs or files:
+                        log.info("forgot %d ended jobs and %d uploads", jobs, files)
             except Exception:
                 log.exception("cleaning up failed; trying again later")
-            await asyncio.sleep(EVERY_S)
+            await asyncio.sleep(LATE_EVERY_S)
 
     def clean(self) -> tuple[int, int]:
         """Returns how many jobs and uploads were forgotten."""

@@ -22,7 +22,7 @@ from acestep.errors import AceStepError, InvalidRequest
 from acestep.plan import Plan
 from acestep.request import Adjustment, SongRequest
 from acestep.song import Progress, Song
-from deployments.jobs.database import default_database_url, open_database, writer
+from deployments.jobs.database import default_database_url, open_database, storable, writer
 from deployments.jobs.schema import events, jobs, webhooks
 
 QUEUED, RUNNING, SUCCEEDED, FAILED, CANCELLED = "queued", "running", "succeeded", "failed", "cancelled"
@@ -209,6 +209,22 @@ class JobStore:
                 )
         return self.get(job_id)
 
+    def expire(self) -> int:
+        """Close waiting jobs whose deadline has passed. Returns how many."""
+        late = sa.select(jobs.c.id).where(
+            jobs.c.state == QUEUED, jobs.c.deadline < time.time(), jobs.c.lease_owner.is_(None)
+        )
+        with self.engine.connect() as db:  # mostly there are none, and the write lock is not needed
+            ids = list(db.execute(late.limit(200)).scalars())
+        closed = 0
+        for job_id in ids:
+            with self._writer.begin() as db:
+                mine = sa.and_(jobs.c.id == job_id, jobs.c.state == QUEUED, jobs.c.lease_owner.is_(None))
+                if db.execute(jobs.update().where(mine).values(stage="queued")).rowcount:
+                    _close(db, job_id, FAILED, error=_LATE_ERROR)
+                    closed += 1
+        return closed
+
     # -- writing: dispatchers
 
     def candidates(self, limit: int = 256) -> list[Job]:
@@ -313,6 +329,8 @@ class JobStore:
     # -- reading
 
     def get(self, job_id: str) -> Job | None:
+        if not storable(job_id):
+            return None
         with self.engine.connect() as db:
             row = db.execute(sa.select(jobs).where(jobs.c.id == job_id)).mappings().first()
         return _job(row) if row else None
@@ -349,6 +367,7 @@ class JobStore:
     def many(self, ids: Sequence[str]) -> dict[str, Job]:
         """Those of the ids that exist."""
         found: dict[str, Job] = {}
+        ids = [job_id for job_id in ids if storable(job_id)]
         with self.engine.connect() as db:
             for start in range(0, len(ids), 500):  # SQLite limits variables per query
                 query = sa.select(jobs).where(jobs.c.id.in_(ids[start : start + 500]))
@@ -442,6 +461,7 @@ class JobStore:
 
 
 _CANCELLED_ERROR = {"type": "cancelled", "message": "cancelled by the caller"}
+_LATE_ERROR = {"type": "deadline_exceeded", "message": "the job's deadline passed while it waited"}
 
 
 def _claimable(now: float) -> sa.ColumnElement[bool]:

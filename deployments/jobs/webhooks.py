@@ -25,7 +25,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 
 from acestep.errors import InvalidRequest
-from deployments.jobs.database import writer
+from deployments.jobs.database import storable, writer
 from deployments.jobs.schema import webhooks
 
 log = logging.getLogger(__name__)
@@ -213,6 +213,8 @@ class Outbox:
 
     def retry(self, message_id: str, owner_key: str | None) -> Message | None:
         """Send a dead letter (or a waiting message) at once, with all its attempts again. None where there is no such message."""
+        if not storable(message_id):
+            return None
         wanted = webhooks.c.id == message_id
         if owner_key is not None:
             wanted = sa.and_(wanted, webhooks.c.owner_key == owner_key)

@@ -249,6 +249,28 @@ async def test_every_error_is_a_problem_body(
     assert str(site.service.storage.url) not in answer.text
 
 
+@pytest.mark.parametrize(
+    ("path", "content"),
+    [
+        ("/v1/music", b'{"prompt": "x", "\\ud800": 1}'),
+        ("/v1/music", b'{"prompt": "\\ud800"}'),
+        ("/v1/music", b'{"prompt": "x", "task": "\\ud800"}'),
+        ("/v1/music", b'{"prompt": "x", "track_name": "\\u0000"}'),
+        ("/v1/init", b'{"slot": "\\ud800"}'),
+        ("/v1/init", b'{"model": "\\ud800"}'),
+        ("/v1/inspire", b'{"query": "\\ud800"}'),
+        ("/release_task", b'{"prompt": "x", "use_tiled_decode": NaN, "eta": Infinity, "bpm": -Infinity}'),
+        ("/v1/chat/completions", b'{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}'),
+        ("/v1/jobs/%00", b""),
+        ("/v1/webhooks/%00/retry", b""),
+    ],
+)
+async def test_texts_that_no_encoding_can_hold(site: Site, path: str, content: bytes) -> None:
+    answer = await site.client.post(path, content=content, headers={"content-type": "application/json"})
+    assert answer.status_code < 500, answer.text
+    answer.json()
+
+
 async def test_errors_of_jobs_hold_no_paths(site: Site) -> None:
     job_id = str((await submit(site))["id"])
     site.run(job_id)

@@ -14,6 +14,7 @@ from acestep.errors import Cancelled, OutOfMemory
 from acestep.plan import Metadata, Plan
 from acestep.request import SongRequest
 from acestep.song import Progress, Song, SongItem
+from deployments.jobs.files import FileRecords
 from deployments.jobs.schema import metadata
 from deployments.jobs.store import Busy, Caps, IdempotencyConflict, Job, JobStore, LeaseLost
 
@@ -182,6 +183,24 @@ def test_what_goes_ahead_is_counted_in_seconds(store: JobStore) -> None:
     ahead = store.ahead(last)
     assert (ahead.position, ahead.plan_s, ahead.render_s) == (3, 2.0, 9.0)
     assert store.ahead(urgent).position == 1
+
+
+def test_waiting_beyond_the_deadline_ends_a_job(store: JobStore) -> None:
+    late, later, running = (
+        add(store, deadline=time.time() - 1),
+        add(store, deadline=time.time() + 60),
+        add(store, deadline=1.0),
+    )
+    store.claim(running.id, "a", 10)
+    assert store.expire() == 1
+    assert [store.get_existing(j.id).state for j in (late, later, running)] == ["failed", "queued", "running"]
+    assert store.get_existing(late.id).error["type"] == "deadline_exceeded"  # type: ignore[index]
+
+
+def test_ids_that_no_database_can_hold_are_not_there(store: JobStore) -> None:
+    assert store.get("a\x00b") is None
+    assert store.many(["\ud800", "a\x00b"]) == {}
+    assert FileRecords(store.engine).get("\x00") is None
 
 
 def test_only_ended_jobs_are_forgotten(store: JobStore) -> None:

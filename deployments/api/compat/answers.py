@@ -20,7 +20,7 @@ from acestep.errors import AceStepError
 from deployments.api.auth import Caller, header_key
 from deployments.api.compat.bodies import Body
 from deployments.api.compat.fields import BadField
-from deployments.api.problems import STATUS, validation_problems
+from deployments.api.problems import STATUS, AsciiJSONResponse, validation_problems
 from deployments.api.redact import redact
 from deployments.api.service import Service
 
@@ -37,7 +37,7 @@ def soft_error(code: int, text: str) -> dict[str, Any]:
 
 
 def detail(status: int, text: Any, headers: dict[str, str] | None = None) -> JSONResponse:
-    return JSONResponse({"detail": text}, status_code=status, headers=headers)
+    return AsciiJSONResponse({"detail": text}, status_code=status, headers=headers)
 
 
 class CompatRoute(APIRoute):

@@ -178,7 +178,8 @@ class Values:
         return self.values[name]
 
     def warn(self, name: str, asked: Any, given: Any, reason: str) -> None:
-        shown = asked if isinstance(asked, (int, float, bool)) or asked is None else str(asked)[:200]
+        plain = asked is None or isinstance(asked, (bool, int)) or (isinstance(asked, float) and math.isfinite(asked))
+        shown = asked if plain else str(asked)[:200]
         self.warnings.append(Adjustment(field=name, asked=shown, given=given, reason=reason))
 
 

@@ -163,7 +163,9 @@ async def audio(request: Request, service: Svc, path: Annotated[str, Query(max_l
     if job is None or content_type is None:
         raise HTTPException(404, AUDIO_NOT_FOUND)
     try:
-        return send_file(request, service.storage, name, content_type, posixpath.basename(name))
+        return await asyncio.to_thread(
+            send_file, request, service.storage, name, content_type, posixpath.basename(name)
+        )
     except NotFound:
         raise HTTPException(404, AUDIO_NOT_FOUND) from None
 
