@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from acestep.checkpoints import resolve as resolve_checkpoint
 from acestep.cost import needs_planner
+from acestep.devices import cap_process_memory
 from acestep.errors import InvalidRequest
 from acestep.finish import Maker, finish
 from acestep.limits import apply_limits, without_planner
@@ -74,6 +75,7 @@ class Studio:
     def __init__(self, overrides: dict[str, Any] | None = None) -> None:
         self._overrides = overrides
         self.settings: Resolved = resolve_settings("both", overrides)
+        cap_process_memory(self.settings.device)
         self._planner: Planner | None = None
         self._renderer: Renderer | None = None
 

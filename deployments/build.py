@@ -1,7 +1,8 @@
 """Writes a Serve config for a fleet: one application per pool, from the cards there are or are to come.
 
-Planners go to the smallest cards that can hold the recommended planner; every tier gets a renderer pool. On the planners' tier the two share:
-the planner takes the memory that the tier table sets aside for it, a renderer the rest of the card.
+Planners go to the smallest cards that can hold a planner; every tier gets a renderer pool. Where the planners' tier has one card, both share it:
+the planner takes the memory that the tier table sets aside for it, a renderer the rest. Where it has more, a quarter of them plans and the rest
+renders: fractions of several cards would be packed so that the last renderer finds no place.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from acestep.errors import InvalidRequest
-from acestep.gpu_config import TIERS, GPUConfig, get_gpu_config
+from acestep.gpu_config import TIERS, get_gpu_config
 from deployments.pools import TIER_LABEL
 
 _SPEC = re.compile(r"^(?P<tier>[a-z]+\d?)(?::(?P<cards>\d+))?$")
 CPU = "cpu"
+CARDS_PER_PLANNER = 4  # one planner keeps many songs in flight; renderers make them one after another
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,8 @@ def build_config(
     files = {"files_url": files_url} if files_url else {}
     common = where | ({"nodes_on_demand": True} if nodes_on_demand else {})
     home = _planner_home(cards)
+    planning = max(1, home.count // CARDS_PER_PLANNER) if home else 0
+    shared = home is not None and home.tier != CPU and home.count == 1
     applications: list[dict[str, Any]] = [
         {
             "name": "router",
@@ -101,24 +105,17 @@ def build_config(
         }
     ]
     if home is not None:
-        name, row = f"lm-{home.tier}", get_gpu_config(home.tier) if home.tier != CPU else None
-        applications.append(_application(name, "lm", {
-            "pool": name, **_place(home), **_size(home.count, scale_to_zero), **common,
-            **({"need_gb": need} if (need := _planner_gb(row)) else {}),
-            **({"num_gpus": 0.5, "shared_card": True} if row and not need else {}),
-            **({"shared_card": True} if need else {}),
-            **({"model": planner} if planner else {}),
-        }))  # fmt: skip
+        share = _planner_share(home) if shared else {}
+        chosen = {"model": planner} if planner else {}
+        applications.append(_application("lm", home, planning, scale_to_zero, share | chosen | common))
     for offer in cards:
-        name = f"dit-{offer.tier}"
-        shared = home is not None and offer.tier == home.tier and offer.tier != CPU
-        row = get_gpu_config(offer.tier) if offer.tier != CPU else None
-        share = _rest_of_card(row) if shared and row else None
-        applications.append(_application(name, "dit", {
-            "pool": name, **_place(offer), **_size(offer.count, scale_to_zero), **common, **files,
-            **({"num_gpus": share, "shared_card": True} if share is not None else {}),
-            **({"model": model} if model else {}),
-        }))  # fmt: skip
+        count, share = offer.count, {}
+        if home is not None and offer.tier == home.tier:
+            # A planner's settings tell the renderer beside it how much of the card is left.
+            share = _rest_of_card(home, planner) if shared else {}
+            count = offer.count if shared or offer.tier == CPU else offer.count - planning
+        chosen = {"model": model} if model else {}
+        applications.append(_application("dit", offer, count, scale_to_zero, share | chosen | common | files))
     return {
         "proxy_location": "EveryNode",
         "http_options": {"host": host, "port": port},
@@ -128,8 +125,18 @@ def build_config(
     }
 
 
-def _application(name: str, builder: str, args: dict[str, Any]) -> dict[str, Any]:
-    return {"name": name, "route_prefix": None, "import_path": f"deployments.app:{builder}", "args": args}
+def _application(
+    builder: str, where: Cards, replicas: int, scale_to_zero: bool, more: Mapping[str, Any]
+) -> dict[str, Any]:
+    name = f"{builder}-{where.tier}"
+    place: dict[str, Any] = {"num_gpus": 0} if where.tier == CPU else {"tiers": [where.tier]}
+    size = {"min_replicas": 0 if scale_to_zero else 1, "max_replicas": replicas}
+    return {
+        "name": name,
+        "route_prefix": None,
+        "import_path": f"deployments.app:{builder}",
+        "args": {"pool": name, **place, **size, **more},
+    }
 
 
 def _planner_home(cards: Sequence[Cards]) -> Cards | None:
@@ -140,19 +147,19 @@ def _planner_home(cards: Sequence[Cards]) -> Cards | None:
     return cards[0] if all(c.tier == CPU for c in cards) else None
 
 
-def _place(cards: Cards) -> dict[str, Any]:
-    return {"num_gpus": 0} if cards.tier == CPU else {"tiers": [cards.tier]}
+def _planner_gb(home: Cards) -> float | None:
+    row = get_gpu_config(home.tier)
+    return row.planner_memory_gib(row.recommended_lm_model)
 
 
-def _size(count: int, scale_to_zero: bool) -> dict[str, Any]:
-    return {"min_replicas": 0 if scale_to_zero else 1, "max_replicas": count}
+def _planner_share(home: Cards) -> dict[str, Any]:
+    need = _planner_gb(home)
+    return {"shared_card": True, **({"need_gb": need} if need else {"num_gpus": 0.5})}
 
 
-def _planner_gb(row: GPUConfig | None) -> float | None:
-    return row.planner_memory_gib(row.recommended_lm_model) if row else None
-
-
-def _rest_of_card(row: GPUConfig) -> float:
-    need = _planner_gb(row)
+def _rest_of_card(home: Cards, planner: str | None) -> dict[str, Any]:
+    need = _planner_gb(home)
     # The planner's share is rounded up to hundredths (deployments.pools.gpu_share); both together must fit on one card.
-    return round(1.0 - math.ceil(100 * need / row.opens_gib) / 100, 2) if need else 0.5
+    taken = math.ceil(100 * need / get_gpu_config(home.tier).opens_gib) / 100 if need else 0.5
+    settings = {"settings": {"lm_model": planner}} if planner else {}
+    return {"shared_card": True, "num_gpus": round(1.0 - taken, 2), **settings}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Response
 
 from deployments.api.service import Service, service_of
-from deployments.fleet import FleetView
+from deployments.fleet import FleetView, Pool
 
 router = APIRouter(tags=["health"])
 
@@ -21,12 +22,17 @@ def readiness(view: FleetView) -> tuple[bool, dict[str, Any]]:
         if reason := pool.why_not_ready:
             entry["reason"] = reason
         pools.append(entry)
-    missing = [
-        f"no {name} is running" for role, name in (("plan", "planner"), ("render", "renderer"))
-        if not any((p.running and p.info) or p.args.min_replicas == 0 for p in view.of(role))  # type: ignore[arg-type]
-    ]  # fmt: skip
-    ready = not missing and bool(view.pools)
+    missing = []
+    if not _serves(view.of("render")):
+        missing.append("no renderer is running")
+    if view.of("plan") and not _serves(view.of("plan")):  # a fleet may do without planners
+        missing.append("no planner is running")
+    ready = not missing
     return ready, {"ready": ready, "missing": missing, "pools": pools}
+
+
+def _serves(pools: Iterable[Pool]) -> bool:
+    return any((p.running and p.info) or p.args.min_replicas == 0 for p in pools)
 
 
 @router.get("/livez", summary="The router answers")

@@ -1,0 +1,87 @@
+"""Configs that are written for fleets: valid, complete, and placeable on the cards they name."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from acestep.errors import InvalidRequest
+from acestep.gpu_config import TIERS
+from deployments.build import CPU, Cards, build_config, cards_of_nodes, parse_tiers
+from deployments.config import PlannerArgs, PoolArgs, RendererArgs
+from deployments.pools import gpu_share, label_selector
+from deployments.validate import problems
+
+FLEETS = st.dictionaries(st.sampled_from(TIERS), st.integers(1, 12), min_size=1).map(
+    lambda d: [Cards(t, d[t]) for t in TIERS if t in d]
+)
+
+
+def pools(config: dict[str, Any]) -> list[tuple[str, PoolArgs]]:
+    models = {"deployments.app:lm": PlannerArgs, "deployments.app:dit": RendererArgs}
+    return [
+        (a["name"], models[a["import_path"]].model_validate(a["args"]))
+        for a in config["applications"]
+        if a["import_path"] in models
+    ]
+
+
+@given(FLEETS, st.booleans())
+def test_all_replicas_fit_on_the_cards_at_once(cards: list[Cards], to_zero: bool) -> None:
+    config = build_config(cards, scale_to_zero=to_zero)
+    assert problems(config) == []
+    for offer in cards:
+        here = [a for _, a in pools(config) if a.tiers == (offer.tier,)]
+        assert here, offer
+        whole = sum(a.max_replicas for a in here if gpu_share(a, 1.0) == 1.0)
+        parts = [gpu_share(a, 1.0) for a in here for _ in range(a.max_replicas) if gpu_share(a, 1.0) < 1.0]
+        # Fractions only where they share one card: they cannot be packed wrongly then.
+        assert math.fsum(parts) <= 1.0 + 1e-9
+        assert whole + (1 if parts else 0) <= offer.count
+        assert all(" " not in v for a in here for v in label_selector(a).values())
+
+
+@given(FLEETS)
+def test_every_tier_renders_and_the_smallest_able_one_plans(cards: list[Cards]) -> None:
+    names = [n for n, _ in pools(build_config(cards))]
+    able = [c.tier for c in cards if c.tier not in ("tier1", "tier2")]
+    assert [n for n in names if n.startswith("lm-")] == ([f"lm-{able[0]}"] if able else [])
+    assert {n for n in names if n.startswith("dit-")} == {f"dit-{c.tier}" for c in cards}
+
+
+def test_one_card_is_shared_and_several_are_divided() -> None:
+    one = dict(pools(build_config(parse_tiers("tier4"), planner="acestep-5Hz-lm-0.6B")))
+    assert one["lm-tier4"].shared_card
+    assert one["dit-tier4"].shared_card
+    assert one["dit-tier4"].settings == {"lm_model": "acestep-5Hz-lm-0.6B"}
+    many = dict(pools(build_config(parse_tiers("tier5:8"))))
+    assert (many["lm-tier5"].max_replicas, many["dit-tier5"].max_replicas) == (2, 6)
+    assert not many["dit-tier5"].shared_card
+
+
+def test_a_fleet_without_cards_plans_and_renders_on_its_cpus() -> None:
+    config = build_config(parse_tiers(f"{CPU}:2"))
+    assert problems(config) == []
+    assert {n: a.num_gpus for n, a in pools(config)} == {"lm-cpu": 0, "dit-cpu": 0}
+
+
+def test_cards_of_a_running_cluster_are_counted_by_label() -> None:
+    nodes = [
+        {"Alive": True, "Labels": {"acestep/gpu-tier": "tier4"}, "Resources": {"GPU": 2.0}},
+        {"Alive": True, "Labels": {"acestep/gpu-tier": "tier4"}, "Resources": {"GPU": 1.0}},
+        {"Alive": False, "Labels": {"acestep/gpu-tier": "tier6"}, "Resources": {"GPU": 1.0}},
+        {"Alive": True, "Labels": {}, "Resources": {"GPU": 1.0}},
+    ]
+    assert cards_of_nodes(nodes) == [Cards("tier4", 3)]
+    with pytest.raises(InvalidRequest, match="label the nodes"):
+        build_config(cards_of_nodes([]))
+
+
+@pytest.mark.parametrize("text", ["tier9", "tier4:x", "tier4:0", "", "tier4,tier4", "tier4 tier5"])
+def test_wrong_tiers_are_refused(text: str) -> None:
+    with pytest.raises(InvalidRequest):
+        parse_tiers(text)
