@@ -25,9 +25,19 @@ def tool(name: str) -> Path:
     """A program of tests/k8s/install_tools.sh, or one on the PATH."""
     own = ROOT / ".tools" / name
     found = own if own.exists() else shutil.which(name)
-    if found is None:
-        pytest.skip(f"{name} is not here: run tests/k8s/install_tools.sh")
+    if found is None or (name == "kubectl" and not _knows_components(str(found))):
+        pytest.skip(f"{name} is not here, or too old: run tests/k8s/install_tools.sh")
     return Path(found)
+
+
+@cache
+def _knows_components(kubectl: str) -> bool:
+    """Whether this kubectl has kustomize 5; Debian's has 2, which knows neither components nor replacements."""
+    done = subprocess.run(
+        [kubectl, "version", "--client", "--output=yaml"], capture_output=True, text=True, check=False
+    )
+    version = str((yaml.safe_load(done.stdout) or {}).get("kustomizeVersion", ""))
+    return version.startswith("v") and int(version[1:].partition(".")[0]) >= 5
 
 
 @cache

@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 import yaml
 
+from acestep.errors import ERROR_TYPES
 from deployments.config import RouterArgs
 from deployments.k8s.check import check_all, rayservice_of
 from deployments.k8s.findings import groups_of
 from deployments.k8s.render import COMPONENT
-from tests.k8s.conftest import K8S, Document, tool
+from tests.k8s.conftest import K8S, ROOT, Document, tool
 
 COMPONENTS = sorted(
     str(p.parent.relative_to(K8S / "components")) for p in (K8S / "components").rglob("kustomization.yaml")
@@ -133,14 +134,14 @@ def expressions() -> Iterator[str]:
 
 
 @cache
-def rays_source() -> str:
-    """The parts of Ray that define metrics."""
+def sources() -> str:
+    """Where metrics are defined: this service and the parts of Ray."""
     spec = find_spec("ray")
     assert spec is not None
     assert spec.origin is not None
     root = Path(spec.origin).parent
     files = [*(root / "serve/_private").glob("*.py"), root / "autoscaler/_private/prom_metrics.py"]
-    files.append(root / "dashboard/modules/reporter/reporter_agent.py")
+    files += [*(ROOT / "deployments").glob("*metrics.py"), root / "dashboard/modules/reporter/reporter_agent.py"]
     return "\n".join(f.read_text() for f in files)
 
 
@@ -148,17 +149,32 @@ def rays_source() -> str:
     "metric",
     sorted({m for e in expressions() for m in re.findall(r"\b(?:ray|autoscaler)_[a-z_]+\b", e)} - {"ray_io_cluster"}),
 )
-def test_every_metric_is_one_that_ray_exports(metric: str) -> None:
+def test_every_metric_is_one_that_is_exported(metric: str) -> None:
     name = re.sub(r"^(ray|autoscaler)_|_bucket$", "", metric)
     names = {name, name.removesuffix("_total")}
     names |= {n.replace("http", "{protocol_name}") for n in names}
-    assert any(f'"{n}"' in rays_source() for n in names)
+    assert any(f'"{n}"' in sources() for n in names)
+
+
+def test_what_the_service_counts_is_drawn() -> None:
+    own = set(re.findall(r'(?:Counter|Gauge|Histogram)\(\s*"(acestep_\w+)"', sources()))
+    assert len(own) > 10
+    drawn = " ".join(expressions())
+    assert {name for name in own if f"ray_{name}" not in drawn} <= {"acestep_engine"}, (
+        "acestep_engine has too many series for one picture"
+    )
 
 
 def test_expressions_are_promql() -> None:
     parser = pytest.importorskip("promql_parser")
     for expression in expressions():
         parser.parse(expression.replace("$cluster", "x"))
+
+
+def test_the_failures_that_wake_somebody_are_error_types_of_ours() -> None:
+    outcomes = {o for e in expressions() for group in re.findall(r'outcome=~"([^"]+)"', e) for o in group.split("|")}
+    assert outcomes
+    assert outcomes <= set(ERROR_TYPES)
 
 
 def test_alerts_say_what_happened() -> None:

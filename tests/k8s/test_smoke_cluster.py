@@ -109,9 +109,10 @@ class Nodes:
         for process in self.processes.values():
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGTERM)
+        until = time.monotonic() + 5
         for process in self.processes.values():
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(15)
+                process.wait(max(0.1, until - time.monotonic()))
             _kill_session(process.pid)
             process.wait(15)
         shutil.rmtree(self.folder, ignore_errors=True)
