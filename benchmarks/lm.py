@@ -222,7 +222,7 @@ def on_gpu(*, quick: bool) -> dict[str, Any]:
                 model.compile()
             rows = 2 * max(pairs)
             decoder = Decoder(
-                model, grammar, rows=rows, arena_tokens=rows * max_len, lane_length=max_len, capture=mode == "graphs"
+                model, grammar, rows=rows, arena_tokens=rows * max_len, static_len=max_len, capture=mode == "graphs"
             )
             modes[mode] = {}
             for songs in pairs:

@@ -1,4 +1,4 @@
-"""Attention over the arena: row by row for a flat batch, or over whole lanes in static shapes."""
+"""Attention over the arena: row by row for a flat batch, or all rows at once in static shapes."""
 
 from __future__ import annotations
 
@@ -63,21 +63,21 @@ class RowAttention:
         return out
 
 
-class LaneAttention:
-    """One new token for each of the lanes 0 to n - 1, over views of the arena in shapes that do not depend on the rows.
+class SpanAttention:
+    """One new token for each of n rows, in shapes that do not depend on the rows.
 
     Args:
-        positions: (n,) int64 on the device: where each lane's token stands.
-        max_len: Length of a lane.
-        keys: How many tokens of each lane are looked at, more than any position.
+        starts: (n,) int64 on the device: where each row's span begins.
+        positions: (n,) likewise: where in its span the new token stands.
+        keys: How many tokens of each row are looked at, more than any position.
     """
 
-    def __init__(self, arena: Arena, positions: torch.Tensor, max_len: int, keys: int) -> None:
+    def __init__(self, arena: Arena, starts: torch.Tensor, positions: torch.Tensor, keys: int) -> None:
         self._arena = arena
-        self._max_len, self._keys = max_len, keys
-        lanes = torch.arange(len(positions), device=positions.device)
-        self._places = lanes * max_len + positions
-        self._mask = (torch.arange(keys, device=positions.device) <= positions[:, None])[:, None, None]
+        self._places = starts + positions
+        reach = torch.arange(keys, device=positions.device)
+        self._index = (starts[:, None] + reach).clamp(max=arena.scratch)
+        self._mask = (reach <= positions[:, None])[:, None, None]
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         keys, values = self._arena.keys[layer], self._arena.values[layer]
@@ -85,12 +85,10 @@ class LaneAttention:
         values.index_copy_(0, self._places, v)
         batch, heads, dim = q.shape
         grouped = q.view(batch, k.shape[1], -1, dim)  # heads that share a key head stand as its queries
-        row = F.scaled_dot_product_attention(grouped, self._lanes(keys, batch), self._lanes(values, batch), self._mask)
+        row = F.scaled_dot_product_attention(
+            grouped, keys[self._index].transpose(1, 2), values[self._index].transpose(1, 2), self._mask
+        )
         return row.reshape(batch, heads * dim)
-
-    def _lanes(self, store: torch.Tensor, batch: int) -> torch.Tensor:
-        lanes = store[: batch * self._max_len].view(batch, self._max_len, *store.shape[1:])
-        return lanes[:, : self._keys].transpose(1, 2)
 
 
 def _mask(segment: Segment, device: torch.device) -> torch.Tensor:

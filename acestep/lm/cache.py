@@ -23,15 +23,11 @@ class Span:
 
 
 class SpanAllocator:
-    """First fit over `capacity` tokens; spans are multiples of `page` long and start at one."""
+    """First fit over `capacity` tokens."""
 
-    def __init__(self, capacity: int, page: int = 1) -> None:
-        self.page = page
-        self.capacity = capacity // page * page
-        self._free: list[tuple[int, int]] = [(0, self.capacity)] if self.capacity else []  # (start, size), sorted
-
-    def rounded(self, size: int) -> int:
-        return -(-size // self.page) * self.page
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._free: list[tuple[int, int]] = [(0, capacity)] if capacity else []  # (start, size), sorted
 
     @property
     def free(self) -> int:
@@ -51,7 +47,7 @@ class SpanAllocator:
     def _placed(self, sizes: list[int]) -> tuple[list[Span], list[tuple[int, int]]] | None:
         """Spans, and what is free after them."""
         free, spans = list(self._free), []
-        for size in map(self.rounded, sizes):
+        for size in sizes:
             at = next((i for i, (_, room) in enumerate(free) if room >= size), None)
             if at is None:
                 return None
@@ -76,7 +72,6 @@ class Arena:
     """Storage of `tokens` keys and values per layer.
 
     Args:
-        page: Spans start at multiples of this.
         clean: Start with zeros, for attention that looks at masked places: nothing times NaN is NaN. Otherwise the system commits
             memory as it is first written, so that a large arena costs what its rows used at their peak.
     """
@@ -91,8 +86,9 @@ class Arena:
         page: int = 1,
         clean: bool = False,
     ) -> None:
-        self.allocator = SpanAllocator(tokens, page)
-        shape = (self.allocator.capacity, config.kv_heads, config.head_dim)
+        self.allocator = SpanAllocator(tokens)
+        self.scratch = tokens  # a place that no row owns, for what is written in vain
+        shape = (tokens + 1, config.kv_heads, config.head_dim)
         make = torch.zeros if clean else torch.empty
         self.keys = [make(shape, device=device, dtype=dtype) for _ in range(config.layers)]
         self.values = [make(shape, device=device, dtype=dtype) for _ in range(config.layers)]
@@ -112,14 +108,6 @@ class Arena:
         self._spans.remove(span)
         self.reserved_tokens -= span.size
         self.allocator.release(span)
-
-    def next_places(self, lane_length: int, lanes: int) -> list[int]:
-        """Where the next token of each lane goes; 0 where the lane is free."""
-        places = [0] * lanes
-        for span in self._spans:
-            if span.start < lanes * lane_length:
-                places[span.start // lane_length] = min(span.used, lane_length - 1)
-        return places
 
     @property
     def bytes(self) -> int:

@@ -20,7 +20,7 @@ from acestep.lm.heads import Heads
 from acestep.lm.invariance import invariant_rows
 from acestep.lm.job import Job, Output
 from acestep.lm.model import PlannerModel
-from acestep.lm.reading import FlatReader, LaneReader, Reader, Row
+from acestep.lm.reading import FlatReader, Reader, Row, StaticReader
 from acestep.lm.sampling import penalise, sample
 from acestep.settings import Attention
 
@@ -37,7 +37,7 @@ class Decoder:
     Args:
         rows: Most rows in flight.
         arena_tokens: Tokens of keys and values over all rows.
-        lane_length: Gives every row a lane of that many tokens, for the static shapes that GPUs want; None packs rows tightly.
+        static_len: Decode in the static shapes that GPUs want, rows being at most that long; None decodes in one flat batch.
         capture: Record CUDA graphs of the static shapes.
         attention: `eager` keeps to plain products; otherwise torch takes the fastest kernel that the device and the shape allow.
     """
@@ -49,18 +49,15 @@ class Decoder:
         *,
         rows: int,
         arena_tokens: int,
-        lane_length: int | None = None,
+        static_len: int | None = None,
         capture: bool = False,
         attention: Attention = "sdpa",
     ) -> None:
         self.model = model
         self._plain_attention = attention == "eager"
-        self._lane_length = lane_length
-        self.arena = Arena(
-            model.config, arena_tokens, device=model.device, dtype=model.dtype,
-            page=lane_length or 1, clean=lane_length is not None,
-        )  # fmt: skip
-        self.max_rows = min(rows, self.arena.allocator.capacity // lane_length) if lane_length else rows
+        self._static = static_len is not None
+        self.arena = Arena(model.config, arena_tokens, device=model.device, dtype=model.dtype, clean=self._static)
+        self.max_rows = rows
         self.jobs: list[Job] = []
         self.rows_used = 0
         self.drawn_total = 0
@@ -69,22 +66,21 @@ class Decoder:
         self.invariant_rows = invariant_rows([*model.matrices, *self.heads.matrices]) if exact else None
         self._min_rows = self.invariant_rows or 1
         self._read: Reader = FlatReader(model, self.arena, self._min_rows)
-        if lane_length:
+        if static_len is not None:
             with torch.inference_mode(), self._kernels():
-                self._read = LaneReader(model, self.arena, max_len=lane_length, lanes=self.max_rows, capture=capture)
+                self._read = StaticReader(model, self.arena, rows=rows, max_len=static_len, capture=capture)
 
     @property
     def graphs(self) -> int:
         """CUDA graphs recorded."""
-        return self._read.graphs if isinstance(self._read, LaneReader) else 0
+        return self._read.graphs if isinstance(self._read, StaticReader) else 0
 
     def fits(self, job: Job) -> bool:
         """Whether `add` would find rows and memory now."""
         return self.rows_used + job.rows <= self.max_rows and self.arena.allocator.fits(job.sizes())
 
     def can_ever_fit(self, job: Job) -> bool:
-        allocator = self.arena.allocator
-        return job.rows <= self.max_rows and sum(map(allocator.rounded, job.sizes())) <= allocator.capacity
+        return job.rows <= self.max_rows and sum(job.sizes()) <= self.arena.allocator.capacity
 
     def add(self, job: Job) -> None:
         """Reserve its rows; the next step reads its prompt. Only where `fits`."""
@@ -118,7 +114,7 @@ class Decoder:
         """Free everything after a failure."""
         for job in list(self.jobs):
             self.remove(job)
-        if self._lane_length:  # masked places are multiplied there, so a NaN would outlive its row
+        if self._static:  # masked places are multiplied there, so a NaN would outlive its row
             self.arena.clear()
 
     @torch.inference_mode()

@@ -95,7 +95,7 @@ class Planner:
             tokens = arena_tokens(model, rows=settings.slots, max_len=max_len, memory_bytes=settings.memory_bytes)
             decoder = Decoder(
                 model, grammar, rows=settings.slots, arena_tokens=tokens,
-                lane_length=None if device.type == "cpu" else max_len,
+                static_len=None if device.type == "cpu" else max_len,
                 capture=graphs,
                 attention=settings.attention,
             )  # fmt: skip

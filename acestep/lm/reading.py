@@ -8,9 +8,8 @@ from typing import Protocol
 
 import torch
 
-from acestep.lm.attention import LaneAttention, RowAttention, Segment
+from acestep.lm.attention import RowAttention, Segment, SpanAttention
 from acestep.lm.cache import Arena, Span
-from acestep.lm.constants import constant
 from acestep.lm.model import PlannerModel
 
 log = logging.getLogger(__name__)
@@ -68,27 +67,24 @@ class FlatReader:
         return hidden[torch.tensor(last, device=device)]
 
 
-class LaneReader:
-    """For GPUs: rows that read one token go through static shapes, one per (batch, keys) bucket, captured as CUDA graphs.
-
-    Every row owns a lane of the arena; a batch is lanes 0 to n, idle ones included, so that nothing is gathered. Prompts and forced
-    runs take the flat way.
+class StaticReader:
+    """For GPUs: rows that read one token go through static shapes, recorded as CUDA graphs. Prompts and forced runs take the flat way.
 
     Args:
-        max_len: Length of a lane.
-        lanes: Their number.
+        rows: Most rows in flight.
+        max_len: Longest row.
         capture: Record CUDA graphs now; without them, or where that fails, the same code runs eagerly.
     """
 
-    def __init__(self, model: PlannerModel, arena: Arena, *, max_len: int, lanes: int, capture: bool) -> None:
+    def __init__(self, model: PlannerModel, arena: Arena, *, rows: int, max_len: int, capture: bool) -> None:
         self._model = model
         self._arena = arena
-        self._max_len = max_len
         self._flat = FlatReader(model, arena, 1)
-        self._batches = _buckets(min(2, lanes), lanes)
+        self._batches = _buckets(min(2, rows), rows)
         # Half steps between the doublings: attention looks at a whole bucket.
         self._keys = sorted({*_buckets(min(512, max_len), max_len), *_buckets(min(768, max_len), max_len)})
-        self._inputs = torch.zeros(2, lanes, dtype=torch.long, device=model.device)  # ids, positions
+        self._inputs = torch.zeros(3, rows, dtype=torch.long, device=model.device)  # ids, positions, starts of spans
+        self._inputs[2] = arena.scratch
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         if capture:
             try:
@@ -115,16 +111,16 @@ class LaneReader:
         return result
 
     def _decode(self, rows: list[Row]) -> torch.Tensor:
-        lanes = [row.span.start // self._max_len for row in rows]
-        batch = next(b for b in self._batches if b > max(lanes))
+        batch = next(b for b in self._batches if b >= len(rows))
         keys = next(k for k in self._keys if k > max(row.span.used for row in rows))
-        # A lane that sits this step out writes where its next token will be written anyway.
-        ids, positions = [0] * batch, self._arena.next_places(self._max_len, batch)
-        for lane, row in zip(lanes, rows, strict=True):
-            ids[lane] = row.pending[0]
+        idle = batch - len(rows)
+        ids = [row.pending[0] for row in rows] + [0] * idle
+        positions = [row.span.used for row in rows] + [0] * idle
+        starts = [row.span.start for row in rows] + [self._arena.scratch] * idle
+        for row in rows:
             row.pending = row.pending[1:]
             row.span.used += 1
-        inputs = torch.tensor([ids, positions])
+        inputs = torch.tensor([ids, positions, starts])
         if self._model.device.type == "cuda":
             inputs = inputs.pin_memory()
         self._inputs[:, :batch].copy_(inputs, non_blocking=True)
@@ -133,22 +129,23 @@ class LaneReader:
             graph.replay()
         else:
             hidden = self._forward(batch, keys)
-        return hidden[constant(tuple(lanes), torch.long, hidden.device)]
+        return hidden[: len(rows)]
 
     def _forward(self, batch: int, keys: int) -> torch.Tensor:
-        ids, positions = self._inputs[0, :batch], self._inputs[1, :batch]
-        return self._model.forward(ids, positions, LaneAttention(self._arena, positions, self._max_len, keys))
+        ids, positions, starts = self._inputs[:, :batch]
+        return self._model.forward(ids, positions, SpanAttention(self._arena, starts, positions, keys))
 
     def _capture(self) -> None:
-        """Largest shapes first, all in one memory pool. Inputs are zeros: they write to the first token of free lanes."""
+        """Largest shapes first, all in one memory pool. Every row stands at the scratch place."""
         pool = torch.cuda.graph_pool_handle()
+        device = self._model.device
         for batch in reversed(self._batches):
             for keys in reversed(self._keys):
-                stream = torch.cuda.Stream(self._model.device)  # type: ignore[no-untyped-call]
-                stream.wait_stream(torch.cuda.current_stream(self._model.device))
+                stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+                stream.wait_stream(torch.cuda.current_stream(device))
                 with torch.cuda.stream(stream):
                     self._forward(batch, keys)
-                torch.cuda.current_stream(self._model.device).wait_stream(stream)
+                torch.cuda.current_stream(device).wait_stream(stream)
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                     hidden = self._forward(batch, keys)

@@ -48,11 +48,11 @@ def decoder(model: PlannerModel, grammar: Grammar) -> Decoder:
     return Decoder(model, grammar, rows=12, arena_tokens=12 * MAX_LEN)
 
 
-@pytest.fixture(params=["flat", "lanes"])
+@pytest.fixture(params=["flat", "static"])
 def either_decoder(request: pytest.FixtureRequest, model: PlannerModel, grammar: Grammar) -> Decoder:
     """The way of the CPU, and the static shapes of a GPU run eagerly."""
-    lane_length = MAX_LEN if request.param == "lanes" else None
-    return Decoder(model, grammar, rows=12, arena_tokens=12 * MAX_LEN, lane_length=lane_length)
+    static_len = MAX_LEN if request.param == "static" else None
+    return Decoder(model, grammar, rows=12, arena_tokens=12 * MAX_LEN, static_len=static_len)
 
 
 @pytest.fixture(scope="module")

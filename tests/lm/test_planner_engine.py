@@ -123,7 +123,7 @@ def test_one_songs_defect_does_not_stop_the_others(engine: PlannerEngine, monkey
 def test_numbers_that_are_not_finite_are_an_error(checkpoint: Path, grammar: Grammar) -> None:
     model = load_model(checkpoint, device=torch.device("cpu"), dtype=torch.float32, max_len=256)
     model.layers[1].down[3, 3] = torch.nan
-    decoder = Decoder(model, grammar, rows=2, arena_tokens=512, lane_length=256)
+    decoder = Decoder(model, grammar, rows=2, arena_tokens=512, static_len=256)
     decoder.add(Job([1, 2, 3], None, [(CodesProgram(grammar.tokenizer, 5, limit=5), 0)], SamplingParams()))
     with pytest.raises(InvalidOutput):
         decoder.step()
@@ -163,12 +163,12 @@ def test_memory_is_flat_over_five_hundred_songs(checkpoint: Path) -> None:
     assert rss[-1] - rss[1] < 8 << 20, rss
 
 
-@pytest.mark.parametrize("lane_length", [None, 512])
+@pytest.mark.parametrize("static_len", [None, 512])
 def test_sixteen_bit_weights_and_plain_attention_give_valid_codes(
-    checkpoint: Path, grammar: Grammar, lane_length: int | None
+    checkpoint: Path, grammar: Grammar, static_len: int | None
 ) -> None:
     model = load_model(checkpoint, device=torch.device("cpu"), dtype=torch.bfloat16, max_len=512)
-    decoder = Decoder(model, grammar, rows=4, arena_tokens=2_048, lane_length=lane_length, attention="eager")
+    decoder = Decoder(model, grammar, rows=4, arena_tokens=2_048, static_len=static_len, attention="eager")
     programs = [CodesProgram(grammar.tokenizer, 20, limit=20) for _ in range(2)]
     decoder.add(Job([5, 6, 7], [8, 9], [(p, n) for n, p in enumerate(programs)], SamplingParams(cfg_scale=2.0)))
     while decoder.jobs:
@@ -182,7 +182,7 @@ def test_sixteen_bit_weights_and_plain_attention_give_valid_codes(
 def test_without_graphs_static_shapes_run_eagerly(
     model: PlannerModel, grammar: Grammar, caplog: pytest.LogCaptureFixture
 ) -> None:
-    decoder = Decoder(model, grammar, rows=2, arena_tokens=1_024, lane_length=512, capture=True)
+    decoder = Decoder(model, grammar, rows=2, arena_tokens=1_024, static_len=512, capture=True)
     assert decoder.graphs == 0
     assert "eagerly" in caplog.text
     program = CodesProgram(grammar.tokenizer, 5, limit=5)
@@ -197,7 +197,7 @@ def test_graphs_give_the_codes_of_eager_decoding(checkpoint: Path, grammar: Gram
     model = load_model(checkpoint, device=torch.device("cuda", 0), dtype=torch.float32, max_len=512)
 
     def codes(capture: bool) -> list[list[int]]:
-        decoder = Decoder(model, grammar, rows=4, arena_tokens=2_048, lane_length=512, capture=capture)
+        decoder = Decoder(model, grammar, rows=4, arena_tokens=2_048, static_len=512, capture=capture)
         assert bool(decoder.graphs) == capture
         programs = [CodesProgram(grammar.tokenizer, 40, limit=40) for _ in range(2)]
         decoder.add(Job([5, 6, 7], [8, 9], [(p, n) for n, p in enumerate(programs)], SamplingParams(cfg_scale=2.0)))
