@@ -80,6 +80,7 @@ class Preparation:
         self._conditions = conditions
         self._vae = vae
         self._denoiser = denoiser
+        self._dtype = denoiser.dtype
         self._residency = residency
         self._loras = loras
         self._admission = admission
@@ -97,9 +98,8 @@ class Preparation:
         for path in work.reference_audio:
             excerpt = reference_excerpt(read_source(path, "reference_audio"))
             references.append((yield from self.encode(excerpt)))
-        reference_key = (
-            object() if references else None
-        )  # a file may change under its name: shared within this work only
+        # A file may change under its name, so its encoding is shared within this work only.
+        reference_key = object() if references else None
 
         contexts: dict[object, Tensor] = {}
         encoded: dict[tuple[str, str], Tensor] = {}
@@ -131,11 +131,9 @@ class Preparation:
         )
         projected: dict[tuple[str, str], Projected] = {}
         for pair, tokens in encoded.items():
-            self._residency.need("dit")
-            projected[pair] = self._denoiser.project(tokens, lora)
+            projected[pair] = self._project(tokens, lora)
             yield
-        self._residency.need("dit")
-        null = self._denoiser.project(self._conditions.null(), lora)
+        null = self._project(self._conditions.null(), lora)
         items = []
         for index in work.indices:
             codes = work_codes(work, index)
@@ -154,6 +152,12 @@ class Preparation:
                 )
             )  # fmt: skip
         return Prepared(tuple(items), pass_frames, sampling, lora, tuple(_unique(adjustments)))
+
+    def _project(self, tokens: Tensor, lora: ActiveLora | None) -> Projected:
+        self._residency.need("dit")
+        if self._denoiser.dtype != self._dtype:  # another song is being repeated in float32; this one must not notice
+            self._denoiser.set_precision(self._dtype)
+        return self._denoiser.project(tokens, lora)
 
     def encode(self, audio: Tensor) -> Generator[None, None, Tensor]:
         """Latents of PCM, tile by tile."""
@@ -191,7 +195,7 @@ class Preparation:
             return self._with_mask(self._conditions.hints(codes, frames))
         if source is None or RULES[request.task].source == "no":
             return self._silence(frames)
-        latents = source.latents.to(self._device, self._denoiser.dtype)
+        latents = source.latents.to(self._device, self._dtype)
         if request.task == "cover":
             return self._with_mask(self._conditions.through_codes(latents))
         if source.window is None:

@@ -132,14 +132,13 @@ class Renderer:
             )
         if settings.threads is not None and settings.device == "cpu":
             torch.set_num_threads(settings.threads)
+        try:
+            torch.empty(0, device=settings.device)
+        except (RuntimeError, AssertionError) as error:
+            raise DeviceUnavailable(f"{settings.device} cannot be used: {error}", device=settings.device) from error
         # Parts that will be offloaded must not be on the card all at once, not even while loading.
         start_on = "cpu" if settings.offload != "none" or settings.offload_dit else settings.device
-        try:
-            components = load_renderer(checkpoint, device=start_on, dtype=getattr(torch, settings.dtype))
-        except (RuntimeError, AssertionError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            raise DeviceUnavailable(f"{settings.device} cannot be used: {error}", device=settings.device) from error
+        components = load_renderer(checkpoint, device=start_on, dtype=getattr(torch, settings.dtype))
         return cls(
             components,
             settings,
