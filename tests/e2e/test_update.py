@@ -1,0 +1,138 @@
+"""Changing what runs, and stopping it, while songs are being made: none is lost, none is made twice."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from acestep.client import Client
+from tests.server import Server
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
+DASHBOARD = re.compile(r"dashboard at \S*?(http://127\.0\.0\.1:\d+)")
+SERVE = str(Path(sys.executable).with_name("serve"))
+
+
+def simulated(card: str) -> Any:
+    """Edits a config so that its pools take the time of a card: a minute of audio renders in 5 s on a 3060 12 GB, in 4 s on a 3060 Ti."""
+
+    def edit(config: dict[str, Any]) -> None:
+        args = {"engine": "simulated", "profile": card, "num_cpus": 0.1}
+        for application in config["applications"]:
+            if application["name"] == "lm":
+                application["args"] = {**args, "profile": "h100-sxm"}
+            elif application["name"] == "dit":
+                application["args"] = {**args, "model": "acestep-v15-turbo"}
+
+    return edit
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("state")
+
+
+@pytest.fixture(scope="module")
+def server(home: Path) -> Iterator[Server]:
+    with Server(edit=simulated("rtx-3060-12"), home=home) as running:
+        yield running
+
+
+def deploy(server: Server, edit: Any) -> None:
+    """`serve deploy` of an edited config to the running server, as an operator does it."""
+    config = yaml.safe_load(server.config.read_text())
+    edit(config)
+    server.config.write_text(yaml.safe_dump(config))
+    found = DASHBOARD.search(re.sub(r"\x1b\[\d*m", "", server.output()))
+    assert found, server.output()[:3000]
+    subprocess.run(
+        [SERVE, "deploy", "-a", found[1], str(server.config)], env=server.env, check=True, capture_output=True
+    )
+
+
+def rendering(client: Client, job_id: str) -> dict[str, Any]:
+    while (job := client.job(job_id))["stage"] != "rendering":
+        assert job["state"] in ("queued", "running"), job
+        time.sleep(0.1)
+    return job
+
+
+def denoise_s(job: dict[str, Any]) -> float:
+    return float(job["result"]["timings"]["render"]["denoise_s"])
+
+
+def replica_starts(server: Server) -> int:
+    return server.output().count("renderer acestep-v15-turbo is ready")
+
+
+def test_new_args_replace_the_replicas_when_their_songs_are_done(server: Server) -> None:
+    with Client(server.url) as client:
+        ids = [
+            client.submit({"prompt": "a song", "duration": 60, "seed": i, "thinking": False})["id"] for i in range(4)
+        ]
+        rendering(client, ids[0])
+        assert replica_starts(server) == 1
+        deploy(server, simulated("rtx-3060-ti-8"))
+        songs = [client.wait(i) for i in ids]
+        assert [s["attempts"] for s in songs] == [1] * 4
+        assert denoise_s(songs[0]) == pytest.approx(5.36, abs=0.1)  # it ended where it had begun
+        assert denoise_s(songs[-1]) == pytest.approx(4.22, abs=0.1)  # and what waited was made by the new replica
+        assert replica_starts(server) == 2
+
+
+def test_another_size_restarts_no_replica(server: Server) -> None:
+    def grow(config: dict[str, Any]) -> None:
+        next(a for a in config["applications"] if a["name"] == "dit")["deployments"] = [
+            {"name": "dit", "num_replicas": 2}
+        ]
+
+    with Client(server.url) as client:
+        job = client.submit({"prompt": "a song", "duration": 60, "thinking": False})
+        rendering(client, job["id"])
+        before = replica_starts(server)
+        deploy(server, grow)
+        until = time.monotonic() + 90
+        while next(p for p in client.cluster()["pools"] if p["name"] == "dit")["replicas"]["running"] != 2:
+            assert time.monotonic() < until, server.output()[-3000:]
+            time.sleep(0.3)
+        assert replica_starts(server) == before + 1
+        assert client.wait(job["id"])["attempts"] == 1
+
+
+def test_ctrl_c_with_a_long_song_and_a_listener_ends_soon_and_the_song_goes_on_at_the_next_start(
+    server: Server, home: Path
+) -> None:
+    """The replica that renders would have `graceful_shutdown_s`, a quarter of an hour: the router gives the song back first."""
+    heard = threading.Event()
+
+    def listen(url: str) -> None:
+        try:
+            with httpx.stream("GET", url, timeout=60) as stream:
+                for line in stream.iter_lines():
+                    if line.startswith("event: started"):
+                        heard.set()
+        except httpx.TransportError:
+            return  # the server left
+
+    with Client(server.url) as client:
+        job = client.submit({"prompt": "a song", "duration": 180, "steps": 20, "thinking": False})
+        rendering(client, job["id"])
+    threading.Thread(target=listen, args=(f"{server.url}/v1/jobs/{job['id']}/events",), daemon=True).start()
+    assert heard.wait(30)
+    took = server.interrupt(timeout_s=60)
+    assert "Traceback" not in server.output(), server.output()[-3000:]
+    assert took < 25.0
+    with Server(edit=simulated("h100-sxm"), home=home) as second, Client(second.url) as client:
+        done = client.wait(job["id"])
+        assert done["attempts"] == 1  # it was given back, not left to its lease
+        assert denoise_s(done) < 5.0
