@@ -26,7 +26,7 @@ from deployments.k8s.findings import (
     warning,
 )
 from deployments.k8s.groups import RAY_VERSION
-from deployments.pools import label_selector
+from deployments.pools import gpu_share, label_selector
 from deployments.validate import BUILDERS, problems
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -70,6 +70,7 @@ def check_fleet(service: Manifest) -> Iterator[Finding]:
         yield error(f"{where} serveConfigV2", message)
     yield from _http(where, service, config)
     yield from _placement(where, service, config)
+    yield from _capacity(where, service, config)
     yield from _shared_state(where, config)
     yield from _draining(where, service, config)
     yield from _cluster(where, service)
@@ -135,8 +136,37 @@ def _matches(labels: Manifest, selector: Mapping[str, str]) -> bool:
     return all(str(labels.get(k)) in (v[3:-1].split(",") if v.startswith("in(") else [v]) for k, v in selector.items())
 
 
+def _capacity(where: str, service: Manifest, config: Manifest) -> Iterator[Finding]:
+    """Cards that the pools of one selector want together, against the cards that its groups may have."""
+    wanted: dict[str, tuple[float, float]] = {}
+    selectors: dict[str, dict[str, str]] = {}
+    for args in pools(config).values():
+        if isinstance(args, PoolArgs) and (selector := label_selector(args)):
+            key = " and ".join(f"{k}={v}" for k, v in selector.items())
+            least, most = wanted.get(key, (0.0, 0.0))
+            share = gpu_share(args, 1.0)
+            wanted[key] = (least + share * _least(args), most + share * _most(args))
+            selectors[key] = selector
+    for key, (least, most) in wanted.items():
+        fitting = [g for g in groups_of(service) if _matches(mapping(g, "labels"), selectors[key])]
+        cards = sum(int(g.get("maxReplicas", 0)) for g in fitting)
+        if not cards:
+            continue  # said already
+        if least > cards + 0.005:
+            yield error(
+                f"{where} {key}",
+                f"its pools always have {least:g} cards, but its groups at most {cards}: some replicas never start",
+            )
+        elif most > cards + 0.005:
+            yield warning(f"{where} {key}", f"its pools may grow to {most:g} cards, but its groups only to {cards}")
+
+
 def _least(args: PoolArgs) -> int:
     return args.min_replicas if args.num_replicas is None else args.num_replicas
+
+
+def _most(args: PoolArgs) -> int:
+    return args.max_replicas if args.num_replicas is None else args.num_replicas
 
 
 def _shared_state(where: str, config: Manifest) -> Iterator[Finding]:

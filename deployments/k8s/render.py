@@ -56,7 +56,7 @@ def committed() -> dict[str, str]:
     here = "../../../components"
     mixed = dict(map(parse_group, ("tier4=2", "tier6=2", "unlimited=1")))
     files |= {f"overlays/mixed-fleet/fleet/{n}": t for n, t in fleet(mixed, components=here).items()}
-    large = dict(map(parse_group, ("cpu=2-2", "tier5=1-4", "tier6=1-4", "unlimited=1-2")))
+    large = dict(map(parse_group, ("cpu=2-2", "tier5=2-4", "tier6=1-4", "unlimited=1-2")))
     production = fleet(
         large, components=here, model="acestep-v15-turbo", planner="acestep-5Hz-lm-1.7B", routers=2,
         database_url="postgresql+psycopg://", files_url="s3://acestep-songs/files",

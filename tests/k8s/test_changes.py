@@ -30,7 +30,7 @@ def toleration(service: Document) -> None:
 
 CHANGES: list[tuple[str, Callable[[Document], Any], Effect, str]] = [
     ("nothing", lambda s: None, Effect.NOTHING, ""),
-    ("Serve config", lambda s: serve(s, lambda c: c["applications"][1]["args"].update(max_replicas=1)), Effect.SERVE, "replicas are replaced"),
+    ("Serve config", lambda s: serve(s, lambda c: c["applications"][1]["args"].update(drain_backlog_s=99.0)), Effect.SERVE, "replicas are replaced"),
     ("application gone", lambda s: serve(s, lambda c: c["applications"].pop()), Effect.SERVE, "is deleted"),
     ("http options", lambda s: serve(s, lambda c: c["http_options"].update(request_timeout_s=9)), Effect.SERVE, "waits for the next cluster"),
     ("group at the end", lambda s: cluster(s)["workerGroupSpecs"].append(gpu_group("tier1")), Effect.GROUPS, "gpu-tier1 is new"),
@@ -76,4 +76,4 @@ def test_new_sizes_come_with_the_command_that_makes_them_real(production: Docume
     """KubeRay keeps a running cluster's sizes whatever the RayService says."""
     wanted = copy.deepcopy(production)
     cluster(wanted)["workerGroupSpecs"][1]["maxReplicas"] = 9
-    assert any("acestep k8s scale --group gpu-tier5=1-9" in a for a in classify(production, wanted).advice)
+    assert any("acestep k8s scale --group gpu-tier5=2-9" in a for a in classify(production, wanted).advice)

@@ -58,6 +58,8 @@ BROKEN: list[tuple[str, Edit, str, str]] = [
     ("tier without group", config(lambda c: args_of(c, "dit-tier5").update(tiers=["tier2"])), "error", "no worker group is labelled"),
     ("group without cards", lambda s: gpu_group(s).update(minReplicas=0, maxReplicas=0), "error", "all groups labelled"),
     ("group from zero, pool unaware", lambda s: (each_group(minReplicas=0)(s), config(lambda c: args_of(c, "dit-tier5").update(nodes_on_demand=False))(s)), "warning", "nodes_on_demand is false"),
+    ("pools want more than there is", config(lambda c: args_of(c, "dit-tier5").update(min_replicas=9, max_replicas=9)), "error", "some replicas never start"),
+    ("pools may want more than there is", config(lambda c: args_of(c, "dit-tier5").update(max_replicas=9)), "warning", "may grow to 10 cards, but its groups only to 4"),
     ("group that nobody asks for", config(lambda c: c["applications"].remove(next(a for a in c["applications"] if a["name"] == "dit-tier6"))), "warning", "it will never have a worker"),
     ("two databases", config(lambda c: args_of(c, "dit-tier5").update(database_url="postgresql+psycopg://other")), "error", "database_url differs"),
     ("two file stores", config(lambda c: args_of(c, "router").update(files_url="s3://other")), "error", "files_url differs"),
