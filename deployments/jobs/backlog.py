@@ -17,6 +17,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from deployments.jobs.schema import jobs
+from deployments.jobs.urls import driver_url
 
 TIMEOUT_S = 2.0
 CACHE_S = 0.4
@@ -151,10 +152,10 @@ def _cached(database_url: str) -> dict[str, Backlog]:
 
 @lru_cache(maxsize=8)
 def _engine(url: str) -> sa.Engine:
-    backend = sa.make_url(url).get_backend_name()
-    if backend == "sqlite":
-        return sa.create_engine(url, connect_args={"timeout": TIMEOUT_S, "check_same_thread": False})
+    parsed = driver_url(url)
+    if parsed.get_backend_name() == "sqlite":
+        return sa.create_engine(parsed, connect_args={"timeout": TIMEOUT_S, "check_same_thread": False})
     options = f"-c statement_timeout={int(TIMEOUT_S * 1000)} -c default_transaction_read_only=on"
     return sa.create_engine(
-        url, pool_pre_ping=True, pool_size=1, connect_args={"connect_timeout": int(TIMEOUT_S), "options": options}
+        parsed, pool_pre_ping=True, pool_size=1, connect_args={"connect_timeout": int(TIMEOUT_S), "options": options}
     )

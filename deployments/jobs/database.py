@@ -14,6 +14,7 @@ from sqlalchemy.engine import Connection, Engine
 
 from acestep.errors import InvalidRequest
 from acestep.paths import home, writable
+from deployments.jobs.urls import driver_url
 
 _MIGRATION_LOCK = 0x0ACE57E9  # PostgreSQL advisory lock: routers that start together migrate one after another
 
@@ -57,14 +58,12 @@ def migrate(engine: Engine, revision: str = "head") -> None:
 
 def _engine(url: str) -> Engine:
     try:
-        parsed = sa.make_url(url)
+        parsed = driver_url(url)
     except sa.exc.ArgumentError:
         raise InvalidRequest(
             "database_url: not an SQLAlchemy URL such as sqlite:///jobs.sqlite3", field="database_url"
         ) from None
     backend = parsed.get_backend_name()
-    if backend == "postgresql" and parsed.drivername == "postgresql":
-        parsed = parsed.set(drivername="postgresql+psycopg")
     if backend == "postgresql" and importlib.util.find_spec("psycopg") is None:
         raise InvalidRequest(
             "database_url: PostgreSQL needs the extra: pip install 'acestep-serve[postgres]'", field="database_url"

@@ -1,4 +1,4 @@
-"""A server with keys, webhooks and a time limit, end to end."""
+"""A server with two routers, keys, webhooks and a time limit, end to end."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KEY = {"Authorization": "Bearer the-key"}
 @pytest.fixture(scope="module")
 def guarded() -> Iterator[Server]:
     def edit(config: dict[str, Any]) -> None:
-        config["applications"][0]["args"] = {"webhook_networks": ["127.0.0.0/8"], "max_run_s": 6.0}
+        config["applications"][0]["args"] = {"webhook_networks": ["127.0.0.0/8"], "max_run_s": 6.0, "num_replicas": 2}
 
     with Server(edit, env={"ACESTEP_API_KEY": "the-key"}) as server:
         yield server

@@ -14,7 +14,9 @@ from acestep.errors import Cancelled, OutOfMemory
 from acestep.plan import Metadata, Plan
 from acestep.request import SongRequest
 from acestep.song import Progress, Song, SongItem
+from deployments.jobs.backlog import read_backlogs
 from deployments.jobs.files import FileRecords
+from deployments.jobs.queue import read_queue
 from deployments.jobs.schema import metadata
 from deployments.jobs.store import Busy, Caps, IdempotencyConflict, Job, JobStore, LeaseLost
 
@@ -36,6 +38,12 @@ def test_opening_again_keeps_what_is_there(store: JobStore, database_url: str) -
     again = JobStore(database_url)
     assert again.get_existing(job.id).request == REQUEST
     again.close()
+
+
+def test_backlog_and_queue_are_read_from_the_same_url(store: JobStore, database_url: str) -> None:
+    job = add(store, render_pool="dit", est_render_s=4.0)
+    assert read_backlogs(database_url)["dit"].waiting_s == 4.0
+    assert [waiting.id for waiting in read_queue(store.engine)] == [job.id]
 
 
 def test_a_job_goes_through_its_life_and_ends_once(store: JobStore) -> None:
