@@ -17,6 +17,7 @@ from acestep.checkpoints.published import VariantDefaults
 from acestep.dit import tasks
 from acestep.dit.admission import Admission
 from acestep.dit.attention import EagerProcessor
+from acestep.dit.budget import batch_frames
 from acestep.dit.conditions import Conditions
 from acestep.dit.denoiser import Denoiser
 from acestep.dit.engine import RenderEngine, Result, Work
@@ -32,11 +33,6 @@ from acestep.settings import RendererSettings
 from acestep.song import Progress
 
 log = logging.getLogger(__name__)
-
-# Frames that share a denoising step where the settings leave it open. A CPU gains nothing from batches, and without them a song is
-# the same bit for bit whatever runs beside it. A card is filled by about a minute of audio.
-_BATCH_FRAMES = {"cpu": 0}
-_BATCH_FRAMES_GPU = 2_048
 
 
 @dataclass(frozen=True)
@@ -94,7 +90,7 @@ class Renderer:
         conditions = Conditions(components, device, dtype)
         budget = settings.max_batch_frames
         if budget is None:
-            budget = _BATCH_FRAMES.get(device.type, _BATCH_FRAMES_GPU)
+            budget = batch_frames(device, name)
         engine = RenderEngine(
             Preparation(conditions, vae, denoiser, residency, loras, admission, defaults, device),
             denoiser,
