@@ -58,6 +58,34 @@ def test_every_task_on_every_variant(renderers: dict[str, Renderer], song_file: 
     assert not torch.equal(audio, audio_of(renderers[name], source, **fields | {"seed": 2}))
 
 
+@pytest.mark.parametrize(
+    ("task", "own", "theirs"),
+    [
+        ("cover", {}, {}),
+        ("extract", {"track_name": "vocals"}, {"track_name": "vocals"}),
+        ("complete", {"track_classes": ("drums", "bass")}, {"complete_track_classes": ["drums", "bass"]}),
+        ("lego", {"track_name": "bass", "chunk_mask_mode": "explicit"}, {"track_name": "bass"}),
+    ],
+)
+def test_source_tasks_equal_the_pipelines(
+    renderers: dict[str, Renderer], pipelines: Any, song_file: SongFile, rel: Any, task: str, own: Any, theirs: Any
+) -> None:
+    # With the posterior's mean, as here, in place of a draw from the global generator.
+    source = song_file(SECONDS)
+    original = torch.from_numpy(soundfile.read(source, dtype="float32")[0].T.copy())
+    pipeline = pipelines["tiny-base"]
+    posterior = type(pipeline.vae.encode(original[None, :, :1920]).latent_dist)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(posterior, "sample", lambda self, generator=None: self.mode())
+        expected = pipeline(
+            prompt="p", lyrics="[Instrumental]", vocal_language="unknown", audio_duration=SECONDS, task_type=task,
+            src_audio=original, num_inference_steps=2, shift=1.0, guidance_scale=3.0, **theirs,
+            generator=torch.Generator().manual_seed(1),
+        ).audios[0]  # fmt: skip
+    ours = audio_of(renderers["tiny-base"], source, task=task, guidance_scale=3.0, **own)
+    assert rel(ours / ours.abs().max(), expected / expected.abs().max()) <= 1e-5
+
+
 @pytest.mark.parametrize("task", ["lego", "extract", "complete"])
 def test_stem_tasks_on_a_wide_base_model(load_parts: Any, song_file: SongFile, task: Any) -> None:
     settings, defaults = RendererSettings(), variant_defaults(False)
