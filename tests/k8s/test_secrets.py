@@ -1,0 +1,69 @@
+"""What the production overlay writes into its Serve config is enough together with the Secrets' variables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from urllib.parse import parse_qs, urlsplit
+
+import psycopg
+import pytest
+
+from deployments.jobs.backlog import read_backlog
+from deployments.jobs.store import JobStore
+from deployments.k8s.check import rayservice_of
+from deployments.k8s.fleet_rules import pools, serve_config
+from deployments.storage import Storage
+from tests.jobs.conftest import postgres  # noqa: F401 - the fixture
+from tests.k8s.conftest import Document
+
+Rendered = Callable[[str], list[Document]]
+
+
+@pytest.fixture
+def router(rendered: Rendered) -> Document:
+    """The router's arguments."""
+    return pools(serve_config(rayservice_of(rendered("production"))))["router"].model_dump()
+
+
+def test_the_job_store_is_found_by_the_variables_of_the_secret(
+    router: Document, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template: str = request.getfixturevalue("postgres")
+    with psycopg.connect(template.format(database="postgres"), autocommit=True) as connection:
+        connection.execute("CREATE DATABASE songs")
+    monkeypatch.setenv("PGHOST", parse_qs(urlsplit(template).query)["host"][0])
+    monkeypatch.setenv("PGUSER", "acestep")
+    monkeypatch.setenv("PGDATABASE", "songs")
+    store = JobStore(router["database_url"])
+    try:
+        assert read_backlog(router["database_url"], "dit-tier5").waiting_s == 0
+    finally:
+        store.close()
+    with psycopg.connect(template.format(database="songs")) as connection:
+        assert connection.execute("SELECT count(*) FROM jobs").fetchone() == (0,)
+
+
+def test_the_object_store_is_found_by_the_variables_of_the_secret(
+    router: Document, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("s3fs")
+    from botocore.exceptions import EndpointConnectionError
+    from botocore.session import get_session
+
+    values = {
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_ENDPOINT_URL": "http://127.0.0.1:9",
+        "AWS_DEFAULT_REGION": "x",
+    }
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    storage = Storage(router["files_url"])
+    assert not storage.is_local
+    assert get_session().get_config_variable("region") == "x"
+    credentials = get_session().get_credentials()
+    assert credentials is not None
+    assert (credentials.access_key, credentials.secret_key) == ("key", "secret")
+    # Nobody listens there: that the client tries at all shows whom it would ask.
+    with pytest.raises(EndpointConnectionError, match=r"http://127\.0\.0\.1:9/acestep-songs/files/song.wav"):
+        storage.read("song.wav")
