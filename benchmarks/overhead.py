@@ -10,25 +10,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
-from pathlib import Path
-from typing import Any
 
 import httpx
-import yaml
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmarks.service import simulated_service
+
 MARK_MS = 30.0
 
 
 def measure(jobs: int) -> dict[str, float]:
     """p50 and p95 in milliseconds over `jobs` jobs, one after another."""
-    with tempfile.TemporaryDirectory(prefix="ace-") as folder, _server(Path(folder)) as url, httpx.Client(base_url=url) as http:
+    with simulated_service() as url, httpx.Client(base_url=url) as http:
         for _ in range(5):
             _one(http)
         times = sorted(_one(http) for _ in range(jobs))
@@ -52,54 +47,6 @@ def _one(http: httpx.Client) -> float:
     return took - sum(v for part in timings.values() for k, v in part.items() if k.endswith("_s"))
 
 
-class _server:
-    """`serve run` with simulated pools on a free port; a context manager that gives its URL."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __enter__(self) -> str:
-        import socket
-
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        config: dict[str, Any] = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
-        config["http_options"]["port"] = port
-        for application in config["applications"]:
-            if application["name"] != "router":
-                application["args"] = {"engine": "simulated", "profile": "h100-sxm"}
-        path = self.folder / "serve_config.yaml"
-        path.write_text(yaml.safe_dump(config))
-        env = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "ACESTEP_"))} | {
-            "ACESTEP_HOME": str(self.folder / "home"), "RAY_TMPDIR": str(self.folder), "RAY_AUTH_MODE": "disabled",
-            "RAY_USAGE_STATS_ENABLED": "0",
-        }  # fmt: skip
-        self.log = (self.folder / "serve.log").open("wb")
-        serve = Path(sys.executable).with_name("serve")
-        self.process = subprocess.Popen(
-            [str(serve), "run", str(path)], env=env, cwd=self.folder, stdout=self.log, stderr=self.log, start_new_session=True
-        )
-        url = f"http://127.0.0.1:{port}"
-        until = time.monotonic() + 120
-        while time.monotonic() < until:
-            try:
-                if httpx.get(url + "/readyz", timeout=2).status_code == 200:
-                    return url
-            except httpx.TransportError:
-                pass  # it is still starting
-            time.sleep(0.2)
-        self.__exit__()
-        raise SystemExit("the server did not get ready; its log was " + (self.folder / "serve.log").read_text()[-2000:])
-
-    def __exit__(self, *_: object) -> None:
-        self.process.terminate()
-        try:
-            self.process.wait(60)
-        finally:
-            self.log.close()
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=200)
@@ -110,7 +57,9 @@ def main() -> int:
     if options.json:
         print(json.dumps(result))
     else:
-        print(f"time outside the stages over {result['jobs']:.0f} jobs: p50 {result['p50_ms']:.1f} ms, p95 {result['p95_ms']:.1f} ms (mark: {MARK_MS:g} ms)")
+        print(
+            f"time outside the stages over {result['jobs']:.0f} jobs: p50 {result['p50_ms']:.1f} ms, p95 {result['p95_ms']:.1f} ms (mark: {MARK_MS:g} ms)"
+        )
     return 0
 
 

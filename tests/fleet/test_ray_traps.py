@@ -19,6 +19,7 @@ from ray import serve
 
 from acestep.errors import InvalidRequest
 from acestep.gpu_config import TIERS
+from acestep.request import SongRequest
 from deployments.build import build_config, parse_tiers
 from deployments.config import PlannerArgs, RendererArgs, RouterArgs, parse_args
 from deployments.fleet import unplaced_leavers
@@ -175,7 +176,7 @@ def test_an_application_of_a_tier_without_a_node_is_built_and_waits_at_zero(two_
 async def test_leaving_a_stages_stream_stops_the_replicas_work(two_cards: None) -> None:
     """Serve does not pass a lost consumer on to the replica by itself; `Dispatcher._follow` cancels the stream, and so does this."""
     handle = serve.get_deployment_handle("dit", app_name="dit")
-    request = {"prompt": "a song", "duration": 600, "seeds": [1], "steps": 20, "batch_size": 1}
+    request = SongRequest(prompt="a song", duration=600, steps=20).with_seeds().model_dump(mode="json")
     stream = handle.options(stream=True).render.remote("job", request, {}, None)
     assert "progress" in await anext(stream)
     assert (await handle.describe.remote())["stats"]["slots_used"] == 1
