@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from acestep.lm.attention import decode_kernel
 from acestep.lm.decoder import Decoder
 from acestep.lm.grammar import CodesProgram, Grammar
 from acestep.lm.job import Job
@@ -222,7 +223,13 @@ def on_gpu(*, quick: bool) -> dict[str, Any]:
                 model.compile()
             rows = 2 * max(pairs)
             decoder = Decoder(
-                model, grammar, rows=rows, arena_tokens=rows * max_len, static_len=max_len, capture=mode == "graphs"
+                model,
+                grammar,
+                rows=rows,
+                arena_tokens=rows * max_len,
+                static_len=max_len,
+                kernel=decode_kernel(c, device, torch.bfloat16),
+                capture=mode == "graphs",
             )
             modes[mode] = {}
             for songs in pairs:

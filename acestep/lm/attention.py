@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
 
 from acestep.lm.cache import Arena, Span
+from acestep.lm.model import ModelConfig
+
+log = logging.getLogger(__name__)
+
+# (q, keys, values, starts, lengths, longest) -> (rows, heads * head_dim); see `acestep.lm.decode_kernel.decode_attention`
+DecodeKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,25 +78,73 @@ class SpanAttention:
         starts: (n,) int64 on the device: where each row's span begins.
         positions: (n,) likewise: where in its span the new token stands.
         keys: How many tokens of each row are looked at, more than any position.
+        kernel: Looks at them in place; without one they are gathered first.
     """
 
-    def __init__(self, arena: Arena, starts: torch.Tensor, positions: torch.Tensor, keys: int) -> None:
+    def __init__(
+        self, arena: Arena, starts: torch.Tensor, positions: torch.Tensor, keys: int, kernel: DecodeKernel | None
+    ) -> None:
         self._arena = arena
-        self._places = starts + positions
-        reach = torch.arange(keys, device=positions.device)
-        self._index = (starts[:, None] + reach).clamp(max=arena.scratch)
-        self._mask = (reach <= positions[:, None])[:, None, None]
+        self._starts, self._keys, self._kernel = starts, keys, kernel
+        self._places, self._lengths = starts + positions, positions + 1
+        if kernel is None:
+            reach = torch.arange(keys, device=positions.device)
+            self._index = (starts[:, None] + reach).clamp(max=arena.scratch)
+            self._mask = (reach <= positions[:, None])[:, None, None]
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         keys, values = self._arena.keys[layer], self._arena.values[layer]
         keys.index_copy_(0, self._places, k)
         values.index_copy_(0, self._places, v)
-        batch, heads, dim = q.shape
-        grouped = q.view(batch, k.shape[1], -1, dim)  # heads that share a key head stand as its queries
-        row = F.scaled_dot_product_attention(
-            grouped, keys[self._index].transpose(1, 2), values[self._index].transpose(1, 2), self._mask
-        )
-        return row.reshape(batch, heads * dim)
+        if self._kernel is not None:
+            return self._kernel(q, keys, values, self._starts, self._lengths, self._keys)
+        return gathered_attention(q, keys[self._index], values[self._index], self._mask)
+
+
+def gathered_attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Args: `q` (rows, heads, head_dim), `keys` and `values` (rows, tokens, kv_heads, head_dim). Returns (rows, heads * head_dim)."""
+    rows, heads, dim = q.shape
+    grouped = q.view(rows, keys.shape[2], -1, dim)  # heads that share a key head stand as its queries
+    attended = F.scaled_dot_product_attention(grouped, keys.transpose(1, 2), values.transpose(1, 2), mask)
+    return attended.reshape(rows, heads * dim)
+
+
+def decode_kernel(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> DecodeKernel | None:
+    """The Triton kernel, if this device runs it and its answer is right; else None."""
+    if device.type != "cuda":
+        return None
+    try:
+        from acestep.lm.decode_kernel import decode_attention, supports
+
+        if not supports(config.heads, config.kv_heads, config.head_dim):
+            return None
+        if check_kernel(decode_attention, config, device, dtype):
+            return decode_attention
+        log.warning("the decoding kernel gives wrong numbers on %s and is not used", device)
+    except Exception:  # no Triton, no compiler, an unknown card: the planner works without, only slower
+        log.warning("the decoding kernel does not run on %s: keys are gathered instead", device, exc_info=True)
+    return None
+
+
+def check_kernel(kernel: DecodeKernel, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernel agrees with gathered attention on rows of one, several and many tokens."""
+    generator = torch.Generator(device).manual_seed(0)
+    lengths = [1, 300, 700]
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+    keys, values = random(1_100, config.kv_heads, config.head_dim), random(1_100, config.kv_heads, config.head_dim)
+    q = random(len(lengths), config.heads + config.kv_heads, config.head_dim)[:, : config.heads]
+    starts = [5, 50, 400]
+    answer = kernel(q, keys, values, torch.tensor(starts, device=device), torch.tensor(lengths, device=device), 1_024)
+    for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        span = slice(start, start + length)
+        everything = torch.ones(1, 1, 1, length, dtype=torch.bool, device=device)
+        right = gathered_attention(q[row : row + 1], keys[None, span], values[None, span], everything)
+        if not torch.allclose(answer[row].float(), right[0].float(), atol=2e-2 if dtype == torch.bfloat16 else 1e-4):
+            return False
+    return True
 
 
 def _mask(segment: Segment, device: torch.device) -> torch.Tensor:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from acestep.errors import InvalidOutput, OutOfMemory
+from acestep.lm.attention import DecodeKernel
 from acestep.lm.cache import Arena
 from acestep.lm.constants import constant
 from acestep.lm.grammar import Choice, Grammar
@@ -38,6 +39,7 @@ class Decoder:
         rows: Most rows in flight.
         arena_tokens: Tokens of keys and values over all rows.
         static_len: Decode in the static shapes that GPUs want, rows being at most that long; None decodes in one flat batch.
+        kernel: For the static shapes: attention in place (`attention.decode_kernel`).
         capture: Record CUDA graphs of the static shapes.
         attention: `eager` keeps to plain products; otherwise torch takes the fastest kernel that the device and the shape allow.
     """
@@ -50,6 +52,7 @@ class Decoder:
         rows: int,
         arena_tokens: int,
         static_len: int | None = None,
+        kernel: DecodeKernel | None = None,
         capture: bool = False,
         attention: Attention = "sdpa",
     ) -> None:
@@ -68,7 +71,9 @@ class Decoder:
         self._read: Reader = FlatReader(model, self.arena, self._min_rows)
         if static_len is not None:
             with torch.inference_mode(), self._kernels():
-                self._read = StaticReader(model, self.arena, rows=rows, max_len=static_len, capture=capture)
+                self._read = StaticReader(
+                    model, self.arena, rows=rows, max_len=static_len, kernel=kernel, capture=capture
+                )
 
     @property
     def graphs(self) -> int:

@@ -13,17 +13,22 @@ _CPU_SHARE = 0.5  # of free host memory, where nothing was said
 _DEVICE_RESERVE = 0.1  # of the device's memory, for activations, logits and graphs
 
 
-def arena_tokens(model: PlannerModel, *, rows: int, max_len: int, memory_bytes: int | None) -> int:
+def arena_tokens(
+    model: PlannerModel, *, rows: int, max_len: int, memory_bytes: int | None, gathers: bool = False
+) -> int:
     """Enough for all rows at full length, or what fits.
 
     Args:
         memory_bytes: What weights and keys and values may take together; None for what is free.
+        gathers: Attention copies one layer's keys and values of all rows.
 
     Raises:
         OutOfMemory: Not even one pair of rows fits at full length.
     """
     per_token = model.config.kv_elements_per_token * model.dtype.itemsize
     free = memory_bytes - model.weight_bytes if memory_bytes is not None else _free_bytes(model.device)
+    if gathers:
+        free -= rows * max_len * per_token // model.config.layers
     wanted, least = rows * max_len, 2 * max_len
     tokens = min(wanted, max(free, 0) // per_token)
     if tokens < least:

@@ -13,6 +13,7 @@ import torch
 
 from acestep.engine import EngineThread, Ticket
 from acestep.errors import DeviceUnavailable, OutOfMemory
+from acestep.lm.attention import decode_kernel
 from acestep.lm.decoder import Decoder
 from acestep.lm.engine import PlannerEngine
 from acestep.lm.flows import FlowBuilder
@@ -92,12 +93,15 @@ class Planner:
                 model.compile()
             _set_threads(1 if model.weight_bytes < _SMALL_BYTES else settings.threads)
             grammar = Grammar(tokenizer)
-            tokens = arena_tokens(model, rows=settings.slots, max_len=max_len, memory_bytes=settings.memory_bytes)
+            static = device.type != "cpu"
+            kernel = decode_kernel(config, device, dtype) if settings.attention != "eager" else None
+            tokens = arena_tokens(
+                model, rows=settings.slots, max_len=max_len, memory_bytes=settings.memory_bytes,
+                gathers=static and kernel is None,
+            )  # fmt: skip
             decoder = Decoder(
                 model, grammar, rows=settings.slots, arena_tokens=tokens,
-                static_len=None if device.type == "cpu" else max_len,
-                capture=graphs,
-                attention=settings.attention,
+                static_len=max_len if static else None, kernel=kernel, capture=graphs, attention=settings.attention,
             )  # fmt: skip
         except torch.OutOfMemoryError as error:
             raise OutOfMemory(f"the planner at {path} does not fit on {device}: {error}", device=str(device)) from error

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from acestep.lm.attention import RowAttention, Segment, SpanAttention
+from acestep.lm.attention import DecodeKernel, RowAttention, Segment, SpanAttention
 from acestep.lm.cache import Arena, Span
 from acestep.lm.model import PlannerModel
 
@@ -73,16 +73,28 @@ class StaticReader:
     Args:
         rows: Most rows in flight.
         max_len: Longest row.
+        kernel: Attention in place; without one keys are gathered, and shapes have a bucket of keys, too.
         capture: Record CUDA graphs now; without them, or where that fails, the same code runs eagerly.
     """
 
-    def __init__(self, model: PlannerModel, arena: Arena, *, rows: int, max_len: int, capture: bool) -> None:
+    def __init__(
+        self,
+        model: PlannerModel,
+        arena: Arena,
+        *,
+        rows: int,
+        max_len: int,
+        kernel: DecodeKernel | None,
+        capture: bool,
+    ) -> None:
         self._model = model
         self._arena = arena
+        self._kernel = kernel
         self._flat = FlatReader(model, arena, 1)
         self._batches = _buckets(min(2, rows), rows)
-        # Half steps between the doublings: attention looks at a whole bucket.
-        self._keys = sorted({*_buckets(min(512, max_len), max_len), *_buckets(min(768, max_len), max_len)})
+        # Half steps between the doublings: what is gathered is a whole bucket.
+        buckets = {*_buckets(min(512, max_len), max_len), *_buckets(min(768, max_len), max_len)}
+        self._keys = [max_len] if kernel is not None else sorted(buckets)
         self._inputs = torch.zeros(3, rows, dtype=torch.long, device=model.device)  # ids, positions, starts of spans
         self._inputs[2] = arena.scratch
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
@@ -133,7 +145,7 @@ class StaticReader:
 
     def _forward(self, batch: int, keys: int) -> torch.Tensor:
         ids, positions, starts = self._inputs[:, :batch]
-        return self._model.forward(ids, positions, SpanAttention(self._arena, starts, positions, keys))
+        return self._model.forward(ids, positions, SpanAttention(self._arena, starts, positions, keys, self._kernel))
 
     def _capture(self) -> None:
         """Largest shapes first, all in one memory pool. Every row stands at the scratch place."""
