@@ -124,7 +124,9 @@ class BacklogPolicy:
                 return _whole(ctx, "target_num_replicas"), {}
             low = _whole(ctx, "capacity_adjusted_min_replicas")
             high = _whole(ctx, "capacity_adjusted_max_replicas")
-            wanted = desired(read[1], drain_s=self.drain_s, min_replicas=low, max_replicas=high, slots=self.slots)
+            # What runs has its place on the replicas there are: it keeps them, and never asks for more.
+            slots = max(self.slots, math.ceil(read[1].running_jobs / max(1, _whole(ctx, "current_num_replicas"))))
+            wanted = desired(read[1], drain_s=self.drain_s, min_replicas=low, max_replicas=high, slots=slots)
             return self._hold(wanted, now), {}
         except Exception:  # whatever it is, it must not reach the controller's loop
             log.exception("autoscaling of pool %s failed; it keeps its size", self.pool)

@@ -129,6 +129,14 @@ def test_a_store_that_cannot_be_read_keeps_the_size_and_is_logged_once(caplog: p
     assert len([r for r in set(caplog.records) if "cannot read the job store" in r.message]) == 1
 
 
+def test_songs_in_one_batch_hold_their_replica_and_ask_for_no_other() -> None:
+    policy = BacklogPolicy("sqlite:////nonexistent/jobs.db", "lm", drain_s=30, hold_s=0)
+    policy._read = (time.monotonic(), Backlog(running_s=10.0, running_jobs=16))
+    assert policy(context(current_num_replicas=1))[0] == 1
+    assert policy(context(current_num_replicas=3))[0] == 3
+    assert policy(context(current_num_replicas=0))[0] == 1
+
+
 def test_a_stale_reading_keeps_the_size() -> None:
     policy = BacklogPolicy("sqlite:////nonexistent/jobs.db", "dit", stale_s=30)
     policy._read = (time.monotonic() - 31, Backlog(waiting_s=1e6))
@@ -299,6 +307,15 @@ def test_songs_that_wait_for_planners_that_never_come_stop_counting() -> None:
     old = summarise([row], 1300.0)
     assert old["lm"].waiting_s == 5.0
     assert desired(old["dit"], drain_s=30, max_replicas=4) == 0
+
+
+def test_a_cancelled_job_is_no_arrival() -> None:
+    row = {
+        "state": "cancelled", "stage": "queued", "plan_pool": None, "render_pool": "dit", "est_plan_s": 0.0, "est_render_s": 200.0,
+        "created_at": 1000.0, "started_at": None, "planned_at": None,
+    }  # fmt: skip
+    assert summarise([row], 1001.0).get("dit", Backlog()).arrival == 0.0
+    assert summarise([row | {"state": "succeeded"}], 1001.0)["dit"].arrival > 1.0
 
 
 # -- the simulator's model of Serve
