@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 """Attention of one token per row over spans of the arena, as a Triton kernel: reads exactly the keys that a row has, copies nothing.
 
 The keys of a row are split over programs, so that one long row alone fills a card; a second kernel joins the splits. Products are sums

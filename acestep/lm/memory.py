@@ -8,6 +8,7 @@ import torch
 
 from acestep.errors import OutOfMemory
 from acestep.lm.model import PlannerModel
+from acestep.settings_planner import WORK_BYTES
 
 _CPU_SHARE = 0.5  # of free host memory, where nothing was said
 _DEVICE_RESERVE = 0.1  # of the device's memory, for activations, logits and graphs
@@ -23,17 +24,19 @@ def arena_tokens(
         gathers: Attention copies one layer's keys and values of all rows.
 
     Raises:
-        OutOfMemory: Not even one pair of rows fits at full length.
+        OutOfMemory: Not even one row of full length fits.
     """
     per_token = model.config.kv_elements_per_token * model.dtype.itemsize
     free = memory_bytes - model.weight_bytes if memory_bytes is not None else _free_bytes(model.device)
+    if model.device.type != "cpu":
+        free -= WORK_BYTES
     if gathers:
         free -= rows * max_len * per_token // model.config.layers
-    wanted, least = rows * max_len, 2 * max_len
+    wanted, least = rows * max_len, max_len
     tokens = min(wanted, max(free, 0) // per_token)
     if tokens < least:
         raise OutOfMemory(
-            f"{free} bytes are left for keys and values after {model.weight_bytes} bytes of weights; one song of "
+            f"{free} bytes are left for keys and values after {model.weight_bytes} bytes of weights; one row of "
             f"{max_len} tokens needs {least * per_token}. Use a smaller planner or a lower max_len.",
             needed_bytes=least * per_token, free_bytes=free,
         )  # fmt: skip
