@@ -138,7 +138,9 @@ class Dispatcher:
         renewed = time.monotonic()
         while True:
             await asyncio.sleep(POLL_S)
-            if not self._tasks:
+            if not (
+                tasks := dict(self._tasks)
+            ):  # not those that are claimed while the leases are renewed: they hold one, too
                 continue
             try:
                 held, cancelled = await asyncio.to_thread(self.store.renew, self.owner, self.lease_s)
@@ -148,7 +150,7 @@ class Dispatcher:
                 if time.monotonic() - renewed < self.lease_s:
                     continue
                 held, cancelled = set(), set()  # ours no longer: another router may have started them again
-            for job_id, task in list(self._tasks.items()):
+            for job_id, task in tasks.items():
                 if job_id in cancelled or job_id not in held:
                     task.cancel()
 
