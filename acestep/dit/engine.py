@@ -6,10 +6,11 @@ the first one's denoising steps where the frames of all of them fit the budget. 
 
 from __future__ import annotations
 
+import concurrent.futures
 import itertools
 import logging
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from acestep.checkpoints.published import VariantDefaults
 from acestep.dit import tasks
 from acestep.dit.denoiser import Denoiser, Row
-from acestep.dit.preparation import Preparation, Prepared, read_source, song_samples, work_codes
+from acestep.dit.preparation import Preparation, Prepared, Steps, song_samples, work_codes
 from acestep.dit.residency import Residency
 from acestep.dit.runs import ItemRun, SongRun
 from acestep.dit.vae import Vae
@@ -33,6 +34,7 @@ Work = RenderWork | CodesWork
 Result = Rendered | tuple[int, ...]
 
 _MAX_SONGS = 16
+_READ_WAIT_S = 0.02  # how long a cancellation may go unseen while all songs wait for their files
 _MAX_PREEMPTING = 4  # songs that may overtake a running one
 
 
@@ -88,7 +90,7 @@ class RenderEngine:
     def add(self, ticket: Ticket[Work, Result]) -> None:
         work = ticket.work
         if isinstance(work, CodesWork):
-            preparation: Generator[None, None, Any] = self._codes(work)
+            preparation: Steps[Any] = self._codes(work)
         else:
             tasks.check(work.request, self._defaults, self._name)
             preparation = self._preparation.prepare(work)
@@ -124,7 +126,7 @@ class RenderEngine:
 
     def step(self) -> bool:
         for song in self._songs:
-            if song.preparation is not None:
+            if song.preparation is not None and not song.waiting:
                 self._prepare(song)
                 return True
         for song in self._songs:
@@ -135,7 +137,9 @@ class RenderEngine:
             if song.runs:
                 self._denoise()
                 return True
-        return False
+        if reading := [song.reading for song in self._songs if song.reading is not None]:
+            concurrent.futures.wait(reading, timeout=_READ_WAIT_S, return_when=concurrent.futures.FIRST_COMPLETED)
+        return bool(self._songs)
 
     # -- preparation
 
@@ -143,7 +147,8 @@ class RenderEngine:
         assert song.preparation is not None
         begin = time.monotonic()
         try:
-            next(song.preparation)
+            song.reading = None
+            song.reading = next(song.preparation)
         except StopIteration as done:
             song.preparation = None
             if isinstance(done.value, Prepared):
@@ -161,8 +166,9 @@ class RenderEngine:
             self._close(song, error=Internal(f"the song could not be prepared; quote id {song.ticket.id}"))
         song.seconds["conditions_s"] += time.monotonic() - begin
 
-    def _codes(self, work: CodesWork) -> Generator[None, None, tuple[int, ...]]:
-        latents = yield from self._preparation.encode(read_source(work.path, "audio"))
+    def _codes(self, work: CodesWork) -> Steps[tuple[int, ...]]:
+        audio = yield from self._preparation.read(work.path, "audio")
+        latents = yield from self._preparation.encode(audio)
         return self._preparation.codes_of(latents)
 
     # -- denoising

@@ -1,14 +1,16 @@
 """From a request to what each of its items is denoised from: lengths, contexts, conditions, windows.
 
-Written as a generator that pauses after each piece of work (a VAE tile, one encoding), so that the engine can interleave songs and
-drop a cancelled one quickly.
+Written as generators that pause after each piece of work (a VAE tile, one encoding), so that the engine can interleave songs and
+drop a cancelled one quickly. Where one waits for a file to be read, which another thread does, it yields the future to wait for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path as FilePath
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +33,11 @@ from acestep.plan import CODES_PER_SECOND
 from acestep.request import Adjustment
 from acestep.song import SAMPLE_RATE, SAMPLES_PER_FRAME
 
+T = TypeVar("T")
+Steps = Generator["Future[Any] | None", None, T]
+
 DEFAULT_SECONDS = 60.0
+_READERS = 2
 _AUTO_MASK = 2.0  # upstream's mark for "the model decides where" in the mask channels
 _INJECTION = {"conservative": 1.0, "aggressive": 0.0}
 
@@ -86,9 +92,13 @@ class Preparation:
         self._admission = admission
         self._defaults = defaults
         self._device = device
+        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="read-audio")
 
-    def prepare(self, work: RenderWork) -> Generator[None, None, Prepared]:
-        """Raises the errors of `check_files`, `LoraCache.get`, `read_source` and `window_of`, for what only the files can tell."""
+    def close(self) -> None:
+        self._readers.shutdown(wait=False, cancel_futures=True)
+
+    def prepare(self, work: RenderWork) -> Steps[Prepared]:
+        """Raises the errors of `check_files`, `LoraCache.get`, `read` and `window_of`, for what only the files can tell."""
         request = work.request
         check_files(request, work.src_audio, work.reference_audio)
         sampling, adjustments = resolve(request, self._defaults)
@@ -96,7 +106,7 @@ class Preparation:
         source = (yield from self._source(work)) if work.src_audio is not None else None
         references = []
         for path in work.reference_audio:
-            excerpt = reference_excerpt(read_source(path, "reference_audio"))
+            excerpt = reference_excerpt((yield from self.read(path, "reference_audio")))
             references.append((yield from self.encode(excerpt)))
         # A file may change under its name, so its encoding is shared within this work only.
         reference_key = object() if references else None
@@ -114,13 +124,13 @@ class Preparation:
             self._residency.need("conditions")
             if (codes, frames) not in contexts:
                 contexts[codes, frames] = self._context(work, codes, frames, source)
-                yield
+                yield None
             for caption, lyrics in texts[index]:
                 if (caption, lyrics) not in encoded:
                     adjustments += self._cuts(caption, lyrics)
                     self._residency.need("conditions")
                     encoded[caption, lyrics] = self._conditions.encode(caption, lyrics, references, key=reference_key)
-                    yield
+                    yield None
         pass_frames = self._admission.pass_frames(
             frames=-(-max(lengths.values()) // SAMPLES_PER_FRAME),
             songs=len(lengths),
@@ -132,7 +142,7 @@ class Preparation:
         projected: dict[tuple[str, str], Projected] = {}
         for pair, tokens in encoded.items():
             projected[pair] = self._project(tokens, lora)
-            yield
+            yield None
         null = self._project(self._conditions.null(), lora)
         items = []
         for index in work.indices:
@@ -159,7 +169,7 @@ class Preparation:
             self._denoiser.set_precision(self._dtype)
         return self._denoiser.project(tokens, lora)
 
-    def encode(self, audio: Tensor) -> Generator[None, None, Tensor]:
+    def encode(self, audio: Tensor) -> Steps[Tensor]:
         """Latents of PCM, tile by tile."""
         self._residency.need("vae")
         steps = self._vae.encode(audio)
@@ -169,18 +179,23 @@ class Preparation:
             except StopIteration as done:
                 latents: Tensor = done.value
                 return latents
-            yield
+            yield None
             self._residency.need("vae")
+
+    def read(self, path: FilePath, field: str) -> Steps[Tensor]:
+        """PCM `[2, n]` at 48 kHz of an audio file. Raises `InvalidRequest` as `read_audio` does."""
+        reading = self._readers.submit(read_audio, path, field=field)
+        yield reading
+        return torch.from_numpy(reading.result())
 
     def codes_of(self, latents: Tensor) -> tuple[int, ...]:
         """5 Hz codes of latents."""
         self._residency.need("conditions")
         return self._conditions.codes_of(latents.to(self._device))
 
-    def _source(self, work: RenderWork) -> Generator[None, None, _Source]:
+    def _source(self, work: RenderWork) -> Steps[_Source]:
         assert work.src_audio is not None
-        audio = read_source(work.src_audio, "src_audio")
-        yield
+        audio = yield from self.read(work.src_audio, "src_audio")
         window = None
         if RULES[work.request.task].window:
             window = window_of(work.request, audio.shape[1])
@@ -269,11 +284,6 @@ class Preparation:
             repaint=repaint,
         )
         return Item(index, request.seeds[index], samples, path, splice)
-
-
-def read_source(path: FilePath, field: str) -> Tensor:
-    """PCM `[2, n]` at 48 kHz of an audio file. Raises `InvalidRequest` as `read_audio` does."""
-    return torch.from_numpy(read_audio(path, field=field))
 
 
 def work_codes(work: RenderWork, index: int) -> tuple[int, ...] | None:

@@ -91,8 +91,9 @@ class Renderer:
         budget = settings.max_batch_frames
         if budget is None:
             budget = batch_frames(device, name)
+        self._preparation = Preparation(conditions, vae, denoiser, residency, loras, admission, defaults, device)
         engine = RenderEngine(
-            Preparation(conditions, vae, denoiser, residency, loras, admission, defaults, device),
+            self._preparation,
             denoiser,
             vae,
             residency,
@@ -193,6 +194,7 @@ class Renderer:
     def close(self) -> None:
         """Stop after the step in progress; unfinished works fail as cancelled."""
         self._thread.close()
+        self._preparation.close()
 
 
 def use_eager_attention(components: RendererComponents) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from acestep.dit.denoiser import Row
-from acestep.dit.preparation import Item, Prepared
+from acestep.dit.preparation import Item, Prepared, Steps
 from acestep.dit.sampler import Walk, Walker
 from acestep.dit.vae import Vae
 from acestep.engine import Ticket
@@ -63,16 +64,19 @@ class ItemRun:
 class SongRun:
     """A ticket in flight: being prepared, then its runs."""
 
-    def __init__(
-        self, ticket: Ticket[Any, Any], order: int, preparation: Generator[None, None, Any], frames: int
-    ) -> None:
+    def __init__(self, ticket: Ticket[Any, Any], order: int, preparation: Steps[Any], frames: int) -> None:
         self.ticket = ticket
         self.rank = (ticket.priority, order)
-        self.preparation: Generator[None, None, Any] | None = preparation
+        self.preparation: Steps[Any] | None = preparation
+        self.reading: Future[Any] | None = None  # what the preparation waits for
         self.prepared: Prepared | None = None
         self.runs: list[ItemRun] = []
         self.frames = frames  # rows × frames it asks for, as far as is known
         self.seconds = dict.fromkeys(("conditions_s", "denoise_s", "decode_s"), 0.0)
+
+    @property
+    def waiting(self) -> bool:
+        return self.reading is not None and not self.reading.done()
 
     @property
     def denoising(self) -> bool:

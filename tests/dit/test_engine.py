@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from acestep.dit import preparation
 from acestep.dit.denoiser import Row
 from acestep.dit.renderer import Renderer
 from acestep.dit.residency import Residency
@@ -118,6 +119,32 @@ def test_a_more_urgent_song_overtakes_between_steps(make_renderer: Make) -> None
     assert max(i for i, name in enumerate(order) if name == "urgent") < max(
         i for i, name in enumerate(order) if name == "slow"
     )
+
+
+def test_a_file_that_is_slow_to_read_holds_nobody_up(
+    make_renderer: Make, song_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    renderer = make_renderer("tiny")
+    read, go_on = preparation.read_audio, threading.Event()
+
+    def slow(path: Path, *, field: str) -> Any:
+        assert go_on.wait(30)
+        return read(path, field=field)
+
+    monkeypatch.setattr(preparation, "read_audio", slow)
+    source = song_file(4.0)
+    cover = RenderWork(SongRequest(task="cover", src_audio="s", seed=1, steps=1), src_audio=source)
+    slow_song = renderer.submit(cover)
+    wait_until(lambda: renderer.stats()["preparing"] == 1)
+    dropped = renderer.submit(cover, priority=-1.0)
+    wait_until(lambda: renderer.stats()["preparing"] == 2)
+    assert renderer.submit(work_of(), priority=-2.0).result(60).items
+    renderer.cancel(dropped)
+    with pytest.raises(Cancelled):
+        dropped.result(5)
+    assert not slow_song.future.done()
+    go_on.set()
+    assert slow_song.result(60).items
 
 
 def test_a_song_joins_others_that_are_on_their_way(make_renderer: Make) -> None:
