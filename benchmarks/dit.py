@@ -1,6 +1,6 @@
 """The renderer against diffusers' own `AceStepPipeline.__call__`: same weights, same device, same threads, one run.
 
-    python -m benchmarks.dit [--quick] [--json] [--size mid|2B|XL] [--device cuda] [--full-size] [--soak N]
+    python -m benchmarks.dit [--quick] [--json] [--size tiny|mid|2B|XL] [--device cuda] [--full-size] [--soak N]
 
 Without a GPU a mid-size random model is measured; with one, the true 2B (and XL on request). Each case alternates between both sides
 and keeps the best time of each, so that other load on the machine hits them alike.
@@ -193,13 +193,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="shorter songs, one repeat: under 50 s on two cores")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--size", choices=("mid", "2B", "XL"), help="default: 2B on a GPU, else mid")
+    parser.add_argument("--size", choices=("tiny", "mid", "2B", "XL"), help="default: 2B on a GPU, else mid")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32")
     parser.add_argument("--compile", action="store_true", help="torch.compile on our side")
     parser.add_argument(
         "--full-size", action="store_true", help="only: 10 s of audio with the true 2B size on this CPU"
     )
-    parser.add_argument("--soak", type=int, metavar="N", help="only: memory over N songs")
+    parser.add_argument(
+        "--soak", type=int, metavar="N", help="only: memory over N songs; with --size tiny 200 take a minute"
+    )
     args = parser.parse_args(argv)
     device = torch.device(args.device)
     size = args.size or ("2B" if device.type == "cuda" else "mid")

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from acestep.checkpoints import resolve
-from acestep.checkpoints.load import RendererComponents, load_tokenizer
+from acestep.checkpoints.load import RendererComponents, load_renderer, load_tokenizer
 from acestep.checkpoints.modules import component_class, quiet
 
 _HEADS: dict[str, Any] = {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128}
@@ -46,7 +46,9 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def build(size: str, device: torch.device, dtype: torch.dtype, *, turbo: bool = True) -> RendererComponents:
-    """Components of `size`, all weights drawn at a scale that keeps activations finite."""
+    """Components of `size`, all weights drawn at a scale that keeps activations finite; "tiny" is the project's checkpoint."""
+    if size == "tiny":
+        return load_renderer(resolve("tiny" if turbo else "tiny-base", "renderer"), device=device, dtype=dtype)
     configs = SIZES[size]
     encoder = {k: v for k, v in configs["encoder"].items() if not k.startswith(("num_lyric", "num_timbre", "text_"))}
     shared: dict[str, dict[str, Any]] = {
