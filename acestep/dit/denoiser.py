@@ -19,7 +19,7 @@ from acestep.dit.attention import Attention, WindowLayout, key_mask, rotate, win
 from acestep.dit.lora import ActiveLora, applied
 from acestep.settings import Attention as Backend
 
-_KEPT_BATCHES = 4  # a batch and the halves it may be split into
+_KEPT_BATCHES = 2  # the one at work and the one it took over from
 _COMPILED_ROWS = 2  # a song, or a song with guidance; batches of short clips are not worth a compilation each
 _CONDITION_BUCKET = 128  # tokens, where shapes must repeat for a compiled forward
 
@@ -87,6 +87,7 @@ class Denoiser:
         self.transformer: Any = transformer  # its submodules are untyped
         self.device = device
         self.dtype = dtype
+        self._backend = backend
         self.attention = Attention(backend, device, dtype)
         self.patch = int(self.transformer.patch_size)
         config: Any = transformer.config
@@ -104,7 +105,7 @@ class Denoiser:
         self.forget()
         nn.Module.to(self.transformer, dtype)  # diffusers' own `to` warns about every conversion
         self.dtype = dtype
-        self.attention = Attention(self.attention.backend, self.device, dtype)
+        self.attention = Attention(self._backend, self.device, dtype)
 
     @torch.inference_mode()
     def project(self, tokens: Tensor, lora: ActiveLora | None = None) -> Projected:

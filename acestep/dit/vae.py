@@ -7,7 +7,7 @@ they do for encoding (6.9 frames). Memory then depends on the tile and not on th
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import torch
@@ -15,13 +15,16 @@ from diffusers.models.autoencoders.autoencoder_oobleck import AutoencoderOobleck
 from torch import Tensor, nn
 from torch.nn.utils import remove_weight_norm
 
+from acestep import host
+from acestep.activations import decode_bytes, encode_bytes
 from acestep.errors import OutOfMemory
 
 log = logging.getLogger(__name__)
 
+Need = Callable[[dict[str, Any], int, str], int]  # bytes by configuration, frames and dtype
+
 FIRST_CORE_FRAMES = 64  # 2.56 s: soon there for a listener
 _SMALLEST_CORE_FRAMES = 16
-_ACTIVATIONS = 4.5  # live copies of the widest activation while decoding
 
 
 class Vae:
@@ -39,8 +42,7 @@ class Vae:
     ) -> None:
         self.vae = vae
         self.hop = int(vae.hop_length)
-        config: Any = vae.config
-        self._width = int(config.decoder_channels) * self.hop  # values per frame in the widest activation
+        self._config: dict[str, Any] = dict(vae.config)
         self._device = device
         self._tile = tile
         self._overlap = overlap
@@ -57,22 +59,22 @@ class Vae:
     def decode(self, latents: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Pieces of PCM (first frame, float32 `[2, n]` on the CPU) of latents `[L, C]`, in order."""
         frames = len(latents)
-        begin, core = 0, min(FIRST_CORE_FRAMES, self._core())
+        begin, core = 0, min(FIRST_CORE_FRAMES, self._core(decode_bytes))
         while begin < frames:
             end = min(begin + core, frames)
             try:
                 piece = self._decode_window(latents, begin, end)
             except torch.OutOfMemoryError as error:
-                core = self._shrink(end - begin, error)
+                core = self._shrink(end - begin, decode_bytes, error)
                 continue
             self.tiles += 1
             yield begin, piece
-            begin, core = end, self._core()
+            begin, core = end, self._core(decode_bytes)
 
     @torch.inference_mode()
     def _decode_window(self, latents: Tensor, begin: int, end: int) -> Tensor:
         first, last = max(0, begin - self._overlap), min(len(latents), end + self._overlap)
-        if self._full_tiles and last - first < self._tile <= len(latents):
+        if self._full_tiles and last - first < self._tile == self._fitting_tile(decode_bytes) <= len(latents):
             first = max(0, last - self._tile)
             last = first + self._tile
         window = latents[first:last].T[None].to(self._device, self.dtype)
@@ -100,13 +102,13 @@ class Vae:
         """
         frames = -(-audio.shape[1] // self.hop)
         audio = nn.functional.pad(audio, (0, frames * self.hop - audio.shape[1]))
-        parts, begin, core = [], 0, self._core()
+        parts, begin, core = [], 0, self._core(encode_bytes)
         while begin < frames:
             end = min(begin + core, frames)
             try:
                 parts.append(self._encode_window(audio, begin, end, frames))
             except torch.OutOfMemoryError as error:
-                core = self._shrink(end - begin, error)
+                core = self._shrink(end - begin, encode_bytes, error)
                 continue
             self.tiles += 1
             begin = end
@@ -120,32 +122,41 @@ class Vae:
         mean = self.vae.encode(window).latent_dist.mode()[0].T
         return mean[begin - first : end - first].float()
 
-    def _core(self) -> int:
-        tile = self._tile
-        if self._device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(self._device)
-            free += torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
-            tile = min(tile, int(0.8 * free / self._bytes(1)))
-        return max(tile - 2 * self._overlap, _SMALLEST_CORE_FRAMES)
+    def _core(self, need: Need) -> int:
+        """Frames of the next tile without its overlap."""
+        return max(self._fitting_tile(need) - 2 * self._overlap, _SMALLEST_CORE_FRAMES)
 
-    def _bytes(self, frames: int) -> int:
-        return int(frames * self._width * self.dtype.itemsize * _ACTIVATIONS)
+    def _fitting_tile(self, need: Need) -> int:
+        """The tile as set, or what of it fits into the memory that is free now."""
+        if self._device.type != "cuda":
+            return self._tile
+        return min(self._tile, int(0.8 * self._free() / need(self._config, 1, self._dtype_name)))
 
-    def _shrink(self, core: int, error: BaseException) -> int:
-        """Half of a core that did not fit; gives up below the smallest."""
-        free = 0
+    def _shrink(self, core: int, need: Need, error: BaseException) -> int:
+        """Half of a core that did not fit, for this tile and all that follow; gives up below the smallest."""
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
-            free, _ = torch.cuda.mem_get_info(self._device)
-        needed = self._bytes(core + 2 * self._overlap)
         if core <= _SMALLEST_CORE_FRAMES:
+            needed, free = need(self._config, core + 2 * self._overlap, self._dtype_name), self._free()
             raise OutOfMemory(
-                f"a VAE tile of {core} frames does not fit: about {needed >> 20} MiB needed, "
-                f"{free >> 20} MiB free. Use a card with more memory or offload.",
+                f"a VAE tile of {core} frames does not fit: about {needed >> 20} MiB needed, {free >> 20} MiB free. Use a card "
+                "with more memory or offload.",
                 needed_bytes=needed, free_bytes=free,
             ) from error  # fmt: skip
-        log.warning("a VAE tile of %d frames did not fit; halving it", core)
-        return max(core // 2, _SMALLEST_CORE_FRAMES)
+        smaller = max(core // 2, _SMALLEST_CORE_FRAMES)
+        log.warning("a VAE tile of %d frames did not fit; from now on they have at most %d", core, smaller)
+        self._tile = min(self._tile, smaller + 2 * self._overlap)
+        return smaller
+
+    def _free(self) -> int:
+        if self._device.type != "cuda":
+            return host.memory()[1]
+        free, _ = torch.cuda.mem_get_info(self._device)
+        return free + torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+
+    @property
+    def _dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
 
 
 class FoldedSnake(nn.Module):
