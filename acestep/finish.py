@@ -75,9 +75,10 @@ def _finish_item(
     audio, level = master(
         item.audio.numpy(), SAMPLE_RATE, normalize=request.normalize, loudness_lufs=request.loudness_lufs
     )
-    caption = (plan.metadata.caption if request.use_cot_caption else None) or request.prompt
+    metadata = plan.metadata_of(item.index)
+    caption = (metadata.caption if request.use_cot_caption else None) or request.prompt
     notice = maker.notice or plan.notice
-    tags = SongTags.titled(caption, seed=item.seed, model=maker.model, plan=plan.metadata, notice=notice)
+    tags = SongTags.titled(caption, seed=item.seed, model=maker.model, plan=metadata, notice=notice)
     files = []
     for fmt in request.formats:
         data = encode(audio, SAMPLE_RATE, fmt, bitrate_kbps=request.bitrate_kbps, tags=tags)

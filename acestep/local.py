@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,18 +106,20 @@ class Studio:
         renderer.check(request)
         from acestep.dit.work import RenderWork
 
-        work = RenderWork(
-            request,
-            plan,
-            src_audio=_existing("src_audio", request.src_audio),
-            reference_audio=tuple(p for r in request.reference_audio if (p := _existing("reference_audio", r))),
-        )
-        rendered = renderer.submit(work, on_progress=on_progress).result()
+        source = _existing("src_audio", request.src_audio)
+        references = tuple(p for r in request.reference_audio if (p := _existing("reference_audio", r)))
+        parts: list[tuple[tuple[int, ...] | None, Plan]] = [(None, plan)]
+        if plan.item_metadata:  # songs of their own: each is rendered by its own metadata
+            parts = [((i,), plan.for_item(i)) for i in range(request.batch_size)]
+        works = [RenderWork(request, p, items, src_audio=source, reference_audio=references) for items, p in parts]
+        done = [renderer.submit(work, on_progress=on_progress).result() for work in works]
+        rendered = replace(done[-1], items=tuple(item for part in done for item in part.items))
         files: dict[str, bytes] = {}
         info = renderer.info
         maker = Maker(info.name, info.hash, self.settings.device.name, info.notice)
         song = finish(request, plan, rendered, maker, files.__setitem__)
         by_item = {(item.index, f.format): files[f.path] for item in song.items for f in item.files}
+        song = song.model_copy(update={"plan": plan})
         return Made(request, song, (*adjustments, *song.adjustments), by_item, time.monotonic() - began)
 
     def _plan(self, request: SongRequest, on_progress: OnProgress | None) -> Plan:

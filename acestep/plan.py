@@ -51,6 +51,10 @@ class Plan(BaseModel):
         """Metadata of batch item `item`."""
         return self.item_metadata[item] if self.item_metadata else self.metadata
 
+    def for_item(self, item: int) -> Plan:
+        """The plan as it is for one item of a batch whose items have metadata of their own."""
+        return self.model_copy(update={"metadata": self.metadata_of(item), "item_metadata": None})
+
     def codes_of(self, item: int) -> tuple[int, ...] | None:
         """Codes of batch item `item`; a single list serves all items."""
         if not self.codes:

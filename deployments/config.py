@@ -49,7 +49,7 @@ class PoolArgs(_Args):
         False, description="The cluster adds nodes of these tiers when replicas wait for them."
     )
     drain_backlog_s: float = Field(30.0, gt=0, description="Scale so that what waits is worked off within this time.")
-    downscale_delay_s: float = Field(300.0, ge=0)
+    downscale_delay_s: float = Field(60.0, ge=0, description="To zero: twice as long.")
     graceful_shutdown_s: float = Field(900.0, ge=0, description="How long a leaving replica may finish its songs.")
     max_queue: int = Field(256, ge=1, description="Requests that may wait inside one replica.")
     engine: Engine = Field(
@@ -120,6 +120,9 @@ class RouterArgs(_Args):
     cors_origin_regex: str | None = r"^https?://(localhost|127\.0\.0\.1)(:\d+)?$"
 
     # How much at once
+    max_backlog_s: float = Field(
+        3600.0, gt=0, description="Jobs that would wait longer than this for a card are refused (429)."
+    )
     max_queue: int = Field(200, ge=1, description="Jobs that may wait; beyond it 429.")
     max_body_bytes: int = Field(16 << 20, ge=1024, description="Of a request without files.")
     max_upload_bytes: int = Field(128 << 20, ge=1024, description="Of a request with files, chat included.")

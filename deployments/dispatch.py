@@ -229,7 +229,7 @@ class Dispatcher:
                 return request, adjustments, request.own_plan()
             arguments = (request.model_dump(mode="json"), choice.max_duration, job.priority, _left(job))
             try:
-                async with self.routing.occupy(choice.planner, "plan", choice.est_plan_s, choice.plan_wall_s):
+                async with self.routing.occupy(choice.planner, "plan", choice.est_plan_s, choice.plan_profile_s):
                     handle = self.fleet.handle(choice.planner, "plan")
                     async with ProgressWriter(self.store, job.id, self.owner) as report:
                         result = await self._follow(job, handle, "plan", arguments, report)
@@ -244,10 +244,13 @@ class Dispatcher:
             choice, adjustments = await self._choose(job, request, adjustments, plan)
             request, plan = choice.request, choice.plan or plan
             finished = {i for items in done for i in items}
-            groups = [g for group in choice.groups if (g := tuple(i for i in group if i not in finished))]
+            wanted = choice.groups
+            if plan.item_metadata:  # songs of their own: each is rendered by its own metadata
+                wanted = tuple((i,) for group in wanted for i in group)
+            groups = [g for group in wanted if (g := tuple(i for i in group if i not in finished))]
             assert choice.renderer is not None, "a decision to run names its renderer"
             async with (
-                self.routing.occupy(choice.renderer, "render", choice.est_render_s, choice.render_wall_s),
+                self.routing.occupy(choice.renderer, "render", choice.est_render_s, choice.render_profile_s),
                 ProgressWriter(self.store, job.id, self.owner) as write,
             ):
                 report = _JointProgress(write, len(groups))
@@ -259,7 +262,7 @@ class Dispatcher:
             done |= {items: r for items, r in zip(groups, results, strict=True) if isinstance(r, Song)}
             failures = [r for r in results if isinstance(r, BaseException)]
             if not failures:
-                song = merge_songs(list(done.values()))
+                song = merge_songs(list(done.values())).model_copy(update={"plan": plan})
                 if song.adjustments:
                     changed = (*adjustments, *song.adjustments)
                     await asyncio.to_thread(self.store.save_request, job.id, self.owner, request, changed)
@@ -274,6 +277,7 @@ class Dispatcher:
         self, job: Job, choice: Decision, request: SongRequest, plan: Plan, items: tuple[int, ...], report: Report
     ) -> Song:
         handle = self.fleet.handle(choice.renderer or "", "render")
+        plan = plan.for_item(items[0]) if plan.item_metadata else plan
         arguments = (
             job.id, request.model_dump(mode="json"), plan.model_dump(mode="json"), items, job.priority, _left(job)
         )  # fmt: skip

@@ -31,6 +31,7 @@ POLL_S = 1.0
 DESCRIBE_EVERY_S = 10.0
 DESCRIBE_TIMEOUT_S = 5.0
 COLD_START_TIMEOUT_S = 600.0
+SETTLE_S = 1.0  # until Serve has told every replica of an application that it deletes to stop
 _EXCEPTION_LINE = re.compile(
     r"^\s*(?:\w+\.)*(\w+(?:Error|Exception|Missing|Permission|Unavailable|Exceeded|Request|OutOfMemory)): (.+)$"
 )
@@ -157,20 +158,18 @@ def parse_details(details: Mapping[str, Any]) -> FleetView:
     return FleetView(tuple(sorted(pools, key=lambda p: p.app)), time.time(), apps, http_host=host)
 
 
-def unplaced_leavers(details: Mapping[str, Any]) -> list[str]:
-    """Actor names of pools' replicas that were told to stop before they had found a node.
-
-    Serve asks a leaving replica to finish first and waits for `graceful_shutdown_timeout_s`. One that never started cannot answer, so for
-    all that time it would go on asking the cluster for a card.
-    """
-    return [
-        str(replica["actor_name"])
-        for facts in details.get("applications", {}).values()
-        for name, deployment in (facts.get("deployments") or {}).items()
-        if name in ROLE_OF_DEPLOYMENT
-        for replica in deployment.get("replicas", [])
-        if str(getattr(replica["state"], "value", replica["state"])) == "STOPPING" and replica.get("node_id") is None
-    ]
+def unplaced(details: Mapping[str, Any], state: str) -> dict[str, list[str]]:
+    """Actor names, by application, of pools' replicas in a state (`STARTING`, `STOPPING`) that have found no node yet."""
+    return {
+        app: [
+            str(replica["actor_name"])
+            for name, deployment in (facts.get("deployments") or {}).items()
+            if name in ROLE_OF_DEPLOYMENT
+            for replica in deployment.get("replicas", [])
+            if str(getattr(replica["state"], "value", replica["state"])) == state and replica.get("node_id") is None
+        ]
+        for app, facts in details.get("applications", {}).items()
+    }
 
 
 class Fleet:
@@ -182,6 +181,7 @@ class Fleet:
         self._handles: dict[str, DeploymentHandle[Any]] = {}
         self._infos: dict[str, tuple[float, Mapping[str, Any]]] = {}
         self._describing: dict[str, asyncio.Task[None]] = {}
+        self._waiting: Mapping[str, list[str]] = {}  # replicas that wait for a node, by application
 
     async def run(self) -> None:
         """Poll until cancelled. A failed poll keeps the last picture and is tried again."""
@@ -195,7 +195,7 @@ class Fleet:
     async def refresh(self) -> None:
         details, nodes = await asyncio.to_thread(_serve_details), await asyncio.to_thread(_live_nodes)
         view = replace(parse_details(details), nodes=nodes)
-        await asyncio.to_thread(_release, unplaced_leavers(details))
+        await asyncio.to_thread(_release, self._unplaced_leavers(details, view.apps))
         for pool in view.pools:
             if pool.running:
                 self._describe_soon(pool.app, pool.role, DESCRIBE_TIMEOUT_S)
@@ -207,6 +207,24 @@ class Fleet:
         self.view = replace(view, pools=pools)
         self.changed.set()
         self.changed = asyncio.Event()
+
+    async def last_look(self) -> None:
+        """Before this router leaves: where all of Serve stops, nobody after it lets go what waits for a node."""
+        if any(self._waiting.values()):
+            await asyncio.sleep(SETTLE_S)
+            await self.refresh()
+
+    def _unplaced_leavers(self, details: Mapping[str, Any], apps: Mapping[str, str]) -> list[str]:
+        """Replicas that leave, or whose application does, before they had found a node.
+
+        Serve asks a leaving replica to finish first and waits for `graceful_shutdown_timeout_s`. One that never started cannot answer, so for
+        all that time it would go on asking the cluster for a card, and hold up a shutdown of Serve. Of an application that is being deleted
+        Serve tells no replicas any more; what it told before counts.
+        """
+        going = [app for app in self._waiting if apps.get(app) in (None, "DELETING")]
+        leavers = [actor for app in going for actor in self._waiting[app]]
+        self._waiting = unplaced(details, "STARTING")
+        return leavers + [actor for actors in unplaced(details, "STOPPING").values() for actor in actors]
 
     def handle(self, app: str, role: Role) -> DeploymentHandle[Any]:
         if app not in self._handles:

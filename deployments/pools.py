@@ -85,7 +85,7 @@ def autoscaling(args: PoolArgs, pool: str) -> dict[str, Any]:
         "initial_replicas": args.min_replicas,
         "upscale_delay_s": 0.0,  # the policy's numbers are no noise: act at once
         "downscale_delay_s": args.downscale_delay_s,
-        "downscale_to_zero_delay_s": args.downscale_delay_s,
+        "downscale_to_zero_delay_s": 2 * args.downscale_delay_s,  # the last replica is the dearest to get back
         "look_back_period_s": 2.0,
         "policy": {
             "policy_function": "deployments.autoscaling:BacklogPolicy",
@@ -93,7 +93,6 @@ def autoscaling(args: PoolArgs, pool: str) -> dict[str, Any]:
                 "database_url": args.database_url or default_database_url(),
                 "pool": pool,
                 "drain_s": args.drain_backlog_s,
-                "hold_s": min(60.0, args.downscale_delay_s),
             },
         },
     }

@@ -83,7 +83,7 @@ class Start:
         """Cost profile of this replica's card."""
         if self.args.profile:
             return named(self.args.profile)
-        return find(self.device.name, tier=self.settings.tier)
+        return find(self.device.name, tier=self.settings.tier, cpu=not self.device.is_card)
 
     def info(self, **facts: Any) -> ReplicaInfo:
         resolved, device = self.settings, self.device

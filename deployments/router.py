@@ -25,6 +25,7 @@ from deployments.storage import Storage
 
 log = logging.getLogger(__name__)
 BACKLOG_POLL_S = 1.0
+LAST_LOOK_S = 4.0
 OPEN_WARNING = "THE SERVER LISTENS ON %s AND NEEDS NO KEY: everybody who reaches it can use it. Set ACESTEP_API_KEY, or http_options.host to 127.0.0.1."
 
 
@@ -93,4 +94,8 @@ class Router:
             task.cancel()
         await asyncio.gather(*getattr(self, "_background", []), return_exceptions=True)
         if service := getattr(self, "service", None):
+            try:
+                await asyncio.wait_for(service.fleet.last_look(), LAST_LOOK_S)
+            except Exception:
+                log.info("could not look at the fleet a last time", exc_info=True)
             service.store.close()

@@ -24,7 +24,7 @@ from deployments.fleet import FleetView, Pool
 from deployments.jobs.backlog import Backlog
 from deployments.jobs.store import Job
 from deployments.metrics import Meter
-from deployments.placement import Decision, FleetState, PoolState, choose
+from deployments.placement import Decision, FleetState, PoolState, Promise, choose
 from deployments.pools import label_selector
 
 
@@ -87,7 +87,9 @@ class Routing:
             raise NoPool(_missing(view))
         accepted_as_is = job.render_pool is not None  # it was cut at submit; from then on it waits for its card
         left = None if job.deadline is None else job.deadline - time.time()
-        decision = _say_why_off(view, choose(request, state, plan=plan, clamp=not accepted_as_is, deadline_in_s=left))
+        promise = _promise(job) if plan is not None else None
+        decision = choose(request, state, plan=plan, clamp=not accepted_as_is, deadline_in_s=left, promise=promise)
+        decision = _say_why_off(view, decision)
         if decision.outcome == "never":
             raise InvalidRequest(decision.reason, field="model")
         return decision
@@ -197,6 +199,14 @@ def _say_why_off(view: FleetView, decision: Decision) -> Decision:
         for a in decision.adjustments
     )
     return replace(decision, adjustments=said)
+
+
+def _promise(job: Job) -> Promise | None:
+    """What the caller was told at submit, for the choice between pools later on."""
+    told = job.extra.get("eta_s")
+    if job.render_pool is None or told is None:
+        return None
+    return Promise(job.render_pool, job.created_at + float(told) - time.time())
 
 
 def _slots(pool: Pool) -> int:

@@ -53,7 +53,7 @@ def manifest(
         "renderer": {"name": model, "hash": model_hash, "device": device},
         "planner": {"name": plan.model, "hash": plan.model_hash, "seed": lm_seed} if plan.model else None,
         "lora": settings.get("lora"),
-        "plan": plan.metadata.model_dump(exclude_none=True),
+        "plan": plan.metadata_of(item).model_dump(exclude_none=True),
         "codes": None if codes is None else {"count": len(codes), "sha256": codes_hash(codes)},
         "settings": {key: value for key, value in settings.items() if key != "lora"},
         "level": None if level is None else _level(level),

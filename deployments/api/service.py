@@ -22,10 +22,13 @@ from deployments.api.signing import Signer, load_secret
 from deployments.api.sources import Sources
 from deployments.config import RouterArgs
 from deployments.dispatch import Dispatcher
+from deployments.eta import Stage, remaining_s
 from deployments.fleet import Fleet
+from deployments.jobs.backlog import Backlog
 from deployments.jobs.files import FileRecords
-from deployments.jobs.store import QUEUED, RUNNING, Busy, Caps, Job, JobStore
+from deployments.jobs.store import RUNNING, Ahead, Busy, Caps, Job, JobStore
 from deployments.jobs.webhooks import Outbox
+from deployments.placement import Decision
 from deployments.routing import Routing
 from deployments.storage import Storage
 from deployments.talk import Talk
@@ -106,6 +109,9 @@ class Service:
                        "est_plan_s": decision.est_plan_s, "est_render_s": decision.est_render_s}  # fmt: skip
             if kind == "plan":
                 columns |= {"render_pool": None, "est_render_s": 0.0}
+            if decision.eta_s is not None:
+                self._check_wait(decision)
+                extra = {**(extra or {}), "eta_s": round(decision.eta_s, 3)}
         caps = Caps(self.args.max_queue, caller.caps.active, caller.caps.audio_s)
         audio_s = expected_duration(request)[0] * request.batch_size if kind == "song" else 0.0
         try:
@@ -120,6 +126,15 @@ class Service:
         if created:
             self.dispatcher.wake()
         return job, created
+
+    def _check_wait(self, decision: Decision) -> None:
+        wait = (decision.eta_s or 0.0) - decision.plan_wall_s - decision.render_wall_s
+        if wait > self.args.max_backlog_s:
+            raise Busy(
+                f"a new song would wait about {wait:.0f} s; the server takes none that wait longer than "
+                f"{self.args.max_backlog_s:.0f} s",
+                retry_after=wait - self.args.max_backlog_s, limit=self.args.max_backlog_s,
+            )  # fmt: skip
 
     async def with_sources(self, request: SongRequest, caller: Caller) -> SongRequest:
         """The request with every source audio it names taken into the file store."""
@@ -148,19 +163,31 @@ class Service:
 
     async def forecast(self, job: Job) -> dict[str, Any]:
         """Place in the queue, seconds of work asked for, and seconds until it is done as far as that is known."""
-        view = self.fleet.view
         ahead = await asyncio.to_thread(self.store.ahead, job)
         cost = {"audio_s": job.audio_s, "plan_s": round(job.est_plan_s, 3), "render_s": round(job.est_render_s, 3)}
-        forecast: dict[str, Any] = {"position": ahead.position, "cost": cost, "eta_s": None}
-        if job.est_render_s + job.est_plan_s > 0 and job.state in (QUEUED, RUNNING):
-            planners = sum(p.running * int((p.info or {}).get("capacity") or 1) for p in view.of("plan")) or 1
-            renderers = sum(p.running for p in view.of("render")) or 1
-            left = job.est_render_s + (0.0 if job.planned_at else job.est_plan_s)
-            since = job.planned_at or job.started_at
-            elapsed = time.time() - since if since else 0.0
-            eta = max(0.0, left - elapsed) + ahead.plan_s / planners + ahead.render_s / renderers
-            forecast["eta_s"] = round(eta, 1)
-        return forecast
+        eta = None if job.ended or job.render_pool is None else self._remaining(job, ahead)
+        return {"position": ahead.position, "cost": cost, "eta_s": None if eta is None else round(eta, 1)}
+
+    def _remaining(self, job: Job, ahead: Ahead) -> float | None:
+        stage: Stage = "planned" if job.planned_at else "queued"
+        if job.state == RUNNING:
+            if job.stage == "planning":
+                stage = "planning"
+            elif job.stage in ("rendering", "decoding", "encoding"):
+                stage = "rendering"
+        since = (job.planned_at if stage == "rendering" else None) or job.started_at
+        before = {pool: s for pool, s in ((job.plan_pool, ahead.plan_s), (job.render_pool, ahead.render_s)) if pool}
+        waiting = {p: min(s, self.routing.backlogs.get(p, Backlog()).waiting_s) for p, s in before.items()}
+        return remaining_s(
+            job.request,
+            self.routing.state(self.fleet.view),
+            planner=job.plan_pool,
+            renderer=str(job.render_pool),
+            stage=stage,
+            elapsed_s=time.time() - since if since else 0.0,
+            plan=job.plan,
+            ahead=waiting,
+        )
 
     @property
     def loopback(self) -> bool:
