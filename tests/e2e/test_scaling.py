@@ -117,3 +117,12 @@ def test_work_for_a_tier_without_a_node_scales_that_pool_alone_and_nobody_waitin
     while "which waited for a node that nobody needs any more" not in server.output():
         assert time.monotonic() < end, server.output()[-3000:]
         time.sleep(0.5)
+
+
+def test_ctrl_c_does_not_wait_for_a_replica_that_waits_for_a_node(server: Server) -> None:
+    """Serve would ask it to finish first, for `graceful_shutdown_s`, and it cannot answer."""
+    with Client(server.url) as client:
+        client.submit({"prompt": "a song", "duration": 590, "thinking": False})
+        until(server, lambda p: p["dit-unlimited"]["replicas"]["starting"])
+    assert server.interrupt() < 25.0
+    assert "Traceback" not in server.output(), server.output()[-3000:]

@@ -22,7 +22,7 @@ from acestep.gpu_config import TIERS
 from acestep.request import SongRequest
 from deployments.build import build_config, parse_tiers
 from deployments.config import PlannerArgs, RendererArgs, RouterArgs, parse_args
-from deployments.fleet import unplaced_leavers
+from deployments.fleet import Fleet, unplaced
 from deployments.pools import deployment_options, label_selector, settled
 from deployments.validate import problems
 from tests.server import ROOT
@@ -114,14 +114,19 @@ def test_only_a_leaving_replica_that_never_had_a_node_is_let_go() -> None:
         replica("pending", stopping, None), replica("finishing its songs", stopping, "n1"), replica("waits", "STARTING", None),
         replica("serves", "RUNNING", "n1"),
     ]  # fmt: skip
-    details = {
+    details: dict[str, Any] = {
         "applications": {
             "dit-tier4": {"deployments": {"dit": {"replicas": ours}}},
             "another": {"deployments": {"theirs": {"replicas": [replica("not ours", "STOPPING", None)]}}},
             "not built yet": {"deployments": None},
         }
     }
-    assert unplaced_leavers(details) == ["pending"]
+    assert unplaced(details, "STOPPING") == {"dit-tier4": ["pending"], "another": [], "not built yet": []}
+    fleet = Fleet()
+    assert fleet._unplaced_leavers(details, {"dit-tier4": "RUNNING"}) == ["pending"]
+    # Of an application that goes, Serve tells no replicas any more.
+    assert fleet._unplaced_leavers({"applications": {"dit-tier4": {}}}, {"dit-tier4": "DELETING"}) == ["waits"]
+    assert fleet._unplaced_leavers({}, {}) == []
 
 
 # -- how Ray really schedules and builds
