@@ -73,7 +73,7 @@ class _Question(BaseModel):
     temperature: float = Field(TEXT_TEMPERATURE, ge=0.0, le=2.0)
     top_k: int = Field(0, ge=0, le=1_000_000)
     top_p: float = Field(1.0, gt=0.0, le=1.0)
-    seed: int = Field(0, ge=0, le=MAX_SEED)
+    seed: int | None = Field(None, ge=0, le=MAX_SEED, description="Null draws one; the answer names it.")
 
 
 class InspireQuestion(_Question):
