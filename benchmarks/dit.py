@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import platform
 import resource
 import sys
 import time
@@ -22,6 +21,7 @@ from typing import Any
 import psutil
 import torch
 
+from acestep import host
 from acestep.checkpoints.load import RendererComponents
 from acestep.checkpoints.modules import quiet
 from acestep.checkpoints.published import variant_defaults
@@ -185,7 +185,7 @@ def full_size(size: str, dtype: str) -> dict[str, Any]:
 def machine(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    return f"{host.cpu_name()}, {torch.get_num_threads()} threads"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
