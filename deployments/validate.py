@@ -91,7 +91,9 @@ def _fleet_problems(applications: list[Any]) -> Iterator[str]:
     if not any(p in BUILDERS for p in paths):
         return
     for builder in BUILDERS:
-        if builder not in paths and builder != "deployments.app:lm":  # cards without a planner render what they are given
+        if (
+            builder not in paths and builder != "deployments.app:lm"
+        ):  # cards without a planner render what they are given
             role = ROLE_OF_DEPLOYMENT.get(builder.rpartition(":")[2], "router")
             yield f"no application has import_path {builder} (the {role} part)"
     routers = [a for a in applications if isinstance(a, dict) and a.get("import_path") == "deployments.app:router"]
