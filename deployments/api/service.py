@@ -18,7 +18,7 @@ from acestep.dit import tasks
 from acestep.errors import InvalidRequest
 from acestep.request import Adjustment, SongRequest
 from deployments.api.auth import Caller, Keyring, RateLimit, environment_keys
-from deployments.api.signing import Signer, load_secret
+from deployments.api.signing import Signer
 from deployments.api.sources import Sources
 from deployments.config import RouterArgs
 from deployments.dispatch import Dispatcher
@@ -26,6 +26,7 @@ from deployments.eta import Stage, remaining_s
 from deployments.fleet import Fleet
 from deployments.jobs.backlog import Backlog
 from deployments.jobs.files import FileRecords
+from deployments.jobs.secrets import shared_secret
 from deployments.jobs.store import RUNNING, Ahead, Busy, Caps, Job, JobStore
 from deployments.jobs.webhooks import Outbox
 from deployments.placement import Decision
@@ -58,10 +59,10 @@ class Service:
     def __post_init__(self) -> None:
         self.keys = Keyring(self.args, environment_keys())
         self.rates = RateLimit()
-        self.signer = Signer(load_secret("url-secret", "ACESTEP_URL_SECRET"), self.args.url_lifetime_s)
+        self.signer = Signer(shared_secret(self.store.engine, "url", "ACESTEP_URL_SECRET"), self.args.url_lifetime_s)
         self.sources = Sources(self.args, self.storage, FileRecords(self.store.engine))
         self.talk = Talk(self.fleet, self.routing)
-        self.webhook_secret = load_secret("webhook-secret", "ACESTEP_WEBHOOK_SECRET")
+        self.webhook_secret = shared_secret(self.store.engine, "webhook", "ACESTEP_WEBHOOK_SECRET")
         self.outbox = Outbox(
             self.store.engine, self.webhook_secret, retry_s=self.args.webhook_retry_s,
             networks=self.args.webhook_networks, timeout_s=self.args.webhook_timeout_s,

@@ -5,39 +5,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
-import os
-import secrets
 import time
-from pathlib import Path
 from urllib.parse import urlencode
 
-from acestep.paths import home, writable
 from deployments.api.problems import Forbidden
-
-
-def load_secret(name: str, env: str) -> bytes:
-    """The secret in the environment variable `env`, else in the file `name` of the state directory, made at first use.
-
-    Routers on several machines need the same one: set the variable there.
-    """
-    if given := os.environ.get(env, "").strip():
-        return hashlib.sha256(given.encode()).digest()
-    path = writable(home()) / name
-    temporary = path.with_name(f".{name}-{secrets.token_hex(8)}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with open(descriptor, "wb") as file:
-        file.write(secrets.token_bytes(32))
-    try:
-        try:
-            os.link(temporary, path)  # whole or not at all, and never over an earlier one
-        except FileExistsError:
-            pass
-        except OSError:  # a file system without links: two first starts at once could disagree, a restart settles it
-            if not path.exists():
-                os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return Path(path).read_bytes()
 
 
 class Signer:

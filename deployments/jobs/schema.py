@@ -90,3 +90,10 @@ webhooks = sa.Table(  # an outbox: written in the transaction that ends the job,
     sa.Index("webhooks_by_state", "state", "next_at"),
     sa.Index("webhooks_by_job", "job_id"),
 )
+
+secrets = sa.Table(
+    "secrets",
+    metadata,
+    sa.Column("name", sa.String(64), primary_key=True),
+    sa.Column("value", sa.LargeBinary, nullable=False),
+)

@@ -9,16 +9,20 @@ import uuid
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from sqlalchemy import create_engine, inspect
 
 from acestep.errors import Cancelled, OutOfMemory
 from acestep.plan import Metadata, Plan
 from acestep.request import SongRequest
 from acestep.song import Progress, Song, SongItem
 from deployments.jobs.backlog import read_backlogs
+from deployments.jobs.database import migrate
 from deployments.jobs.files import FileRecords
 from deployments.jobs.queue import read_queue
 from deployments.jobs.schema import metadata
+from deployments.jobs.secrets import shared_secret
 from deployments.jobs.store import Busy, Caps, IdempotencyConflict, Job, JobStore, LeaseLost
+from deployments.jobs.urls import driver_url
 
 REQUEST = SongRequest(prompt="quiet piano", duration=10, seed=1)
 SONG = Song(items=(SongItem(index=0, seed=1, duration=10.0, samples=480_000),), plan=Plan(), renderer="tiny")
@@ -38,6 +42,36 @@ def test_opening_again_keeps_what_is_there(store: JobStore, database_url: str) -
     again = JobStore(database_url)
     assert again.get_existing(job.id).request == REQUEST
     again.close()
+
+
+def test_all_routers_have_the_same_secrets(store: JobStore, database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = JobStore(database_url)
+    found = []
+    threads = [
+        threading.Thread(target=lambda s=s: found.append(shared_secret(s.engine, "url", "ACESTEP_URL_SECRET")))
+        for s in (store, other, store, other)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    other.close()
+    assert len(found) == 4
+    assert len(set(found)) == 1
+    assert len(found[0]) == 32
+    assert shared_secret(store.engine, "webhook", "ACESTEP_WEBHOOK_SECRET") != found[0]
+    monkeypatch.setenv("ACESTEP_URL_SECRET", "given")
+    assert shared_secret(store.engine, "url", "ACESTEP_URL_SECRET") != found[0]
+
+
+def test_an_older_database_is_brought_up_to_date(database_url: str) -> None:
+    engine = create_engine(driver_url(database_url))
+    migrate(engine, "0001")
+    assert "secrets" not in inspect(engine).get_table_names()
+    engine.dispose()
+    newer = JobStore(database_url)
+    assert "secrets" in inspect(newer.engine).get_table_names()
+    newer.close()
 
 
 def test_backlog_and_queue_are_read_from_the_same_url(store: JobStore, database_url: str) -> None:
