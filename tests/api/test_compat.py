@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 import time
 import uuid
 from pathlib import Path
@@ -413,7 +412,7 @@ async def test_source_audio_by_upload_by_url_and_by_path(site: Site, wav: bytes,
     site.succeed(uploaded["task_id"], wav)
     url = json.loads((await poll(site, uploaded["task_id"]))[0]["result"])[0]["file"]
     path = parse_qs(urlsplit(url).query)["path"][0]
-    folder = Path(tempfile.mkdtemp(prefix="ace-test-"))
+    folder = tmp_path  # beside the file store, inside the temporary folder
     (folder / "mine.wav").write_bytes(wav)
     (folder / "link.wav").symlink_to("/etc/passwd")
     for source in (
@@ -432,7 +431,8 @@ async def test_source_audio_by_upload_by_url_and_by_path(site: Site, wav: bytes,
 
 
 async def test_beyond_loopback_the_temporary_folder_is_closed(build: Build, wav: bytes, tmp_path: Path) -> None:
-    file = Path(tempfile.mkdtemp(prefix="ace-test-")) / "mine.wav"
+    file = tmp_path / "shared" / "mine.wav"
+    file.parent.mkdir()
     file.write_bytes(wav)
     body = {"prompt": "x", "task_type": "cover", "src_audio_path": str(file)}
     outside = build(view=fleet_view(http_host="0.0.0.0"))
