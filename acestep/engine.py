@@ -21,6 +21,7 @@ from acestep.errors import AceStepError, Cancelled, DeadlineExceeded, Internal, 
 from acestep.song import Progress
 
 log = logging.getLogger(__name__)
+MAX_FAILURES = 5
 
 W = TypeVar("W")
 R = TypeVar("R")
@@ -127,6 +128,7 @@ class EngineThread(Generic[W, R]):
         self._wake = threading.Condition()
         self._closed = False
         self._running: dict[str, Ticket[W, R]] = {}
+        self._failures = 0  # in a row
         self.steps = 0
         self.busy_s = 0.0
         self._thread = threading.Thread(target=self._loop, name=name, daemon=True)
@@ -160,7 +162,9 @@ class EngineThread(Generic[W, R]):
 
     @property
     def alive(self) -> bool:
-        return self._thread.is_alive()
+        """Whether work given here will be done. False too once every step fails, as after a fatal device error: nothing but a new
+        process helps then."""
+        return self._thread.is_alive() and self._failures < MAX_FAILURES
 
     def stats(self) -> dict[str, Any]:
         return {
@@ -193,6 +197,7 @@ class EngineThread(Generic[W, R]):
                 begin = time.monotonic()
                 if self._running and self.engine.step():
                     self.steps += 1
+                    self._failures = 0
                 self.busy_s += time.monotonic() - begin
                 self._collect()
                 self._idle_while_blocked()
@@ -253,6 +258,7 @@ class EngineThread(Generic[W, R]):
 
     def _fail_all(self, error: Exception) -> None:
         log.exception("engine step failed; %d pieces of work are lost with it", len(self._running))
+        self._failures += 1
         shown = error if isinstance(error, AceStepError) else Internal(f"the engine failed: {type(error).__name__}")
         for ticket in self._running.values():
             ticket.fail(shown)

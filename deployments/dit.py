@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from acestep.dit.work import Rendered
 
 log = logging.getLogger(__name__)
+CLIP_FRAMES = 500  # 20 s
+MAX_TOGETHER = 4  # more would keep songs from replicas that are free sooner
 
 
 class RendererDeployment:
@@ -60,6 +62,9 @@ class RendererDeployment:
                 "notice": checkpoint.notice,
                 "tasks": self.renderer.info.tasks,
             }
+        # Clips of 20 s fill a step's frame budget; a CPU has none and renders one song after another.
+        together = min(MAX_TOGETHER, int(self.renderer.stats().get("batch_frames", 0)) // CLIP_FRAMES)
+        facts["together"] = max(1, together)
         self.info = start.info(**facts, load_s=time.monotonic() - began)
         self._meter = ReplicaMeter(self.renderer.stats, start.device, self.info.load_s)
         log.info("renderer %s is ready on %s", self.info.model, self.info.device)

@@ -128,7 +128,10 @@ class Routing:
     def _places(self, app: str) -> int:
         """What the running replicas work on at once, and one more each, so that none waits for us."""
         pool = self._view.get(app)
-        return max(1, pool.running * (_slots(pool) + 1)) if pool else 1
+        if pool is None:
+            return 1
+        together = int((pool.info or {}).get("together") or 1)
+        return max(1, pool.running * (max(_slots(pool), together) + 1))
 
     def state(self, view: FleetView) -> FleetState:
         """The fleet as `placement` wants it: pools whose abilities are known."""
