@@ -138,7 +138,11 @@ def find_file(value: str, roots: Sequence[Path], base: Path | None, field: str) 
         raise InvalidRequest(NOT_FOUND, field=field)
     absolute = os.path.isabs(value) or bool(re.match(r"[A-Za-z]:[\\/]|\\\\|~", value))
     climbs = ".." in re.split(r"[\\/]", value)
-    start = Path(value) if absolute else base / value if base else None
+    start = None
+    if os.path.isabs(value):
+        start = Path(value)
+    elif base and not absolute:  # an absolute path of another system is no name here
+        start = base / value
     if start is not None:
         real = Path(os.path.realpath(start))
         if any(real.is_relative_to(root) for root in roots):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import urlsplit
 
 import psycopg
 import pytest
@@ -15,6 +15,7 @@ from deployments.k8s.fleet_rules import pools, serve_config
 from deployments.storage import Storage
 from tests.jobs.conftest import postgres  # noqa: F401 - the fixture
 from tests.k8s.conftest import Document
+from tests.postgres import Postgres
 
 Rendered = Callable[[str], list[Document]]
 
@@ -28,18 +29,17 @@ def router(rendered: Rendered) -> Document:
 def test_the_job_store_is_found_by_the_variables_of_the_secret(
     router: Document, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    template: str = request.getfixturevalue("postgres")
-    with psycopg.connect(template.format(database="postgres"), autocommit=True) as connection:
-        connection.execute("CREATE DATABASE songs")
-    monkeypatch.setenv("PGHOST", parse_qs(urlsplit(template).query)["host"][0])
+    postgres: Postgres = request.getfixturevalue("postgres")
+    url = postgres.database()
+    monkeypatch.setenv("PGHOST", str(postgres.folder))
     monkeypatch.setenv("PGUSER", "acestep")
-    monkeypatch.setenv("PGDATABASE", "songs")
+    monkeypatch.setenv("PGDATABASE", urlsplit(url).path.lstrip("/"))
     store = JobStore(router["database_url"])
     try:
         assert read_backlog(router["database_url"], "dit-tier5").waiting_s == 0
     finally:
         store.close()
-    with psycopg.connect(template.format(database="songs")) as connection:
+    with psycopg.connect(url) as connection:
         assert connection.execute("SELECT count(*) FROM jobs").fetchone() == (0,)
 
 
