@@ -164,9 +164,11 @@ class Service:
 
     async def forecast(self, job: Job) -> dict[str, Any]:
         """Place in the queue, seconds of work asked for, and seconds until it is done as far as that is known."""
-        ahead = await asyncio.to_thread(self.store.ahead, job)
         cost = {"audio_s": job.audio_s, "plan_s": round(job.est_plan_s, 3), "render_s": round(job.est_render_s, 3)}
-        eta = None if job.ended or job.render_pool is None else self._remaining(job, ahead)
+        if job.ended:
+            return {"position": 0, "cost": cost, "eta_s": None}
+        ahead = await asyncio.to_thread(self.store.ahead, job)
+        eta = None if job.render_pool is None else self._remaining(job, ahead)
         return {"position": ahead.position, "cost": cost, "eta_s": None if eta is None else round(eta, 1)}
 
     def _remaining(self, job: Job, ahead: Ahead) -> float | None:

@@ -29,9 +29,9 @@ def router(rendered: Rendered) -> Document:
 def test_the_job_store_is_found_by_the_variables_of_the_secret(
     router: Document, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    postgres: Postgres = request.getfixturevalue("postgres")
-    url = postgres.database()
-    monkeypatch.setenv("PGHOST", str(postgres.folder))
+    server: Postgres = request.getfixturevalue("postgres")
+    url = server.database()
+    monkeypatch.setenv("PGHOST", str(server.folder))
     monkeypatch.setenv("PGUSER", "acestep")
     monkeypatch.setenv("PGDATABASE", urlsplit(url).path.lstrip("/"))
     store = JobStore(router["database_url"])
