@@ -2,7 +2,7 @@
 
     python -m tests.cluster CONFIG NAME=TIER:GIB ...
 
-and told on standard input: `remove NAME`, `add NAME`, `kill NAME` is not needed; end of input ends everything.
+and told on standard input: `remove NAME`, `add NAME`, `deploy CONFIG`; end of input ends everything.
 """
 
 from __future__ import annotations

@@ -227,12 +227,6 @@ class JobStore:
 
     # -- writing: dispatchers
 
-    def candidates(self, limit: int = 256) -> list[Job]:
-        """Jobs that may be claimed now, in (priority, arrival) order: queued ones, and running ones without a live lease."""
-        query = sa.select(jobs).where(_claimable(time.time())).order_by(jobs.c.priority, jobs.c.created_at).limit(limit)
-        with self.engine.connect() as db:
-            return [_job(row) for row in db.execute(query).mappings()]
-
     def claim(self, job_id: str, owner: str, lease_s: float) -> Job | None:
         """Take the lease, counting an attempt. None where somebody else was faster.
 
