@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ray.exceptions import RayActorError
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.api import problems
@@ -58,7 +59,8 @@ class BodyLimit:
             await self.app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        uploads = headers.get(b"content-type", b"").startswith(b"multipart/") or scope["path"] in self.upload_paths
+        kind = headers.get(b"content-type", b"").strip().lower()
+        uploads = kind.startswith(b"multipart/") or scope["path"] in self.upload_paths
         limit = self.upload_limit if uploads else self.limit
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > limit:
@@ -72,7 +74,8 @@ class BodyLimit:
             message = await receive()
             seen += len(message.get("body", b""))
             if seen > limit:
-                raise problems.TooLarge(f"the body is above the limit of {limit} bytes", limit=limit)
+                # Of all exceptions FastAPI lets only these out of the reading of a body.
+                raise HTTPException(413, f"the body is above the limit of {limit} bytes")
             return message
 
         await self.app(scope, counted, send)

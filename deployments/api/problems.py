@@ -68,11 +68,12 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
     404: _documented("Not there"),
     409: _documented("Not in this state"),
     413: _documented("Too large"),
+    415: _documented("The body is not JSON, by its Content-Type"),
     422: _documented("A field is wrong or beyond a limit; `errors` names it"),
     429: _documented("Too much at once; Retry-After says when"),
     503: _documented("No replica can answer now; Retry-After says when"),
 }
-_TITLES = {404: "Not found", 405: "Method not allowed", 400: "Bad request"}
+_TITLES = {404: "Not found", 405: "Method not allowed", 400: "Bad request", 415: "Unsupported media type"}
 
 
 class NotFound(AceStepError):
@@ -81,10 +82,6 @@ class NotFound(AceStepError):
 
 class Conflict(AceStepError):
     type = "conflict"
-
-
-class TooLarge(AceStepError):
-    type = "too_large"
 
 
 class Unauthorized(AceStepError):
@@ -137,6 +134,24 @@ def validation_problems(errors: Sequence[Any]) -> list[dict[str, Any]]:
     return found
 
 
+def _not_json(request: Request, errors: Sequence[Any]) -> JSONResponse | None:
+    """A body that was not even read as JSON, since its Content-Type says something else, as `curl -d` does."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    whole = any(tuple(e["loc"]) == ("body",) and e["type"] != "missing" for e in errors)
+    if not whole or kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json")):
+        return None
+    return problem(415, "invalid_request", "send JSON, with the header Content-Type: application/json")
+
+
+def _unread(error: HTTPException) -> str:
+    """Why a body could not be read: FastAPI names no reason, but keeps it as the cause."""
+    if isinstance(error.__cause__, UnicodeDecodeError):
+        return "the body is not JSON: it is no UTF-8 text"
+    if isinstance(error.__cause__, RecursionError):
+        return "the body is not JSON that can be read: it is nested too deeply"
+    return str(error.detail)
+
+
 def _invalid(errors: Sequence[Any]) -> JSONResponse:
     if any(e["type"] == "json_invalid" for e in errors):
         context = errors[0].get("ctx") or {}
@@ -170,7 +185,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def _request(request: Request, error: RequestValidationError) -> JSONResponse:
-        return _invalid(error.errors())
+        return _not_json(request, error.errors()) or _invalid(error.errors())
 
     @app.exception_handler(ValidationError)
     async def _model(request: Request, error: ValidationError) -> JSONResponse:
@@ -180,7 +195,7 @@ def install(app: FastAPI) -> None:
     async def _http(request: Request, error: HTTPException) -> JSONResponse:
         kinds = {404: "not_found", 401: "unauthorized", 403: "forbidden", 413: "too_large"}
         kind = kinds.get(error.status_code, "invalid_request")
-        return problem(error.status_code, kind, str(error.detail), headers=dict(error.headers or {}) or None)
+        return problem(error.status_code, kind, _unread(error), headers=dict(error.headers or {}) or None)
 
     @app.exception_handler(Exception)
     async def _unexpected(request: Request, error: Exception) -> JSONResponse:

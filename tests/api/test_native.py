@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
 
 import pytest
 
@@ -269,6 +270,49 @@ async def test_texts_that_no_encoding_can_hold(site: Site, path: str, content: b
     answer = await site.client.post(path, content=content, headers={"content-type": "application/json"})
     assert answer.status_code < 500, answer.text
     answer.json()
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "status", "said"),
+    [
+        ("application/x-www-form-urlencoded", b'{"prompt": "x"}', 415, "Content-Type: application/json"),  # curl -d
+        ("text/plain", b'{"prompt": "x"}', 415, "Content-Type: application/json"),
+        (None, b'{"prompt": "x"}', 415, "Content-Type: application/json"),
+        ("application/json", b'{"prompt": "\xff"}', 400, "UTF-8"),
+        ("application/json", b"[" * 200_000, 400, "nested"),
+        ("application/json", b'{"prompt', 400, "not JSON"),
+        ("application/json", b"[1]", 422, "dictionary"),
+        ("application/json", b"", 422, "required"),
+        ("application/json", b'{"prompt": "x", "bpm": ' + b"9" * 5_000 + b"}", None, ""),
+        ("application/problem+json", b'{"prompt": "x"}', 202, "x"),
+    ],
+)
+async def test_bodies_that_are_no_json_are_told_why(
+    site: Site, kind: str | None, content: bytes, status: int | None, said: str
+) -> None:
+    answer = await site.client.post("/v1/music", content=content, headers={"content-type": kind} if kind else {})
+    assert answer.status_code == status or (status is None and answer.status_code in (400, 422)), answer.text
+    assert said in answer.text
+    if answer.status_code != 202:
+        assert answer.headers["content-type"] == "application/problem+json"
+
+
+async def test_a_body_beyond_the_limit_is_413_whether_or_not_it_says_so(build: Build) -> None:
+    site = build(max_body_bytes=2_000, max_upload_bytes=4_000)
+
+    async def parts() -> AsyncIterator[bytes]:
+        for _ in range(10):
+            yield b'{"prompt": "' + b"x" * 1_000
+
+    for content in (b"x" * 5_000, parts()):
+        answer = await site.client.post("/v1/music", content=content, headers={"content-type": "application/json"})
+        assert (answer.status_code, answer.json()["type"]) == (413, "urn:acestep:too_large")
+    file = {"content-type": "Multipart/Form-Data; boundary=x"}
+    head = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\n'
+    over = await site.client.post("/v1/files", content=head + bytes(4_000), headers=file)
+    assert over.status_code == 413
+    within = await site.client.post("/v1/files", content=head + bytes(3_000) + b"\r\n--x--\r\n", headers=file)
+    assert within.status_code == 422  # read, and found to be no audio
 
 
 async def test_errors_of_jobs_hold_no_paths(site: Site) -> None:
