@@ -25,7 +25,7 @@ from acestep.song import Progress, Song
 from deployments.errands import ANSWER, Errands
 from deployments.fleet import Capacity, Fleet
 from deployments.jobs.queue import read_queue
-from deployments.jobs.store import Job, JobStore, LeaseLost
+from deployments.jobs.store import UNREACHABLE, Job, JobStore, LeaseLost
 from deployments.metrics import Meter
 from deployments.notices import Notices
 from deployments.ordering import Usage, next_jobs
@@ -77,10 +77,10 @@ class Dispatcher:
         self.owner = uuid.uuid4().hex
         self.errands = Errands(store, Talk(fleet, routing, patient=True), self.owner)
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._cancelled: set[str] = set()  # those among them whose caller wants no more
         self.usage = Usage()
         self._blocked: dict[str, Capacity] = {}  # jobs no pool can take, by the fleet they were told so by
         self._wake = asyncio.Event()
-        self._draining = False
 
     def wake(self) -> None:
         """A job was added or a pool changed: look now."""
@@ -89,9 +89,16 @@ class Dispatcher:
     async def cancel(self, job_id: str) -> Job | None:
         """Cancel a job, at once where this router runs it."""
         job = await asyncio.to_thread(self.store.request_cancel, job_id)
-        if task := self._tasks.get(job_id):
-            task.cancel()
+        if job_id in self._tasks:
+            self._cancelled.add(job_id)
+            self._stop(job_id)
         return job
+
+    def _stop(self, job_id: str) -> None:
+        """Stop a job's task, once: a second time would break off the writing down of its end."""
+        task = self._tasks[job_id]
+        if not task.cancelling():
+            task.cancel()
 
     async def run(self) -> None:
         """Claim and renew until cancelled, then hand unfinished jobs back."""
@@ -102,11 +109,10 @@ class Dispatcher:
 
     async def drain(self) -> None:
         """Stop what runs here and put it back into the queue: another router, or the next start, goes on from there."""
-        self._draining = True
-        tasks = list(self._tasks.values())
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        tasks = dict(self._tasks)
+        for job_id in tasks:
+            self._stop(job_id)
+        await asyncio.gather(*tasks.values(), return_exceptions=True)
 
     # -- loops
 
@@ -132,18 +138,29 @@ class Dispatcher:
             job = await asyncio.to_thread(self.store.claim, chosen.id, self.owner, self.lease_s)
             if job is not None:
                 self.usage.add(job.owner_key, chosen.work_s, now)
-                self._tasks[job.id] = asyncio.create_task(self._run(job), name=f"job-{job.id}")
+                self._start(job)
+
+    def _start(self, job: Job) -> None:
+        def ended(_: asyncio.Task[None]) -> None:
+            self._tasks.pop(job.id, None)
+            self._placed.pop(job.id, None)
+            self._cancelled.discard(job.id)
+            self.wake()
+
+        task = asyncio.create_task(self._run(job), name=f"job-{job.id}")
+        self._tasks[job.id] = task
+        task.add_done_callback(ended)  # also where it was stopped before its first step: then the lease ends by itself
 
     async def _lease_loop(self) -> None:
         renewed = time.monotonic()
         while True:
             await asyncio.sleep(POLL_S)
-            if not (
-                tasks := dict(self._tasks)
-            ):  # not those that are claimed while the leases are renewed: they hold one, too
+            tasks = dict(self._tasks)  # not those that are claimed while these are renewed: they hold a lease, too
+            if not tasks:
+                renewed = time.monotonic()
                 continue
             try:
-                held, cancelled = await asyncio.to_thread(self.store.renew, self.owner, self.lease_s)
+                held, cancelled = await asyncio.to_thread(self.store.renew, list(tasks), self.owner, self.lease_s)
                 renewed = time.monotonic()
             except Exception:
                 log.exception("cannot renew leases")
@@ -151,12 +168,26 @@ class Dispatcher:
                     continue
                 held, cancelled = set(), set()  # ours no longer: another router may have started them again
             for job_id, task in tasks.items():
-                if job_id in cancelled or job_id not in held:
-                    task.cancel()
+                if self._tasks.get(job_id) is task and (job_id in cancelled or job_id not in held):
+                    if job_id in cancelled:
+                        self._cancelled.add(job_id)
+                    self._stop(job_id)
 
     # -- one job
 
     async def _run(self, job: Job) -> None:
+        try:
+            await self._carry(job)
+        except LeaseLost:
+            log.warning("job %s was taken over by another router, or has ended", job.id)
+        except UNREACHABLE as failure:
+            # Nothing is lost: without us its lease runs out, and whoever reaches the store then goes on from the last finished stage.
+            log.warning(
+                "job %s: the job store cannot be reached (%s); it waits for its lease to end", job.id, failure.orig
+            )
+
+    async def _carry(self, job: Job) -> None:
+        """Run a job to its end, and write that down."""
         error: AceStepError
         try:
             made = await self._with_deadline(job)
@@ -166,7 +197,7 @@ class Dispatcher:
             await self._count(job.id, "succeeded", sum(i.duration for i in song.items) if song else 0.0)
             return
         except asyncio.CancelledError:
-            if self._draining:
+            if job.id not in self._cancelled:  # the router stops, or could not renew the lease
                 await asyncio.to_thread(self.store.release, job.id, self.owner)
                 return
             error = Cancelled("cancelled by the caller")
@@ -175,21 +206,15 @@ class Dispatcher:
             self._blocked[job.id] = self.fleet.view.capacity
             await asyncio.to_thread(self.store.release, job.id, self.owner)
             return
-        except LeaseLost:
-            log.warning("job %s was taken over by another router", job.id)
-            return
+        except (LeaseLost, *UNREACHABLE):
+            raise
         except AceStepError as failure:
             error = failure
         except Exception as failure:
             log.exception("job %s failed unexpectedly", job.id)
             error = Internal(f"unexpected {type(failure).__name__}; the server's log of job {job.id} has the details")
-        finally:
-            self._tasks.pop(job.id, None)
-            self._placed.pop(job.id, None)
-            self.wake()
         log.info("job %s ended: %s: %s", job.id, error.type, error.message)
-        with contextlib.suppress(LeaseLost):
-            await asyncio.to_thread(self.store.fail, job.id, self.owner, error)
+        await asyncio.to_thread(self.store.fail, job.id, self.owner, error)
         await self._count(job.id, error.type, 0.0)
 
     async def _count(self, job_id: str, outcome: str, audio_s: float) -> None:

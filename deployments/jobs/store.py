@@ -27,6 +27,10 @@ from deployments.jobs.schema import events, jobs, webhooks
 
 QUEUED, RUNNING, SUCCEEDED, FAILED, CANCELLED = "queued", "running", "succeeded", "failed", "cancelled"
 TERMINAL = (SUCCEEDED, FAILED, CANCELLED)
+UNREACHABLE = (
+    sa.exc.OperationalError,
+    sa.exc.InterfaceError,
+)  # the database is down, restarting or locked; it may come back
 MAX_ATTEMPTS = 3
 DAY_S = 86_400.0
 _ADMISSION_LOCK = 0x0ACE57EA  # PostgreSQL advisory lock: limits are counted and used up by one router at a time
@@ -240,7 +244,7 @@ class JobStore:
                     .where(jobs.c.id == job_id, _claimable(now))
                     .values(
                         state=RUNNING, lease_owner=owner, lease_until=now + lease_s, attempts=jobs.c.attempts + 1,
-                        started_at=sa.func.coalesce(jobs.c.started_at, now),
+                        started_at=now,  # of this attempt: what lay still since the last one did not run
                     )
                     .returning(jobs)
                 )
@@ -262,27 +266,29 @@ class JobStore:
             _event(db, job_id, "started", {"attempt": job.attempts})
         return job
 
-    def renew(self, owner: str, lease_s: float) -> tuple[set[str], set[str]]:
-        """Renew all leases of `owner`. Returns (ids still held, ids among them whose cancellation is asked for)."""
+    def renew(self, job_ids: Sequence[str], owner: str, lease_s: float) -> tuple[set[str], set[str]]:
+        """Renew the leases on jobs that `owner` works on. Returns (ids still held, ids among them whose cancellation is asked for)."""
         with self._writer.begin() as db:
             rows = db.execute(
                 jobs.update()
-                .where(jobs.c.lease_owner == owner, jobs.c.state == RUNNING)
+                .where(jobs.c.id.in_(job_ids), jobs.c.lease_owner == owner, jobs.c.state == RUNNING)
                 .values(lease_until=time.time() + lease_s)
                 .returning(jobs.c.id, jobs.c.cancel_requested)
             ).all()
         return {r.id for r in rows}, {r.id for r in rows if r.cancel_requested}
 
-    def release(self, job_id: str, owner: str, *, refund: bool = True, error: dict[str, Any] | None = None) -> None:
-        """Give the job back to the queue; with `refund` the attempt does not count (drain, no capacity)."""
-        values: dict[str, Any] = {"state": QUEUED, "stage": "queued", "lease_owner": None, "lease_until": None}
-        if refund:
-            values |= {"attempts": jobs.c.attempts - 1, "started_at": None}
-        if error is not None:
-            values["error"] = error
+    def release(self, job_id: str, owner: str) -> None:
+        """Give the job back to the queue without counting the attempt (drain, no capacity). A job that is not ours stays as it is."""
+        values = {
+            "state": QUEUED, "stage": "queued", "progress": None, "lease_owner": None, "lease_until": None,
+            "attempts": jobs.c.attempts - 1, "started_at": None,
+        }  # fmt: skip
         with self._writer.begin() as db:
-            if db.execute(_mine(job_id, owner).values(**values)).rowcount:
-                _event(db, job_id, "requeued", {"error": error} if error else {})
+            row = db.execute(_mine(job_id, owner).values(**values).returning(jobs.c.cancel_requested)).first()
+            if row is not None and row.cancel_requested:
+                _close(db, job_id, CANCELLED, error=_CANCELLED_ERROR)
+            elif row is not None:
+                _event(db, job_id, "requeued", {})
 
     def save_progress(self, job_id: str, owner: str, progress: Progress) -> None:
         with self._writer.begin() as db:

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sqlite3
+import threading
 import uuid
+from collections.abc import AsyncIterator, Sequence
 
 import pytest
+import sqlalchemy as sa
 
+from acestep.errors import AceStepError
+from acestep.plan import Plan
 from acestep.request import SongRequest
 from deployments import dispatch
-from deployments.jobs.store import JobStore
+from deployments.dispatch import Dispatcher
+from deployments.jobs.store import Job, JobStore
 
 from .conftest import Site
 
@@ -38,8 +45,8 @@ async def test_a_job_claimed_while_leases_are_renewed_is_not_taken_for_lost(
 
     original = JobStore.renew
 
-    def renew(self: JobStore, owner: str, lease_s: float) -> tuple[set[str], set[str]]:
-        answer = original(self, owner, lease_s)
+    def renew(self: JobStore, ids: Sequence[str], owner: str, lease_s: float) -> tuple[set[str], set[str]]:
+        answer = original(self, ids, owner, lease_s)
         if not second:  # between the reading of the leases and what is done with it
             asyncio.run_coroutine_threadsafe(claim_another(), loop).result()
         loop.call_soon_threadsafe(renewed.set)
@@ -56,3 +63,102 @@ async def test_a_job_claimed_while_leases_are_renewed_is_not_taken_for_lost(
         await leases
     idle.set()
     await asyncio.gather(*dispatcher._tasks.values())
+
+
+DOWN = sa.exc.OperationalError("UPDATE jobs", {}, sqlite3.OperationalError("database is locked"))
+
+
+@pytest.fixture
+async def leases(site: Site, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Dispatcher]:
+    """The dispatcher with only its lease loop running, in quick steps; its jobs do nothing until they are stopped."""
+
+    async def idle(self: Dispatcher, job: Job) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(dispatch, "POLL_S", 0.01)
+    monkeypatch.setattr(Dispatcher, "_make", idle)
+    dispatcher = site.service.dispatcher
+    loop = asyncio.create_task(dispatcher._lease_loop())
+    yield dispatcher
+    loop.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await loop
+    await dispatcher.drain()
+
+
+def start(dispatcher: Dispatcher, lease_s: float = 60.0) -> str:
+    """A job that the dispatcher has claimed and begun."""
+    job_id = str(uuid.uuid4())
+    dispatcher.store.add(job_id, SongRequest(prompt="x", seed=1))
+    job = dispatcher.store.claim(job_id, dispatcher.owner, lease_s)
+    assert job is not None
+    dispatcher._start(job)
+    return job_id
+
+
+async def ended(dispatcher: Dispatcher) -> None:
+    async with asyncio.timeout(5):
+        while dispatcher._tasks:
+            await asyncio.sleep(0.01)
+
+
+async def test_a_job_whose_lease_cannot_be_renewed_goes_back_to_the_queue(
+    leases: Dispatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def down(*_: object) -> None:
+        raise DOWN
+
+    job_id = start(leases)
+    leases.lease_s = 0.05
+    monkeypatch.setattr(leases.store, "renew", down)
+    await ended(leases)
+    job = leases.store.get_existing(job_id)
+    assert (job.state, job.error, job.attempts) == ("queued", None, 0)  # nobody asked to cancel it
+
+
+async def test_a_job_survives_that_the_store_is_away_for_a_while(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def make(self: Dispatcher, job: Job) -> None:
+        await asyncio.to_thread(self.store.save_plan, job.id, self.owner, Plan())
+
+    def down(*_: object) -> None:
+        raise DOWN
+
+    monkeypatch.setattr(Dispatcher, "_make", make)
+    dispatcher = site.service.dispatcher
+    monkeypatch.setattr(dispatcher.store, "save_plan", down)
+    job_id = start(dispatcher, lease_s=0.05)
+    await ended(dispatcher)
+    assert site.job(job_id).state == "running"  # until its lease ends
+    await asyncio.sleep(0.06)
+    again = site.service.store.claim(job_id, "another", 60)
+    assert again is not None
+    assert again.attempts == 2
+
+
+async def test_a_slow_store_does_not_lose_a_cancellation(leases: Dispatcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    free, original = threading.Event(), JobStore.fail
+
+    def fail(self: JobStore, job_id: str, owner: str, error: AceStepError) -> None:
+        assert free.wait(5)
+        original(self, job_id, owner, error)
+
+    monkeypatch.setattr(JobStore, "fail", fail)
+    job_id = start(leases)
+    await asyncio.sleep(0)
+    await leases.cancel(job_id)
+    await asyncio.sleep(0.1)  # meanwhile the lease loop finds it cancelled, again and again
+    await leases.cancel(job_id)
+    assert job_id in leases._tasks
+    free.set()
+    await ended(leases)
+    assert leases.store.get_existing(job_id).state == "cancelled"
+
+
+async def test_a_job_cancelled_before_its_first_step_ends(leases: Dispatcher) -> None:
+    job_id = start(leases, lease_s=0.05)
+    leases.store.request_cancel(job_id)
+    leases._stop(job_id)
+    await ended(leases)
+    await asyncio.sleep(0.06)
+    assert leases.store.claim(job_id, "whoever looks next", 60) is None
+    assert leases.store.get_existing(job_id).state == "cancelled"

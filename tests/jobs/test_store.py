@@ -137,10 +137,33 @@ def test_cancelling_a_waiting_job_ends_it_and_a_running_one_is_told(store: JobSt
     store.claim(running.id, "a", 10)
     assert store.request_cancel(waiting.id).state == "cancelled"  # type: ignore[union-attr]
     assert store.request_cancel(running.id).state == "running"  # type: ignore[union-attr]
-    assert store.renew("a", 10) == ({running.id}, {running.id})
+    assert store.renew([running.id], "a", 10) == ({running.id}, {running.id})
+    assert store.renew([running.id], "b", 10) == store.renew([], "a", 10) == (set(), set())
     store.fail(running.id, "a", Cancelled("cancelled by the caller"))
     assert store.get_existing(running.id).state == "cancelled"
     assert store.request_cancel("no such job") is None
+
+
+def test_a_job_that_is_given_back_after_it_was_cancelled_ends(store: JobStore) -> None:
+    job = add(store)
+    store.claim(job.id, "a", 10)
+    store.save_progress(job.id, "a", Progress(stage="planning"))
+    store.request_cancel(job.id)
+    store.release(job.id, "a")
+    assert store.get_existing(job.id).state == "cancelled"
+    assert [e.type for e in store.events_after(job.id, 0)][-1] == "cancelled"
+
+
+def test_an_attempt_counts_its_own_time(store: JobStore) -> None:
+    job = add(store)
+    first = store.claim(job.id, "a", 0.001)
+    time.sleep(0.02)  # the server was down meanwhile
+    second = store.claim(job.id, "b", 10)
+    assert first is not None
+    assert second is not None
+    assert first.started_at is not None
+    assert second.started_at is not None
+    assert second.started_at >= first.started_at + 0.02
 
 
 def test_ten_dispatchers_never_share_a_job(store: JobStore) -> None:
