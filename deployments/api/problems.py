@@ -14,8 +14,9 @@ from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
-from acestep.errors import AceStepError
+from acestep.errors import AceStepError, Unavailable
 from deployments.api.redact import public_error, redact
+from deployments.jobs.store import UNREACHABLE
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +75,9 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
     503: _documented("No replica can answer now; Retry-After says when"),
 }
 _TITLES = {404: "Not found", 405: "Method not allowed", 400: "Bad request", 415: "Unsupported media type"}
+
+
+STORE_AWAY = Unavailable("the job store cannot be reached now", retry_after=5)
 
 
 class NotFound(AceStepError):
@@ -196,6 +200,13 @@ def install(app: FastAPI) -> None:
         kinds = {404: "not_found", 401: "unauthorized", 403: "forbidden", 413: "too_large"}
         kind = kinds.get(error.status_code, "invalid_request")
         return problem(error.status_code, kind, _unread(error), headers=dict(error.headers or {}) or None)
+
+    async def _store_away(request: Request, error: Exception) -> JSONResponse:
+        log.error("the job store cannot be reached: %s", getattr(error, "orig", error))
+        return from_error(STORE_AWAY)
+
+    for kind in UNREACHABLE:
+        app.add_exception_handler(kind, _store_away)
 
     @app.exception_handler(Exception)
     async def _unexpected(request: Request, error: Exception) -> JSONResponse:

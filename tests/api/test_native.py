@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sqlite3
 from collections.abc import AsyncIterator
 
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from acestep.errors import StoragePermission
 from deployments.api import examples
@@ -313,6 +315,25 @@ async def test_a_body_beyond_the_limit_is_413_whether_or_not_it_says_so(build: B
     assert over.status_code == 413
     within = await site.client.post("/v1/files", content=head + bytes(3_000) + b"\r\n--x--\r\n", headers=file)
     assert within.status_code == 422  # read, and found to be no audio
+
+
+async def test_a_store_that_is_away_is_503_for_everybody(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    def down(*_: object, **__: object) -> None:
+        raise OperationalError(
+            "SELECT * FROM jobs WHERE key = 'x'", {}, sqlite3.OperationalError("/srv/jobs is locked")
+        )
+
+    for name in ("add", "get", "page", "many"):
+        monkeypatch.setattr(site.service.store, name, down)
+    for method, path, body in [
+        ("POST", "/v1/music", SONG), ("GET", "/v1/jobs/x", None), ("GET", "/v1/jobs", None),
+        ("POST", "/release_task", {"prompt": "x"}), ("POST", "/query_result", {"task_id_list": ["x"]}),
+    ]:  # fmt: skip
+        answer = await site.client.request(method, path, json=body)
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+        assert "the job store cannot be reached" in answer.json()["detail"]
+        assert "/srv" not in answer.text
+        assert "SELECT" not in answer.text
 
 
 async def test_errors_of_jobs_hold_no_paths(site: Site) -> None:

@@ -20,9 +20,10 @@ from acestep.errors import AceStepError
 from deployments.api.auth import Caller, header_key
 from deployments.api.compat.bodies import Body
 from deployments.api.compat.fields import BadField
-from deployments.api.problems import STATUS, AsciiJSONResponse, validation_problems
+from deployments.api.problems import STATUS, STORE_AWAY, AsciiJSONResponse, validation_problems
 from deployments.api.redact import redact
 from deployments.api.service import Service
+from deployments.jobs.store import UNREACHABLE
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +61,9 @@ class CompatRoute(APIRoute):
                 return detail(400, "; ".join(f"{e['field']}: {e['message']}" for e in found[:5]))
             except AceStepError as error:
                 return from_error(error)
+            except UNREACHABLE as error:
+                log.error("the job store cannot be reached: %s", error.orig)
+                return from_error(STORE_AWAY)
             except Exception:
                 incident = uuid.uuid4().hex[:12]
                 log.exception("incident %s: %s %s", incident, request.method, request.url.path)
