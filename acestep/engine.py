@@ -51,6 +51,7 @@ class Ticket(Generic[W, R]):
         self.priority = priority
         self.deadline = deadline
         self.future: Future[R] = Future()
+        self.future.set_running_or_notify_cancel()  # only `cancel` drops work: a future cancelled by itself would leave it in its place
         self.submitted = time.monotonic()
         self.started: float | None = None
         self._on_progress = on_progress
@@ -209,7 +210,7 @@ class EngineThread(Generic[W, R]):
         self.engine.reset()
 
     def _drop_reason(self, ticket: Ticket[W, R]) -> AceStepError | None:
-        if ticket.cancelled or ticket.future.cancelled():
+        if ticket.cancelled:
             return Cancelled("cancelled by the caller")
         if ticket.deadline is not None and time.monotonic() > ticket.deadline:
             return DeadlineExceeded("the deadline passed before the work was done")
@@ -235,8 +236,15 @@ class EngineThread(Generic[W, R]):
     def _admit(self) -> None:
         while True:
             with self._wake:
-                if not self._queue or not self.engine.has_room(self._queue[0][2]):
+                if not self._queue:
                     return
+                try:
+                    if not self.engine.has_room(self._queue[0][2]):
+                        return
+                except Exception as error:  # the work's own defect, and asked again it would be raised again
+                    log.exception("work was refused for a defect")
+                    heapq.heappop(self._queue)[2].fail(_shown(error))
+                    continue
                 ticket = heapq.heappop(self._queue)[2]
                 ticket.started = time.monotonic()
                 self._running[ticket.id] = ticket
@@ -259,11 +267,14 @@ class EngineThread(Generic[W, R]):
     def _fail_all(self, error: Exception) -> None:
         log.exception("engine step failed; %d pieces of work are lost with it", len(self._running))
         self._failures += 1
-        shown = error if isinstance(error, AceStepError) else Internal(f"the engine failed: {type(error).__name__}")
         for ticket in self._running.values():
-            ticket.fail(shown)
+            ticket.fail(_shown(error))
         self._running.clear()
         try:
             self.engine.reset()
         except Exception:
             log.exception("engine reset failed")
+
+
+def _shown(error: Exception) -> AceStepError:
+    return error if isinstance(error, AceStepError) else Internal(f"the engine failed: {type(error).__name__}")

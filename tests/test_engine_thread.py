@@ -22,6 +22,8 @@ class Counting:
         self.gate.set()
 
     def has_room(self, ticket: Ticket[Any, Any]) -> bool:
+        if ticket.work == "unreadable":
+            raise TypeError("a defect")
         return not self.held
 
     def add(self, ticket: Ticket[Any, Any]) -> None:
@@ -82,6 +84,27 @@ def test_cancelled_and_late_work_frees_its_place(engine: EngineThread[Any, Any])
     assert waiting.result(10) == 5
     engine.close()  # the loop's last round has run
     assert engine.stats()["running"] == 0
+
+
+def test_work_that_cannot_even_be_looked_at_fails_alone(engine: EngineThread[Any, Any]) -> None:
+    running = engine.submit(300)
+    bad = [engine.submit("unreadable") for _ in range(MAX_FAILURES)]
+    for ticket in bad:
+        with pytest.raises(Internal, match="TypeError"):
+            ticket.result(10)
+    assert engine.submit(1).result(10) == 1
+    assert running.result(10) == 300
+    assert engine.alive
+
+
+def test_a_cancelled_future_does_not_leave_work_behind(engine: EngineThread[Any, Any]) -> None:
+    endless = engine.submit(10**9)
+    while not engine.engine.order:
+        time.sleep(0.001)
+    assert not endless.future.cancel()  # as a cancelled asyncio task does; the work is dropped by `cancel`
+    assert engine.stats() | {"held": 1, "running": 1} == engine.stats()
+    engine.cancel(endless)
+    assert engine.submit(1).result(10) == 1
 
 
 def test_a_refusal_is_its_own_and_a_failed_step_ends_what_ran(engine: EngineThread[Any, Any]) -> None:
