@@ -141,12 +141,15 @@ def _keep_outside(x: Tensor, repaint: Repaint) -> Tensor:
     start, end = repaint.start, repaint.end
     out[start:end] = x[start:end]
     fade = min(repaint.crossfade, (end - start) // 2)
-    if fade > 0:
-        ramp = torch.linspace(0.0, 1.0, fade + 2, device=x.device)[1:-1, None]
-        if start > repaint.known[0]:
-            part = slice(start, start + fade)
-            out[part] = ramp * x[part] + (1.0 - ramp) * repaint.clean[part]
-        if end < repaint.known[1]:
-            part = slice(end - fade, end)
-            out[part] = ramp.flip(0) * x[part] + (1.0 - ramp.flip(0)) * repaint.clean[part]
+    first, last = repaint.known
+    if (rising := min(fade, last - start)) > 0 and start > first:
+        part = slice(start, start + rising)
+        out[part] = torch.lerp(repaint.clean[part], x[part], _ramp(rising, x))
+    if (falling := min(fade, end - first)) > 0 and end < last:
+        part = slice(end - falling, end)
+        out[part] = torch.lerp(repaint.clean[part], x[part], _ramp(falling, x).flip(0))
     return out
+
+
+def _ramp(frames: int, like: Tensor) -> Tensor:
+    return torch.linspace(0.0, 1.0, frames + 2, device=like.device)[1:-1, None]

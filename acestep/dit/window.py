@@ -47,16 +47,19 @@ class Window:
 def window_of(request: SongRequest, source_samples: int) -> Window:
     """The request's window on a source of `source_samples`.
 
+    A window that starts where the source ends (to within a frame: files are rarely as long as they say) goes on from there.
+
     Raises:
-        InvalidRequest: the window starts after the source ends, or holds no frame.
+        InvalidRequest: the window leaves a gap after the source, or holds no frame.
         LimitExceeded: the song with its added parts is longer than the model can make.
     """
     source_s = source_samples / SAMPLE_RATE
     start_s = request.repainting_start
     end_s = source_s if request.repainting_end is None else request.repainting_end
-    if start_s >= source_s and source_s > 0 and start_s > 0:
+    continues = end_s > source_s and start_s < source_s + 1 / LATENT_FPS
+    if start_s >= source_s and start_s > 0 and not continues:
         raise InvalidRequest(
-            f"repainting_start: {start_s:g} s is past the end of the source audio, {source_s:.2f} s.",
+            f"repainting_start: {start_s:g} s is past the end of the source audio, {source_s:.3f} s.",
             field="repainting_start", asked=start_s, limit=source_s,
         )  # fmt: skip
     left = round(max(0.0, -start_s) * SAMPLE_RATE)
@@ -96,11 +99,12 @@ class Splice:
         """`audio` `[2, n]` from sample `first` on, spliced."""
         at = torch.arange(first, first + audio.shape[1], dtype=torch.float64)
         made = ((at >= self.window.start_sample) & (at < self.window.end_sample)).double()
-        if self.fade > 0:
-            if self.window.start_sample > self.window.left:
-                made = torch.minimum(made, (at + 1 - self.window.start_sample).clamp(min=0) / self.fade)
-            if self.window.end_sample < self.window.samples - self.window.right:
-                made = torch.minimum(made, (self.window.end_sample - at).clamp(min=0) / self.fade)
+        window, known_end = self.window, self.window.samples - self.window.right
+        # Where there is no source inside the window beside an edge, there is nothing to blend with.
+        if (fade := min(self.fade, known_end - window.start_sample)) > 0 and window.start_sample > window.left:
+            made = torch.minimum(made, (at + 1 - window.start_sample).clamp(min=0) / fade)
+        if (fade := min(self.fade, window.end_sample - window.left)) > 0 and window.end_sample < known_end:
+            made = torch.minimum(made, (window.end_sample - at).clamp(min=0) / fade)
         weight = made.clamp(max=1.0).to(audio.dtype)
         source = self.source[:, first : first + audio.shape[1]]
         return torch.where(weight == 0, source, weight * audio + (1.0 - weight) * source)

@@ -239,6 +239,19 @@ class TestRepaint:
         original = torch.from_numpy(soundfile.read(source, dtype="float32")[0].T.copy())
         assert torch.equal(before[:, 96_000:], original[:, 24_000:])
 
+    def test_a_song_is_continued_from_its_end(self, renderers: dict[str, Renderer], song_file: SongFile) -> None:
+        source = song_file(SECONDS)
+        original = torch.from_numpy(soundfile.read(source, dtype="float32")[0].T.copy())
+        fields = {"task": "repaint", "repainting_start": SECONDS, "repainting_end": 6.0}
+        audio = audio_of(renderers["tiny"], source, **fields, repaint_wav_crossfade_sec=0.5)
+        assert audio.shape[1] == 6 * 48_000
+        assert torch.equal(audio[:, :192_000], original)
+        # There is no source inside the window to blend with, so asking for a crossfade changes nothing.
+        hard = audio_of(
+            renderers["tiny"], source, **fields, repaint_wav_crossfade_sec=0.0, repaint_latent_crossfade_frames=0
+        )
+        assert torch.equal(audio, hard)
+
     def test_mask_modes_tell_the_model_different_things(
         self, renderers: dict[str, Renderer], song_file: SongFile
     ) -> None:
@@ -363,11 +376,18 @@ class TestWindow:
         assert (window.start, window.end) == (0, 151)
         assert window.known == (26, 125)
 
+    def test_going_on_from_the_end(self) -> None:
+        window = self.of(4.0, 6.0, source_s=3.997)  # as a player shows its length
+        assert (window.start, window.end, window.samples) == (100, 150, 6 * 48_000)
+        assert window.known == (0, 99)
+
     def test_limits(self) -> None:
         with pytest.raises(LimitExceeded, match="601"):
             self.of(-600.0, None, source_s=1.0)
         with pytest.raises(InvalidRequest, match="past the end of the source"):
             self.of(4.5, 6.0)
+        with pytest.raises(InvalidRequest, match=r"4 s is past the end of the source audio, 4\.000 s"):
+            self.of(4.0, 4.0)
         with pytest.raises(InvalidRequest, match="shorter than one latent frame"):
             self.of(1.0, 1.01)
 
