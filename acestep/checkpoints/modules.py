@@ -1,4 +1,4 @@
-"""The diffusers and transformers classes of a renderer, imported one by one and without their chatter.
+"""All that the renderer takes from diffusers and transformers, imported here and nowhere else, one by one and without their chatter.
 
 Importing them costs seconds, so only code that builds or loads models imports this module.
 """
@@ -39,8 +39,15 @@ def quiet() -> Iterator[None]:
 
 
 with quiet():
-    from diffusers.models.autoencoders.autoencoder_oobleck import AutoencoderOobleck
-    from diffusers.models.transformers.ace_step_transformer import AceStepTransformer1DModel
+    from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer, normalized_guidance
+    from diffusers.models.autoencoders.autoencoder_oobleck import AutoencoderOobleck, Snake1d
+    from diffusers.models.embeddings import apply_rotary_emb
+    from diffusers.models.transformers.ace_step_transformer import (
+        AceStepAttention,
+        AceStepAttnProcessor2_0,
+        AceStepTransformer1DModel,
+        _ace_step_rotary_freqs,
+    )
     from diffusers.pipelines.ace_step.modeling_ace_step import (
         AceStepAudioTokenDetokenizer,
         AceStepAudioTokenizer,
@@ -49,16 +56,25 @@ with quiet():
     from transformers import AutoTokenizer
     from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 
+rotary_freqs = _ace_step_rotary_freqs
+
 __all__ = [
+    "AceStepAttention",
+    "AceStepAttnProcessor2_0",
     "AceStepAudioTokenDetokenizer",
     "AceStepAudioTokenizer",
     "AceStepConditionEncoder",
     "AceStepTransformer1DModel",
     "AutoTokenizer",
     "AutoencoderOobleck",
+    "MomentumBuffer",
     "Qwen3Model",
+    "Snake1d",
+    "apply_rotary_emb",
     "component_class",
+    "normalized_guidance",
     "quiet",
+    "rotary_freqs",
 ]
 
 _CLASSES: dict[str, Any] = {

@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.embeddings import apply_rotary_emb
-from diffusers.models.transformers.ace_step_transformer import AceStepAttnProcessor2_0
 from torch import Tensor
 
+from acestep.checkpoints.modules import AceStepAttnProcessor2_0, apply_rotary_emb
 from acestep.settings import Attention as Backend
 
 log = logging.getLogger(__name__)

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.models.transformers.ace_step_transformer import AceStepTransformer1DModel, _ace_step_rotary_freqs
 from torch import Tensor, nn
 
+from acestep.checkpoints.modules import AceStepTransformer1DModel, rotary_freqs
 from acestep.dit.attention import Attention, WindowLayout, key_mask, rotate, window_layout
 from acestep.dit.lora import ActiveLora, applied
 from acestep.settings import Attention as Backend
@@ -164,7 +164,7 @@ class Denoiser:
             frames=frames,
             width=width,
             context=context,
-            rope=_ace_step_rotary_freqs(width, self.transformer.head_dim, theta, self.device, self.dtype),
+            rope=rotary_freqs(width, self.transformer.head_dim, theta, self.device, self.dtype),
             full_mask=key_mask(tokens, width, self.device, self.dtype),
             window=window_layout(tokens, width, self._window, self.device, self.dtype),
             keys=keys,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
-from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer, normalized_guidance
 from torch import Tensor
+
+from acestep.checkpoints.modules import MomentumBuffer, normalized_guidance
 
 APG_MOMENTUM = -0.75
 APG_NORM_THRESHOLD = 2.5

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models.transformers.ace_step_transformer import AceStepAttention
 
 from acestep.checkpoints.checkpoint import Checkpoint
 from acestep.checkpoints.load import RendererComponents, load_renderer
+from acestep.checkpoints.modules import AceStepAttention
 from acestep.checkpoints.published import VariantDefaults
 from acestep.dit import tasks
 from acestep.dit.admission import Admission

@@ -11,12 +11,12 @@ from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import torch
-from diffusers.models.autoencoders.autoencoder_oobleck import AutoencoderOobleck, Snake1d
 from torch import Tensor, nn
 from torch.nn.utils import remove_weight_norm
 
 from acestep import host
 from acestep.activations import decode_bytes, encode_bytes
+from acestep.checkpoints.modules import AutoencoderOobleck, Snake1d
 from acestep.errors import OutOfMemory
 
 log = logging.getLogger(__name__)
