@@ -141,8 +141,8 @@ class RouterArgs(_Args):
     # Source audio
     audio_roots: tuple[str, ...] | None = Field(
         None,
-        description="Folders whose files may be named as source audio. Null: the file store, and on a loopback address the "
-        "temporary folder.",
+        description="Folders whose files may be named as source audio, besides the caller's own songs and uploads. Null: on a "
+        "loopback address the temporary folder.",
     )
 
     # What is kept

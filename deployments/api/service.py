@@ -60,7 +60,7 @@ class Service:
         self.keys = Keyring(self.args, environment_keys())
         self.rates = RateLimit()
         self.signer = Signer(shared_secret(self.store.engine, "url", "ACESTEP_URL_SECRET"), self.args.url_lifetime_s)
-        self.sources = Sources(self.args, self.storage, FileRecords(self.store.engine))
+        self.sources = Sources(self.args, self.storage, FileRecords(self.store.engine), self._may_use)
         self.talk = Talk(self.fleet, self.routing)
         self.webhook_secret = shared_secret(self.store.engine, "webhook", "ACESTEP_WEBHOOK_SECRET")
         self.outbox = Outbox(
@@ -157,6 +157,10 @@ class Service:
 
     def may_see(self, caller: Caller, job: Job) -> bool:
         return not self.keys.required or job.owner_key == caller.name
+
+    def _may_use(self, caller: Caller, job_id: str) -> bool:
+        job = self.store.get(job_id)
+        return job is not None and self.may_see(caller, job)
 
     async def mean_seconds(self) -> float:
         """How long a song took lately."""

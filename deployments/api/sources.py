@@ -1,4 +1,4 @@
-"""Source audio on the router's side: uploads, and paths of files that the server may read, all copied into the file store.
+"""Source audio on the router's side: uploads, songs of this server, and paths of files that it may read, all kept in the file store.
 
 A path is resolved once, links included, and must then lie under an allowed folder; what is read is what was checked. Content decides
 whether it is audio, not the name.
@@ -13,7 +13,7 @@ import re
 import stat
 import tempfile
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
@@ -28,8 +28,9 @@ from deployments.storage import Storage
 ABSOLUTE = "absolute audio file paths are not allowed"
 TRAVERSAL = "path traversal in audio file paths is not allowed"
 NOT_FOUND = "audio file not found"
+MAX_PATH = 4096
 _FILE_ID = re.compile(r"file-[0-9a-f]{32}")
-_SONG_FILE = re.compile(r"songs/[0-9A-Za-z-]{1,64}/[0-9A-Za-z.-]{1,64}")
+_SONG_FILE = re.compile(r"songs/([0-9A-Za-z-]{1,64})/[0-9A-Za-z.-]{1,64}")
 
 
 class Sources:
@@ -39,12 +40,16 @@ class Sources:
         args: Limits and allowed folders.
         storage: Where copies go.
         records: Who uploaded what.
+        may_use: Whether a caller may use the songs of a job, by its id.
     """
 
-    def __init__(self, args: RouterArgs, storage: Storage, records: FileRecords) -> None:
+    def __init__(
+        self, args: RouterArgs, storage: Storage, records: FileRecords, may_use: Callable[[Caller, str], bool]
+    ) -> None:
         self.args = args
         self.storage = storage
         self.records = records
+        self.may_use = may_use
         self.limits = ReadLimits(max_bytes=args.max_upload_bytes)
 
     async def upload(self, data: bytes, name: str, caller: Caller, *, field: str = "file") -> FileRecord:
@@ -56,7 +61,7 @@ class Sources:
         return await asyncio.to_thread(self._keep, data, name, caller, field)
 
     async def admit(self, value: str, caller: Caller, *, field: str, loopback: bool) -> str:
-        """The name in the file store for what a request calls its source: a file id, an audio URL of ours, or an allowed path.
+        """The name in the file store for what a request calls its source: a file id, a song's URL or path, or an allowed path.
 
         Args:
             loopback: The server can be reached from this machine only, so the temporary folder counts as allowed.
@@ -67,35 +72,38 @@ class Sources:
         return await asyncio.to_thread(self._admit, value, caller, field, loopback)
 
     def roots(self, loopback: bool) -> list[Path]:
-        """Folders whose files may be named."""
-        if self.args.audio_roots is not None:
-            return [Path(os.path.realpath(root)) for root in self.args.audio_roots]
-        roots = []
-        if (local := self.storage.local_path("songs")) is not None:
-            roots.append(Path(os.path.realpath(local.parent)))
-        if loopback:
-            roots.append(Path(os.path.realpath(tempfile.gettempdir())))
-        return roots
+        """Folders whose files may be named, besides the caller's own songs and uploads."""
+        folders = self.args.audio_roots
+        if folders is None:
+            folders = (tempfile.gettempdir(),) if loopback else ()
+        return [Path(os.path.realpath(folder)) for folder in folders]
 
     def _admit(self, value: str, caller: Caller, field: str, loopback: bool) -> str:
         value = _path_of_url(value.strip())
-        file_id = value.removeprefix(FOLDER)
+        if not value or "\0" in value or len(value) > MAX_PATH:
+            raise InvalidRequest(NOT_FOUND, field=field)
+        name = self._stored(value)
+        file_id = name.removeprefix(FOLDER)
         if _FILE_ID.fullmatch(file_id):
             record = self.records.get(file_id)
             if record is None or record.owner_key != caller.name or self.storage.size(record.path) is None:
                 raise InvalidRequest(f"{field}: there is no uploaded file {file_id}", field=field)
             return record.path
-        if not self.storage.is_local and _SONG_FILE.fullmatch(value):
-            if self.storage.size(value) is None:
+        if song := _SONG_FILE.fullmatch(name):
+            if not self.may_use(caller, song.group(1)) or self.storage.size(name) is None:
                 raise InvalidRequest(NOT_FOUND, field=field)
-            data = self.storage.read(value)
+            data = self.storage.read(name)
         else:
-            data = self._read(find_file(value, self.roots(loopback), self._base(), field), field)
+            data = self._read(find_file(value, self.roots(loopback), field), field)
         return self._keep(data, Path(value).name, caller, field).path
 
-    def _base(self) -> Path | None:
-        local = self.storage.local_path("songs")
-        return local.parent if local else None
+    def _stored(self, value: str) -> str:
+        """The name in the file store of what a path leads to, links resolved; empty where it leads elsewhere."""
+        songs = self.storage.local_path("songs")
+        if songs is None:
+            return value
+        root, real = Path(os.path.realpath(songs.parent)), Path(os.path.realpath(songs.parent / value))
+        return real.relative_to(root).as_posix() if real.is_relative_to(root) else ""
 
     def _read(self, path: Path, field: str) -> bytes:
         try:
@@ -125,31 +133,22 @@ class Sources:
         return record
 
 
-def find_file(value: str, roots: Sequence[Path], base: Path | None, field: str) -> Path:
+def find_file(value: str, roots: Sequence[Path], field: str) -> Path:
     """The canonical path of a named file, if it lies under one of `roots` (canonical themselves).
-
-    Args:
-        base: What a relative path starts from; without one there are no relative paths.
 
     Raises:
         InvalidRequest: not allowed or not there. Files outside answer the same whether or not they exist.
     """
-    if not value or "\0" in value or len(value) > 4096:
-        raise InvalidRequest(NOT_FOUND, field=field)
-    absolute = os.path.isabs(value) or bool(re.match(r"[A-Za-z]:[\\/]|\\\\|~", value))
-    climbs = ".." in re.split(r"[\\/]", value)
-    start = None
-    if os.path.isabs(value):
-        start = Path(value)
-    elif base and not absolute:  # an absolute path of another system is no name here
-        start = base / value
-    if start is not None:
-        real = Path(os.path.realpath(start))
+    absolute = os.path.isabs(value)
+    if absolute:
+        real = Path(os.path.realpath(value))
         if any(real.is_relative_to(root) for root in roots):
             if not real.is_file():
                 raise InvalidRequest(NOT_FOUND, field=field)
             return real
-    raise InvalidRequest(TRAVERSAL if climbs and not absolute else ABSOLUTE if absolute else NOT_FOUND, field=field)
+    if absolute or re.match(r"[A-Za-z]:[\\/]|\\\\|~", value):  # also as other systems write one
+        raise InvalidRequest(ABSOLUTE, field=field)
+    raise InvalidRequest(TRAVERSAL if ".." in re.split(r"[\\/]", value) else NOT_FOUND, field=field)
 
 
 def _path_of_url(value: str) -> str:

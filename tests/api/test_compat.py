@@ -438,7 +438,10 @@ async def test_beyond_loopback_the_temporary_folder_is_closed(build: Build, wav:
     outside = build(view=fleet_view(http_host="0.0.0.0"))
     assert (await outside.client.post("/release_task", json=body)).status_code == 400
     opened = build(view=fleet_view(http_host="0.0.0.0"), audio_roots=[str(file.parent)])
-    assert (await opened.client.post("/release_task", json=body)).status_code == 200
+    task_id = (await release(opened, {**body, "batch_size": 1}))["task_id"]
+    opened.succeed(task_id, wav)
+    url = json.loads((await poll(opened, task_id))[0]["result"])[0]["file"]
+    await release(opened, {**body, "src_audio_path": url})  # its own songs are always a source
     upload = {"data": {"prompt": "x", "task_type": "cover"}, "files": {"src_audio": ("a.wav", wav)}}
     assert (await outside.client.post("/release_task", **upload)).status_code == 200
 
@@ -570,6 +573,17 @@ async def test_jobs_of_another_key_do_not_exist(build: Build, monkeypatch: pytes
     stolen = {"prompt": "x", "task": "cover", "src_audio": file_id}
     assert (await site.client.post("/v1/music", json=stolen, headers=theirs)).status_code == 422
     assert (await site.client.post("/v1/music", json=stolen, headers=mine)).status_code == 202
+    # Nor is what the file store holds of theirs, by whatever path.
+    folder = Path(site.service.storage.url)
+    for source in (
+        url,
+        parse_qs(urlsplit(url).query)["path"][0],
+        f"songs/{task_id}/0-mp3.mp3",
+        str(folder / "uploads" / file_id),
+    ):
+        body = {"prompt": "x", "task_type": "cover", "src_audio_path": source}
+        assert (await site.client.post("/release_task", json=body, headers=theirs)).status_code == 400, source
+        assert (await site.client.post("/release_task", json=body, headers=mine)).status_code == 200, source
 
 
 # -- shapes of clients that exist
