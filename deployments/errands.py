@@ -54,12 +54,16 @@ class Errands:
             step = steps[0]
             adjustments = job.adjustments
             request = job.request
+            # The request's own seed: who sends it again gets the same text, and so the same song.
+            seed = request.seeds[0] if request.lm_seed is None else request.lm_seed
+            fields = {"seed": seed, **step["fields"]}
             try:
                 if step["ask"] == "inspire":
-                    request = with_sample(request, await self.talk.inspire(**step["fields"]), replace_all=True)
+                    request = with_sample(request, await self.talk.inspire(**fields), replace_all=True)
                 else:
-                    fields = {**_known(request), **step["fields"]}
-                    request = with_sample(request, await self.talk.format(**fields), replace_all=False)
+                    request = with_sample(
+                        request, await self.talk.format(**_known(request), **fields), replace_all=False
+                    )
             except Unavailable as error:
                 raise Unavailable(f"5Hz LM init failed: {error.message}") from error
             except AceStepError as error:

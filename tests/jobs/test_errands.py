@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import uuid
+from pathlib import Path
+from typing import Any
+
 from acestep.lm.work import Sample
 from acestep.request import MAX_PROMPT_CHARS, SongRequest
-from deployments.errands import with_sample
+from deployments.errands import PREPARE, Errands, with_sample
+from deployments.jobs.store import JobStore
 
 ASKED = SongRequest(prompt="mine", lyrics="la", bpm=90, key_scale="C major", duration=30, vocal_language="de", seed=1)
 
@@ -29,6 +34,27 @@ def test_a_wish_replaces_everything_that_describes_the_song() -> None:
 def test_formatting_keeps_what_the_planner_left_open() -> None:
     made = with_sample(ASKED, Sample(caption="better", keyscale="nonsense"), replace_all=False)
     assert (made.prompt, made.lyrics, made.bpm, made.key_scale, made.duration) == ("better", "la", 90, "C major", 30.0)
+
+
+async def test_the_same_seed_asks_for_the_same_text(tmp_path: Path) -> None:
+    store, asked = JobStore(f"sqlite:///{tmp_path / 'jobs.sqlite3'}"), []
+
+    class Writer:
+        async def inspire(self, **fields: Any) -> Sample:
+            asked.append(fields)
+            return Sample(caption="theirs", lyrics="lo")
+
+        format = inspire
+
+    for request in (ASKED, ASKED.model_copy(update={"lm_seed": 7})):
+        steps = [{"ask": "inspire", "fields": {"query": "x"}}, {"ask": "format", "fields": {}}]
+        job_id = str(uuid.uuid4())
+        store.add(job_id, request, extra={PREPARE: steps})
+        job = store.claim(job_id, "me", 60)
+        assert job is not None
+        await Errands(store, Writer(), "me").prepare(job)  # type: ignore[arg-type]
+    store.close()
+    assert [fields["seed"] for fields in asked] == [1, 1, 7, 7]
 
 
 def test_long_texts_are_cut_to_what_a_request_may_hold() -> None:
