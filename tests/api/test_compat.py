@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from acestep.errors import OutOfMemory
+from acestep.lm.work import Sample
 from acestep.song import Progress
 from deployments.api.compat.fields import FIELDS, read_fields
 from deployments.api.compat.submission import read_query
@@ -86,6 +87,8 @@ CORPUS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"prompt": "a", "dit_model": "something-else"}, {"model": None}),
     ({"prompt": "a", "instruction": "Fill the audio semantic mask based on the given conditions:"}, {"instruction": None}),
     ({"prompt": "a", "unknown": {"deep": [1, 2]}, "another": "x"}, {"prompt": "a"}),
+    ({"prompt": "a", "use_random_seed": False, "seed": [3, 4]}, {"seed": (3, 4)}),
+    ({"prompt": "a", "metadata": {"bpm": "N/A", "timesignature": "N/A", "duration": 30}}, {"bpm": None, "duration": 30.0}),
 ]  # fmt: skip
 
 
@@ -129,6 +132,57 @@ async def test_what_cannot_be_honoured_is_said(site: Site) -> None:
     request = site.job(data["task_id"]).request
     assert (request.duration, request.bpm, request.steps) == (10.0, 300, 20)
     assert "warnings" not in await release(site, {"prompt": "x", "audio_duration": 20, "batch_size": 1})
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"seed": 42}, {"seed": 42}),
+        ({"seed": 42, "use_random_seed": "true"}, {"seed": 42}),
+        ({"seed": "a,1,b", "use_random_seed": False}, {"seed": "a,b"}),
+        ({"bpm": "fast", "audio_duration": "long", "inference_steps": 8.5}, {"bpm": "fast", "audio_duration": "long", "inference_steps": 8.5}),
+        ({"format": "mp3", "thinking": "maybe"}, {"use_format": "mp3", "thinking": "maybe"}),
+        ({"lm_top_p": 1}, {"lm_top_p": 1.0}),
+        ({"get_lrc": False, "lm_batch_chunk_size": 8}, {"get_lrc": False, "lm_batch_chunk_size": 8}),
+        ({"metas": "bpm=120", "param_obj": [1]}, {"metas": "bpm=120", "param_obj": "[1]"}),
+        ({"sample_query": "x", "bpm": 90, "lyrics": "la"}, {"prompt": "x", "bpm": 90, "lyrics": "la"}),
+        ({"thinking": True, "audio_codes": "1,2,3"}, {"thinking": True}),
+        ({"thinking": True, "analysis_only": True}, {"thinking": True}),
+        ({"bpm": "N/A", "key": "auto", "metas": "{}", "seed": -1, "other": None, "use_cot_caption": "off", "batch_size": ""}, {}),
+    ],
+)  # fmt: skip
+async def test_nothing_is_dropped_without_a_word(site: Site, fields: dict[str, Any], said: dict[str, Any]) -> None:
+    data = await release(site, {"prompt": "x", **fields})
+    assert {w["field"]: w["asked"] for w in data.get("warnings", ())} == said
+    if "analysis_only" not in fields:
+        site.succeed(data["task_id"])
+        entry = json.loads((await poll(site, data["task_id"]))[0]["result"])[0]
+        assert entry.get("warnings", []) == data.get("warnings", [])
+
+
+async def test_a_thousand_unknown_fields_are_one_word_for_most(site: Site) -> None:
+    data = await release(site, {"prompt": "x", **{f"field\0{i}": i for i in range(1000)}})
+    assert len(data["warnings"]) == 21
+    assert data["warnings"][-1]["asked"] == 980
+
+
+async def test_files_that_nobody_reads_are_named(site: Site, wav: bytes) -> None:
+    files = {"audio": ("a.wav", wav), "src_audio": ("b.wav", wav), "ctx_audio": ("c.wav", wav)}
+    data = await release(
+        site, data={"prompt": "x", "task_type": "cover", "thinking": "true", "src_audio_path": "d.wav"}, files=files
+    )
+    said = {w["field"]: w["asked"] for w in data["warnings"]}
+    assert said == {"audio": "a.wav", "src_audio": "b.wav", "src_audio_path": "d.wav", "thinking": True}
+
+
+@pytest.mark.parametrize(
+    "text", ["drums,bass", '["drums", "bass"]', "['drums', 'bass']", "DRUMS | Bass", ["drums", "bass"]]
+)
+async def test_tracks_come_as_a_list_or_its_text(build: Build, wav: bytes, text: Any) -> None:
+    site = build(view=fleet_view(model="acestep-v15-base"))
+    fields = {"prompt": "x", "task_type": "complete", "instruments": text}
+    data = await release(site, data=fields, files={"src_audio": ("a.wav", wav)})
+    assert site.job(data["task_id"]).request.track_classes == ("drums", "bass")
 
 
 @pytest.mark.parametrize(
@@ -223,6 +277,9 @@ async def test_modes_that_ask_the_planner_first_are_part_of_the_job(site: Site) 
     plain = site.job((await release(site, {"prompt": "x"}))["task_id"])
     assert PREPARE not in plain.extra
     assert plain.request.use_cot_metas
+    assert inspire["fields"]["top_p"] == 0.9
+    quiet = site.job((await release(site, {"description": "rain", "lyrics": "[Inst]"}))["task_id"])
+    assert quiet.extra[PREPARE][0]["fields"]["instrumental"]
     nothing = site.job((await release(site, {"sample_mode": True}))["task_id"])
     assert nothing.extra[PREPARE][0]["fields"]["query"] == "NO USER INPUT"
 
@@ -290,7 +347,7 @@ async def test_states_of_a_poll(site: Site) -> None:
     assert d[0]["url"] == d[0]["file"]
     assert (d[0]["progress"], d[0]["stage"], d[0]["dit_model"]) == (1.0, "succeeded", "acestep-v15-turbo")
     assert f[0]["error"] == items[3]["error"] == "Music generation failed: the card is too small by far"
-    assert (f[0]["status"], f[0]["stage"]) == (2, "failed")
+    assert (f[0]["status"], f[0]["stage"], items[3]["progress_text"]) == (2, "failed", f[0]["error"])
 
 
 async def test_unknown_ids_end_or_wait_as_configured(build: Build) -> None:
@@ -517,6 +574,34 @@ async def test_texts_without_a_planner_say_so(build: Build) -> None:
         assert answer.json()["detail"].startswith("LLM not initialized.")
     empty = (await site.client.post("/format_input", json={})).json()
     assert (empty["code"], empty["error"][:20]) == (500, "format_sample error:")
+
+
+async def test_texts_say_what_they_could_not_read(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    async def write(**fields: Any) -> Sample:
+        asked.clear()
+        asked.update(fields)
+        return Sample(caption="better", bpm=90)
+
+    monkeypatch.setattr(site.service.talk, "format", write)
+    monkeypatch.setattr(site.service.talk, "inspire", write)
+    given = {"bpm": "90.0", "key": "a minor", "time_signature": 3, "language": "DE", "duration": -1}
+    answer = (await site.client.post("/format_input", data={"prompt": "x", "param_obj": json.dumps(given)})).json()
+    assert (answer["data"]["caption"], answer["data"]["key_scale"]) == ("better", "A minor")
+    assert "warnings" not in answer["data"]
+    assert (asked["bpm"], asked["timesignature"], asked["language"], asked["duration"]) == (90, "3", "de", None)
+    bad = {"bpm": 900, "key": "H dur", "language": "xx", "duration": "long", "mood": "sad"}
+    answer = (await site.client.post("/format_input", json={"prompt": "x", "temperature": 9, "param_obj": bad})).json()
+    assert {w["field"] for w in answer["data"]["warnings"]} == {*bad, "temperature"}
+    assert (asked["bpm"], asked["keyscale"], asked["temperature"]) == (None, None, 2.0)
+    answer = (await site.client.post("/format_input", json={"prompt": "x", "param_obj": "bpm=3"})).json()
+    assert answer["data"]["warnings"][0]["field"] == "param_obj"
+    answer = (await site.client.post("/v1/create_sample", json={"query": "x", "vocal_language": "xx", "bpm": 3})).json()
+    assert {w["field"] for w in answer["data"]["warnings"]} == {"vocal_language", "bpm"}
+    assert list(answer["data"])[:7] == [
+        "caption", "lyrics", "bpm", "keyscale", "duration", "timesignature", "vocal_language",
+    ]  # fmt: skip
 
 
 async def test_keys_in_every_form(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -16,7 +17,11 @@ from acestep.request import Adjustment
 
 Kind = Literal["str", "bool", "int", "float", "raw"]
 TRUE = ("1", "true", "yes", "y", "on")
+FALSE = ("0", "false", "no", "n", "off")
+UNSAID = ("n/a", "auto", "none", "null")  # how results and forms write that there is no number
 METADATA_SOURCES = ("metas", "meta", "metadata", "user_metadata", "userMetadata")
+OBJECTS = ("param_obj", *METADATA_SOURCES)
+MAX_UNKNOWN = 20  # unknown fields that are named in the answer
 _ABSENT = object()
 
 
@@ -155,6 +160,9 @@ def _fields() -> Iterable[Field]:
 
 
 FIELDS: dict[str, Field] = {f.name: f for f in _fields()}
+KNOWN = frozenset(n for f in FIELDS.values() for n in (f.name, *f.aliases)).union(
+    METADATA_SOURCES, ("param_obj", "ai_token")
+)
 
 
 class BadField(ValueError):
@@ -166,21 +174,33 @@ class Values:
     """The fields of one body, read.
 
     Attributes:
-        sent: Names of the fields that came with a value.
         warnings: What was changed or has no effect.
     """
 
     values: dict[str, Any]
-    sent: frozenset[str]
     warnings: list[Adjustment] = field(default_factory=list)
 
     def __getitem__(self, name: str) -> Any:
         return self.values[name]
 
     def warn(self, name: str, asked: Any, given: Any, reason: str) -> None:
-        plain = asked is None or isinstance(asked, (bool, int)) or (isinstance(asked, float) and math.isfinite(asked))
-        shown = asked if plain else str(asked)[:200]
-        self.warnings.append(Adjustment(field=name, asked=shown, given=given, reason=reason))
+        self.warnings.append(adjustment(name, asked, given, reason))
+
+
+def adjustment(name: str, asked: Any, given: Any, reason: str) -> Adjustment:
+    """What became of a field, with no more of the caller's value than fits into a sentence."""
+    plain = asked is None or isinstance(asked, (bool, int)) or (isinstance(asked, float) and math.isfinite(asked))
+    shown = asked if plain else str(asked)[:200].replace("\0", "")
+    return Adjustment(field=name[:100].replace("\0", ""), asked=shown, given=given, reason=reason)
+
+
+def unknown_fields(body: Mapping[str, Any], known: Collection[str], reason: str = "unknown field") -> list[Adjustment]:
+    """One warning for each field that says something and is not known, and one for all beyond the first few."""
+    names = [name for name, value in body.items() if name not in known and value not in (None, "")]
+    found = [adjustment(name, body[name], None, reason) for name in names[:MAX_UNKNOWN]]
+    if len(names) > MAX_UNKNOWN:
+        found.append(adjustment("others", len(names) - MAX_UNKNOWN, None, reason))
+    return found
 
 
 def read_fields(body: Mapping[str, Any], *, form: bool) -> Values:
@@ -194,16 +214,18 @@ def read_fields(body: Mapping[str, Any], *, form: bool) -> Values:
         BadField: a value is not one of its field's choices.
     """
     sources = _sources(body)
-    read: dict[str, Any] = {}
-    sent = set()
-    out = Values(read, frozenset())
+    out = Values({})
     for spec in FIELDS.values():
         value = find(sources, (spec.name, *spec.aliases), skip_empty=form)
-        if value is not _ABSENT:
-            sent.add(spec.name)
-        read[spec.name] = _read(spec, value, form, out)
-    out.sent = frozenset(sent)
+        out.values[spec.name] = _read(spec, value, form, out)
+    out.warnings += [*unreadable_objects(body, OBJECTS), *unknown_fields(body, KNOWN)]
     return out
+
+
+def unreadable_objects(body: Mapping[str, Any], names: Iterable[str]) -> list[Adjustment]:
+    """A warning for each field that should hold an object, or the JSON text of one, and does not."""
+    given = [(name, body[name]) for name in names if body.get(name) not in (None, "")]
+    return [adjustment(name, value, None, "not a JSON object") for name, value in given if _object(value) is None]
 
 
 def find(sources: Iterable[Mapping[str, Any]], names: Iterable[str], *, skip_empty: bool = False) -> Any:
@@ -225,24 +247,33 @@ def _sources(body: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def as_object(value: Any) -> Mapping[str, Any]:
     """An object, or the JSON text of one; anything else is empty."""
+    return _object(value) or {}
+
+
+def _object(value: Any) -> Mapping[str, Any] | None:
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
-            return {}
-    return value if isinstance(value, Mapping) else {}
+            return None
+    return value if isinstance(value, Mapping) else None
 
 
 def _read(spec: Field, value: Any, form: bool, out: Values) -> Any:
     if value is _ABSENT or (value == "" and (form or not spec.empty_is_value)):
         return spec.default
+    read: Any
     match spec.kind:
         case "bool":
-            read: Any = to_bool(value)
-        case "int":
-            read = to_int(value, spec.default)
-        case "float":
-            read = to_float(value, spec.default)
+            read = to_bool(value)
+            if not read and str(value).strip().lower() not in (*FALSE, *UNSAID, ""):
+                out.warn(spec.name, value, False, "not yes or no")
+        case "int" | "float":
+            read = to_int(value, None) if spec.kind == "int" else to_float(value, None)
+            if read is None:
+                read = spec.default
+                if str(value).strip().lower() not in (*UNSAID, ""):
+                    out.warn(spec.name, value, read, "not a number" if spec.kind == "float" else "not a whole number")
         case "str":
             read = str(value)
         case _:
@@ -271,6 +302,13 @@ def _within(spec: Field, value: Any, out: Values) -> Any:
         out.warn(spec.name, value, given, f"{spec.low:g} to {spec.high:g} is possible")
         return given
     return value
+
+
+def to_list(value: Any) -> list[str]:
+    """The entries of a list, of its text as JSON or Python write it, or of a text with commas or bars. No empty ones."""
+    parts = value if isinstance(value, list) else [value]
+    texts = (text for part in parts for text in re.split(r"[,|]", str(part)))
+    return [entry for text in texts if (entry := text.strip("[]()\"' \t\r\n"))]
 
 
 def to_bool(value: Any) -> bool:

@@ -33,13 +33,13 @@ def item_of(service: Service, task_id: str, job: Job | None, position: int) -> d
     if job is None:
         if service.args.unknown_task == "queued":
             return {"task_id": task_id, "result": "[]", "status": 0}
-        return _item(task_id, [_failed(int(time.time()), UNKNOWN_TASK)], 2, "", UNKNOWN_TASK)
+        return _item(task_id, [_failed(int(time.time()), UNKNOWN_TASK)], 2, UNKNOWN_TASK, UNKNOWN_TASK)
     created = int(job.created_at)
     if job.state == SUCCEEDED:
         return _item(job.id, _succeeded(service, job, created), 1, "done")
     if job.ended:
         error = error_text(job)
-        return _item(job.id, [_failed(created, error)], 2, "", error)
+        return _item(job.id, [_failed(created, error)], 2, error, error)
     if job.state == QUEUED:
         entry = {
             **_entry(0, created), "prompt": "", "lyrics": "", "metas": {}, "progress": 0.0, "stage": "queued", "error": None
@@ -58,6 +58,13 @@ def error_text(job: Job) -> str:
     if message.startswith(("create_sample failed:", "5Hz LM init failed:")):
         return message
     return f"Music generation failed: {message}"
+
+
+def warnings_of(job: Job) -> list[dict[str, Any]]:
+    """What of a request was changed or had no effect, at submit and while it ran."""
+    later = job.result.adjustments if job.result is not None else ()
+    told = [*job.adjustments, *(a for a in later if a not in job.adjustments)]
+    return [a.model_dump(mode="json") for a in told]
 
 
 def audio_url(service: Service, path: str) -> str:
@@ -127,8 +134,7 @@ def _succeeded(service: Service, job: Job, created: int) -> list[dict[str, Any]]
     assert job.result is not None, "a song that succeeded has a result"
     song = job.result
     seeds = ",".join(str(item.seed) for item in song.items)
-    told = [*job.adjustments, *(a for a in song.adjustments if a not in job.adjustments)]
-    warnings = [a.model_dump(mode="json") for a in told]
+    warnings = warnings_of(job)
     entries = []
     for item in song.items:
         url = audio_url(service, item.files[0].path)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from acestep.cost import defaults_of
+from acestep.cost import TASKS_WITHOUT_PLANNER, defaults_of
 from acestep.dit.tasks import RULES
 from acestep.errors import InvalidRequest
 from acestep.plan import NUM_CODES
@@ -22,7 +22,7 @@ from acestep.request import (
     normalise_key,
     normalise_time_signature,
 )
-from deployments.api.compat.fields import Values
+from deployments.api.compat.fields import Values, to_list
 from deployments.errands import PREPARE
 
 _LANGUAGE_NAMES = {
@@ -31,6 +31,8 @@ _LANGUAGE_NAMES = {
     "thai": "th", "vietnamese": "vi", "indonesian": "id", "turkish": "tr", "dutch": "nl", "polish": "pl",
 }  # fmt: skip
 _WORDS_TOO = ("hi", "id", "it")  # codes that are everyday words as well
+NO_VOICE = ("[inst]", "[instrumental]")  # as lyrics
+WRITTEN = ("prompt", "lyrics", "bpm", "key_scale", "time_signature", "audio_duration")  # by sample mode
 _CODE = re.compile(r"<\|audio_code_(\d+)\|>|(?<![\w.])(\d+)(?![\w.])")
 
 
@@ -69,12 +71,25 @@ def build(v: Values, served: Served) -> Submission:
         fields = {k: fields[k] for k in ("prompt", "lyrics", "src_audio", "audio_codes") if k in fields}
         fields["thinking"] = False
         prepare = []
-    elif kind == "plan":
-        fields["thinking"] = False
+    elif v["thinking"]:
+        fields["thinking"] = _thinks(v, fields, kind)
     request = SongRequest.model_validate(fields)
     compat = {"kind": kind, "prompt": v["prompt"], "lyrics": v["lyrics"], "format": v["audio_format"]}
     extra: dict[str, Any] = {"compat": compat, **({PREPARE: prepare} if prepare else {})}
     return Submission(request, kind, extra, tuple(v.warnings))
+
+
+def _thinks(v: Values, fields: dict[str, Any], kind: str) -> bool:
+    if kind == "plan":
+        reason = "analysis_only asks for metadata alone"
+    elif fields["task"] in TASKS_WITHOUT_PLANNER:
+        reason = f"task {fields['task']} works on source audio"
+    elif fields["audio_codes"] is not None:
+        reason = "the request brings its codes"
+    else:
+        return True
+    v.warn("thinking", True, False, reason)
+    return False
 
 
 def _text(v: Values) -> dict[str, Any]:
@@ -117,17 +132,17 @@ def _seed(v: Values) -> int | tuple[int, ...] | None:
     """Seeds as given where `use_random_seed` is off; missing ones of a batch go on from the last."""
     asked = v["seed"]
     if v["use_random_seed"]:
-        if asked not in (None, "", -1, "-1") and "use_random_seed" in v.sent:
-            v.warn("seed", asked, None, "use_random_seed is true")
+        if asked not in (None, "", -1, "-1"):
+            v.warn("seed", asked, None, "use_random_seed is true, which it is unless the request says otherwise")
         return None
-    parts = asked if isinstance(asked, list) else str(asked).split(",")
-    seeds = []
-    for part in parts:
-        text = str(part).strip()
+    seeds, bad = [], []
+    for text in to_list(asked):
         if re.fullmatch(r"\d{1,19}(\.0+)?", text, re.ASCII) and (seed := int(text.partition(".")[0])) <= MAX_SEED:
             seeds.append(seed)
-        elif text not in ("", "-1"):
-            v.warn("seed", part, None, f"not a number from 0 to {MAX_SEED}")
+        elif text != "-1":
+            bad.append(text)
+    if bad:
+        v.warn("seed", ",".join(bad), None, f"not a number from 0 to {MAX_SEED}")
     if not seeds:
         return None
     size = v["batch_size"]
@@ -141,7 +156,6 @@ def _seed(v: Values) -> int | tuple[int, ...] | None:
 def _planner(v: Values, served: Served) -> dict[str, Any]:
     if v["lm_model_path"] and not _same(v["lm_model_path"], served.planner):
         v.warn("lm_model_path", v["lm_model_path"], served.planner, "this server's planner was chosen when it started")
-    top_p = v["lm_top_p"] if 0.0 < v["lm_top_p"] < 1.0 else 0.9  # as ACE-Step's server, whatever its documents say
     return {
         "thinking": v["thinking"],
         "use_cot_metas": not _wants_sample(v),
@@ -150,10 +164,19 @@ def _planner(v: Values, served: Served) -> dict[str, Any]:
         "lm_temperature": v["lm_temperature"],
         "lm_cfg_scale": v["lm_cfg_scale"],
         "lm_top_k": v["lm_top_k"],
-        "lm_top_p": top_p,
+        "lm_top_p": _top_p(v),
         "lm_repetition_penalty": v["lm_repetition_penalty"],
         "lm_negative_prompt": v["lm_negative_prompt"],
     }
+
+
+def _top_p(v: Values) -> float:
+    """As ACE-Step's server, whatever its documents say: 0 and 1 do not switch it off."""
+    asked: float = v["lm_top_p"]
+    if 0.0 < asked < 1.0:
+        return asked
+    v.warn("lm_top_p", asked, 0.9, "must be above 0 and below 1")
+    return 0.9
 
 
 def _renderer(v: Values, served: Served, kind: str) -> dict[str, Any]:
@@ -304,9 +327,7 @@ def _track(v: Values, task: str) -> str | None:
 
 
 def _tracks(v: Values, task: str) -> tuple[str, ...] | None:
-    given = v["track_classes"]
-    names = given if isinstance(given, list) else re.split(r"[,|]", str(given)) if given else []
-    names = [str(name) for name in names if str(name).strip()]
+    names = to_list(v["track_classes"] or [])
     if names and task != "complete":
         v.warn("track_classes", ", ".join(names), None, f"task {task} has no use for it")
         return None
@@ -326,11 +347,16 @@ def _wants_sample(v: Values) -> bool:
 
 def _prepare(v: Values, fields: dict[str, Any]) -> list[dict[str, Any]]:
     """What the planner writes before it plans."""
-    sampling = {"temperature": v["lm_temperature"], "top_k": v["lm_top_k"]}
+    sampling = {"temperature": v["lm_temperature"], "top_k": v["lm_top_k"], "top_p": fields["lm_top_p"]}
     steps: list[dict[str, Any]] = []
     if _wants_sample(v):
         query = v["sample_query"].strip() or NO_USER_INPUT
         instrumental, language = read_query(query)
+        no_voice = v["lyrics"].strip().lower() in NO_VOICE
+        instrumental = instrumental or no_voice
+        for name in WRITTEN:
+            if v[name] not in (None, "") and not (name == "lyrics" and no_voice):
+                v.warn(name, v[name], None, "sample mode writes its own")
         if (said := v["vocal_language"].strip().lower()) not in ("", "en", "unknown") and said in LANGUAGES:
             language = said
         wish = {"query": query, "instrumental": instrumental, "vocal_language": language, **sampling}

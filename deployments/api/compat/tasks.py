@@ -8,6 +8,7 @@ import json
 import os
 import posixpath
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +16,7 @@ from fastapi import APIRouter, HTTPException, Query, Request, Response
 from starlette.datastructures import UploadFile
 
 from acestep.errors import InvalidRequest
+from acestep.request import Adjustment
 from deployments.api.audio import send_file
 from deployments.api.auth import Caller
 from deployments.api.compat.answers import (
@@ -71,14 +73,17 @@ async def submit(
     body: Body,
     *,
     idempotency_key: str | None = None,
-    extra: dict[str, Any] | None = None,
+    changes: Mapping[str, Any] | None = None,
+    warnings: Iterable[Adjustment] = (),
 ) -> Job:
     """The job that a body asks for.
 
     Args:
-        extra: Added to the job's.
+        changes: To the request, where its caller's interface has more fields than this one.
+        warnings: What that caller has to say besides.
     """
     values = read_fields(body.fields, form=body.form)
+    values.warnings.extend(warnings)
     parts = {"src_audio_path": _part(body, SOURCE_PARTS), "reference_audio_path": _part(body, REFERENCE_PARTS)}
     contents = {field: await part.read() for field, part in parts.items() if part is not None}
     body_hash = None
@@ -91,11 +96,16 @@ async def submit(
     for field, data in contents.items():
         part = parts[field]
         record = await service.sources.upload(data, (part and part.filename) or "", caller, field=field)
+        if values[field]:
+            values.warn(field, values[field], part and part.filename, "the uploaded file goes first")
         values.values[field] = record.id
+    for name, part in body.files.items():
+        if part not in parts.values() and (part.filename or part.size):
+            values.warn(name, part.filename, None, f"audio is read from {' or '.join(SOURCE_PARTS + REFERENCE_PARTS)}")
     submission = await resolved(service, caller, values)
     job, _ = await service.submit(
-        submission.request, caller, kind=submission.kind, adjustments=submission.warnings,
-        extra={**submission.extra, **(extra or {})}, idempotency_key=idempotency_key, body_hash=body_hash,
+        submission.request.model_copy(update=dict(changes or {})), caller, kind=submission.kind,
+        adjustments=submission.warnings, extra=submission.extra, idempotency_key=idempotency_key, body_hash=body_hash,
     )  # fmt: skip
     return job
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+from collections.abc import Callable
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -13,23 +14,38 @@ from fastapi import APIRouter, HTTPException, Request
 from fastapi.responses import JSONResponse
 
 from acestep.errors import AceStepError, Unavailable
-from acestep.lm.work import Sample
+from acestep.lm.work import TEXT_TEMPERATURE, Sample
 from acestep.request import (
     LANGUAGES,
+    MAX_DURATION_S,
     MAX_LYRICS_CHARS,
     MAX_PROMPT_CHARS,
     NO_USER_INPUT,
+    Adjustment,
     normalise_key,
     normalise_time_signature,
 )
 from deployments.api.compat.answers import CompatRoute, caller_by_body, envelope, soft_error
 from deployments.api.compat.bodies import Body, read_body
-from deployments.api.compat.fields import as_object, to_bool, to_float, to_int
+from deployments.api.compat.fields import (
+    UNSAID,
+    adjustment,
+    as_object,
+    to_bool,
+    to_float,
+    unknown_fields,
+    unreadable_objects,
+)
 from deployments.api.compat.openapi import format_body, random_body, sample_body
+from deployments.api.redact import redact
 from deployments.api.service import Svc
 
 log = logging.getLogger(__name__)
 router = APIRouter(tags=["ACE-Step's own API"], route_class=CompatRoute)
+FORMAT_FIELDS = ("prompt", "lyrics", "temperature", "param_obj", "time_signature", "ai_token")
+FORMAT_METADATA = ("duration", "bpm", "key", "key_scale", "time_signature", "language")
+SAMPLE_FIELDS = ("query", "instrumental", "vocal_language", "temperature", "ai_token")
+MAX_TEMPERATURE = 2.0
 NO_PLANNER = "LLM not initialized. Set ACESTEP_INIT_LLM=true in .env to enable."
 
 
@@ -39,22 +55,26 @@ async def format_input(request: Request, service: Svc) -> Any:
     caller_by_body(request, service, body)
     caption, lyrics = _text(body, "prompt", MAX_PROMPT_CHARS), _text(body, "lyrics", MAX_LYRICS_CHARS)
     given = as_object(body.fields.get("param_obj"))
-    key = normalise_key(str(given.get("key") or given.get("key_scale") or ""))
-    time = normalise_time_signature(str(given.get("time_signature") or body.fields.get("time_signature") or ""))
-    language = str(given.get("language") or "").lower()
+    unread = unreadable_objects(body.fields, ["param_obj"])
+    said = _Said([*unread, *unknown_fields(body.fields, FORMAT_FIELDS), *unknown_fields(given, FORMAT_METADATA)])
+    bpm = said.number("bpm", given.get("bpm"), 30, 300)
+    duration = said.number("duration", given.get("duration"), 10, MAX_DURATION_S)
+    key = said.word("key", given.get("key") or given.get("key_scale"), normalise_key)
+    meter = given.get("time_signature") or body.fields.get("time_signature")
+    time = said.word("time_signature", meter, normalise_time_signature)
+    language = said.word("language", given.get("language"), _language)
+    temperature = said.temperature(body)
     if not caption.strip() and not lyrics.strip():
         return soft_error(500, "format_sample error: give a prompt, lyrics or both")
     try:
         sample = await service.talk.format(
-            caption=caption, lyrics=lyrics, bpm=_between(to_int(given.get("bpm"), None), 30, 300),
-            duration=_between(to_float(given.get("duration"), None), 10.0, 600.0), keyscale=key, timesignature=time,
-            language=language if language in LANGUAGES and language != "unknown" else None,
-            temperature=_temperature(body),
+            caption=caption, lyrics=lyrics, bpm=None if bpm is None else round(bpm), duration=duration, keyscale=key,
+            timesignature=time, language=language, temperature=temperature,
         )  # fmt: skip
     except Unavailable as error:
         return _no_planner(error)
     except AceStepError as error:
-        return soft_error(500, f"format_sample failed: {error.message}")
+        return soft_error(500, f"format_sample failed: {redact(error.message)}")
     return envelope(
         {
             "caption": sample.caption or caption,
@@ -64,6 +84,7 @@ async def format_input(request: Request, service: Svc) -> Any:
             "time_signature": sample.timesignature or time or "",
             "duration": sample.duration,
             "vocal_language": sample.language or "unknown",
+            **said.warnings(),
         }
     )
 
@@ -72,18 +93,20 @@ async def format_input(request: Request, service: Svc) -> Any:
 async def create_sample(request: Request, service: Svc) -> Any:
     body = await read_body(request, optional=True)
     caller_by_body(request, service, body)
-    language = str(body.fields.get("vocal_language") or "").lower()
+    said = _Said(unknown_fields(body.fields, SAMPLE_FIELDS))
+    language = said.word("vocal_language", body.fields.get("vocal_language"), _language)
+    temperature = said.temperature(body)
     try:
         sample: Sample = await service.talk.inspire(
             query=_text(body, "query", MAX_PROMPT_CHARS).strip() or NO_USER_INPUT,
             instrumental=to_bool(body.fields.get("instrumental", False)),
-            vocal_language=language if language in LANGUAGES and language != "unknown" else None,
-            temperature=_temperature(body),
+            vocal_language=language,
+            temperature=temperature,
         )
     except Unavailable as error:
         return _no_planner(error)
     except AceStepError as error:
-        return soft_error(500, f"create_sample error: {error.message}")
+        return soft_error(500, f"create_sample error: {redact(error.message)}")
     return envelope(
         {
             "caption": sample.caption or "",
@@ -93,6 +116,7 @@ async def create_sample(request: Request, service: Svc) -> Any:
             "duration": sample.duration,
             "timesignature": sample.timesignature or "",
             "vocal_language": sample.language or "unknown",
+            **said.warnings(),
         }
     )
 
@@ -121,12 +145,45 @@ def _text(body: Body, name: str, most: int) -> str:
     return text
 
 
-def _temperature(body: Body) -> float:
-    return min(2.0, max(0.0, to_float(body.fields.get("temperature"), 0.85) or 0.0))
+class _Said:
+    """Reads optional values, and keeps what has to be said of those that mean nothing here."""
+
+    def __init__(self, told: list[Adjustment]) -> None:
+        self._told = told
+
+    def number(self, name: str, value: Any, low: float, high: float) -> float | None:
+        """A number in its range; None where there is none."""
+        read = to_float(value, None)
+        if read is not None and low <= read <= high:
+            return read
+        if value not in (None, "") and not (read is not None and read <= 0):  # 0 and -1 mean: unknown
+            self._told.append(adjustment(name, value, None, f"not a number from {low:g} to {high:g}"))
+        return None
+
+    def word(self, name: str, value: Any, read: Callable[[str], str | None]) -> str | None:
+        """A word that `read` knows; None where there is none."""
+        text = "" if value is None else str(value).strip()
+        if text.lower() in ("", "unknown", *UNSAID):
+            return None
+        if (known := read(text)) is None:
+            self._told.append(adjustment(name, value, None, "not known here"))
+        return known
+
+    def temperature(self, body: Body) -> float:
+        asked = body.fields.get("temperature")
+        read = to_float(asked, None)
+        if read is None or not 0.0 <= read <= MAX_TEMPERATURE:
+            read = TEXT_TEMPERATURE if read is None else min(MAX_TEMPERATURE, max(0.0, read))
+            if asked not in (None, ""):
+                self._told.append(adjustment("temperature", asked, read, f"0 to {MAX_TEMPERATURE:g} is possible"))
+        return read
+
+    def warnings(self) -> dict[str, Any]:
+        return {"warnings": [a.model_dump(mode="json") for a in self._told]} if self._told else {}
 
 
-def _between(value: Any, low: float, high: float) -> Any:
-    return value if value is not None and low <= value <= high else None
+def _language(text: str) -> str | None:
+    return text.lower() if text.lower() in LANGUAGES else None
 
 
 def _no_planner(error: Unavailable) -> JSONResponse:
