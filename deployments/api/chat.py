@@ -6,26 +6,27 @@ import asyncio
 import base64
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 from fastapi import APIRouter, HTTPException, Request
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import ValidationError
 
 from deployments.api.auth import Caller
-from deployments.api.chat_text import ChatRequest, Meaning, read_messages, task_fields
+from deployments.api.chat_text import ChatRequest, Meaning, read_messages, task_fields, unused
 from deployments.api.compat.answers import CompatRoute, caller_by_header, detail
 from deployments.api.compat.bodies import Body, read_body
-from deployments.api.compat.results import error_text
+from deployments.api.compat.fields import adjustment
+from deployments.api.compat.results import error_text, warnings_of
 from deployments.api.compat.tasks import QUEUE_FULL, submit
-from deployments.api.problems import validation_problems
+from deployments.api.problems import AsciiJSONResponse, validation_problems
 from deployments.api.service import Service, Svc
 from deployments.api.waiting import wait_for_end
 from deployments.jobs.store import SUCCEEDED, Busy, Job
 
-router = APIRouter(prefix="/v1", tags=["chat"], route_class=CompatRoute)
 HEARTBEAT_S = 2.0
+ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _OPENAPI: dict[str, Any] = {
     "requestBody": {
         "required": True,
@@ -37,6 +38,32 @@ _OPENAPI: dict[str, Any] = {
         },
     }
 }  # fmt: skip
+
+
+class ChatRoute(CompatRoute):
+    """A route whose errors are those of ACE-Step's server and, beside them, what OpenAI's clients read."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+
+        async def wrapped(request: Request) -> Response:
+            answer = await handler(request)
+            return _as_openai(answer) if answer.status_code >= 400 else answer
+
+        return wrapped
+
+
+def _as_openai(refusal: Response) -> Response:
+    status, text = refusal.status_code, json.loads(bytes(refusal.body))["detail"]
+    kind = ERROR_TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    headers = {name: value for name, value in refusal.headers.items() if name == "retry-after"}
+    if status in (500, 504):  # their job was made: trying again by itself would make another
+        headers["x-should-retry"] = "false"
+    error = {"message": text, "type": kind, "param": None, "code": None}
+    return AsciiJSONResponse({"detail": text, "error": error}, status_code=status, headers=headers)
+
+
+router = APIRouter(prefix="/v1", tags=["chat"], route_class=ChatRoute)
 
 
 def add_schemas(document: dict[str, Any]) -> None:
@@ -82,37 +109,43 @@ async def chat_completions(request: Request, service: Svc) -> Any:
         "audio": await audio_parts(service, job),
         "audio_codes": None,
     }
-    return JSONResponse(
-        {
-            "id": completion_id(job),
-            "object": "chat.completion",
-            "created": int(time.time()),
-            "model": chat.model,
-            "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
-            "usage": {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0},
-        }
-    )
+    answer = {
+        "id": completion_id(job),
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": chat.model,
+        "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+        "usage": {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0},
+    }
+    return JSONResponse(answer | _warnings(job))
+
+
+def _warnings(job: Job) -> dict[str, Any]:
+    told = warnings_of(job)
+    return {"warnings": told} if told else {}
 
 
 async def _submit(service: Service, caller: Caller, chat: ChatRequest, meaning: Meaning) -> Job:
     fields = task_fields(chat, meaning)
     # Songs from nothing take the audio as an example of style, all other tasks as what they work on.
     roles = ["reference_audio_path"] if chat.task_type == "text2music" else ["src_audio_path", "reference_audio_path"]
+    warnings = unused(chat)
+    if len(meaning.audio) > len(roles):
+        warnings.append(adjustment("input_audio", len(meaning.audio), len(roles), f"all that {chat.task_type} can use"))
     for role, data in zip(roles, meaning.audio, strict=False):
         record = await service.sources.upload(data, "chat-audio", caller, field="input_audio")
         fields[role] = record.id
-    if len(meaning.audio) > len(roles):
-        raise HTTPException(400, f"task {chat.task_type} takes {len(roles)} audio parts, not {len(meaning.audio)}")
-    return await submit(service, caller, Body(fields))
+    changes = {} if chat.use_cot_metas else {"use_cot_metas": False}
+    return await submit(service, caller, Body(fields), changes=changes, warnings=warnings)
 
 
 async def _stream(service: Service, job: Job, chat: ChatRequest) -> AsyncIterator[bytes]:
     created, stamp = int(time.time()), completion_id(job)
 
-    def chunk(delta: dict[str, Any], finish: str | None = None) -> bytes:
+    def chunk(delta: dict[str, Any], finish: str | None = None, **more: Any) -> bytes:
         data = {
             "id": stamp, "object": "chat.completion.chunk", "created": created, "model": chat.model,
-            "choices": [{"index": 0, "delta": delta, "finish_reason": finish}],
+            "choices": [{"index": 0, "delta": delta, "finish_reason": finish}], **more,
         }  # fmt: skip
         return f"data: {json.dumps(data, ensure_ascii=False)}\n\n".encode()
 
@@ -121,7 +154,7 @@ async def _stream(service: Service, job: Job, chat: ChatRequest) -> AsyncIterato
         while not (job := await wait_for_end(service, job, HEARTBEAT_S)).ended:
             yield chunk({"content": "."})
         if job.state == SUCCEEDED:
-            yield chunk({"content": f"\n\n{markdown(job)}"})
+            yield chunk({"content": f"\n\n{markdown(job)}"}, **_warnings(job))
             yield chunk({"audio": await audio_parts(service, job)})
             yield chunk({}, "stop")
         else:

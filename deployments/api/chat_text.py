@@ -8,7 +8,10 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from acestep.request import Adjustment
+from deployments.api.compat.fields import adjustment, unknown_fields
 
 _TAG = {name: re.compile(rf"<{name}>(.*?)</{name}>", re.IGNORECASE | re.DOTALL) for name in ("prompt", "lyrics")}
 _SECTIONS = (
@@ -20,6 +23,12 @@ NOTHING = "No valid prompt, lyrics, sample query, or input audio found in reques
 
 class _Open(BaseModel):
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, data: Any) -> Any:
+        # Many clients write null where they have nothing to say.
+        return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
 
 
 class InputAudio(_Open):
@@ -39,6 +48,7 @@ class Message(_Open):
 
 
 class AudioConfig(_Open):
+    model_config = ConfigDict(coerce_numbers_to_str=True)
     duration: float | None = None
     format: str = "mp3"
     bpm: int | None = None
@@ -49,7 +59,7 @@ class AudioConfig(_Open):
 
 
 class ChatRequest(_Open):
-    """The body of a chat completion. Fields that other models have are accepted and mean nothing here."""
+    """The body of a chat completion. Fields that other models have are accepted; the answer says that they mean nothing here."""
 
     model: str = Field("", max_length=256, description="What follows the first / names the checkpoint.")
     messages: list[Message] = Field(min_length=1, max_length=1000)
@@ -77,6 +87,7 @@ class ChatRequest(_Open):
     lm_cfg_scale: float = 2.0
     audio_codes: str = ""
     cover_noise_strength: float = 0.0
+    use_cot_metas: bool = True
 
 
 @dataclass(frozen=True)
@@ -89,20 +100,21 @@ class Meaning:
     audio: tuple[bytes, ...] = ()
 
 
+def _parts(chat: ChatRequest) -> list[Part]:
+    """Of the last user message, which is the one that counts."""
+    last = next((m for m in reversed(chat.messages) if m.role == "user"), None)
+    if last is None:
+        return []
+    return [Part(type="text", text=last.content)] if isinstance(last.content, str) else last.content
+
+
 def read_messages(chat: ChatRequest) -> Meaning:
     """Tags first, then lyrics by their looks, else it is a description.
 
     Raises:
         ValueError: there is nothing to make a song of, or audio that is not base64; the text is for the caller.
     """
-    last = next((m for m in reversed(chat.messages) if m.role == "user"), None)
-    parts = (
-        []
-        if last is None
-        else [Part(type="text", text=last.content)]
-        if isinstance(last.content, str)
-        else last.content
-    )
+    parts = _parts(chat)
     text = "\n".join(p.text for p in parts if p.type == "text" and p.text).strip()
     audio = tuple(decode_audio(p.input_audio.data) for p in parts if p.type == "input_audio" and p.input_audio)
     caption, lyrics, query = _split(text)
@@ -117,6 +129,18 @@ def read_messages(chat: ChatRequest) -> Meaning:
     if not found and (not lyrics.strip() or lyrics == "[inst]"):
         raise ValueError(NOTHING)
     return Meaning(caption.strip(), lyrics.strip(), query, audio)
+
+
+def unused(chat: ChatRequest) -> list[Adjustment]:
+    """What of a chat means nothing to a song."""
+    no_effect = "no effect on a song"
+    found = unknown_fields({**(chat.model_extra or {}), "max_tokens": chat.max_tokens}, ("modalities",), no_effect)
+    found += unknown_fields((chat.audio_config and chat.audio_config.model_extra) or {}, (), no_effect)
+    if other := {p.type for p in _parts(chat) if p.type not in ("text", "input_audio")}:
+        found.append(adjustment("messages", ", ".join(sorted(other)), None, "parts are read as text and input_audio"))
+    if chat.sample_mode and chat.lyrics.strip():
+        found.append(adjustment("sample_mode", True, False, "the request brings its lyrics"))
+    return found
 
 
 def _tagged(text: str) -> bool:
@@ -160,7 +184,7 @@ def task_fields(chat: ChatRequest, meaning: Meaning) -> dict[str, Any]:
     fields: dict[str, Any] = {
         "prompt": meaning.caption,
         "lyrics": meaning.lyrics,
-        "sample_mode": chat.sample_mode,
+        "sample_mode": chat.sample_mode and not chat.lyrics.strip(),
         "sample_query": meaning.query,
         "model": chat.model.partition("/")[2] or chat.model,
         "audio_duration": config.duration,

@@ -129,6 +129,28 @@ async def test_frames_of_a_stream_and_of_a_failure(site: Site, live: str, monkey
     assert choices[-1] == {"index": 0, "delta": {}, "finish_reason": "error"}
 
 
+async def test_what_means_nothing_to_a_song_is_said(site: Site, wav: bytes) -> None:
+    part = {"type": "input_audio", "input_audio": {"data": base64.b64encode(wav).decode()}}
+    image = {"type": "image_url", "image_url": {"url": "https://example.com/x.png"}}
+    body = {
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "x"}, image, part, part]}],
+        "modalities": ["text", "audio"], "max_tokens": 5, "stop": ["x"], "use_cot_metas": False, "batch_size": 20,
+        "audio_config": {"format": "wav", "voice": "alloy"},
+    }  # fmt: skip
+    said = {"messages", "input_audio", "max_tokens", "stop", "batch_size", "voice"}
+    done = asyncio.create_task(finish(site))
+    whole = await site.client.post("/v1/chat/completions", json=body)
+    await done
+    assert {w["field"] for w in whole.json()["warnings"]} == said
+    request = site.service.store.page(limit=1)[0].request
+    assert (request.use_cot_metas, len(request.reference_audio)) == (False, 1)
+    done = asyncio.create_task(finish(site))
+    stream = await site.client.post("/v1/chat/completions", json={**body, "stream": True})
+    await done
+    frames = [json.loads(f.removeprefix("data: ")) for f in stream.text.split("\n\n") if f.startswith("data: {")]
+    assert [{w["field"] for w in f["warnings"]} for f in frames if "warnings" in f] == [said]
+
+
 async def test_a_closed_stream_cancels_its_job(site: Site, live: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat, "HEARTBEAT_S", 0.05)
     body = {"messages": [{"role": "user", "content": "x"}], "stream": True}
@@ -179,12 +201,20 @@ async def test_audio_parts_take_their_roles(site: Site, wav: bytes) -> None:
 async def test_bad_chats_are_refused(site: Site, body: dict[str, Any], detail: str) -> None:
     answer = await site.client.post("/v1/chat/completions", json=body)
     assert answer.status_code == 400, answer.text
-    assert answer.json()["detail"].startswith(detail)
+    refused = answer.json()
+    assert refused["detail"].startswith(detail)
+    assert refused["error"] == {
+        "message": refused["detail"],
+        "type": "invalid_request_error",
+        "param": None,
+        "code": None,
+    }
 
 
 async def test_a_chat_that_takes_too_long_ends_with_504(build: Build) -> None:
     site = build(chat_timeout_s=0.05)
     body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 5, "stop": ["x"], "tools": []}
     answer = await site.client.post("/v1/chat/completions", json=body)
-    assert (answer.status_code, answer.json()) == (504, {"detail": "Generation timeout"})
+    assert (answer.status_code, answer.json()["detail"]) == (504, "Generation timeout")
+    assert answer.headers["x-should-retry"] == "false"  # the job goes on; OpenAI's client would make another
     assert site.service.store.counts()["queued"] == 1
