@@ -217,7 +217,7 @@ class Decoder:
         device = hidden.device
         params = [o.params for o in outputs]
         choices = [o.choice for o in outputs]
-        heat = constant(tuple(p.temperature or 1.0 for p in params), torch.float32, device)[:, None]
+        heat = constant(tuple(1.0 if p.greedy else p.temperature for p in params), torch.float32, device)[:, None]
         scales = tuple(o.params.cfg_scale if o.uncond else 1.0 for o in outputs)
         scale = constant(scales, torch.float32, device)[:, None]
         cond = hidden[constant(tuple(o.cond.hidden for o in outputs), torch.long, device)].float()

@@ -33,7 +33,7 @@ class Output:
 
     @property
     def greedy(self) -> bool:
-        return self.params.temperature == 0 or self.choice.greedy
+        return self.params.greedy or self.choice.greedy
 
     @property
     def rows(self) -> list[Row]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 BLOCK = 256  # 64 000 codes are 250 blocks
+COLDEST = 1e-5  # temperature below which the best token is as good as certain, and a division by it may overflow
 
 _MASK32 = 0xFFFF_FFFF
 # SplitMix64 (Steele, Lea, Flood 2014): golden-ratio increment and finaliser, as signed 64-bit integers.
@@ -24,7 +25,7 @@ class SamplingParams:
     """How the tokens of one output are drawn.
 
     Attributes:
-        temperature: 0 takes the best token.
+        temperature: 0, or next to it, takes the best token.
         top_k: 0 is off.
         top_p: 1 is off.
         repetition_penalty: Of tokens already written, on the conditional logits; 1 is off.
@@ -36,6 +37,10 @@ class SamplingParams:
     top_p: float = 1.0
     repetition_penalty: float = 1.0
     cfg_scale: float = 1.0
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < COLDEST
 
 
 def mix64(x: torch.Tensor) -> torch.Tensor:
@@ -133,7 +138,10 @@ def _redraw_outside_nucleus(
     while True:
         threshold = p.gather(1, drawn[rows][:, None])
         likelier = p > threshold
-        outside = ((p * likelier).sum(-1) >= limits).nonzero()[:, 0]
+        above = (p * likelier).sum(-1)
+        outside = ((above >= limits) & (above > 0)).nonzero()[
+            :, 0
+        ]  # the best token is always inside, also if p rounds to 0
         if not len(outside):
             return
         # The nucleus lies within what is likelier: strike the rest out and draw again with fresh noise.

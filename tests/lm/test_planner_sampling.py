@@ -55,6 +55,12 @@ def test_top_p_keeps_the_smallest_set_and_renormalises(width: int, top_p: float)
     assert abs(chi_square(observed, nucleus * 6_000)) < 5
 
 
+@pytest.mark.parametrize("top_p", [1e-50, 1e-10])
+def test_the_smallest_nucleus_is_the_best_token(top_p: float) -> None:
+    logits = torch.randn(2_000, generator=torch.Generator().manual_seed(1))
+    assert set(draws(logits, 20, top_p=top_p).tolist()) == {int(logits.argmax())}
+
+
 def test_top_k_comes_before_top_p() -> None:
     logits = torch.tensor([3.0, 2.0, 1.0, 0.0, -1.0] + [-torch.inf] * 300)
     assert set(draws(logits, 3_000, top_k=3).tolist()) == {0, 1, 2}
