@@ -57,14 +57,16 @@ class FlowBuilder:
 
     def _plan(self, work: PlanWork) -> Flow:
         request = work.request
-        limit = min(work.max_duration, MAX_DURATION_S)
+        limit = _longest(work)
         seeds = planning_seeds(request)
         thinks = request.thinking and request.task in CODES_TASKS and request.audio_codes is None
         edited = request.plan
         if edited is not None:
             if edited.codes or not thinks:
                 return edited if request.audio_codes is None else _with_codes(edited, request.audio_codes)
-            metadata = [edited.metadata_of(i) for i in range(request.batch_size)]
+            # The caller's own duration goes before the plan's, as for the renderer.
+            own = {} if request.duration is None else {"duration": request.duration}
+            metadata = [edited.metadata_of(i).model_copy(update=own) for i in range(request.batch_size)]
             shared = not edited.item_metadata
         else:
             metadata = yield from self._metadata(request, limit, seeds, thinks)
@@ -149,14 +151,12 @@ class FlowBuilder:
                 programs[i] = self._codes_program(request, same, limit, max(len(prompt), len(uncond or ())))
             jobs += self._jobs(prompt, uncond, [(programs[i], seeds[i]) for i in items], params, CODES_STREAM)
         yield jobs
-        return tuple(self._read_codes(programs[i], m) for i, m in enumerate(metadata))
+        return tuple(self._read_codes(programs[i], m, limit) for i, m in enumerate(metadata))
 
     def _codes_program(
         self, request: SongRequest, metadata: Metadata, limit: float, prompt: int
     ) -> CodesProgram | OpenProgram:
-        count = None
-        if metadata.duration is not None:
-            count = max(1, int(min(metadata.duration, limit) * CODES_PER_SECOND))
+        count = _code_count(metadata, limit)
         if prompt + (count or 1) + 1 > self.max_len:
             raise self._too_long(prompt + (count or 1) + 1, prompt, metadata.duration)
         most = min(int(limit * CODES_PER_SECOND), self.max_len - prompt - 1)
@@ -164,13 +164,12 @@ class FlowBuilder:
             return self._open(prompt, min((count or most) + 10, self.max_len - prompt - 1))
         return CodesProgram(self.grammar.tokenizer, count, limit=most)
 
-    def _read_codes(self, program: CodesProgram | OpenProgram, metadata: Metadata) -> tuple[int, ...]:
+    def _read_codes(self, program: CodesProgram | OpenProgram, metadata: Metadata, limit: float) -> tuple[int, ...]:
         if isinstance(program, CodesProgram):
             return tuple(program.codes)
         t = self.grammar.tokenizer
         codes = [id - t.first_code for id in program.ids if t.first_code <= id < t.first_code + t.num_codes]
-        if metadata.duration is not None:
-            codes = codes[: int(metadata.duration * CODES_PER_SECOND)]
+        codes = codes[: _code_count(metadata, limit) or int(limit * CODES_PER_SECOND)]
         if not codes:
             raise InvalidOutput(
                 "without grammar the planner wrote no audio codes; try another seed or leave constrained_decoding on",
@@ -183,6 +182,7 @@ class FlowBuilder:
     def _sample(self, work: TextWork) -> Flow:
         instrumental = False
         given: dict[str, object] = {}
+        params, seed = _text_params(work), secrets.randbelow(2**31) if work.seed is None else work.seed
         match work:
             case UnderstandWork():
                 self._check_codes(work.codes)
@@ -197,7 +197,7 @@ class FlowBuilder:
                     "bpm": work.bpm, "duration": work.duration, "keyscale": work.keyscale,
                     "language": work.language, "timesignature": work.timesignature,
                 }  # fmt: skip
-        limit = min(work.max_duration, MAX_DURATION_S)
+        limit = _longest(work)
         known = known_fields(given, limit)
         most = min(most, self.max_len - 64 - len(prompt))
         block = self.grammar.plan({}, max_duration=int(limit), caption_tokens=MAX_CAPTION_TOKENS).max_tokens
@@ -208,10 +208,8 @@ class FlowBuilder:
             if work.constrained_decoding
             else self._open(len(prompt), most)
         )
-        seed = secrets.randbelow(2**31) if work.seed is None else work.seed
-        params = SamplingParams(temperature=work.temperature, top_k=work.top_k, top_p=work.top_p)
         yield self._jobs(prompt, None, [(program, seed)], params, METADATA_STREAM)
-        metadata = self._read_metadata(program, limit, Metadata(**_typed(known)))
+        metadata = self._read_metadata(program, limit, metadata_of({**known, "duration": given.get("duration")}, limit))
         lyrics = self._read_lyrics(program)
         if not lyrics and isinstance(work, FormatWork):
             lyrics = work.lyrics
@@ -278,6 +276,17 @@ class FlowBuilder:
         )  # fmt: skip
 
 
+def _longest(work: PlannerWork) -> float:
+    """Seconds that a song may have."""
+    return max(MIN_DURATION_S, min(work.max_duration, MAX_DURATION_S))
+
+
+def _code_count(metadata: Metadata, limit: float) -> int | None:
+    if metadata.duration is None:
+        return None
+    return max(1, int(min(metadata.duration, limit) * CODES_PER_SECOND))
+
+
 def _with_codes(plan: Plan, codes: tuple[int, ...]) -> Plan:
     return plan.model_copy(update={"codes": (codes,)})
 
@@ -296,5 +305,14 @@ def _music_params(request: SongRequest, *, cfg: bool) -> SamplingParams:
     )
 
 
-def _typed(known: dict[str, str]) -> dict[str, object]:
-    return {k: int(v) if k == "bpm" else float(v) if k == "duration" else v for k, v in known.items()}
+def _text_params(work: TextWork) -> SamplingParams:
+    """Checked here: what is drawn in one batch with other callers' songs must not fail there."""
+    for field, value, low, high in (
+        ("temperature", work.temperature, 0.0, 2.0),
+        ("top_k", work.top_k, 0, 1_000_000),
+        ("top_p", work.top_p, 0.0, 1.0),
+        ("seed", work.seed or 0, 0, MAX_SEED),
+    ):
+        if not low <= value <= high:
+            raise InvalidRequest(f"{field}: {value} is outside {low} to {high}", field=field)
+    return SamplingParams(temperature=work.temperature, top_k=work.top_k, top_p=work.top_p)

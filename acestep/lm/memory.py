@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
+from acestep import host
 from acestep.errors import OutOfMemory
 from acestep.lm.model import PlannerModel
 from acestep.settings_planner import WORK_BYTES
@@ -48,4 +47,4 @@ def _free_bytes(device: torch.device) -> int:
     if backend is not None and hasattr(backend, "mem_get_info"):
         free, total = backend.mem_get_info(device)
         return int(free - _DEVICE_RESERVE * total)
-    return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * _CPU_SHARE)
+    return int(host.memory()[1] * _CPU_SHARE)

@@ -53,14 +53,10 @@ def known_fields(values: dict[str, Any], max_duration: float) -> dict[str, str]:
         text = "" if value is None else str(value).strip()
         if text.lower() in MISSING:
             continue
-        if field in ("bpm", "duration"):
-            number = _number(text)
-            if number is None:
-                continue
-            if field == "duration":
-                known[field] = str(int(min(max(number, MIN_DURATION_S), max_duration)))
-            elif MIN_BPM <= int(number) <= MAX_BPM:
-                known[field] = str(int(number))
+        if field == "duration" and (seconds := _seconds(text, max_duration)):
+            known[field] = str(int(seconds))
+        elif field == "bpm" and (number := _number(text)) and MIN_BPM <= int(number) <= MAX_BPM:
+            known[field] = str(int(number))
         elif field == "keyscale" and (key := normalise_key(text)):
             known[field] = key
         elif field == "timesignature" and (top := normalise_time_signature(text)):
@@ -78,7 +74,7 @@ def metadata_of(values: dict[str, Any], max_duration: float) -> Metadata:
     return Metadata(
         bpm=int(known["bpm"]) if "bpm" in known else None,
         caption=None if caption.lower() in MISSING else caption,
-        duration=float(known["duration"]) if "duration" in known else None,
+        duration=_seconds(str(values.get("duration") or ""), max_duration),
         keyscale=known.get("keyscale"),
         language=language if language in LANGUAGES else None,
         timesignature=known.get("timesignature"),
@@ -109,9 +105,9 @@ def parse_reasoning(text: str) -> dict[str, str]:
 
 
 def unquote(raw: str) -> str:
-    """A caption as it stands after `caption:` → its text: YAML folding and quotes undone."""
+    """A caption as it stands after `caption:` → its text: YAML folding and quotes undone. Without quotes nothing but folding is."""
     lines = [line.strip() for line in raw.splitlines() if line.strip()]
-    read = _read_yaml("caption: " + "\n  ".join(lines))
+    read = _read_yaml("caption: " + "\n  ".join(lines)) if raw.lstrip().startswith(("'", '"')) else None
     return read["caption"] if read and "caption" in read else " ".join(lines)
 
 
@@ -152,6 +148,11 @@ def _read_lines(lines: list[str]) -> dict[str, str]:
         elif current:
             fields[current] = f"{fields[current]} {line.strip()}".strip()
     return fields
+
+
+def _seconds(text: str, longest: float) -> float | None:
+    number = _number(text)
+    return None if number is None else min(max(number, MIN_DURATION_S), longest)
 
 
 def _number(text: str) -> float | None:

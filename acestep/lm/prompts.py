@@ -33,8 +33,10 @@ class PromptBuilder:
         return self.plan(caption, lyrics) + self._reasoning(render_metadata(metadata))
 
     def codes_unconditional(self, negative_prompt: str) -> list[int]:
-        """Phase 2 without its conditions, for guidance. The negative prompt stands alone in the user turn."""
-        return self._chat(GENERATE, self._text(negative_prompt)) + self._reasoning("")
+        """Phase 2 without its conditions, for guidance. The negative prompt stands alone in the user turn; blank, it is the default."""
+        return self._chat(
+            GENERATE, self._text(negative_prompt if negative_prompt.strip() else NO_USER_INPUT)
+        ) + self._reasoning("")
 
     def codes_unconditional_legacy(self, caption: str, lyrics: str, negative_prompt: str) -> list[int]:
         """As planners before April 2026 did: the user turn keeps its layout, so that guidance amplifies the metadata only."""

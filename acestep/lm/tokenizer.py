@@ -14,7 +14,7 @@ from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from acestep.errors import ModelMissing
+from acestep.errors import InvalidRequest, ModelMissing
 from acestep.plan import NUM_CODES
 
 # Qwen2 / Qwen3 pre-tokenizer: one digit per token, a word takes the space before it, newlines end a run of punctuation.
@@ -100,8 +100,15 @@ class PlannerTokenizer:
         return cls(bpe, added, source=str(folder))
 
     def encode(self, text: str) -> list[int]:
-        """Text ids only, whatever the text says."""
-        return self._bpe.encode(text, add_special_tokens=False).ids
+        """Text ids only, whatever the text says.
+
+        Raises:
+            InvalidRequest: The text holds lone surrogates, which are no characters.
+        """
+        try:
+            return self._bpe.encode(text, add_special_tokens=False).ids
+        except TypeError as error:
+            raise InvalidRequest("the text holds lone surrogates, which are no characters") from error
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [e.ids for e in self._bpe.encode_batch_fast(texts, add_special_tokens=False)]

@@ -196,6 +196,13 @@ def test_given_values_are_normalised_before_they_are_written(asked: dict[str, ob
     assert known_fields(asked, 240) == written
 
 
+@pytest.mark.parametrize(
+    "caption", ["soft # not a comment", "# all of it", "[a, list]", "!tag and text", "*star", "it's"]
+)
+def test_a_caption_without_quotes_is_taken_as_it_stands(caption: str) -> None:
+    assert unquote(f" {caption}\n") == caption
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.text(st.characters(codec="utf-8", categories=["L", "N", "P", "S", "Zs"]), min_size=1, max_size=300))
 def test_a_caption_survives_yaml(caption: str) -> None:

@@ -182,6 +182,15 @@ def test_other_failures_have_their_own_classes(checkpoint: Path) -> None:
     assert failure.value.details["needed_bytes"] > failure.value.details["free_bytes"]
 
 
+def test_on_a_cpu_keys_and_values_take_half_of_what_the_process_may_have(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("acestep.host.memory", lambda: (64 << 30, 8 << 20))
+    planner = Planner.load(checkpoint, PlannerSettings(slots=64, max_len=1_024))
+    planner.close()
+    assert planner.info.kv_bytes == 4 << 20
+
+
 def test_the_tiny_checkpoint_is_the_same_every_time(tmp_path: Path) -> None:
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         write_tiny_planner(tmp_path / name, seed=seed)

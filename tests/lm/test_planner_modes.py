@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 
 from acestep.errors import Cancelled, DeadlineExceeded, InvalidRequest, LimitExceeded
+from acestep.lm.flows import FlowBuilder
+from acestep.lm.grammar import Grammar
 from acestep.lm.metadata import KEYS
 from acestep.lm.planner import Planner
+from acestep.lm.prompts import PromptBuilder
 from acestep.lm.work import FormatWork, InspireWork, PlannerWork, PlanWork, Sample, UnderstandWork
 from acestep.plan import Metadata, Plan
 from acestep.request import LANGUAGES, SongRequest
@@ -206,12 +209,12 @@ def test_inspire(planner: Planner) -> None:
 
 
 def test_format_keeps_what_is_given(planner: Planner) -> None:
-    work = FormatWork("piano", "la", bpm=91, duration=33.0, keyscale="c", timesignature="3/4", language="de", seed=3)
+    work = FormatWork("piano", "la", bpm=91, duration=33.7, keyscale="c", timesignature="3/4", language="de", seed=3)
     sample = ask(planner, work)
     assert isinstance(sample, Sample)
     assert (sample.bpm, sample.duration, sample.keyscale, sample.timesignature, sample.language) == (
         91,
-        33.0,
+        33.7,
         "C major",
         "3",
         "de",
@@ -249,10 +252,71 @@ def test_a_song_that_cannot_fit_is_refused_with_the_numbers(planner: Planner) ->
     assert 0 < details["prompt_tokens"] < details["asked"] - 3_000
 
 
-def test_the_planner_decides_only_on_what_fits(planner: Planner) -> None:
-    result = plan(planner, max_duration=600.0, lyrics="la " * 1_050, use_cot_caption=False, thinking=False)
-    assert result.metadata.duration
-    assert result.metadata.duration * 5 < 4_096 - 1_050
+def test_the_planner_decides_only_on_what_fits(grammar: Grammar) -> None:
+    """Whatever duration it draws, the codes find room behind prompt and metadata."""
+    flows = FlowBuilder(grammar, PromptBuilder(grammar.tokenizer), 1_024, 2)
+    request = SongRequest(prompt="a calm piano", lyrics="la " * 100, seed=5, use_cot_caption=False)
+    flow = flows.flow(PlanWork(request))
+    program = next(flow)[0].outputs[0].program
+    longest = max(int(d) for d in _values(program._tries["duration"]))
+    assert 40 < longest < 1_024 / 5
+    for field, value in {
+        "bpm": "300",
+        "duration": str(longest),
+        "keyscale": "F♯ minor",
+        "language": "yue",
+        "timesignature": "4",
+    }.items():
+        program.values[field] = value
+    (job,) = next(flow)
+    assert len(job.outputs[0].program.codes) == 0
+    assert job.outputs[0].program.max_tokens == longest * 5
+    assert max(job.sizes()) <= 1_024
+
+
+def _values(node: object) -> list[str]:
+    return [node.value] if node.value else [v for child in node.children.values() for v in _values(child)]
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        FormatWork("a \ud800", "b"),
+        InspireWork("a", seed=2**63),
+        InspireWork("a", seed=-1),
+        FormatWork("a", "b", temperature=float("nan")),
+        FormatWork("a", "b", top_k=-1),
+        UnderstandWork((1,), top_p=1.5),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_and_disturbs_nobody(planner: Planner, work: PlannerWork) -> None:
+    other = planner.submit(PlanWork(SongRequest(prompt="x", seed=1, duration=20, **GIVEN)))
+    with pytest.raises(InvalidRequest):
+        ask(planner, work)
+    assert other.result(timeout=60).codes
+
+
+def test_the_coldest_temperatures_take_the_best_code(planner: Planner) -> None:
+    codes = [plan(planner, **GIVEN, duration=10, lm_temperature=t, lm_top_p=1e-50).codes for t in (0.0, 1e-40, 1e-6)]
+    assert codes[0] == codes[1] == codes[2]
+
+
+def test_the_callers_duration_goes_before_the_plans(planner: Planner) -> None:
+    for metadata in (Metadata(caption="own"), Metadata(caption="own", duration=30.0)):
+        result = plan(planner, plan=Plan(metadata=metadata), duration=10)
+        assert result.metadata == Metadata(caption="own", duration=10.0)
+        assert len(result.codes[0]) == 50
+
+
+def test_a_plan_has_metadata_for_every_item() -> None:
+    plan = Plan(item_metadata=(Metadata(bpm=90), Metadata(bpm=91)))
+    assert SongRequest(plan=plan, batch_size=2).plan == plan
+    with pytest.raises(ValueError, match="2 items for batch_size 3"):
+        SongRequest(plan=plan, batch_size=3)
+
+
+def test_a_song_is_never_planned_below_the_shortest(planner: Planner) -> None:
+    assert ask(planner, InspireWork("x", max_duration=1.0, seed=1)).duration == 10.0
 
 
 def test_unknown_codes_are_refused(planner: Planner) -> None:

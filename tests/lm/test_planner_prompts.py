@@ -65,6 +65,7 @@ def test_blank_inputs_get_their_literals(tokenizer: PlannerTokenizer) -> None:
     )
     text = tokenizer.decode(prompts.format("", " "))
     assert "user\n# Caption\nNO USER INPUT\n\n# Lyric\n[Instrumental]<|im_end|>" in text
+    assert prompts.codes_unconditional(" ") == prompts.codes_unconditional(NO_USER_INPUT)
     assert tokenizer.decode(prompts.codes("c", "l", Metadata())).endswith("<think>\n\n</think>\n\n")
 
 
