@@ -35,9 +35,14 @@ def open_database(url: str) -> Engine:
     return engine
 
 
-def writer(engine: Engine) -> Engine:
-    """The engine for transactions that write: on SQLite they take the lock when they begin."""
-    return engine.execution_options(write=True)
+def writer(engine: Engine, *, durable: bool = True) -> Engine:
+    """The engine for transactions that write: on SQLite they take the lock when they begin.
+
+    Args:
+        durable: A commit waits for the disk. Without it a power cut may undo the last ones, in order and whole, up to the last durable
+            one; the end of a process undoes nothing.
+    """
+    return engine.execution_options(write=True, durable=durable)
 
 
 def storable(text: str) -> bool:
@@ -69,7 +74,15 @@ def _engine(url: str) -> Engine:
             "database_url: PostgreSQL needs the extra: pip install 'acestep-serve[postgres]'", field="database_url"
         )
     if backend != "sqlite":
-        return sa.create_engine(parsed, pool_pre_ping=True, pool_size=8, max_overflow=24)
+        engine = sa.create_engine(parsed, pool_pre_ping=True, pool_size=8, max_overflow=24)
+        if backend == "postgresql":
+
+            @sa.event.listens_for(engine, "begin")
+            def _commit_mode(connection: Connection) -> None:
+                if not connection.get_execution_options().get("durable", True):
+                    connection.exec_driver_sql("SET LOCAL synchronous_commit TO off")
+
+        return engine
     if parsed.database:
         writable(Path(parsed.database).parent)
     engine = sa.create_engine(parsed, connect_args={"timeout": 30.0, "check_same_thread": False})
@@ -79,14 +92,18 @@ def _engine(url: str) -> Engine:
         connection.isolation_level = None  # transactions begin where SQLAlchemy says, below
         cursor = connection.cursor()
         cursor.execute("PRAGMA journal_mode=WAL")
-        cursor.execute("PRAGMA synchronous=FULL")  # an answered 202 must survive a power cut
         cursor.execute("PRAGMA foreign_keys=ON")
         cursor.close()
 
     @sa.event.listens_for(engine, "begin")
     def _begin(connection: Connection) -> None:
         # Writers wait for the lock from the start: upgrading from a read lock fails at once when two try it.
-        write = connection.get_execution_options().get("write", False)
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+        options = connection.get_execution_options()
+        if not options.get("write", False):
+            connection.exec_driver_sql("BEGIN")
+            return
+        # FULL: an answered 202 must survive a power cut.
+        connection.exec_driver_sql(f"PRAGMA synchronous={'FULL' if options.get('durable', True) else 'NORMAL'}")
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
 
     return engine

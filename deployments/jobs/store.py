@@ -133,6 +133,8 @@ class JobStore:
         self.url = url or default_database_url()
         self.engine = open_database(self.url)
         self._writer = writer(self.engine)
+        # What is only about the present: whoever runs, how far it is, where it goes. After a power cut nobody runs and it is decided anew.
+        self._passing = writer(self.engine, durable=False)
 
     def close(self) -> None:
         self.engine.dispose()
@@ -184,7 +186,7 @@ class JobStore:
             with self._writer.begin() as db:
                 if caps is not None:
                     _check(db, caps, owner_key, audio_s, now)
-                db.execute(jobs.insert().values(**values))
+                row = db.execute(jobs.insert().values(**values).returning(jobs)).mappings().one()
                 _event(db, job_id, "queued", {})
         except sa.exc.IntegrityError:
             if idempotency_key is None:
@@ -193,7 +195,7 @@ class JobStore:
             if earlier is None:
                 raise
             return earlier, False
-        return self.get_existing(job_id), True
+        return _job(row), True
 
     def request_cancel(self, job_id: str) -> Job | None:
         """Cancel: at once while nobody holds the job, else by telling the holder. Ended jobs stay as they are."""
@@ -237,7 +239,7 @@ class JobStore:
         A job that used up its attempts, or was cancelled while nobody held it, is closed here instead.
         """
         now = time.time()
-        with self._writer.begin() as db:
+        with self._passing.begin() as db:
             row = (
                 db.execute(
                     jobs.update()
@@ -268,7 +270,7 @@ class JobStore:
 
     def renew(self, job_ids: Sequence[str], owner: str, lease_s: float) -> tuple[set[str], set[str]]:
         """Renew the leases on jobs that `owner` works on. Returns (ids still held, ids among them whose cancellation is asked for)."""
-        with self._writer.begin() as db:
+        with self._passing.begin() as db:
             rows = db.execute(
                 jobs.update()
                 .where(jobs.c.id.in_(job_ids), jobs.c.lease_owner == owner, jobs.c.state == RUNNING)
@@ -283,7 +285,7 @@ class JobStore:
             "state": QUEUED, "stage": "queued", "progress": None, "lease_owner": None, "lease_until": None,
             "attempts": jobs.c.attempts - 1, "started_at": None,
         }  # fmt: skip
-        with self._writer.begin() as db:
+        with self._passing.begin() as db:
             row = db.execute(_mine(job_id, owner).values(**values).returning(jobs.c.cancel_requested)).first()
             if row is not None and row.cancel_requested:
                 _close(db, job_id, CANCELLED, error=_CANCELLED_ERROR)
@@ -291,7 +293,7 @@ class JobStore:
                 _event(db, job_id, "requeued", {})
 
     def save_progress(self, job_id: str, owner: str, progress: Progress) -> None:
-        with self._writer.begin() as db:
+        with self._passing.begin() as db:
             self._fenced(db, job_id, owner, stage=progress.stage, progress=progress.model_dump(mode="json"))
             _event(db, job_id, "progress", progress.model_dump(mode="json"))
 
@@ -299,7 +301,7 @@ class JobStore:
         self, job_id: str, owner: str, request: SongRequest, adjustments: Sequence[Adjustment], **columns: Any
     ) -> None:
         """Write down what dispatch changed: the clamped request, the chosen pools, the estimates."""
-        with self._writer.begin() as db:
+        with self._passing.begin() as db:
             self._fenced(
                 db, job_id, owner,
                 request=request.model_dump(mode="json"),

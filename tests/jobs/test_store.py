@@ -277,3 +277,15 @@ def test_only_ended_jobs_are_forgotten(store: JobStore) -> None:
     assert store.get(ended.id) is None
     assert store.events_after(ended.id, 0) == []
     assert store.get(waiting.id) is not None
+
+
+def test_only_what_must_survive_a_power_cut_waits_for_the_disk(store: JobStore) -> None:
+    def durable() -> bool:
+        with connection.begin():
+            if store.engine.dialect.name == "sqlite":
+                return connection.exec_driver_sql("PRAGMA synchronous").scalar_one() == 2
+            return connection.exec_driver_sql("SHOW synchronous_commit").scalar_one() == "on"
+
+    for engine, expected in ((store._passing, False), (store._writer, True), (store._passing, False)):
+        with engine.connect() as connection:
+            assert durable() is expected
