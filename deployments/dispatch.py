@@ -26,6 +26,7 @@ from deployments.errands import ANSWER, Errands
 from deployments.fleet import Capacity, Fleet
 from deployments.jobs.queue import read_queue
 from deployments.jobs.store import UNREACHABLE, Job, JobStore, LeaseLost
+from deployments.logs import about
 from deployments.metrics import Meter
 from deployments.notices import Notices
 from deployments.ordering import Usage, next_jobs
@@ -33,6 +34,7 @@ from deployments.placement import Decision
 from deployments.progress import ProgressWriter
 from deployments.routing import NoPool, Routing
 from deployments.talk import Talk
+from deployments.tracing import TRACE, parts, span
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +72,7 @@ class Dispatcher:
         self.fleet = fleet
         self.meter = meter or Meter()
         self.notices = Notices()
-        self._placed: dict[str, str | None] = {}  # renderer pool of running jobs, as the store has it
+        self._placed: dict[str, dict[str, Any]] = {}  # columns of running jobs as the store has them by now
         self.routing = routing
         self.lease_s = lease_s
         self.max_run_s = max_run_s
@@ -176,8 +178,11 @@ class Dispatcher:
     # -- one job
 
     async def _run(self, job: Job) -> None:
+        about(job.id)
         try:
-            await self._carry(job)
+            with span("song", job.extra.get(TRACE), job_id=job.id, kind=job.kind, attempt=job.attempts):
+                parts({"queued": max(0.0, time.time() - job.created_at)} if job.attempts == 1 else {})
+                await self._carry(job)
         except LeaseLost:
             log.warning("job %s was taken over by another router, or has ended", job.id)
         except UNREACHABLE as failure:
@@ -252,13 +257,18 @@ class Dispatcher:
             request = choice.request
             if choice.planner is None:
                 return request, adjustments, request.own_plan()
-            arguments = (request.model_dump(mode="json"), choice.max_duration, job.priority, _left(job))
+            arguments = (job.id, request.model_dump(mode="json"), choice.max_duration, job.priority, _left(job))
             try:
-                async with self.routing.occupy(choice.planner, "plan", choice.est_plan_s, choice.plan_profile_s):
+                rows = self.routing.plan_rows(choice.planner, request)
+                async with self.routing.occupy(choice.planner, "plan", choice.est_plan_s, rows) as place:
                     handle = self.fleet.handle(choice.planner, "plan")
                     async with ProgressWriter(self.store, job.id, self.owner) as report:
-                        result = await self._follow(job, handle, "plan", arguments, report)
-                return request, adjustments, Plan.model_validate(result)
+                        with span("plan", pool=choice.planner, job_id=job.id):
+                            result = await self._follow(job, handle, "plan", arguments, report)
+                plan = Plan.model_validate(result)
+                if place.alone:
+                    self.routing.learn_plan(choice.planner, choice.plan_profile_s, plan)
+                return request, adjustments, plan
             except _REPLICA_LOST as error:
                 await self._lost(job, choice.planner, error, attempt)
         raise AssertionError("unreachable: the last attempt raises")
@@ -274,10 +284,7 @@ class Dispatcher:
                 wanted = tuple((i,) for group in wanted for i in group)
             groups = [g for group in wanted if (g := tuple(i for i in group if i not in finished))]
             assert choice.renderer is not None, "a decision to run names its renderer"
-            async with (
-                self.routing.occupy(choice.renderer, "render", choice.est_render_s, choice.render_profile_s),
-                ProgressWriter(self.store, job.id, self.owner) as write,
-            ):
+            async with ProgressWriter(self.store, job.id, self.owner) as write:
                 report = _JointProgress(write, len(groups))
                 parts = [
                     self._render_group(job, choice, request, plan, items, report.part(n))
@@ -301,12 +308,19 @@ class Dispatcher:
     async def _render_group(
         self, job: Job, choice: Decision, request: SongRequest, plan: Plan, items: tuple[int, ...], report: Report
     ) -> Song:
-        handle = self.fleet.handle(choice.renderer or "", "render")
+        pool = choice.renderer or ""
         plan = plan.for_item(items[0]) if plan.item_metadata else plan
         arguments = (
             job.id, request.model_dump(mode="json"), plan.model_dump(mode="json"), items, job.priority, _left(job)
         )  # fmt: skip
-        return Song.model_validate(await self._follow(job, handle, "render", arguments, report))
+        work_s = choice.est_render_s * len(items) / request.batch_size
+        async with self.routing.occupy(pool, "render", work_s) as place:
+            handle = self.fleet.handle(pool, "render")
+            with span("render", pool=pool, job_id=job.id, items=len(items)):
+                song = Song.model_validate(await self._follow(job, handle, "render", arguments, report))
+        if place.alone:
+            self.routing.learn_render(pool, request, plan, song)
+        return song
 
     async def _lost(self, job: Job, pool: str, error: BaseException, attempt: int) -> None:
         log.warning("job %s: a replica of %s was lost (%s)", job.id, pool, type(error).__name__)
@@ -328,12 +342,13 @@ class Dispatcher:
         columns: dict[str, Any] = {"render_pool": decision.renderer, "est_render_s": decision.est_render_s}
         if plan is None:
             columns |= {"plan_pool": decision.planner, "est_plan_s": decision.est_plan_s}
-        known = self._placed.get(job.id) == decision.renderer and not decision.adjustments
-        if plan is None or not known or decision.outcome == "wait":
+        known = self._placed.get(job.id) or {name: getattr(job, name) for name in columns}
+        if decision.adjustments or any(_differs(known.get(name), value) for name, value in columns.items()):
             await asyncio.to_thread(
                 self.store.save_request, job.id, self.owner, decision.request, adjustments, **columns
             )
-        self._placed[job.id] = decision.renderer
+            known |= columns
+        self._placed[job.id] = known
         if decision.outcome == "wait":
             raise NoPool(decision.reason)
         log.info("job %s %s", job.id, decision.reason)
@@ -356,6 +371,13 @@ class Dispatcher:
         finally:
             stream.cancel()
         raise Internal(f"the stage's {method} stream ended without a result")
+
+
+def _differs(known: Any, value: Any) -> bool:
+    """Whether a column is worth a write: estimates only where they are a tenth off."""
+    if isinstance(known, float) and isinstance(value, float):
+        return abs(known - value) > 0.1 * max(known, value)
+    return bool(known != value)
 
 
 class _JointProgress:

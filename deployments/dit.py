@@ -19,12 +19,13 @@ from acestep.simulated import NOTICE, SimulatedRenderer
 from acestep.song import Progress, Song
 from deployments.adapters import adapter_roots, with_adapter
 from deployments.config import RendererArgs, parse_args
-from deployments.logs import join_serve
+from deployments.logs import about, join_serve
 from deployments.replica import start_replica
 from deployments.replica_metrics import ReplicaMeter
 from deployments.sources import local_files
 from deployments.storage import Storage
-from deployments.streaming import TALK_PRIORITY, ProgressMailbox, failure, follow
+from deployments.streaming import TALK_PRIORITY, ProgressMailbox, failure, follow, ticket_id
+from deployments.tracing import parts, span
 
 if TYPE_CHECKING:
     from acestep.dit.renderer import Renderer
@@ -81,6 +82,7 @@ class RendererDeployment:
         """Render (some) items of a job and store their files. Streams progress, then the `Song`."""
         from acestep.dit.work import RenderWork
 
+        about(job_id)
         mailbox = ProgressMailbox()
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         try:
@@ -95,13 +97,27 @@ class RendererDeployment:
                     src_audio=source,
                     reference_audio=tuple(paths),
                 )
-                ticket = self.renderer.submit(work, priority=priority, deadline=deadline, on_progress=mailbox.put)
+                ticket = self.renderer.submit(
+                    work, id=ticket_id(job_id), priority=priority, deadline=deadline, on_progress=mailbox.put
+                )
                 async for item in follow(ticket, mailbox, self.renderer.cancel):
                     if isinstance(item, Progress):
                         yield {"progress": item.model_dump()}
                         continue
+                    took = item.timings
+                    engine = {"conditions": took.conditions_s, "denoise": took.denoise_s, "decode": took.decode_s}
+                    parts(engine, job_id=job_id)
                     yield {"progress": Progress(stage="encoding", total=len(item.items)).model_dump()}
-                    song = await asyncio.to_thread(self._store, job_id, parsed, made, item)
+                    with span("encode", job_id=job_id, items=len(item.items)):
+                        song = await asyncio.to_thread(self._store, job_id, parsed, made, item)
+                    log.info(
+                        "job %s: %d item(s) rendered in %.2f s after %.2f s in the queue, encoded in %.2f s",
+                        job_id,
+                        len(item.items),
+                        sum(engine.values()),
+                        took.queued_s,
+                        song.timings.encode_s,
+                    )
                     yield {"result": song.model_dump(mode="json")}
         except AceStepError as error:
             yield failure(error)

@@ -20,7 +20,7 @@ from ray.serve.handle import DeploymentHandle
 
 from acestep.errors import InvalidRequest
 from deployments.config import PlannerArgs, PoolArgs, RendererArgs, parse_args
-from deployments.pools import label_selector
+from deployments.pools import label_selector, node_labels
 
 log = logging.getLogger(__name__)
 
@@ -51,21 +51,6 @@ class Pool:
     target: int = 0
     nodes: tuple[str, ...] = ()
     info: Mapping[str, Any] | None = None  # a replica's description; kept after the pool has gone to zero
-
-    @property
-    def why_not_ready(self) -> str | None:
-        """A sentence for people, or None while at least one replica serves."""
-        if self.running:
-            return None
-        if self.status in ("DEPLOY_FAILED", "UNHEALTHY") and (reason := exception_text(self.message)):
-            return reason
-        if selector := label_selector(self.args):
-            wanted = " and ".join(f"{k}={v}" for k, v in selector.items())
-            state = "is starting" if self.starting else "has no replica"
-            return f"pool {state}; it needs a Ray node labelled {wanted} with a free GPU share"
-        if self.starting:
-            return "a replica is starting and loading its model"
-        return "no replica; one starts when work arrives" if self.args.min_replicas == 0 else "no replica yet"
 
 
 @dataclass(frozen=True)
@@ -102,6 +87,25 @@ class FleetView:
     def has_node(self, selector: Mapping[str, str]) -> bool:
         """Whether a live node carries the labels; `in(a,b)` as in Ray's selectors."""
         return any(all(_matches(node.labels.get(k), v) for k, v in selector.items()) for node in self.nodes)
+
+    def reachable(self, pool: Pool) -> bool:
+        """Whether the cluster has a node for the pool, or adds one when a replica waits for it."""
+        return pool.args.nodes_on_demand or self.placeable(pool)
+
+    def why_not_ready(self, pool: Pool) -> str | None:
+        """A sentence for people, or None while at least one replica of the pool serves."""
+        if pool.running:
+            return None
+        if pool.status in ("DEPLOY_FAILED", "UNHEALTHY") and (reason := exception_text(pool.message)):
+            return reason
+        wanted = node_labels(pool.args)
+        if wanted and not self.has_node(label_selector(pool.args)):
+            state = "is starting" if pool.starting else "has no replica"
+            return f"pool {state}; it needs a Ray node labelled {wanted} with a free GPU share"
+        if pool.starting:
+            where = f", or waits for a free GPU share on a node labelled {wanted}" if wanted else ""
+            return f"a replica is starting and loading its model{where}"
+        return "no replica; one starts when work arrives" if pool.args.min_replicas == 0 else "no replica yet"
 
     def get(self, app: str) -> Pool | None:
         return next((p for p in self.pools if p.app == app), None)

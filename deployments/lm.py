@@ -12,10 +12,11 @@ from acestep.request import SongRequest
 from acestep.simulated import NOTICE, SimulatedPlanner
 from acestep.song import Progress
 from deployments.config import PlannerArgs, parse_args
-from deployments.logs import join_serve
+from deployments.logs import about, join_serve
 from deployments.replica import start_replica
 from deployments.replica_metrics import ReplicaMeter
-from deployments.streaming import TALK_PRIORITY, ProgressMailbox, failure, follow
+from deployments.streaming import TALK_PRIORITY, ProgressMailbox, failure, follow, ticket_id
+from deployments.tracing import parts
 
 if TYPE_CHECKING:
     from acestep.lm.planner import Planner
@@ -69,13 +70,27 @@ class PlannerDeployment:
         return self._planner
 
     async def plan(
-        self, request: dict[str, Any], max_duration: float, priority: float = 0.0, timeout_s: float | None = None
+        self,
+        job_id: str,
+        request: dict[str, Any],
+        max_duration: float,
+        priority: float = 0.0,
+        timeout_s: float | None = None,
     ) -> AsyncIterator[dict[str, Any]]:
         """Plan a `SongRequest` whose seeds are drawn. Streams progress, then the `Plan`."""
         from acestep.lm.work import PlanWork
 
+        about(job_id)
         work = PlanWork(SongRequest.model_validate(request), max_duration)
-        async for message in self._run(work, priority, timeout_s):
+        async for message in self._run(work, priority, timeout_s, id=ticket_id(job_id)):
+            if took := message.get("result", {}).get("timings"):
+                parts({"metadata": took["metadata_s"], "codes": took["codes_s"]}, job_id=job_id)
+                log.info(
+                    "job %s planned in %.2f s after %.2f s in the queue",
+                    job_id,
+                    took["metadata_s"] + took["codes_s"],
+                    took["queued_s"],
+                )
             yield message
 
     async def ask(self, kind: str, fields: dict[str, Any]) -> dict[str, Any]:
@@ -88,12 +103,14 @@ class PlannerDeployment:
             last = message
         return last
 
-    async def _run(self, work: Any, priority: float, timeout_s: float | None) -> AsyncIterator[dict[str, Any]]:
+    async def _run(
+        self, work: Any, priority: float, timeout_s: float | None, id: str | None = None
+    ) -> AsyncIterator[dict[str, Any]]:
         mailbox = ProgressMailbox()
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         try:
             planner = self.planner
-            ticket = planner.submit(work, priority=priority, deadline=deadline, on_progress=mailbox.put)
+            ticket = planner.submit(work, id=id, priority=priority, deadline=deadline, on_progress=mailbox.put)
             async for item in follow(ticket, mailbox, planner.cancel):
                 if isinstance(item, Progress):
                     yield {"progress": item.model_dump()}

@@ -25,6 +25,14 @@ def label_selector(args: PoolArgs) -> dict[str, str]:
     return {ROLE_LABEL: "cpu" if args.num_gpus == 0 else "gpu", TIER_LABEL: tier}
 
 
+def node_labels(args: PoolArgs) -> str:
+    """What `ray start --labels=` must say on a node for such replicas, for people; empty where any node will do."""
+    if not (selector := label_selector(args)):
+        return ""
+    others = f" (or {', '.join(args.tiers[1:])})" if len(args.tiers) > 1 else ""
+    return f"{ROLE_LABEL}={selector[ROLE_LABEL]},{TIER_LABEL}={args.tiers[0]}{others}"
+
+
 def gpu_share(args: PoolArgs, default_share: float) -> float:
     """`num_gpus` of one replica: as told, else need_gb of the smallest card of its tiers, else a whole card of a tier, else a default
     share where the cluster has a GPU at all."""
@@ -63,6 +71,7 @@ def deployment_options(args: PoolArgs) -> dict[str, Any]:
     options: dict[str, Any] = {
         "ray_actor_options": actor,
         "max_ongoing_requests": args.max_queue,
+        "request_router_config": {"request_router_class": "deployments.least_busy:LeastBusy"},
         "graceful_shutdown_timeout_s": args.graceful_shutdown_s,
         "graceful_shutdown_wait_loop_s": 0.2,
         "health_check_period_s": 5.0,

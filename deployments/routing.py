@@ -8,37 +8,61 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from acestep.cost import Corrections, Profile
+from acestep.cost import Corrections, Profile, expected_duration, plan_rows, render_seconds
 from acestep.errors import InvalidRequest
 from acestep.gpu_config import Limits, get_gpu_config, get_limits
 from acestep.plan import Plan
 from acestep.profiles import find, named
 from acestep.request import SongRequest
+from acestep.song import Song
 from deployments.fleet import FleetView, Pool
 from deployments.jobs.backlog import Backlog
 from deployments.jobs.store import Job
 from deployments.metrics import Meter
 from deployments.placement import Decision, FleetState, PoolState, Promise, choose
-from deployments.pools import label_selector
+from deployments.pools import node_labels
 
 
 class NoPool(Exception):
     """No pool can take the work now; the text says what is missing."""
 
 
+@dataclass(eq=False)
+class Place:
+    """One piece of this router's work on a pool.
+
+    Attributes:
+        slots: Batch rows that it takes.
+        work_s: Seconds of one replica that it takes.
+        alone: It waits for nobody and shares its slots with nobody, so its time is its own.
+    """
+
+    slots: int
+    work_s: float
+    alone: bool = True
+
+
 @dataclass
 class Load:
     """Work of this router on one pool."""
 
-    in_flight: int = 0
-    seconds: float = 0.0
+    places: set[Place] = field(default_factory=set)
     freed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def in_flight(self) -> int:
+        return len(self.places)
+
+    @property
+    def seconds(self) -> float:
+        return sum(p.work_s for p in self.places)
 
 
 class Routing:
@@ -70,10 +94,14 @@ class Routing:
         decision = _say_why_off(view, choose(request, state))
         if decision.outcome == "never":
             raise InvalidRequest(decision.reason, field="task" if request.task != "text2music" else "model")
-        for pool, seconds in ((decision.planner, decision.est_plan_s), (decision.renderer, decision.est_render_s)):
-            if pool is not None:
-                self._admitted[pool] += seconds
         return decision
+
+    def admitted(self, decision: Decision, *, only_plan: bool = False) -> None:
+        """A job was written down: what comes next waits behind it, also before the backlogs are read again."""
+        if decision.planner is not None:
+            self._admitted[decision.planner] += decision.est_plan_s
+        if decision.renderer is not None and not only_plan:
+            self._admitted[decision.renderer] += decision.est_render_s
 
     def choose(self, view: FleetView, job: Job, request: SongRequest, plan: Plan | None) -> Decision:
         """Pools for what is left to do of a job; the outcome is `run` or `wait`.
@@ -101,37 +129,76 @@ class Routing:
         return max(2, planners + 2 * renderers)
 
     @contextlib.asynccontextmanager
-    async def occupy(self, pool: str, stage: str, work_s: float, wall_s: float) -> AsyncIterator[None]:
+    async def occupy(self, pool: str, stage: str, work_s: float, slots: int = 1) -> AsyncIterator[Place]:
         """Take a place on a pool, waiting for one: work that is not yet inside a replica can still go to a new one.
 
-        On success the cost model learns from how long the work took.
+        Args:
+            work_s: Seconds of one replica that the work takes.
+            slots: Batch rows that it takes at once.
         """
         load = self._load[pool]
         while load.in_flight >= self._places(pool):
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(load.freed.wait(), 0.5)  # replicas come and go without telling us
             load.freed.clear()
-        load.in_flight += 1
-        load.seconds += work_s
-        alone = load.in_flight == 1
+        place = Place(slots, work_s)
+        load.places.add(place)
+        if sum(p.slots for p in load.places) > self._undisturbed(pool):
+            for other in load.places if stage == "render" else (place,):  # who plans already keeps its rows
+                other.alone = False
         began = time.monotonic()
         try:
-            yield
+            yield place
             self.meter.stage(pool, stage, time.monotonic() - began)
-            if alone and load.in_flight == 1:  # else the time has others' work in it
-                self.corrections.refine(pool, stage, wall_s, time.monotonic() - began)
         finally:
-            load.in_flight -= 1
-            load.seconds -= work_s
+            load.places.discard(place)
             load.freed.set()
+
+    def plan_rows(self, pool: str, request: SongRequest) -> int:
+        """Batch rows that planning a request takes on a pool."""
+        known = self._view.get(pool)
+        return plan_rows(request, _slots(known) if known else 1)
+
+    def learn_plan(self, pool: str, foretold_s: float, plan: Plan) -> None:
+        """Take in how long planning took inside the planner.
+
+        Args:
+            foretold_s: By the cost profile alone.
+        """
+        self.corrections.refine(pool, "plan", foretold_s, plan.timings.metadata_s + plan.timings.codes_s)
+
+    def learn_render(self, pool: str, request: SongRequest, plan: Plan, song: Song) -> None:
+        """Take in how long rendering (some items of) a request took inside the renderer."""
+        known = self._view.get(pool)
+        limits = pool_limits(known) if known else None
+        if known is None or limits is None:
+            return
+        profile, model = pool_profile(known, limits.tier), served_model(known, self._view)
+        planned = request.model_copy(update={"plan": plan})
+        foretold = render_seconds(
+            planned, profile.renderer(model), expected_duration(planned)[0], model=model, items=len(song.items),
+            output_s=profile.output_s,
+        )  # fmt: skip
+        took = song.timings
+        self.corrections.refine(
+            pool, "render", foretold.wall_s, took.conditions_s + took.denoise_s + took.decode_s + took.encode_s
+        )
+
+    def _undisturbed(self, app: str) -> float:
+        """Slots that may be in use on a pool before one piece of work is slower for another."""
+        pool = self._view.get(app)
+        if pool is None:
+            return 0
+        if pool.role == "render":
+            return math.inf if _together(pool) == 1 else pool.running
+        return pool.running * _slots(pool)
 
     def _places(self, app: str) -> int:
         """What the running replicas work on at once, and one more each, so that none waits for us."""
         pool = self._view.get(app)
         if pool is None:
             return 1
-        together = int((pool.info or {}).get("together") or 1)
-        return max(1, pool.running * (max(_slots(pool), together) + 1))
+        return max(1, pool.running * (max(_slots(pool), _together(pool)) + 1))
 
     def state(self, view: FleetView) -> FleetState:
         """The fleet as `placement` wants it: pools whose abilities are known."""
@@ -144,8 +211,7 @@ class Routing:
         if limits is None or info.get("disabled"):
             return None
         load, backlog = self._load[pool.app], self.backlogs.get(pool.app, Backlog())
-        selector = label_selector(pool.args)
-        reachable = not selector or view.has_node(selector) or pool.args.nodes_on_demand
+        reachable = view.reachable(pool)
         return PoolState(
             name=pool.app,
             role=pool.role,
@@ -162,17 +228,19 @@ class Routing:
             waiting_s=backlog.waiting_s + self._admitted[pool.app],
             running_s=max(load.seconds if not backlog.running_jobs else 0.0, backlog.running_s),
             correction=self.corrections.factor(pool.app, pool.role),
-            needs=" and ".join(f"{k}={v}" for k, v in selector.items()),
+            needs=node_labels(pool.args),
         )
 
 
 def pool_limits(pool: Pool) -> Limits | None:
-    """What a pool's cards can do: as its replica said, else by its tiers; None where neither is known yet."""
-    if facts := (pool.info or {}).get("limits"):
+    """What each of a pool's cards can do: as its replica said, else by its tiers; None where neither is known yet."""
+    tiers = pool.args.tiers
+    facts = (pool.info or {}).get("limits")
+    if facts and len(tiers) <= 1:
         return Limits(**facts)
-    if pool.args.tiers:
-        least = min(pool.args.tiers, key=lambda t: get_gpu_config(t).opens_gib)
-        return get_limits(get_gpu_config(least), pool.role)
+    if tiers:  # of several tiers the replica that was asked may be the largest; the next may not be
+        least = min(tiers, key=lambda t: get_gpu_config(t).opens_gib)
+        return get_limits(get_gpu_config(least), "both" if pool.args.shared_card else pool.role)
     return None
 
 
@@ -216,8 +284,12 @@ def _slots(pool: Pool) -> int:
     return int((pool.info or {}).get("capacity") or 1)
 
 
+def _together(pool: Pool) -> int:
+    return int((pool.info or {}).get("together") or 1)
+
+
 def _missing(view: FleetView) -> str:
     renderers = view.of("render")
     if not renderers:
         return "the fleet has no renderer pool"
-    return "; ".join(f"{p.app}: {p.why_not_ready or 'has not described itself yet'}" for p in renderers)
+    return "; ".join(f"{p.app}: {view.why_not_ready(p) or 'has not described itself yet'}" for p in renderers)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import uuid
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -60,6 +61,11 @@ async def follow(
     finally:
         if not done.done():
             cancel(ticket)
+
+
+def ticket_id(job_id: str) -> str:
+    """An id for work on a job, so that the engine's log lines name it. A replica may hold several pieces of one job."""
+    return f"{job_id}/{uuid.uuid4().hex[:8]}"
 
 
 def failure(error: AceStepError) -> dict[str, Any]:

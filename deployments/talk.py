@@ -95,7 +95,7 @@ class Talk:
         pools = view.of(role)
         off = [str(r) for p in pools if (r := (p.info or {}).get("disabled"))]
         name = "planner" if role == "plan" else "renderer"
-        why = "; ".join(off or [f"{p.app}: {p.why_not_ready or 'has not described itself yet'}" for p in pools])
+        why = "; ".join(off or [f"{p.app}: {view.why_not_ready(p) or 'has not described itself yet'}" for p in pools])
         never = (view.at > 0 and not pools) or (bool(off) and len(off) == len(pools))
         reason = f"no {name} can answer: {why or f'this fleet has no {name} pool'}"
         if self.patient and not never:

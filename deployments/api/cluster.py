@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends
@@ -9,9 +10,8 @@ from fastapi import APIRouter, Depends
 from deployments.api.auth import caller_of
 from deployments.api.health import readiness
 from deployments.api.service import Service, service_of
-from deployments.fleet import FleetView, Pool
+from deployments.fleet import Pool
 from deployments.jobs.backlog import Backlog
-from deployments.pools import label_selector
 
 router = APIRouter(prefix="/v1", tags=["fleet"], dependencies=[Depends(caller_of)])
 _SHOWN = (
@@ -36,9 +36,17 @@ async def cluster(service: Annotated[Service, Depends(service_of)]) -> dict[str,
     ready, why = readiness(view)
     return {
         "ready": ready,
-        "missing": [*why["missing"], *missing_nodes(view)],
-        "jobs": service.store.counts(),
-        "pools": [pool_view(p, backlogs.get(p.app, Backlog()), service.routing.corrections.factor(p.app, p.role)) for p in view.pools],
+        "missing": why["missing"],
+        "jobs": await asyncio.to_thread(service.store.counts),
+        "pools": [
+            pool_view(
+                p,
+                backlogs.get(p.app, Backlog()),
+                service.routing.corrections.factor(p.app, p.role),
+                view.why_not_ready(p),
+            )
+            for p in view.pools
+        ],
         "nodes": [
             {
                 "name": node.name,
@@ -49,10 +57,10 @@ async def cluster(service: Annotated[Service, Depends(service_of)]) -> dict[str,
             }
             for node in view.nodes
         ],
-    }  # fmt: skip
+    }
 
 
-def pool_view(pool: Pool, backlog: Backlog, correction: float) -> dict[str, Any]:
+def pool_view(pool: Pool, backlog: Backlog, correction: float, reason: str | None) -> dict[str, Any]:
     """One pool with its replicas, its work in seconds, and what a replica said of itself."""
     info = pool.info or {}
     view: dict[str, Any] = {
@@ -70,17 +78,6 @@ def pool_view(pool: Pool, backlog: Backlog, correction: float) -> dict[str, Any]
         "cost_correction": correction,
         **{k: info[k] for k in _SHOWN if k in info},
     }
-    if reason := pool.why_not_ready:
+    if reason:
         view["reason"] = reason
     return view
-
-
-def missing_nodes(view: FleetView) -> list[str]:
-    """Labels that pools need and no live node carries; Ray's own message does not name them."""
-    missing = []
-    for pool in view.pools:
-        selector = label_selector(pool.args)
-        if selector and not view.has_node(selector):
-            wanted = ",".join(f"{k}={v}" for k, v in selector.items())
-            missing.append(f"pool {pool.app} has no node: start one with ray start --labels={wanted!r}")
-    return missing

@@ -3,36 +3,53 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Response
 
 from deployments.api.service import Service, service_of
-from deployments.fleet import FleetView, Pool
+from deployments.fleet import FleetView, Pool, Role
+from deployments.pools import label_selector, node_labels
 
 router = APIRouter(tags=["health"])
 
 
 def readiness(view: FleetView) -> tuple[bool, dict[str, Any]]:
-    """Whether both stages can serve and have said what they can do, and per pool why not."""
+    """Whether both stages can serve and have said what they can do; what is missing, and per pool why it does not serve."""
     pools = []
     for pool in view.pools:
         entry = {"pool": pool.app, "role": pool.role, "running": pool.running, "starting": pool.starting}
-        if reason := pool.why_not_ready:
+        if reason := view.why_not_ready(pool):
             entry["reason"] = reason
         pools.append(entry)
+    stages = []
+    if not _serves(view, "render"):
+        stages.append("no renderer is running")
+    if view.of("plan") and not _serves(view, "plan"):  # a fleet may do without planners
+        stages.append("no planner is running")
+    ready = not stages
+    return ready, {"ready": ready, "missing": [*stages, *missing_nodes(view)], "pools": pools}
+
+
+def _serves(view: FleetView, role: Role) -> bool:
+    return any((p.running and p.info) or _wakes(view, p) for p in view.of(role))
+
+
+def _wakes(view: FleetView, pool: Pool) -> bool:
+    """Whether the pool is at zero because nothing waits, and comes when something does."""
+    at_zero = pool.args.min_replicas == 0 and pool.args.num_replicas is None
+    return at_zero and pool.status != "DEPLOY_FAILED" and view.reachable(pool)
+
+
+def missing_nodes(view: FleetView) -> list[str]:
+    """Labels that pools need and no live node carries; Ray's own message does not name them."""
     missing = []
-    if not _serves(view.of("render")):
-        missing.append("no renderer is running")
-    if view.of("plan") and not _serves(view.of("plan")):  # a fleet may do without planners
-        missing.append("no planner is running")
-    ready = not missing
-    return ready, {"ready": ready, "missing": missing, "pools": pools}
-
-
-def _serves(pools: Iterable[Pool]) -> bool:
-    return any((p.running and p.info) or p.args.min_replicas == 0 for p in pools)
+    for pool in view.pools:
+        wanted = node_labels(pool.args)
+        comes = pool.args.nodes_on_demand and not pool.starting
+        if wanted and not comes and not view.has_node(label_selector(pool.args)):
+            missing.append(f"pool {pool.app} has no node: start one with ray start --labels={wanted}")
+    return missing
 
 
 @router.get("/livez", summary="The router answers")

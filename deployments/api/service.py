@@ -29,10 +29,10 @@ from deployments.jobs.files import FileRecords
 from deployments.jobs.secrets import shared_secret
 from deployments.jobs.store import RUNNING, Ahead, Busy, Caps, Job, JobStore
 from deployments.jobs.webhooks import Outbox
-from deployments.placement import Decision
 from deployments.routing import Routing
 from deployments.storage import Storage
 from deployments.talk import Talk
+from deployments.tracing import TRACE, here
 
 DEFAULT_JOB_S = 5.0  # ACE-Step's own guess before the first song
 
@@ -100,19 +100,23 @@ class Service:
                 return known, False
         request = await self.with_sources(request, caller)
         columns: dict[str, Any] = {}
-        if kind in ("song", "plan") and (decision := self.routing.admit(self.fleet.view, request)) is not None:
+        decision = self.routing.admit(self.fleet.view, request) if kind in ("song", "plan") else None
+        if decision is not None:
             request = decision.request
             if kind == "song" and (pool := self.fleet.view.get(decision.renderer or "")) and pool.info:
                 model = str(pool.info["model"])
                 tasks.check(request, defaults_of(model), model)
             adjustments = (*adjustments, *decision.adjustments)
-            columns = {"plan_pool": decision.planner, "render_pool": decision.renderer,
-                       "est_plan_s": decision.est_plan_s, "est_render_s": decision.est_render_s}  # fmt: skip
-            if kind == "plan":
-                columns |= {"render_pool": None, "est_render_s": 0.0}
+            columns = {"plan_pool": decision.planner, "est_plan_s": decision.est_plan_s}
+            wait_s, eta_s = decision.plan_wait_s, decision.plan_wait_s + decision.plan_wall_s
+            if kind == "song":
+                columns |= {"render_pool": decision.renderer, "est_render_s": decision.est_render_s}
+                wait_s, eta_s = wait_s + decision.render_wait_s, eta_s + decision.render_wait_s + decision.render_wall_s
             if decision.eta_s is not None:
-                self._check_wait(decision)
-                extra = {**(extra or {}), "eta_s": round(decision.eta_s, 3)}
+                self._check_wait(wait_s)
+                extra = {**(extra or {}), "eta_s": round(eta_s, 3)}
+        if trace := here():
+            extra = {**(extra or {}), TRACE: trace}
         caps = Caps(self.args.max_queue, caller.caps.active, caller.caps.audio_s)
         audio_s = expected_duration(request)[0] * request.batch_size if kind == "song" else 0.0
         try:
@@ -125,16 +129,17 @@ class Service:
             error.details.setdefault("retry_after", await self.mean_seconds())
             raise
         if created:
+            if decision is not None:
+                self.routing.admitted(decision, only_plan=kind == "plan")
             self.dispatcher.wake()
         return job, created
 
-    def _check_wait(self, decision: Decision) -> None:
-        wait = (decision.eta_s or 0.0) - decision.plan_wall_s - decision.render_wall_s
-        if wait > self.args.max_backlog_s:
+    def _check_wait(self, wait_s: float) -> None:
+        if wait_s > self.args.max_backlog_s:
             raise Busy(
-                f"a new song would wait about {wait:.0f} s; the server takes none that wait longer than "
+                f"a new song would wait about {wait_s:.0f} s; the server takes none that wait longer than "
                 f"{self.args.max_backlog_s:.0f} s",
-                retry_after=wait - self.args.max_backlog_s, limit=self.args.max_backlog_s,
+                retry_after=wait_s - self.args.max_backlog_s, limit=self.args.max_backlog_s,
             )  # fmt: skip
 
     async def with_sources(self, request: SongRequest, caller: Caller) -> SongRequest:

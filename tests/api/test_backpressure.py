@@ -25,3 +25,19 @@ async def test_a_song_that_would_wait_too_long_is_refused_and_earlier_ones_stay(
     assert "retry-after" in compat.headers
     site.service.routing.set_backlogs({})
     assert (await site.client.post("/v1/music", json=SONG)).status_code == 202
+
+
+async def test_who_is_refused_holds_up_nobody(build: Build) -> None:
+    site = build(max_backlog_s=600)
+    site.service.routing.set_backlogs({"dit": Backlog(waiting_s=2_000.0)})
+    first, *_, last = [await site.client.post("/v1/music", json=SONG) for _ in range(20)]
+    assert first.status_code == last.status_code == 429
+    assert abs(int(last.headers["retry-after"]) - int(first.headers["retry-after"])) <= 1
+
+
+async def test_planning_alone_does_not_wait_for_renderers(build: Build) -> None:
+    site = build(max_backlog_s=600)
+    site.service.routing.set_backlogs({"dit": Backlog(waiting_s=2_000.0)})
+    assert (await site.client.post("/v1/plans", json=SONG)).status_code == 202
+    site.service.routing.set_backlogs({"lm": Backlog(waiting_s=2_000.0)})
+    assert (await site.client.post("/v1/plans", json=SONG)).status_code == 429

@@ -13,7 +13,7 @@ import pytest
 import sqlalchemy as sa
 
 from acestep.errors import AceStepError
-from acestep.plan import Plan
+from acestep.plan import Metadata, Plan
 from acestep.request import SongRequest
 from deployments import dispatch
 from deployments.dispatch import Dispatcher
@@ -162,3 +162,21 @@ async def test_a_job_cancelled_before_its_first_step_ends(leases: Dispatcher) ->
     await asyncio.sleep(0.06)
     assert leases.store.claim(job_id, "whoever looks next", 60) is None
     assert leases.store.get_existing(job_id).state == "cancelled"
+
+
+async def test_a_job_that_goes_where_it_was_told_at_submit_is_not_written_again(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writes = []
+    monkeypatch.setattr(JobStore, "save_request", lambda self, *_, **columns: writes.append(columns))
+    sent = await site.client.post("/v1/music", json={"prompt": "a song", "duration": 30})
+    dispatcher, job = site.service.dispatcher, site.run(sent.json()["id"])
+    decision, _ = await dispatcher._choose(job, job.request, job.adjustments, None)
+    assert (decision.planner, decision.renderer, writes) == ("lm", "dit", [])
+    # Planned far longer than was expected: whoever scales must know.
+    longer = Plan(metadata=Metadata(duration=240), codes=((1,) * 1200,))
+    open_length = job.request.model_copy(update={"duration": None})
+    await dispatcher._choose(job, open_length, job.adjustments, longer)
+    assert [list(w) for w in writes] == [["render_pool", "est_render_s"]]
+    await dispatcher._choose(job, open_length, job.adjustments, longer)
+    assert len(writes) == 1

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sqlite3
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -30,6 +32,7 @@ def pool(name: str, builder: str, **args: Any) -> dict[str, Any]:
 
 def fleet(config: dict[str, Any]) -> None:
     """A planner pool whose policy cannot read its database, a renderer pool, and one whose tier has no node."""
+    config["tracing_config"] = {"enabled": True, "sampling_ratio": 1.0}
     config["applications"] = [
         config["applications"][0],
         pool("lm", "lm", profile="h100-sxm", min_replicas=1, database_url="sqlite:////nonexistent/jobs.sqlite3"),
@@ -70,6 +73,19 @@ def upscaled(server: Server, app: str, since: int) -> list[tuple[int, int]]:
     return [(int(a), int(b)) for name, a, b in UPSCALED.findall(server.output()[since:]) if name == app]
 
 
+def traces(server: Server) -> list[set[str]]:
+    """Names of the spans of each trace, from the files that Serve's default exporter writes in every process."""
+    decoder = json.JSONDecoder()
+    found: dict[str, set[str]] = defaultdict(set)
+    for path in server.folder.rglob("spans/*.json"):
+        text = path.read_text().strip()
+        while text:
+            span, end = decoder.raw_decode(text)
+            found[span["context"]["trace_id"]].add(span["name"])
+            text = text[end:].lstrip()
+    return list(found.values())
+
+
 def let_time_pass(server: Server) -> None:
     """The rate of arrivals is taken over two minutes; for the store they are over now."""
     store = sqlite3.connect(server.home / "jobs.sqlite3", timeout=30)
@@ -94,6 +110,9 @@ def test_from_zero_to_all_in_one_step_and_back_to_zero(server: Server) -> None:
     assert all(s["placement"]["renderer"] == "dit" for s in songs)
     assert upscaled(server, "dit", log) == [(0, 3)]
     assert upscaled(server, "dit-unlimited", log) == []
+    # Each song is one trace from the request on, through router and renderer.
+    ours = {"song", "render", "denoise", "encode"}
+    assert sum(ours <= names and len(names - ours) > 2 for names in traces(server)) == 6, traces(server)
     let_time_pass(server)
     pools = until(server, lambda p: size(p, "dit") == (0, 0))
     # The planner pool's policy has no database all the while: it keeps its size, and nobody else's is held up.
@@ -114,7 +133,7 @@ def test_work_for_a_tier_without_a_node_scales_that_pool_alone_and_nobody_waitin
     # Released long before graceful_shutdown_s (900 s): what never started has nothing to finish.
     until(server, lambda p: size(p, "dit-unlimited") == (0, 0) and not p["dit-unlimited"]["replicas"]["starting"])
     end = time.monotonic() + 60
-    while "which waited for a node that nobody needs any more" not in server.output():
+    while "which had not started and is not needed any more" not in server.output():
         assert time.monotonic() < end, server.output()[-3000:]
         time.sleep(0.5)
 

@@ -1,0 +1,52 @@
+"""Which replica of a pool gets a piece of work: one that holds the fewest of ours.
+
+Serve's own choice compares two replicas picked at random, from queue lengths that are up to ten seconds old. For requests of milliseconds
+that is enough; a song that is put behind another waits for all of it while a third replica idles.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from itertools import groupby
+from typing import Any
+
+from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, RequestRouter, RunningReplica
+
+
+class LeastBusy(FIFOMixin, RequestRouter):
+    """A Serve request router, set by `request_router_config` of every pool. One lives in each handle."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]
+        self._held: Counter[ReplicaID] = Counter()
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        """All candidates, ranked by how much we have sent them and not got back; equals in random order."""
+        if pending_request is not None:
+            pending_request.routing_context.should_backoff = (
+                True  # else Serve asks again without a pause while all are full
+            )
+        shuffled = random.sample(candidate_replicas, len(candidate_replicas))
+        return ranked(shuffled, {r.replica_id: self._held[r.replica_id] for r in shuffled})
+
+    def on_send_request(self, replica_id: ReplicaID) -> None:
+        super().on_send_request(replica_id)
+        self._held[replica_id] += 1
+
+    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
+        super().on_request_completed(replica_id, internal_request_id)
+        self._held[replica_id] -= 1
+        if self._held[replica_id] <= 0:
+            del self._held[replica_id]
+
+
+def ranked(replicas: list[RunningReplica], held: dict[ReplicaID, int]) -> list[list[RunningReplica]]:
+    """Replicas in groups of equal load, the least loaded first; within a group as given."""
+
+    def load(replica: RunningReplica) -> int:
+        return held[replica.replica_id]
+
+    return [list(group) for _, group in groupby(sorted(replicas, key=load), key=load)]

@@ -1,0 +1,96 @@
+"""What an operator can follow a song by: log lines that carry its id, and one trace over all processes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Iterator
+
+import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from ray._common.formatters import JSONFormatter
+
+from deployments import tracing
+from deployments.logs import about, join_serve
+
+
+class Lines(logging.Handler):
+    """Formats as Serve does with `encoding: JSON`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.setFormatter(JSONFormatter())
+        self.lines: list[dict[str, object]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(json.loads(self.format(record)))
+
+
+@pytest.fixture
+def lines() -> Iterator[Lines]:
+    before, parents = (
+        logging.getLogRecordFactory(),
+        {n: logging.getLogger(n).parent for n in ("acestep", "deployments")},
+    )
+    join_serve()
+    join_serve()  # a replica may be made twice in one process
+    serve, handler = logging.getLogger("ray.serve"), Lines()
+    level = serve.level
+    serve.addHandler(handler)
+    serve.setLevel(logging.INFO)
+    yield handler
+    serve.removeHandler(handler)
+    serve.setLevel(level)
+    logging.setLogRecordFactory(before)
+    for name, parent in parents.items():
+        logging.getLogger(name).parent = parent
+
+
+async def test_lines_about_a_job_carry_its_id_as_a_field(lines: Lines) -> None:
+    ours, library = logging.getLogger("deployments.dit"), logging.getLogger("acestep.finish")
+
+    async def work(job_id: str) -> None:
+        about(job_id)
+        await asyncio.sleep(0)
+        ours.info("rendered")
+        await asyncio.to_thread(library.info, "encoded")
+
+    await asyncio.gather(work("a"), work("b"))
+    ours.info("ready")
+    told = [(line["message"], line.get("job_id")) for line in lines.lines]
+    assert sorted(told[:-1]) == [("encoded", "a"), ("encoded", "b"), ("rendered", "a"), ("rendered", "b")]
+    assert told[-1] == ("ready", None)
+
+
+@pytest.fixture
+def spans(monkeypatch: pytest.MonkeyPatch) -> InMemorySpanExporter:
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr(tracing, "_TRACER", provider.get_tracer("test"))
+    return exporter
+
+
+def test_a_song_stays_in_the_trace_of_its_request(spans: InMemorySpanExporter) -> None:
+    with tracing.span("request"):
+        kept = json.loads(json.dumps(tracing.here()))
+    with tracing.span("song", kept, job_id="j", plan=None), tracing.span("render"):
+        tracing.parts({"denoise": 2.0, "nothing": 0.0, "decode": 1.0}, job_id="j")
+    found = {s.name: s for s in spans.get_finished_spans()}
+    assert set(found) == {"request", "song", "render", "denoise", "decode"}
+    assert len({s.context.trace_id for s in found.values()}) == 1
+    parent = {name: s.parent and s.parent.span_id for name, s in found.items()}
+    assert parent["song"] == found["request"].context.span_id
+    assert parent["denoise"] == parent["decode"] == found["render"].context.span_id
+    assert dict(found["song"].attributes or {}) == {"acestep.job_id": "j"}
+    length = {n: ((s.end_time or 0) - (s.start_time or 0)) / 1e9 for n, s in found.items()}
+    assert (length["denoise"], length["decode"]) == pytest.approx((2.0, 1.0))
+    assert found["denoise"].end_time == pytest.approx(found["decode"].start_time, abs=1e4)
+
+
+def test_without_tracing_nothing_is_kept() -> None:
+    assert tracing.here() == {}
+    with tracing.span("song", {}):
+        assert tracing.here() == {}
