@@ -4,62 +4,53 @@ from __future__ import annotations
 
 import hashlib
 import re
-from typing import Literal
+from email.utils import formatdate
 
-from fastapi import Request
-from fastapi.responses import FileResponse, Response, StreamingResponse
+from fastapi import HTTPException, Request
+from fastapi.responses import Response, StreamingResponse
 
 from deployments.api.problems import NotFound
 from deployments.storage import Storage
 
-_RANGE = re.compile(r"bytes=(\d*)-(\d*)")
-_NOSNIFF = {"X-Content-Type-Options": "nosniff"}
+_RANGE = re.compile(r"bytes\s*=\s*([0-9]{0,18})-([0-9]{0,18})", re.IGNORECASE)
 GONE = "the file is no longer kept"
 
 
-def send_file(
-    request: Request,
-    storage: Storage,
-    name: str,
-    content_type: str,
-    download_name: str,
-    disposition: Literal["inline", "attachment"] = "inline",
-) -> Response:
+def send_file(request: Request, storage: Storage, name: str, content_type: str, download_name: str) -> Response:
     """A stored file, or the part of it that `Range` asks for.
 
     Raises:
         NotFound: the file is no longer there.
+        HTTPException: 416, the file has no such part.
     """
-    path = storage.local_path(name)
-    if path is not None:
-        if not path.is_file():
-            raise NotFound(GONE)
-        return FileResponse(
-            path,
-            media_type=content_type,
-            filename=download_name,
-            content_disposition_type=disposition,
-            headers=dict(_NOSNIFF),
-        )
-    size = storage.size(name)
-    if size is None:
+    found = storage.find(name)
+    if found is None:
         raise NotFound(GONE)
+    size = found.bytes
+    etag = f'"{hashlib.sha256(f"{name}:{size}:{found.modified}".encode()).hexdigest()[:32]}"'
     headers = {
-        **_NOSNIFF,
         "Accept-Ranges": "bytes",
-        "Content-Disposition": f'{disposition}; filename="{download_name}"',
-        "ETag": f'"{hashlib.sha256(f"{name}:{size}".encode()).hexdigest()[:32]}"',
+        "Content-Disposition": f'inline; filename="{download_name}"',
+        "ETag": etag,
+        "X-Content-Type-Options": "nosniff",
     }
+    if found.modified is not None:
+        headers["Last-Modified"] = formatdate(found.modified, usegmt=True)
+    known = request.headers.get("if-none-match", "")
+    if known.strip() == "*" or etag in (tag.strip().removeprefix("W/") for tag in known.split(",")):
+        return Response(status_code=304, headers=headers)
     first, last, status = 0, size - 1, 200
-    # Several ranges at once are answered with the whole file, as RFC 9110 allows.
-    if (asked := request.headers.get("range")) and (match := _RANGE.fullmatch(asked.strip())) and any(match.groups()):
+    same = request.headers.get("if-range", etag) in (etag, headers.get("Last-Modified"))
+    asked = request.headers.get("range", "") if same else ""
+    # Several ranges at once, and what is no range of bytes, are answered with the whole file, as RFC 9110 wants.
+    if (match := _RANGE.fullmatch(asked.strip())) and any(match.groups()):
         start, end = match.groups()
         if start:
             first, last = int(start), min(int(end) if end else size - 1, size - 1)
         else:
             first = max(0, size - int(end))
         if first > last or first >= size:
-            return Response(status_code=416, headers={"Content-Range": f"bytes */{size}"})
+            raise HTTPException(416, f"the file has {size} bytes", {"Content-Range": f"bytes */{size}"})
         status, headers["Content-Range"] = 206, f"bytes {first}-{last}/{size}"
     headers["Content-Length"] = str(last - first + 1)
     if request.method == "HEAD":

@@ -65,20 +65,41 @@ async def test_a_finished_job_shows_usage_and_signed_audio(site: Site) -> None:
     assert (part.status_code, part.content, part.headers["content-range"]) == (206, b"and", "bytes 5-7/14")
 
 
-async def test_ranges_also_from_an_object_store(build: Build) -> None:
-    site = build(files_url="memory://acestep-test")
+@pytest.fixture(params=["folder", "object store"])
+def with_files(request: pytest.FixtureRequest, build: Build) -> Site:
+    """A site over either kind of file store."""
+    return build(**({} if request.param == "folder" else {"files_url": request.getfixturevalue("s3")}))
+
+
+async def test_parts_of_a_file(with_files: Site) -> None:
+    site = with_files
     job = await submit(site)
     site.succeed(str(job["id"]), b"0123456789")
     url = (await site.client.get(f"/v1/jobs/{job['id']}")).json()["result"]["items"][0]["audio"][0]["url"]
-    for asked, status, body in [
-        (None, 200, b"0123456789"), ("bytes=2-4", 206, b"234"), ("bytes=7-", 206, b"789"), ("bytes=-3", 206, b"789"),
-        ("bytes=5-99", 206, b"56789"), ("bytes=10-", 416, b""), ("bytes=0-1,4-5", 200, b"0123456789"),
-        ("bytes=-0", 416, b""), ("lines=1-2", 200, b"0123456789"),
+    whole = await site.client.get(url)
+    etag, written = whole.headers["etag"], whole.headers["last-modified"]
+    for asked, condition, status, body in [
+        (None, None, 200, b"0123456789"), ("bytes=2-4", None, 206, b"234"), ("bytes=7-", None, 206, b"789"),
+        ("bytes=-3", None, 206, b"789"), ("Bytes = 5-99", None, 206, b"56789"), ("bytes=0-1,4-5", None, 200, b"0123456789"),
+        ("bytes=10-", None, 416, None), ("bytes=-0", None, 416, None), ("bytes=4-2", None, 416, None),
+        ("lines=1-2", None, 200, b"0123456789"), ("bytes=-", None, 200, b"0123456789"), ("bytes=٣-", None, 200, b"0123456789"),
+        ("bytes=2-4", etag, 206, b"234"), ("bytes=2-4", written, 206, b"234"), ("bytes=2-4", '"other"', 200, b"0123456789"),
     ]:  # fmt: skip
-        got = await site.client.get(url, headers={"Range": asked} if asked else {})
-        assert (got.status_code, got.content) == (status, body), asked
+        sent = {"Range": asked, "If-Range": condition}
+        got = await site.client.get(url, headers={k: v.encode() for k, v in sent.items() if v is not None})
+        assert got.status_code == status, asked
+        if body is not None:
+            assert got.content == body, asked
+        else:
+            assert got.headers["content-range"] == "bytes */10"
+            assert got.json()["type"] == "urn:acestep:invalid_request"
+    for known in (etag, f'"x", W/{etag}', "*"):
+        assert (await site.client.get(url, headers={"If-None-Match": known})).status_code == 304
+    assert (await site.client.get(url, headers={"If-None-Match": '"x"'})).status_code == 200
     head = await site.client.head(url)
     assert (head.status_code, head.headers["content-length"], head.content) == (200, "10", b"")
+    site.service.storage.delete(f"songs/{job['id']}")
+    assert (await site.client.get(url)).status_code == 404
 
 
 async def test_signed_urls_cannot_be_forged_or_used_elsewhere(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
