@@ -92,6 +92,11 @@ class FleetView:
         """Whether the cluster has a node for the pool, or adds one when a replica waits for it."""
         return pool.args.nodes_on_demand or self.placeable(pool)
 
+    def placeable(self, pool: Pool) -> bool:
+        """Whether the cluster has a node for the pool, free or not."""
+        selector = label_selector(pool.args)
+        return not selector or self.has_node(selector)
+
     def why_not_ready(self, pool: Pool) -> str | None:
         """A sentence for people, or None while at least one replica of the pool serves."""
         if pool.running:
