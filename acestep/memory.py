@@ -153,12 +153,8 @@ def plan_need(
     weights = planner_bytes(config, settings.dtype)
     per_token = kv_bytes_per_token(config, settings.dtype)
     codes = int(seconds * CODES_PER_SECOND) + 1
-    if settings.device == "cpu":
-        tokens = songs * (
-            min(prompt_tokens + codes, settings.max_len) + (UNGUIDED_PROMPT_TOKENS + codes if guided else 0)
-        )
-    else:  # every row has a lane of full length
-        tokens = songs * (2 if guided else 1) * settings.max_len
+    unguided = min(UNGUIDED_PROMPT_TOKENS + codes, settings.max_len) if guided else 0
+    tokens = songs * (min(prompt_tokens + codes, settings.max_len) + unguided)
     base = 0 if settings.device == "cpu" else CONTEXT_BYTES
     return Need({"plan": base + weights + WORK_BYTES + per_token * tokens}, {"planner": weights})
 

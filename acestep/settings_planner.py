@@ -19,6 +19,8 @@ MAX_SLOTS = 64
 CPU_SLOTS = 16
 CPU_MAX_LEN = 8_192
 UNGUIDED_PROMPT_TOKENS = 33  # of the row without a caption
+# Rows are packed at their exact length. How many there are is reckoned from songs of this size; longer ones leave some of them empty.
+TYPICAL_SONG_S, TYPICAL_PROMPT_TOKENS = 240, 800
 WORK_BYTES = 256 << 20  # logits, sampling and the activations of a prefill
 # What the renderer on the same card keeps where the table sets no bound on the planner: its weights, ten minutes of activations, its
 # context, and slack (acestep.memory says 8.1 and 13.7).
@@ -119,22 +121,23 @@ def planner_settings(
     budget = share if share is not None else int((0.5 if on_cpu else 0.9) * device.memory_bytes)
     context = 0 if on_cpu else CONTEXT_BYTES
     fixed = weights.planner_bytes(config, dtype) + WORK_BYTES + context
-    # A guided song takes two rows. Cards give every row a lane of full length, the CPU packs rows at their exact length.
-    unguided = UNGUIDED_PROMPT_TOKENS + min(int(longest * CODES_PER_SECOND), max_len) if on_cpu else max_len
-    per_pair = weights.kv_bytes_per_token(config, dtype) * (max_len + unguided)
+    per_token = weights.kv_bytes_per_token(config, dtype)
+    largest = per_token * (max_len + UNGUIDED_PROMPT_TOKENS + min(int(longest * CODES_PER_SECOND), max_len))
+    typical = per_token * (TYPICAL_PROMPT_TOKENS + UNGUIDED_PROMPT_TOKENS + 2 * TYPICAL_SONG_S * CODES_PER_SECOND)
     most = CPU_SLOTS if on_cpu else MAX_SLOTS
-    room = max(0, 2 * ((budget - fixed) // per_pair))
-    fitting = min(most, room)
-    if fitting < 2:
-        need = fixed + per_pair
+    room = max(0, 2 * ((budget - fixed) // min(largest, typical)))
+    need = fixed + largest
+    if need > budget:
         raise OutOfMemory(
             f"the planner {model} needs {need / GIB:.2f} GiB for one song of {max_len} tokens and has {budget / GIB:.2f} GiB: "
             "raise lm_memory_gb, lower lm_max_len, take a smaller planner or set ACESTEP_INIT_LLM=false",
             needed_bytes=need, free_bytes=budget,
         )  # fmt: skip
-    slots = int(book.take("lm_slots", fitting, f"two for each song that fits beside the weights, at most {most}"))
+    songs = f"songs of {TYPICAL_SONG_S // 60} minutes"
+    reason = f"two for each of the {songs} that fit beside the weights, at most {most}"
+    slots = int(book.take("lm_slots", min(most, room), reason))
     if slots > room:
-        slots = int(book.correct("lm_slots", room, f"only {room} rows fit, for songs of {max_len} tokens"))
+        slots = int(book.correct("lm_slots", room, f"only {room} rows fit, for {songs}"))
 
     old = is_old(device)
     graphs = device.kind == "cuda" and not old and size != "tiny"

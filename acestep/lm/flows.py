@@ -42,13 +42,15 @@ class FlowBuilder:
 
     Attributes:
         max_len: Tokens that one row may have.
-        max_rows_per_job: Rows that one job may take; more outputs become more jobs.
+        max_rows_per_job, max_tokens_per_job: Rows, and tokens of keys and values, that one job may take; more outputs become more
+            jobs.
     """
 
     grammar: Grammar
     prompts: PromptBuilder
     max_len: int
     max_rows_per_job: int
+    max_tokens_per_job: int
 
     def flow(self, work: PlannerWork) -> Flow:
         return self._plan(work) if isinstance(work, PlanWork) else self._sample(work)
@@ -232,7 +234,10 @@ class FlowBuilder:
         params: SamplingParams,
         stream: int,
     ) -> list[Job]:
-        per_job = max(1, self.max_rows_per_job // (1 if uncond is None else 2))
+        prompts = [prompt] if uncond is None else [prompt, uncond]
+        longest = max(program.max_tokens for program, _ in outputs)
+        tokens = sum(len(p) + longest for p in prompts)
+        per_job = max(1, min(self.max_rows_per_job // len(prompts), self.max_tokens_per_job // tokens))
         return [
             Job(prompt, uncond, outputs[i : i + per_job], params, stream=stream)
             for i in range(0, len(outputs), per_job)

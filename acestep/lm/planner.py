@@ -105,7 +105,13 @@ class Planner:
             )  # fmt: skip
         except torch.OutOfMemoryError as error:
             raise OutOfMemory(f"the planner at {path} does not fit on {device}: {error}", device=str(device)) from error
-        flows = FlowBuilder(grammar, PromptBuilder(tokenizer), max_len, max(2, decoder.max_rows // 2))
+        flows = FlowBuilder(
+            grammar,
+            PromptBuilder(tokenizer),
+            max_len,
+            max(2, decoder.max_rows // 2),
+            decoder.arena.allocator.capacity // 2,
+        )
         info = PlannerInfo(
             name=name or path.name,
             hash=model_hash,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import random
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -41,7 +42,7 @@ def engine(model: PlannerModel, grammar: Grammar) -> PlannerEngine:
 
 def make_engine(model: PlannerModel, grammar: Grammar, *, rows: int, tokens: int) -> PlannerEngine:
     decoder = Decoder(model, grammar, rows=rows, arena_tokens=tokens)
-    return PlannerEngine(decoder, FlowBuilder(grammar, PromptBuilder(grammar.tokenizer), 2_048, rows), {})
+    return PlannerEngine(decoder, FlowBuilder(grammar, PromptBuilder(grammar.tokenizer), 2_048, rows, tokens), {})
 
 
 def finish(engine: PlannerEngine) -> None:
@@ -102,16 +103,30 @@ def test_work_that_can_never_fit_is_refused_when_added(model: PlannerModel, gram
     assert failure.value.details["limit"] == 300 < failure.value.details["asked"]
 
 
+def test_items_that_do_not_fit_together_take_turns(model: PlannerModel, grammar: Grammar) -> None:
+    engine = make_engine(model, grammar, rows=8, tokens=1_000)
+    ticket = Ticket(song(duration=30, batch_size=4))
+    engine.add(ticket)
+    assert engine.stats()["waiting_jobs"] > 0
+    finish(engine)
+    codes = ticket.result().codes
+    roomy = Ticket(song(duration=30, batch_size=4))
+    other = make_engine(model, grammar, rows=8, tokens=8_000)
+    other.add(roomy)
+    finish(other)
+    assert codes == roomy.result().codes
+
+
 def test_one_songs_defect_does_not_stop_the_others(engine: PlannerEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     good, bad = Ticket(song(1)), Ticket(song(2, duration=11))
     engine.add(good)
     engine.add(bad)
     read = FlowBuilder._read_codes
 
-    def broken(self: FlowBuilder, program: CodesProgram, metadata: object) -> tuple[int, ...]:
+    def broken(self: FlowBuilder, program: CodesProgram, *rest: Any) -> tuple[int, ...]:
         if len(program.codes) == 55:
             raise ZeroDivisionError
-        return read(self, program, metadata)
+        return read(self, program, *rest)
 
     monkeypatch.setattr(FlowBuilder, "_read_codes", broken)
     finish(engine)

@@ -254,7 +254,7 @@ def test_a_song_that_cannot_fit_is_refused_with_the_numbers(planner: Planner) ->
 
 def test_the_planner_decides_only_on_what_fits(grammar: Grammar) -> None:
     """Whatever duration it draws, the codes find room behind prompt and metadata."""
-    flows = FlowBuilder(grammar, PromptBuilder(grammar.tokenizer), 1_024, 2)
+    flows = FlowBuilder(grammar, PromptBuilder(grammar.tokenizer), 1_024, 2, 4_096)
     request = SongRequest(prompt="a calm piano", lyrics="la " * 100, seed=5, use_cot_caption=False)
     flow = flows.flow(PlanWork(request))
     program = next(flow)[0].outputs[0].program

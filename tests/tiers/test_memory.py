@@ -199,7 +199,7 @@ def test_rows_of_a_plan() -> None:
     plain, guided = (plan_need(180, 1, g, 500, config, settings).peak for g in (False, True))
     assert guided - plain == (33 + 901) * 114_688
     card = plan_need(180, 1, True, 500, config, PlannerSettings(device="cuda:0", dtype="bfloat16", max_len=4096)).peak
-    assert card == 2 * 4096 * 114_688 + 2 * 1_854_243_840 + (512 + 256) * 2**20
+    assert card == (500 + 901 + 33 + 901) * 114_688 + 2 * 1_854_243_840 + (512 + 256) * 2**20
 
 
 def test_published_memory_of_a_2b_renderer() -> None:

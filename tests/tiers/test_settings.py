@@ -260,7 +260,7 @@ def test_unknown_setting_and_impossible_values() -> None:
         (24, (8, 9), {"ACESTEP_LM_OFFLOAD_TO_CPU": "true"}, "lm_offload_to_cpu", False, "device"),
         (11, (6, 1), {"ACESTEP_DTYPE": "bfloat16"}, "dtype", "float16", "7.0"),
         (11, (6, 1), {"ACESTEP_COMPILE_MODEL": "true"}, "compile", False, "7.0"),
-        (24, (8, 9), {"ACESTEP_LM_SLOTS": "1024"}, "lm_slots", 6, "only 6 rows"),
+        (24, (8, 9), {"ACESTEP_LM_SLOTS": "1024"}, "lm_slots", 28, "only 28 rows"),
         (None, None, {"ACESTEP_OFFLOAD_TO_CPU": "true"}, "offload_to_cpu", False, "host memory"),
         (None, None, {"ACESTEP_OFFLOAD_DIT_TO_CPU": "true"}, "offload_dit_to_cpu", False, "host memory"),
         (None, None, {"ACESTEP_USE_FLASH_ATTENTION": "true"}, "attention", "sdpa", "NVIDIA"),
@@ -331,7 +331,7 @@ def test_what_a_card_offers_fits_it(device: Device, role: Any, model: str, init_
     if r.planner is not None and r.planner_model is not None and r.planner.device != "cpu":
         size = r.planner_model.rpartition("-")[2]
         room = r.planner.memory_bytes + 512 * 2**20 if r.planner.memory_bytes else device.total_bytes
-        need = plan_need(1, 1, True, r.planner.max_len - 6, PLANNERS[size], r.planner)
+        need = plan_need(r.limits.max_duration, 1, True, r.planner.max_len, PLANNERS[size], r.planner)
         assert need.peak <= room
         used = room if role == "both" else 0
     if r.renderer is not None:
