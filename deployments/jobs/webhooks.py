@@ -17,6 +17,7 @@ import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -32,7 +33,7 @@ log = logging.getLogger(__name__)
 
 PENDING, DELIVERED, DEAD = "pending", "delivered", "dead"
 POLL_S = 1.0
-BATCH = 16
+AT_ONCE = 64  # requests of one router: receivers that hang hold up the others no sooner
 SPARE_S = 30.0  # what a claim lasts beyond the request's own limit
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
@@ -78,12 +79,23 @@ def check_url(url: str, networks: Sequence[str]) -> None:
         raise InvalidRequest("webhook_url: must be an http or https URL", field="webhook_url")
     if parts.username is not None or parts.password is not None:
         raise InvalidRequest("webhook_url: must not hold a user name or password", field="webhook_url")
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return
-    if not allowed(address, networks):
+    address = _written(host)
+    if address is not None and not allowed(address, networks):
         raise InvalidRequest("webhook_url: private addresses are not allowed", field="webhook_url")
+
+
+def _written(host: str) -> Address | None:
+    """The address that a host is, in any way of writing one (`127.1` and `2130706433` are 127.0.0.1); None for a name to look up."""
+    if host == "localhost" or host.endswith(".localhost"):
+        return ipaddress.IPv4Address("127.0.0.1")
+    try:
+        return ipaddress.ip_address(host)
+    except ValueError:
+        pass
+    try:
+        return ipaddress.IPv4Address(socket.inet_aton(host))
+    except OSError:
+        return None
 
 
 def allowed(address: Address, networks: Sequence[str]) -> bool:
@@ -118,7 +130,7 @@ async def resolve(host: str, port: int, networks: Sequence[str]) -> str:
     """
     try:
         found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except OSError:
+    except (OSError, UnicodeError):  # the second: no name at all, such as one with a label of 64 characters
         raise Refused("the host name cannot be resolved") from None
     addresses = [str(entry[4][0]).partition("%")[0] for entry in found]
     if not addresses or not all(allowed(ipaddress.ip_address(a), networks) for a in addresses):
@@ -168,27 +180,34 @@ class Outbox:
         self.retry_s = tuple(retry_s)
         self.networks = tuple(networks)
         self.timeout_s = timeout_s
+        self._tls = (
+            httpx.create_ssl_context()
+        )  # once: reading the authorities takes a while (SSL_CERT_FILE names others)
 
     async def run(self) -> None:
         """Send until cancelled."""
-        while True:
-            try:
-                due = await asyncio.to_thread(self.claim)
-                await asyncio.gather(*(self._send(message) for message in due))
-            except Exception:
-                log.exception("webhooks cannot be sent now; trying again")
-                due = []
-            if not due:
-                await asyncio.sleep(POLL_S)
+        async with asyncio.TaskGroup() as sending:
+            busy: set[asyncio.Task[None]] = set()
+            while True:
+                try:
+                    due = await asyncio.to_thread(self.claim, AT_ONCE - len(busy))
+                except Exception:
+                    log.exception("webhooks cannot be sent now; trying again")
+                    due = []
+                for message in due:
+                    task = sending.create_task(self._send(message))
+                    busy.add(task)
+                    task.add_done_callback(busy.discard)
+                await asyncio.sleep(0.0 if due and len(busy) < AT_ONCE else POLL_S)
 
-    def claim(self) -> list[Message]:
-        """Messages whose turn has come, reserved for this router."""
+    def claim(self, limit: int = AT_ONCE) -> list[Message]:
+        """At most `limit` messages whose turn has come, reserved for this router."""
         now = time.time()
         due = (
             sa.select(webhooks.c.id)
             .where(webhooks.c.state == PENDING, webhooks.c.next_at <= now)
             .order_by(webhooks.c.next_at)
-            .limit(BATCH)
+            .limit(limit)
             .with_for_update(skip_locked=True)
         )
         with self._writer.begin() as db:
@@ -228,16 +247,19 @@ class Outbox:
         return Message(**row) if row else None
 
     async def _send(self, message: Message) -> None:
-        status, error = await self._post(message)
-        values: dict[str, Any] = {"last_status": status, "last_error": error}
-        if error is None:
-            values |= {"state": DELIVERED, "delivered_at": time.time(), "next_at": None}
-        elif status == 410 or message.attempts > len(self.retry_s):  # 410: the receiver wants no more
-            values |= {"state": DEAD, "next_at": None}
-            log.warning("webhook %s of job %s is a dead letter: %s", message.id, message.job_id, error)
-        else:
-            values["next_at"] = time.time() + self.retry_s[message.attempts - 1]
-        await asyncio.to_thread(self._record, message, values)
+        try:
+            status, error = await self._post(message)
+            values: dict[str, Any] = {"last_status": status, "last_error": error}
+            if error is None:
+                values |= {"state": DELIVERED, "delivered_at": time.time(), "next_at": None}
+            elif status == 410 or message.attempts > len(self.retry_s):  # 410: the receiver wants no more
+                values |= {"state": DEAD, "next_at": None}
+                log.warning("webhook %s of job %s is a dead letter: %s", message.id, message.job_id, error)
+            else:
+                values["next_at"] = time.time() + self.retry_s[message.attempts - 1]
+            await asyncio.to_thread(self._record, message, values)
+        except Exception:
+            log.exception("what became of webhook %s is not known; it is sent again", message.id)
 
     def _record(self, message: Message, values: dict[str, Any]) -> None:
         with self._writer.begin() as db:
@@ -250,7 +272,7 @@ class Outbox:
         body = json.dumps(
             {
                 "type": message.type,
-                "timestamp": message.created_at,
+                "timestamp": datetime.fromtimestamp(message.created_at, UTC).isoformat().replace("+00:00", "Z"),
                 "data": {"job_id": message.job_id, "state": message.type.removeprefix("job."),
                          "url": f"/v1/jobs/{message.job_id}"},
             },
@@ -268,21 +290,21 @@ class Outbox:
             "webhook-timestamp": str(now),
             "webhook-signature": sign(derived_secret(self._secret, message.owner_key), message.id, now, body),
         }
+        # No proxy and no redirect: both would choose another address than the one that was checked.
+        options: dict[str, Any] = {
+            "trust_env": False, "follow_redirects": False, "verify": self._tls, "timeout": self.timeout_s
+        }  # fmt: skip
         try:
-            address = await resolve(host, port, self.networks)
-            literal = f"[{address}]" if ":" in address else address
-            target = urlunsplit((parts.scheme, f"{literal}:{port}", parts.path or "/", parts.query, ""))
-            # No proxy and no redirect: both would choose another address than the one that was checked.
-            async with (
-                httpx.AsyncClient(trust_env=False, follow_redirects=False, timeout=self.timeout_s) as client,
-                asyncio.timeout(self.timeout_s),
-                client.stream(
-                    "POST", target, content=body, headers=headers, extensions={"sni_hostname": host}
-                ) as response,  # the body of the answer is of no interest, however long it is
-            ):
-                if response.is_success:
-                    return response.status_code, None
-                return response.status_code, f"HTTP {response.status_code}"
+            async with asyncio.timeout(self.timeout_s), httpx.AsyncClient(**options) as client:
+                address = await resolve(host, port, self.networks)
+                literal = f"[{address}]" if ":" in address else address
+                target = urlunsplit((parts.scheme, f"{literal}:{port}", parts.path or "/", parts.query, ""))
+                sni = {"sni_hostname": host}  # whose certificate it must be
+                async with client.stream("POST", target, content=body, headers=headers, extensions=sni) as response:
+                    # The body of the answer is of no interest, however long it is.
+                    if response.is_success:
+                        return response.status_code, None
+                    return response.status_code, f"HTTP {response.status_code}"
         except Refused as refusal:
             return None, str(refusal)
         except (httpx.HTTPError, httpx.InvalidURL, OSError, TimeoutError) as error:

@@ -9,12 +9,17 @@ import hashlib
 import hmac
 import ipaddress
 import json
+import socket
+import ssl
 import time
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
 
 import pytest
+import trustme
 
 from acestep.errors import InvalidRequest
 from acestep.request import SongRequest
@@ -100,7 +105,11 @@ async def test_delivered_once_signed_and_about_the_job(
     ((headers, body),) = receiver.seen
     assert headers[":"] == "POST /hook?x=1 HTTP/1.1"
     assert headers["host"] == f"127.0.0.1:{receiver.port}"
+    assert list(json.loads(body)) == ["type", "timestamp", "data"]
     assert json.loads(body)["type"] == "job.cancelled"
+    written = json.loads(body)["timestamp"]  # ISO 8601, as the scheme wants it
+    assert written.endswith("Z")
+    assert abs(datetime.fromisoformat(written).timestamp() - time.time()) < 30
     assert json.loads(body)["data"] == {"job_id": job_id, "state": "cancelled", "url": f"/v1/jobs/{job_id}"}
     # As a receiver checks it: with the secret it was shown.
     key = base64.b64decode(shown_secret(derived_secret(SECRET, "me")).removeprefix("whsec_"))
@@ -159,6 +168,62 @@ async def test_a_message_of_a_router_that_died_is_sent_by_another(
         await until(box, "delivered")
 
 
+async def test_receivers_that_hang_hold_up_nobody(
+    store: JobStore, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(silent, "127.0.0.1", 0)
+    for _ in range(20):
+        ended_job(store, f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/")
+    ended_job(store, receiver.url)
+    async with asyncio.timeout(4), sending(outbox(store), monkeypatch):
+        while not receiver.seen:
+            await asyncio.sleep(0.02)
+    server.close()
+
+
+async def test_over_tls_the_certificate_must_be_the_hosts(
+    store: JobStore, receiver: Receiver, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+    for name, state in (("localhost", "delivered"), ("other.example", "dead")):
+        tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        authority.issue_cert(name).configure_cert(tls)
+        server = await asyncio.start_server(receiver.handle, "127.0.0.1", 0, ssl=tls)
+        ended_job(store, f"https://localhost:{server.sockets[0].getsockname()[1]}/hook")
+        box = outbox(store, retry_s=())
+        async with sending(box, monkeypatch):
+            await until(box, state)
+        server.close()
+    assert len(receiver.seen) == 1
+    (message,) = box.page(owner_key=None, state="dead", limit=5)
+    assert message.last_error == "ConnectError"
+
+
+async def test_a_name_is_looked_up_once_so_that_it_cannot_change(
+    store: JobStore, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = asyncio.get_running_loop()
+    asked: list[str] = []
+
+    async def look_up(host: str, port: int, **_: object) -> list[tuple[object, ...]]:
+        asked.append(host)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", receiver.port))]
+
+    monkeypatch.setattr(loop, "getaddrinfo", look_up)
+    ended_job(store, f"http://hooks.example:{receiver.port}/hook")
+    box = outbox(store)
+    async with sending(box, monkeypatch):
+        await until(box, "delivered")
+    assert asked == ["hooks.example"]
+    assert receiver.seen[0][0]["host"] == f"hooks.example:{receiver.port}"
+
+
 async def test_nothing_reaches_private_networks(
     store: JobStore, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,8 +234,9 @@ async def test_nothing_reaches_private_networks(
     assert receiver.seen == []
     (message,) = box.page(owner_key=None, state="dead", limit=5)
     assert message.last_error == "the host's address is private"
-    with pytest.raises(Refused):
-        await resolve("localhost", 80, ())
+    for host in ("localhost", "2130706433", "127.1", "a" * 64 + ".example"):
+        with pytest.raises(Refused):
+            await resolve(host, 80, ())
     assert await resolve("127.0.0.1", 80, LOCAL) == "127.0.0.1"
 
 
@@ -198,7 +264,8 @@ def test_public_addresses_and_configured_networks_are_allowed() -> None:
     "url",
     [
         "ftp://example.com", "file:///etc/passwd", "http://", "http://u:p@example.com", "https://[::1]/x", "http://127.0.0.1",
-        "http://[::ffff:10.0.0.1]/", "javascript:alert(1)", "http://exa\nmple.com", "http://example.com:99999/", "http://[bad/",
+        "http://[::ffff:10.0.0.1]/", "http://2130706433/", "http://127.1/", "http://0x7f000001/", "http://0177.0.0.1/",
+        "http://localhost:8080/", "http://a.localhost/", "javascript:alert(1)", "http://exa\nmple.com", "http://example.com:99999/", "http://[bad/",
     ],
 )  # fmt: skip
 def test_urls_that_are_refused_at_submit(url: str) -> None:
