@@ -88,14 +88,14 @@ class FleetView:
         """Whether a live node carries the labels; `in(a,b)` as in Ray's selectors."""
         return any(all(_matches(node.labels.get(k), v) for k, v in selector.items()) for node in self.nodes)
 
-    def reachable(self, pool: Pool) -> bool:
-        """Whether the cluster has a node for the pool, or adds one when a replica waits for it."""
-        return pool.args.nodes_on_demand or self.placeable(pool)
-
     def placeable(self, pool: Pool) -> bool:
         """Whether the cluster has a node for the pool, free or not."""
         selector = label_selector(pool.args)
         return not selector or self.has_node(selector)
+
+    def reachable(self, pool: Pool) -> bool:
+        """Whether the cluster has a node for the pool, or adds one when a replica waits for it."""
+        return pool.args.nodes_on_demand or self.placeable(pool)
 
     def why_not_ready(self, pool: Pool) -> str | None:
         """A sentence for people, or None while at least one replica of the pool serves."""
@@ -190,7 +190,8 @@ class Fleet:
         self._handles: dict[str, DeploymentHandle[Any]] = {}
         self._infos: dict[str, tuple[float, Mapping[str, Any]]] = {}
         self._describing: dict[str, asyncio.Task[None]] = {}
-        self._waiting: Mapping[str, list[str]] = {}  # replicas that wait for a node, by application
+        self._waiting: Mapping[str, list[str]] = {}  # replicas that wait for a node the cluster lacks, by application
+        self._leaving: dict[str, tuple[float, list[str]]] = {}  # those of an application that goes, since when
 
     async def run(self) -> None:
         """Poll until cancelled. A failed poll keeps the last picture and is tried again."""
@@ -204,7 +205,7 @@ class Fleet:
     async def refresh(self) -> None:
         details, nodes = await asyncio.to_thread(_serve_details), await asyncio.to_thread(_live_nodes)
         view = replace(parse_details(details), nodes=nodes)
-        await asyncio.to_thread(_release, self._unplaced_leavers(details, view.apps))
+        await asyncio.to_thread(_release, self._unplaced_leavers(details, view, time.monotonic()))
         for pool in view.pools:
             if pool.running:
                 self._describe_soon(pool.app, pool.role, DESCRIBE_TIMEOUT_S)
@@ -219,20 +220,27 @@ class Fleet:
 
     async def last_look(self) -> None:
         """Before this router leaves: where all of Serve stops, nobody after it lets go what waits for a node."""
-        if any(self._waiting.values()):
+        if any(self._waiting.values()) or self._leaving:
+            await self.refresh()
             await asyncio.sleep(SETTLE_S)
             await self.refresh()
 
-    def _unplaced_leavers(self, details: Mapping[str, Any], apps: Mapping[str, str]) -> list[str]:
-        """Replicas that leave, or whose application does, before they had found a node.
+    def _unplaced_leavers(self, details: Mapping[str, Any], view: FleetView, now: float) -> list[str]:
+        """Replicas that leave, or whose application does, and for which the cluster has no node.
 
         Serve asks a leaving replica to finish first and waits for `graceful_shutdown_timeout_s`. One that never started cannot answer, so for
         all that time it would go on asking the cluster for a card, and hold up a shutdown of Serve. Of an application that is being deleted
-        Serve tells no replicas any more; what it told before counts.
+        Serve tells no replicas any more; what it told before counts. Such a replica is let go only after `SETTLE_S`: until Serve has told it to
+        stop, its end would be taken for a failed start, logged with a trace, and another one started. For the same reason one whose process
+        still starts on a node is left to Serve, which cannot be told from one that waits but by the node.
         """
-        going = [app for app in self._waiting if apps.get(app) in (None, "DELETING")]
-        leavers = [actor for app in going for actor in self._waiting[app]]
-        self._waiting = unplaced(details, "STARTING")
+        for app in self._waiting:
+            if view.apps.get(app) in (None, "DELETING") and self._waiting[app]:
+                self._leaving.setdefault(app, (now, self._waiting[app]))
+        settled = [app for app, (since, _) in self._leaving.items() if now - since >= SETTLE_S]
+        leavers = [actor for app in settled for actor in self._leaving.pop(app)[1]]
+        starting = unplaced(details, "STARTING")
+        self._waiting = {p.app: starting.get(p.app, []) for p in view.pools if not view.placeable(p)}
         return leavers + [actor for actors in unplaced(details, "STOPPING").values() for actor in actors]
 
     def handle(self, app: str, role: Role) -> DeploymentHandle[Any]:
@@ -277,7 +285,7 @@ def _release(actors: Iterable[str]) -> None:
             ray.kill(ray.get_actor(name, namespace="serve"))
         except ValueError:
             continue  # gone meanwhile
-        log.info("released %s, which waited for a node that nobody needs any more", name)
+        log.info("released %s, which had not started and is not needed any more", name)
 
 
 def _live_nodes() -> tuple[Node, ...]:

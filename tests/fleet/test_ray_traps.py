@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,7 +23,7 @@ from acestep.gpu_config import TIERS
 from acestep.request import SongRequest
 from deployments.build import build_config, parse_tiers
 from deployments.config import PlannerArgs, RendererArgs, RouterArgs, parse_args
-from deployments.fleet import Fleet, unplaced
+from deployments.fleet import SETTLE_S, Fleet, FleetView, Node, Pool, unplaced
 from deployments.pools import deployment_options, label_selector, settled
 from deployments.validate import problems
 from tests.server import ROOT
@@ -123,10 +124,22 @@ def test_only_a_leaving_replica_that_never_had_a_node_is_let_go() -> None:
     }
     assert unplaced(details, "STOPPING") == {"dit-tier4": ["pending"], "another": [], "not built yet": []}
     fleet = Fleet()
-    assert fleet._unplaced_leavers(details, {"dit-tier4": "RUNNING"}) == ["pending"]
-    # Of an application that goes, Serve tells no replicas any more.
-    assert fleet._unplaced_leavers({"applications": {"dit-tier4": {}}}, {"dit-tier4": "DELETING"}) == ["waits"]
-    assert fleet._unplaced_leavers({}, {}) == []
+    args = RendererArgs(tiers=["tier4"])
+    pools = (Pool("dit-tier4", "render", args, starting=1),)
+    runs = FleetView(pools, apps={"dit-tier4": "RUNNING"})
+    goes = FleetView(apps={"dit-tier4": "DELETING"})
+    gone: dict[str, Any] = {"applications": {"dit-tier4": {}}}
+    assert fleet._unplaced_leavers(details, runs, now=0.0) == ["pending"]
+    # Of an application that goes, Serve tells no replicas any more. Until it has told them to stop, none may be let go.
+    assert fleet._unplaced_leavers(gone, goes, now=1.0) == []
+    assert fleet._unplaced_leavers(gone, goes, now=1.5) == []
+    assert fleet._unplaced_leavers(gone, goes, now=1.0 + SETTLE_S) == ["waits"]
+    assert fleet._unplaced_leavers({}, FleetView(), now=100.0) == []
+    # Where there is a node, what has none yet may be a process that still starts: Serve ends it, and without a trace in the log.
+    node = Node("n1", label_selector(args), gpus=1.0, cpus=1.0)
+    assert fleet._unplaced_leavers(details, replace(runs, nodes=(node,)), now=200.0) == ["pending"]
+    assert fleet._unplaced_leavers(gone, goes, now=201.0) == []
+    assert fleet._unplaced_leavers(gone, goes, now=210.0) == []
 
 
 # -- how Ray really schedules and builds
