@@ -9,7 +9,6 @@ import ray
 
 from acestep.gpu_config import get_gpu_config, simulated_gib
 from deployments.config import PoolArgs
-from deployments.jobs.database import default_database_url
 
 ROLE_LABEL = "acestep/role"
 TIER_LABEL = "acestep/gpu-tier"
@@ -88,6 +87,8 @@ def deployment_options(args: PoolArgs) -> dict[str, Any]:
 
 def autoscaling(args: PoolArgs, pool: str) -> dict[str, Any]:
     """Scaling on the seconds of work that wait for the pool, as the job store knows them."""
+    from deployments.jobs.database import default_database_url  # the stages import this module, and need no SQL
+
     return {
         "min_replicas": args.min_replicas,
         "max_replicas": args.max_replicas,

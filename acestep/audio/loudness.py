@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import pyloudnorm
 
 Samples = npt.NDArray[np.float32]
 
@@ -71,6 +70,8 @@ def measure_lufs(audio: Samples, sample_rate: int) -> float | None:
     seconds = audio.shape[1] / sample_rate
     if _peak(audio) == 0.0:
         return None
+    import pyloudnorm  # brings scipy, a second at the start of every renderer, for a wish that few songs have
+
     meter = pyloudnorm.Meter(sample_rate, block_size=min(_BLOCK_S, seconds))
     # The gating divides by the number of blocks above the gate, which is zero for what is too quiet to count.
     with np.errstate(divide="ignore", invalid="ignore"):
