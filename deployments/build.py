@@ -14,9 +14,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import yaml
+
 from acestep.errors import InvalidRequest
-from acestep.gpu_config import TIERS, get_gpu_config
-from deployments.pools import TIER_LABEL
+from acestep.gpu_config import TIERS, get_gpu_config, get_limits
+from deployments.config import PlannerArgs, RendererArgs
+from deployments.pools import ROLE_LABEL, TIER_LABEL, node_labels
 
 _SPEC = re.compile(r"^(?P<tier>[a-z]+\d?)(?::(?P<cards>\d+))?$")
 CPU = "cpu"
@@ -55,13 +58,22 @@ def parse_tiers(text: str) -> list[Cards]:
 
 
 def cards_of_nodes(nodes: Iterable[Mapping[str, Any]]) -> list[Cards]:
-    """The cards of a running Ray cluster, by the tier labels of its nodes (`ray.nodes()`)."""
+    """The cards of a running Ray cluster, by the labels of its nodes (`ray.nodes()`).
+
+    Nodes that are labelled as having no card count only where no node has one: beside cards they would be the cheapest and far the slowest
+    place for every song.
+    """
     found: Counter[str] = Counter()
+    without = 0
     for node in nodes:
-        tier = (node.get("Labels") or {}).get(TIER_LABEL)
-        if node.get("Alive") and tier in TIERS:
-            found[tier] += int((node.get("Resources") or {}).get("GPU", 0))
-    return [Cards(t, found[t]) for t in TIERS if found[t]]
+        labels = node.get("Labels") or {}
+        tier = labels.get(TIER_LABEL)
+        if not node.get("Alive") or tier not in TIERS:
+            continue
+        found[tier] += int((node.get("Resources") or {}).get("GPU", 0))
+        without += labels.get(ROLE_LABEL) == CPU
+    cards = [Cards(t, found[t]) for t in TIERS if found[t]]
+    return cards or ([Cards(CPU, without)] if without else [])
 
 
 def build_config(
@@ -123,6 +135,61 @@ def build_config(
         "logging_config": {"encoding": "JSON", "log_level": "INFO"},
         "applications": applications,
     }
+
+
+def as_text(config: Mapping[str, Any]) -> str:
+    """The config as YAML with comments for whoever edits it."""
+    blocks = [
+        "# A fleet, written by `acestep config build`: one Serve application per pool. Edit it as you like, then\n"
+        "#   acestep config validate FILE   finds misspelt keys, which Serve ignores\n"
+        "#   serve run FILE                 starts it; `serve deploy FILE` changes what runs, pool by pool\n"
+        "# What each of the args means: deployments/config.py. Updates, scaling, several machines: docs/operations.md.\n"
+    ]
+    for key, value in config.items():
+        if key != "applications":
+            blocks.append(_comment(_TOP[key]) + yaml.safe_dump({key: value}, sort_keys=False))
+    pools = [
+        _comment(_about(a), "  ") + _indented(yaml.safe_dump([a], sort_keys=False)) for a in config["applications"]
+    ]
+    return "\n".join([*blocks, "applications:\n" + "\n".join(pools)])
+
+
+_TOP = {
+    "proxy_location": "HTTP is answered on every node.",
+    "http_options": "127.0.0.1 is this machine only. Before opening it, set ACESTEP_API_KEY or `api_keys` in the router's args.",
+    "controller_options": "Planners share cards; without this they are spread over all, and leave no whole card for a renderer. Read when Serve starts.",
+    "logging_config": "One JSON object per line in logs/serve of Ray's session folder; TEXT for people.",
+}
+
+
+def _about(application: Mapping[str, Any]) -> str:
+    """What an application is, in a few lines."""
+    builder = application["import_path"].rpartition(":")[2]
+    if builder == "router":
+        return "The HTTP API and the dispatcher; on any node, without a card. It finds the pools below by itself."
+    args = (PlannerArgs if builder == "lm" else RendererArgs).model_validate(application["args"])
+    if args.num_gpus == 0:
+        card, where = get_gpu_config("tier1"), "On the CPUs of any node"
+    else:
+        card, where = get_gpu_config(args.tiers[0]), f"On nodes started with ray start --labels={node_labels(args)}"
+    if builder == "lm":
+        what = "Plans songs."
+    else:
+        most = get_limits(card, "both" if args.shared_card else "render")
+        what = f"Renders songs of up to {most.max_duration:g} s, {most.max_batch} at once."
+    if args.shared_card:
+        where += ", whose card planner and renderer share"
+    several = args.min_replicas != args.max_replicas
+    size = f"{args.min_replicas} to {args.max_replicas}" if several else f"{args.max_replicas}"
+    return f"{what} {size} replica{'s' if size != '1' else ''}.\n{where}."
+
+
+def _comment(text: str, indent: str = "") -> str:
+    return "".join(f"{indent}# {line}\n" for line in text.splitlines())
+
+
+def _indented(text: str) -> str:
+    return "".join(f"  {line}\n" for line in text.splitlines())
 
 
 def _application(

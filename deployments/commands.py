@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 
 from acestep.errors import AceStepError, InvalidRequest
 from acestep.paths import home, writable
@@ -64,14 +63,14 @@ def build(
     port: Annotated[int, typer.Option(help="Port.")] = 8000,
 ) -> None:
     """Write the Serve config of a fleet: an application per pool."""
-    from deployments.build import build_config, cards_of_nodes, parse_tiers
+    from deployments.build import as_text, build_config, cards_of_nodes, parse_tiers
 
     cards = parse_tiers(tiers) if tiers is not None else cards_of_nodes(_cluster_nodes())
     data = build_config(
         cards, model=model, planner=planner, scale_to_zero=scale_to_zero, nodes_on_demand=nodes_on_demand,
         database_url=database_url, files_url=files_url, host=host, port=port,
     )  # fmt: skip
-    text = yaml.safe_dump(data, sort_keys=False)
+    text = as_text(data)
     if output is None:
         typer.echo(text, nl=False)
     else:

@@ -6,12 +6,13 @@ import math
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from acestep.errors import InvalidRequest
 from acestep.gpu_config import TIERS
-from deployments.build import CPU, Cards, build_config, cards_of_nodes, parse_tiers
+from deployments.build import CPU, Cards, as_text, build_config, cards_of_nodes, parse_tiers
 from deployments.config import PlannerArgs, PoolArgs, RendererArgs
 from deployments.pools import gpu_share, label_selector
 from deployments.validate import problems
@@ -79,6 +80,36 @@ def test_cards_of_a_running_cluster_are_counted_by_label() -> None:
     assert cards_of_nodes(nodes) == [Cards("tier4", 3)]
     with pytest.raises(InvalidRequest, match="label the nodes"):
         build_config(cards_of_nodes([]))
+
+
+def test_nodes_without_a_card_are_a_fleet_only_where_there_is_no_other() -> None:
+    cpu = {"Alive": True, "Labels": {"acestep/role": "cpu", "acestep/gpu-tier": "tier1"}, "Resources": {"CPU": 8.0}}
+    card = {"Alive": True, "Labels": {"acestep/role": "gpu", "acestep/gpu-tier": "tier5"}, "Resources": {"GPU": 1.0}}
+    assert cards_of_nodes([cpu, cpu]) == [Cards(CPU, 2)]
+    assert cards_of_nodes([cpu, card]) == [Cards("tier5", 1)]
+
+
+@pytest.mark.parametrize("tiers", ["tier1,tier2", "tier4", "tier5:8,unlimited", "cpu:2", "cpu,tier6:3"])
+@pytest.mark.parametrize("to_zero", [False, True])
+def test_the_file_says_what_each_part_is_and_is_still_the_config(tiers: str, to_zero: bool) -> None:
+    config = build_config(parse_tiers(tiers), scale_to_zero=to_zero, files_url="s3://bucket/songs")
+    text = as_text(config)
+    assert yaml.safe_load(text) == config
+    before = ""
+    for line in text.splitlines():
+        if line.startswith("  - name:") or (line and line[0].isalpha() and line != "applications:"):
+            assert before.lstrip().startswith("#"), line
+        before = line
+    for name, args in pools(config):
+        about = text[: text.index(f"- name: {name}\n")].rpartition("\n\n")[2]
+        assert all(f"acestep/gpu-tier={tier}" in about for tier in args.tiers)
+        assert ("share" in about) == bool(args.shared_card)
+
+
+def test_a_renderers_comment_tells_its_limits() -> None:
+    shared, alone = as_text(build_config(parse_tiers("tier4"))), as_text(build_config(parse_tiers("tier4:2")))
+    assert "Renders songs of up to 240 s, 2 at once. 1 replica." in shared
+    assert "Renders songs of up to 360 s, 4 at once. 1 replica." in alone
 
 
 @pytest.mark.parametrize("text", ["tier9", "tier4:x", "tier4:0", "", "tier4,tier4", "tier4 tier5"])
