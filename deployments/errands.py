@@ -109,6 +109,8 @@ def with_sample(request: SongRequest, sample: Sample, *, replace_all: bool) -> S
         written["vocal_language"] = sample.language if sample.language in LANGUAGES else request.vocal_language
     else:
         written = {name: value for name, value in written.items() if value}
+        if request.lyrics.strip() and request.instrumental != sample.instrumental:
+            written.pop("lyrics", None)  # whether somebody sings is the caller's choice where the caller made one
     try:
         return SongRequest.model_validate({**request.model_dump(), **written})
     except ValidationError as error:

@@ -582,7 +582,7 @@ async def test_texts_say_what_they_could_not_read(site: Site, monkeypatch: pytes
     async def write(**fields: Any) -> Sample:
         asked.clear()
         asked.update(fields)
-        return Sample(caption="better", bpm=90)
+        return Sample(caption="better", bpm=90, lyrics="words", instrumental=fields.get("instrumental", False))
 
     monkeypatch.setattr(site.service.talk, "format", write)
     monkeypatch.setattr(site.service.talk, "inspire", write)
@@ -597,8 +597,13 @@ async def test_texts_say_what_they_could_not_read(site: Site, monkeypatch: pytes
     assert (asked["bpm"], asked["keyscale"], asked["temperature"]) == (None, None, 2.0)
     answer = (await site.client.post("/format_input", json={"prompt": "x", "param_obj": "bpm=3"})).json()
     assert answer["data"]["warnings"][0]["field"] == "param_obj"
-    answer = (await site.client.post("/v1/create_sample", json={"query": "x", "vocal_language": "xx", "bpm": 3})).json()
+    answer = (
+        await site.client.post(
+            "/v1/create_sample", json={"query": "x", "instrumental": True, "vocal_language": "xx", "bpm": 3}
+        )
+    ).json()
     assert {w["field"] for w in answer["data"]["warnings"]} == {"vocal_language", "bpm"}
+    assert answer["data"]["lyrics"] == "[Instrumental]"  # though there are words
     assert list(answer["data"])[:7] == [
         "caption", "lyrics", "bpm", "keyscale", "duration", "timesignature", "vocal_language",
     ]  # fmt: skip

@@ -36,6 +36,14 @@ def test_formatting_keeps_what_the_planner_left_open() -> None:
     assert (made.prompt, made.lyrics, made.bpm, made.key_scale, made.duration) == ("better", "la", 90, "C major", 30.0)
 
 
+def test_formatting_neither_silences_nor_finds_a_singer() -> None:
+    assert with_sample(ASKED, Sample(lyrics="", instrumental=True), replace_all=False).lyrics == "la"
+    quiet = ASKED.model_copy(update={"lyrics": "[inst]"})
+    assert with_sample(quiet, Sample(lyrics="words"), replace_all=False).instrumental
+    open_ = ASKED.model_copy(update={"lyrics": ""})
+    assert with_sample(open_, Sample(lyrics="words"), replace_all=False).lyrics == "words"
+
+
 async def test_the_same_seed_asks_for_the_same_text(tmp_path: Path) -> None:
     store, asked = JobStore(f"sqlite:///{tmp_path / 'jobs.sqlite3'}"), []
 

@@ -16,6 +16,7 @@ from fastapi.responses import JSONResponse
 from acestep.errors import AceStepError, Unavailable
 from acestep.lm.work import TEXT_TEMPERATURE, Sample
 from acestep.request import (
+    INSTRUMENTAL,
     LANGUAGES,
     MAX_DURATION_S,
     MAX_LYRICS_CHARS,
@@ -110,7 +111,7 @@ async def create_sample(request: Request, service: Svc) -> Any:
     return envelope(
         {
             "caption": sample.caption or "",
-            "lyrics": sample.lyrics,
+            "lyrics": INSTRUMENTAL if sample.instrumental else sample.lyrics,
             "bpm": sample.bpm,
             "keyscale": sample.keyscale or "",
             "duration": sample.duration,
