@@ -7,6 +7,7 @@ import time
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
@@ -39,21 +40,30 @@ def status(
 
 
 def table(cluster: dict[str, Any]) -> Group:
-    """The answer of /v1/cluster for a terminal."""
-    pools = Table(title="ready" if cluster["ready"] else "not ready", title_justify="left")
-    for column in ("pool", "role", "model", "card", "tier", "replicas", "waiting", "running", "limits"):
-        pools.add_column(column)
+    """The answer of /v1/cluster for a terminal; whole in 80 columns."""
+    title = "ready" if cluster["ready"] else "not ready"
+    pools = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False)
+    pools.add_column("pool", no_wrap=True)
+    for column in ("role", "replicas", "waiting", "running", "songs"):
+        pools.add_column(column, no_wrap=True, justify="left" if column == "role" else "right")
     for p in cluster["pools"]:
-        replicas, backlog, limits = p["replicas"], p["backlog"], p.get("limits") or {}
-        starting = f" (+{replicas['starting']} starting)" if replicas["starting"] else ""
+        replicas, backlog, limits = p["replicas"], p["backlog"], p.get("limits")
+        what = Text(p["name"], style="bold")
+        tier = p.get("tier") or ",".join(p["tiers"]) or "any tier"
+        card = p.get("device", "").removeprefix("NVIDIA ").removeprefix("GeForce ")
+        for line in (p.get("model"), ", ".join(filter(None, (card, tier)))):
+            what.append(f"\n  {line}" if line else "", style="dim")
+        starting = f"\n{replicas['starting']} starting" if replicas["starting"] else ""
         pools.add_row(
-            p["name"], p["role"], p.get("model", "-"), p.get("device", "-"), p.get("tier") or ",".join(p["tiers"]) or "any",
-            f"{replicas['running']}/{replicas['target']}{starting}", f"{backlog['waiting_s']:.1f} s",
+            what, p["role"], f"{replicas['running']}/{replicas['target']}{starting}", f"{backlog['waiting_s']:.1f} s",
             f"{backlog['running_s']:.1f} s ({backlog['running_jobs']})",
             f"{limits['max_duration']:g} s x {limits['max_batch']}" if limits and p["role"] == "render" else "-",
         )  # fmt: skip
-    nodes = ", ".join(f"{n['name']} ({n['tier'] or 'no tier'}, {n['gpus']:g} GPU)" for n in cluster["nodes"])
-    jobs = ", ".join(f"{count} {state}" for state, count in cluster["jobs"].items())
-    lines = [f"nodes    {nodes}", f"jobs     {jobs}", *(f"missing  {m}" for m in cluster["missing"])]
-    reasons = [f"{p['name']}: {p['reason']}" for p in cluster["pools"] if "reason" in p]
-    return Group(pools, Text("\n".join([*lines, *reasons])))
+    lines = [f"jobs     {', '.join(f'{count} {state}' for state, count in cluster['jobs'].items())}"]
+    lines += [
+        f"node     {n['name']}: {n['tier'] or 'no tier'}, {n['gpus']:g} GPU, {n['cpus']:g} CPU"
+        for n in cluster["nodes"]
+    ]
+    lines += [f"missing  {m}" for m in cluster["missing"]]
+    lines += [f"{p['name']}: {p['reason']}" for p in cluster["pools"] if "reason" in p]
+    return Group(pools, Text("\n" + "\n".join(lines)))

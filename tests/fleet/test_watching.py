@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import logging
 from collections.abc import Iterator
@@ -12,7 +13,9 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from ray._common.formatters import JSONFormatter
+from rich.console import Console
 
+from acestep.commands.status import table
 from deployments import tracing
 from deployments.logs import about, join_serve
 
@@ -94,3 +97,37 @@ def test_without_tracing_nothing_is_kept() -> None:
     assert tracing.here() == {}
     with tracing.span("song", {}):
         assert tracing.here() == {}
+
+
+def test_the_status_table_is_whole_in_eighty_columns() -> None:
+    replicas, backlog = (
+        {"running": 12, "starting": 3, "target": 15},
+        {"waiting_s": 3_612.5, "running_s": 123.4, "running_jobs": 16},
+    )
+    pool = {"name": "dit-unlimited", "role": "render", "tiers": ["unlimited"], "replicas": replicas, "backlog": backlog}
+    known = {
+        "model": "acestep-v15-xl-turbo", "device": "NVIDIA GeForce RTX 4090", "tier": "unlimited",
+        "limits": {"max_duration": 600.0, "max_batch": 8},
+    }  # fmt: skip
+    cluster = {
+        "ready": False, "missing": ["no planner is running"], "jobs": {"queued": 12}, "nodes": [{"name": "a", "tier": None, "gpus": 0, "cpus": 8}],
+        "pools": [{**pool, **known}, {**pool, "name": "dit-tier4", "reason": "no replica yet"}],
+    }  # fmt: skip
+    console = Console(width=80, file=io.StringIO())
+    with console.capture() as shown:
+        console.print(table(cluster))
+    text = shown.get()
+    assert "…" not in text
+    for cell in (
+        "dit-unlimited",
+        "12/15",
+        "3 starting",
+        "3612.5 s",
+        "123.4 s (16)",
+        "600 s x 8",
+        "acestep-v15-xl-turbo",
+        "RTX 4090, unlimited",
+    ):
+        assert cell in text
+    assert "dit-tier4: no replica yet" in text
+    assert "missing  no planner is running" in text
