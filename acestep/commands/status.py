@@ -44,19 +44,19 @@ def table(cluster: dict[str, Any]) -> Group:
     title = "ready" if cluster["ready"] else "not ready"
     pools = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False)
     pools.add_column("pool", no_wrap=True)
-    for column in ("role", "replicas", "waiting", "running", "songs"):
-        pools.add_column(column, no_wrap=True, justify="left" if column == "role" else "right")
+    for column in ("replicas", "waiting", "running", "songs"):
+        pools.add_column(column, no_wrap=True, justify="right")
     for p in cluster["pools"]:
         replicas, backlog, limits = p["replicas"], p["backlog"], p.get("limits")
         what = Text(p["name"], style="bold")
         tier = p.get("tier") or ",".join(p["tiers"]) or "any tier"
         card = p.get("device", "").removeprefix("NVIDIA ").removeprefix("GeForce ")
-        for line in (p.get("model"), ", ".join(filter(None, (card, tier)))):
-            what.append(f"\n  {line}" if line else "", style="dim")
+        for line in ((p["role"] + "s", p.get("model")), (card, tier)):
+            what.append("\n " + ", ".join(filter(None, line)), style="dim")
         starting = f"\n{replicas['starting']} starting" if replicas["starting"] else ""
         pools.add_row(
-            what, p["role"], f"{replicas['running']}/{replicas['target']}{starting}", f"{backlog['waiting_s']:.1f} s",
-            f"{backlog['running_s']:.1f} s ({backlog['running_jobs']})",
+            what, f"{replicas['running']}/{replicas['target']}{starting}", _seconds(backlog["waiting_s"]),
+            f"{_seconds(backlog['running_s'])} ({backlog['running_jobs']})",
             f"{limits['max_duration']:g} s x {limits['max_batch']}" if limits and p["role"] == "render" else "-",
         )  # fmt: skip
     lines = [f"jobs     {', '.join(f'{count} {state}' for state, count in cluster['jobs'].items())}"]
@@ -67,3 +67,7 @@ def table(cluster: dict[str, Any]) -> Group:
     lines += [f"missing  {m}" for m in cluster["missing"]]
     lines += [f"{p['name']}: {p['reason']}" for p in cluster["pools"] if "reason" in p]
     return Group(pools, Text("\n" + "\n".join(lines)))
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.1f} s" if value < 100 else f"{value:.0f} s"
