@@ -43,7 +43,7 @@ async def poll(site: Site, *ids: str) -> list[dict[str, Any]]:
 
 
 def encodings(fields: dict[str, Any]) -> list[dict[str, Any]]:
-    """The same fields as JSON, urlencoded, multipart, and both sniffed kinds."""
+    """The same fields as JSON, urlencoded, multipart, as `curl -d` declares JSON, and both sniffed kinds."""
     text = {k: json.dumps(v) if isinstance(v, (dict, list, bool)) else str(v) for k, v in fields.items()}
     raw = {"content-type": "text/plain"}
     return [
@@ -51,6 +51,7 @@ def encodings(fields: dict[str, Any]) -> list[dict[str, Any]]:
         {"content": json.dumps(fields), "headers": {"content-type": "application/vnd.x+json"}},
         {"data": text},
         {"files": {k: (None, v) for k, v in text.items()}},
+        {"content": json.dumps(fields), "headers": {"content-type": "application/x-www-form-urlencoded"}},
         {"content": json.dumps(fields), "headers": raw},
         {"content": urlencode(text), "headers": raw},
     ]

@@ -40,6 +40,8 @@ async def read_body(request: Request, *, optional: bool = False) -> Body:
     """
     declared = request.headers.get("content-type", "")
     kind = declared.partition(";")[0].strip().lower()
+    if kind == "application/x-www-form-urlencoded" and (text := (await request.body()).strip())[:1] in (b"{", b"["):
+        return Body(_object(text, HINT))  # `curl -d '{...}'` without a header; a form would have escaped it
     if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
         multipart = kind.startswith("multipart")
         if multipart and "boundary=" not in declared.lower():
