@@ -21,7 +21,7 @@ def remaining_s(
     fleet: FleetState,
     *,
     planner: str | None,
-    renderer: str,
+    renderer: str | None,
     stage: Stage,
     elapsed_s: float = 0.0,
     done: float | None = None,
@@ -31,7 +31,7 @@ def remaining_s(
     """Seconds until the job's files are there; None where that depends on a card that is not there.
 
     Args:
-        planner, renderer: The pools that it was given to.
+        planner, renderer: The pools that it was given to; no renderer where it only plans.
         stage: `queued` before planning, `planned` between the stages.
         elapsed_s: How long that stage has been running.
         done: The share of it that is done, where its progress says so; better than `elapsed_s`.
@@ -41,10 +41,10 @@ def remaining_s(
     if plan is not None:
         request = request.model_copy(update={"plan": plan})
     pools = {p.name: _before(p, ahead) for p in fleet.pools}
-    if renderer not in pools or not pools[renderer].can_run:
+    if renderer is not None and (renderer not in pools or not pools[renderer].can_run):
         return None
     seconds, _ = expected_duration(request)
-    if stage == "rendering":
+    if stage == "rendering" and renderer is not None:
         idle = replace(pools[renderer], waiting_s=0.0, free_in_s=None, running_s=0.0, busy=0, coming=())
         return _left(render_option(idle, request, seconds, 0.0).seconds.wall_s, elapsed_s, done)
     planned_s = 0.0
@@ -53,6 +53,8 @@ def remaining_s(
             return None
         option = plan_option(pools[planner], request, seconds)
         planned_s = option.finish_s if stage == "queued" else _left(option.seconds.wall_s, elapsed_s, done)
+    if renderer is None:
+        return planned_s
     return planned_s + render_option(pools[renderer], request, seconds, planned_s).finish_s
 
 

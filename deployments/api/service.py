@@ -24,10 +24,10 @@ from deployments.config import RouterArgs
 from deployments.dispatch import Dispatcher
 from deployments.eta import Stage, remaining_s
 from deployments.fleet import Fleet
-from deployments.jobs.backlog import Backlog
 from deployments.jobs.files import FileRecords
+from deployments.jobs.queue import Line, Place
 from deployments.jobs.secrets import shared_secret
-from deployments.jobs.store import RUNNING, Ahead, Busy, Caps, Job, JobStore
+from deployments.jobs.store import QUEUED, RUNNING, Busy, Caps, Job, JobStore
 from deployments.jobs.webhooks import Outbox
 from deployments.routing import Routing
 from deployments.storage import Storage
@@ -55,12 +55,14 @@ class Service:
     talk: Talk = field(init=False)
     webhook_secret: bytes = field(init=False, repr=False)
     outbox: Outbox = field(init=False)
+    line: Line = field(init=False)
 
     def __post_init__(self) -> None:
         self.keys = Keyring(self.args, environment_keys())
         self.rates = RateLimit()
         self.signer = Signer(shared_secret(self.store.engine, "url", "ACESTEP_URL_SECRET"), self.args.url_lifetime_s)
         self.sources = Sources(self.args, self.storage, FileRecords(self.store.engine), self._may_use)
+        self.line = Line(self.store.engine)
         self.talk = Talk(self.fleet, self.routing)
         self.webhook_secret = shared_secret(self.store.engine, "webhook", "ACESTEP_WEBHOOK_SECRET")
         self.outbox = Outbox(
@@ -176,29 +178,37 @@ class Service:
         cost = {"audio_s": job.audio_s, "plan_s": round(job.est_plan_s, 3), "render_s": round(job.est_render_s, 3)}
         if job.ended:
             return {"position": 0, "cost": cost, "eta_s": None}
-        ahead = await asyncio.to_thread(self.store.ahead, job)
-        eta = None if job.render_pool is None else self._remaining(job, ahead)
-        return {"position": ahead.position, "cost": cost, "eta_s": None if eta is None else round(eta, 1)}
+        place = await self.place(job)
+        eta = self._remaining(job, place)
+        return {"position": place.position, "cost": cost, "eta_s": None if eta is None else round(eta, 1)}
 
-    def _remaining(self, job: Job, ahead: Ahead) -> float | None:
+    async def place(self, job: Job) -> Place:
+        """What goes before a job, in the order in which this router will serve."""
+        if job.state != QUEUED:
+            return Place()
+        return await asyncio.to_thread(self.line.place, job.id, self.dispatcher.usage.at(time.time()))
+
+    def _remaining(self, job: Job, place: Place) -> float | None:
+        if job.plan_pool is None and job.render_pool is None:
+            return None
         stage: Stage = "planned" if job.planned_at else "queued"
         if job.state == RUNNING:
             if job.stage == "planning":
                 stage = "planning"
             elif job.stage in ("rendering", "decoding", "encoding"):
                 stage = "rendering"
+        known = job.progress if job.progress and job.progress.stage == stage == "planning" else None
         since = (job.planned_at if stage == "rendering" else None) or job.started_at
-        before = {pool: s for pool, s in ((job.plan_pool, ahead.plan_s), (job.render_pool, ahead.render_s)) if pool}
-        waiting = {p: min(s, self.routing.backlogs.get(p, Backlog()).waiting_s) for p, s in before.items()}
         return remaining_s(
             job.request,
             self.routing.state(self.fleet.view),
             planner=job.plan_pool,
-            renderer=str(job.render_pool),
+            renderer=job.render_pool,
             stage=stage,
             elapsed_s=time.time() - since if since else 0.0,
+            done=known.done / known.total if known and known.total else None,
             plan=job.plan,
-            ahead=waiting,
+            ahead=place.ahead,
         )
 
     @property

@@ -1,42 +1,103 @@
-"""What waits, read without the requests themselves: enough to put thousands of jobs into order."""
+"""What waits, read without the requests themselves: enough to put thousands of jobs into order, and to tell each its place."""
 
 from __future__ import annotations
 
+import threading
 import time
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 
+from deployments.jobs.backlog import RENDER_STAGES
 from deployments.jobs.schema import jobs
-from deployments.ordering import Waiting
+from deployments.ordering import Waiting, next_jobs
 
 LIMIT = 5_000
+FRESH_S = 0.5
+
+_COLUMNS = (
+    jobs.c.id, jobs.c.owner_key, jobs.c.state, jobs.c.stage, jobs.c.plan_pool, jobs.c.render_pool, jobs.c.est_plan_s,
+    jobs.c.est_render_s, jobs.c.planned_at, jobs.c.created_at, jobs.c.deadline, jobs.c.priority,
+)  # fmt: skip
 
 
 def read_queue(engine: Engine, limit: int = LIMIT) -> list[Waiting]:
     """Jobs that may be claimed now: queued ones, and running ones whose router went silent. Oldest first."""
-    now = time.time()
-    orphaned = sa.and_(jobs.c.state == "running", sa.or_(jobs.c.lease_until.is_(None), jobs.c.lease_until < now))
-    columns = (
-        jobs.c.id, jobs.c.owner_key, jobs.c.est_plan_s, jobs.c.est_render_s, jobs.c.planned_at, jobs.c.created_at,
-        jobs.c.deadline, jobs.c.priority,
-    )  # fmt: skip
+    orphaned = sa.and_(
+        jobs.c.state == "running", sa.or_(jobs.c.lease_until.is_(None), jobs.c.lease_until < time.time())
+    )
     query = (
-        sa.select(*columns)
+        sa.select(*_COLUMNS)
         .where(sa.or_(jobs.c.state == "queued", orphaned))
         .order_by(jobs.c.priority, jobs.c.created_at)
         .limit(limit)
     )
     with engine.connect() as db:
         rows = db.execute(query).all()
-    return [
-        Waiting(
-            id=r.id,
-            key=r.owner_key,
-            work_s=r.est_render_s + (0.0 if r.planned_at else r.est_plan_s),
-            submitted=r.created_at,
-            deadline=r.deadline,
-            priority=r.priority,
-        )
-        for r in rows
-    ]
+    return [_waiting(row) for row in rows]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a job stands: 1-based, 0 once it runs; and seconds of work that go before it and have not begun, by pool."""
+
+    position: int = 0
+    ahead: Mapping[str, float] = field(default_factory=dict)
+
+
+class Line:
+    """The waiting jobs in the order in which they will be served, looked at anew at most twice a second."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._lock = threading.Lock()
+        self._read_at = float("-inf")
+        self._places: dict[str, Place] = {}
+
+    def place(self, job_id: str, usage: Mapping[str, float]) -> Place:
+        """The place of a waiting job. Blocks.
+
+        Args:
+            usage: Seconds of work that each caller had lately; see `deployments.ordering`.
+        """
+        with self._lock:
+            if job_id not in self._places or time.monotonic() - self._read_at > FRESH_S:
+                self._read(usage)
+            return self._places.get(job_id, Place())
+
+    def _read(self, usage: Mapping[str, float]) -> None:
+        query = sa.select(*_COLUMNS).where(jobs.c.state.in_(("queued", "running"))).order_by(jobs.c.created_at)
+        with self._engine.connect() as db:
+            rows = {row.id: row for row in db.execute(query.limit(LIMIT))}
+        ahead: dict[str, float] = defaultdict(float)
+        for row in rows.values():
+            if row.state == "running" and not (row.planned_at and row.stage in RENDER_STAGES):
+                _add(ahead, row, planning=row.stage != "planning")
+        self._places = {}
+        waiting = (_waiting(row) for row in rows.values() if row.state == "queued")
+        for position, job in enumerate(next_jobs(waiting, usage, time.time()), 1):
+            self._places[job.id] = Place(position, dict(ahead))
+            _add(ahead, rows[job.id], planning=True)
+        self._read_at = time.monotonic()
+
+
+def _waiting(row: Any) -> Waiting:
+    return Waiting(
+        id=row.id,
+        key=row.owner_key,
+        work_s=row.est_render_s + (0.0 if row.planned_at else row.est_plan_s),
+        submitted=row.created_at,
+        deadline=row.deadline,
+        priority=row.priority,
+    )
+
+
+def _add(work: dict[str, float], row: Any, *, planning: bool) -> None:
+    if planning and row.plan_pool and not row.planned_at:
+        work[row.plan_pool] += row.est_plan_s
+    if row.render_pool:
+        work[row.render_pool] += row.est_render_s

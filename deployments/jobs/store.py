@@ -66,15 +66,6 @@ class Caps:
 
 
 @dataclass(frozen=True)
-class Ahead:
-    """What goes before a waiting job: 1-based place, and seconds of work by stage."""
-
-    position: int
-    plan_s: float
-    render_s: float
-
-
-@dataclass(frozen=True)
 class Job:
     """One row, typed."""
 
@@ -380,23 +371,6 @@ class JobStore:
         with self.engine.connect() as db:
             rows = db.execute(sa.select(jobs.c.state, sa.func.count().label("n")).group_by(jobs.c.state)).all()
         return dict.fromkeys((QUEUED, RUNNING, *TERMINAL), 0) | {r.state: r.n for r in rows}
-
-    def ahead(self, job: Job) -> Ahead:
-        """What goes before the job by priority and arrival; position 0 once it runs or has ended."""
-        if job.state != QUEUED:
-            return Ahead(0, 0.0, 0.0)
-        first = sa.or_(
-            jobs.c.priority < job.priority,
-            sa.and_(jobs.c.priority == job.priority, jobs.c.created_at < job.created_at),
-        )
-        query = sa.select(
-            sa.func.count().filter(jobs.c.state == QUEUED),
-            sa.func.coalesce(sa.func.sum(jobs.c.est_plan_s).filter(jobs.c.planned_at.is_(None)), 0.0),
-            sa.func.coalesce(sa.func.sum(jobs.c.est_render_s), 0.0),
-        ).where(sa.or_(jobs.c.state == RUNNING, sa.and_(jobs.c.state == QUEUED, first)))
-        with self.engine.connect() as db:
-            waiting, plan_s, render_s = db.execute(query).one()
-        return Ahead(int(waiting) + 1, float(plan_s), float(render_s))
 
     def mean_seconds(self, last: int = 50) -> float | None:
         """Mean time from start to end of the last songs; None before the first."""

@@ -34,7 +34,13 @@ async def test_accepted_with_place_cost_and_eta(site: Site) -> None:
     assert job["cost"]["audio_s"] == 20.0
     assert job["cost"]["render_s"] > 0
     assert job["eta_s"] > 0
-    assert (await submit(site))["position"] == 2
+    etas = [(await submit(site))["eta_s"] for _ in range(9)]
+    assert etas == sorted(etas)
+    assert etas[-1] > job["eta_s"] + 8 * job["cost"]["render_s"]  # the songs before it are all made first
+    last = (await site.client.get(f"/v1/jobs/{site.service.store.page(limit=1)[0].id}")).json()
+    assert last["position"] == 10
+    plan = (await site.client.post("/v1/plans", json=SONG)).json()
+    assert 0 < plan["eta_s"] < etas[-1]
 
 
 @pytest.mark.parametrize("name", list(examples.SONGS))

@@ -18,11 +18,12 @@ from acestep.song import Progress, Song, SongItem
 from deployments.jobs.backlog import read_backlogs
 from deployments.jobs.database import migrate
 from deployments.jobs.files import FileRecords
-from deployments.jobs.queue import read_queue
+from deployments.jobs.queue import Line, read_queue
 from deployments.jobs.schema import metadata
 from deployments.jobs.secrets import shared_secret
 from deployments.jobs.store import Busy, Caps, IdempotencyConflict, Job, JobStore, LeaseLost
 from deployments.jobs.urls import driver_url
+from deployments.ordering import next_jobs
 
 REQUEST = SongRequest(prompt="quiet piano", duration=10, seed=1)
 SONG = Song(items=(SongItem(index=0, seed=1, duration=10.0, samples=480_000),), plan=Plan(), renderer="tiny")
@@ -82,7 +83,7 @@ def test_backlog_and_queue_are_read_from_the_same_url(store: JobStore, database_
 
 def test_a_job_goes_through_its_life_and_ends_once(store: JobStore) -> None:
     job = add(store)
-    assert (job.state, store.ahead(job).position) == ("queued", 1)
+    assert (job.state, Line(store.engine).place(job.id, {}).position) == ("queued", 1)
     claimed = store.claim(job.id, "a", 10)
     assert claimed is not None
     assert claimed.attempts == 1
@@ -238,16 +239,29 @@ def test_paging_meets_every_job_once(store: JobStore) -> None:
     assert store.page(states=("running",)) == []
 
 
-def test_what_goes_ahead_is_counted_in_seconds(store: JobStore) -> None:
-    running = add(store, est_plan_s=3.0, est_render_s=5.0)
-    store.claim(running.id, "a", 10)
-    store.save_plan(running.id, "a", Plan())
-    add(store, est_plan_s=2.0, est_render_s=4.0)
-    last = add(store)
-    urgent = add(store, priority=-1.0)
-    ahead = store.ahead(last)
-    assert (ahead.position, ahead.plan_s, ahead.render_s) == (3, 2.0, 9.0)
-    assert store.ahead(urgent).position == 1
+def test_places_and_what_goes_ahead_are_those_of_the_real_order(store: JobStore) -> None:
+    pools = {"plan_pool": "lm", "render_pool": "dit", "est_plan_s": 2.0, "est_render_s": 4.0}
+    rendering, planned, planning = (add(store, **pools) for _ in range(3))
+    for job, stage in ((rendering, "rendering"), (planned, "planning"), (planning, "planning")):
+        store.claim(job.id, "a", 10)
+        store.save_progress(job.id, "a", Progress(stage=stage))
+        if job is not planning:
+            store.save_plan(job.id, "a", Plan())
+    many = [add(store, owner_key="many", **pools) for _ in range(30)]
+    one = add(store, owner_key="one", **pools)
+    elsewhere = add(store, owner_key="two", render_pool="other", est_render_s=7.0)
+    line = Line(store.engine)
+    places = {job.id: line.place(job.id, {"many": 500.0}) for job in (*many, one, elsewhere)}
+    # Who had much of the fleet lately waits behind who had nothing, though all of it came earlier.
+    assert places[one.id].position == 1
+    assert places[one.id].ahead == {"dit": 8.0}  # of the two that are not rendering yet
+    assert [places[job.id].position for job in many[:2]] == [3, 4]
+    assert places[many[1].id].ahead == {"lm": 4.0, "dit": 16.0, "other": 7.0}
+    order = next_jobs(read_queue(store.engine), {"many": 500.0}, time.time())
+    assert [places[w.id].position for w in order] == list(range(1, len(order) + 1))
+    assert line.place(rendering.id, {}).position == 0
+    later = add(store, owner_key="one", **pools)
+    assert line.place(later.id, {}).position > 0  # new ones are seen at once
 
 
 def test_waiting_beyond_the_deadline_ends_a_job(store: JobStore) -> None:

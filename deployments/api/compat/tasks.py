@@ -60,8 +60,8 @@ async def release_task(request: Request, service: Svc) -> Any:
         text = QUEUE_FULL if error.details.get("limit") == service.args.max_queue else error.message
         retry = max(1, round(error.details.get("retry_after", 1)))
         return detail(429, text, {"Retry-After": str(retry)})
-    ahead = await asyncio.to_thread(service.store.ahead, job)
-    data: dict[str, Any] = {"task_id": job.id, "status": "queued", "queue_position": max(1, ahead.position)}
+    place = await service.place(job)
+    data: dict[str, Any] = {"task_id": job.id, "status": "queued", "queue_position": max(1, place.position)}
     if job.adjustments:
         data["warnings"] = [a.model_dump(mode="json") for a in job.adjustments]
     return envelope(data)
@@ -141,7 +141,7 @@ async def query_result(request: Request, service: Svc) -> Any:
         job = found.get(task_id)
         if job is not None and not service.may_see(caller, job):
             job = None
-        position = (await asyncio.to_thread(service.store.ahead, job)).position if job and job.state == "queued" else 0
+        position = (await service.place(job)).position if job else 0
         items.append(item_of(service, task_id, job, position))
     return envelope(items)
 
