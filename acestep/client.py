@@ -61,11 +61,27 @@ class Client:
         return self._json("GET", "/v1/cluster")
 
     def wait(
-        self, job_id: str, on_change: Callable[[dict[str, Any]], None] | None = None, poll_s: float = 0.3
+        self,
+        job_id: str,
+        on_change: Callable[[dict[str, Any]], None] | None = None,
+        poll_s: float = 0.3,
+        patience_s: float = 60.0,
     ) -> dict[str, Any]:
-        """Poll until the job has ended. Raises its error where it did not succeed."""
+        """Poll until the job has ended. Raises its error where it did not succeed.
+
+        Args:
+            patience_s: A server that does not answer is asked again for so long: a job outlives a restart of its router.
+        """
+        heard = time.monotonic()
         while True:
-            job = self.job(job_id)
+            try:
+                job = self.job(job_id)
+            except Unavailable:
+                if time.monotonic() - heard > patience_s:
+                    raise
+                time.sleep(max(poll_s, 1.0))
+                continue
+            heard = time.monotonic()
             if on_change:
                 on_change(job)
             if job["state"] == "succeeded":
@@ -98,11 +114,12 @@ class Client:
 
 
 def problem_error(response: httpx.Response) -> AceStepError:
-    """The error that a problem body describes."""
+    """The error that an answer tells. Every error of the service has a body of its own; one without comes from a proxy that finds none."""
     try:
         body = response.json()
     except ValueError:
-        body = {}
-    kind = str(body.get("type", "")).removeprefix("urn:acestep:")
-    message = str(body.get("detail") or f"HTTP {response.status_code} from {response.request.url}")
-    return error_from_dict({"type": kind, "message": message})
+        body = None
+    if not isinstance(body, dict) or "type" not in body:
+        return Unavailable(f"no router answers behind {response.request.url}: HTTP {response.status_code}")
+    kind = str(body["type"]).removeprefix("urn:acestep:")
+    return error_from_dict({"type": kind, "message": str(body.get("detail") or f"HTTP {response.status_code}")})

@@ -140,7 +140,7 @@ def test_the_head_dies_under_songs_and_comes_back_with_its_storage() -> None:
         # The worker's own proxy, router and replicas go on without a head.
         ids.append(patiently(lambda: client.submit({"prompt": "sent while the head is gone", "duration": 10})["id"]))
         server.start_head()
-        jobs = [patiently(lambda i=i: client.wait(i)) for i in ids]
+        jobs = [client.wait(i, patience_s=120.0) for i in ids]
         assert [j["state"] for j in jobs] == ["succeeded"] * len(ids)
         assert [j["attempts"] for j in jobs] == [1] * len(ids)
         until = time.monotonic() + 120
@@ -148,5 +148,5 @@ def test_the_head_dies_under_songs_and_comes_back_with_its_storage() -> None:
             assert time.monotonic() < until, server.output()[-4000:]
             time.sleep(0.5)
         assert replicas(server) == before
-        after = patiently(lambda: client.wait(client.submit({"prompt": "after", "duration": 10})["id"]))
+        after = client.wait(patiently(lambda: client.submit({"prompt": "after", "duration": 10})["id"]))
         assert after["state"] == "succeeded"
