@@ -149,6 +149,10 @@ async def test_what_cannot_be_honoured_is_said(site: Site) -> None:
         ({"sample_query": "x", "bpm": 90, "lyrics": "la"}, {"prompt": "x", "bpm": 90, "lyrics": "la"}),
         ({"thinking": True, "audio_codes": "1,2,3"}, {"thinking": True}),
         ({"thinking": True, "analysis_only": True}, {"thinking": True}),
+        ({"repaint_mode": "aggressive", "chunk_mask_mode": "explicit"}, {"repaint_mode": "aggressive", "chunk_mask_mode": "explicit"}),
+        ({"audio_cover_strength": 0.5, "lora_scale": 2}, {"audio_cover_strength": 0.5, "lora_scale": 2.0}),
+        ({"prompt": "", "use_format": True}, {"use_format": True}),
+        ({"audio_cover_strength": 0.5, "thinking": True, "repaint_strength": 0.5, "use_format": True}, {}),
         ({"bpm": "N/A", "key": "auto", "metas": "{}", "seed": -1, "other": None, "use_cot_caption": "off", "batch_size": ""}, {}),
     ],
 )  # fmt: skip
@@ -174,6 +178,13 @@ async def test_files_that_nobody_reads_are_named(site: Site, wav: bytes) -> None
     )
     said = {w["field"]: w["asked"] for w in data["warnings"]}
     assert said == {"audio": "a.wav", "src_audio": "b.wav", "src_audio_path": "d.wav", "thinking": True}
+
+
+async def test_repainting_says_which_strength_has_no_use(site: Site, wav: bytes) -> None:
+    for mode, said in (("balanced", []), ("aggressive", ["repaint_strength"])):
+        fields = {"prompt": "x", "task_type": "repaint", "repaint_mode": mode, "repaint_strength": "0.2"}
+        data = await release(site, data=fields, files={"src_audio": ("a.wav", wav)})
+        assert [w["field"] for w in data.get("warnings", ())] == said
 
 
 @pytest.mark.parametrize(

@@ -11,17 +11,16 @@ from typing import Any
 from acestep.cost import TASKS_WITHOUT_PLANNER, defaults_of
 from acestep.dit.tasks import RULES
 from acestep.errors import InvalidRequest
-from acestep.plan import NUM_CODES
 from acestep.request import (
     LANGUAGES,
     MAX_SEED,
     NO_USER_INPUT,
-    TRACKS,
     Adjustment,
     SongRequest,
     normalise_key,
     normalise_time_signature,
 )
+from deployments.api.compat.editing import source_fields
 from deployments.api.compat.fields import Values, to_list
 from deployments.errands import PREPARE
 
@@ -33,7 +32,6 @@ _LANGUAGE_NAMES = {
 _WORDS_TOO = ("hi", "id", "it")  # codes that are everyday words as well
 NO_VOICE = ("[inst]", "[instrumental]")  # as lyrics
 WRITTEN = ("prompt", "lyrics", "bpm", "key_scale", "time_signature", "audio_duration")  # by sample mode
-_CODE = re.compile(r"<\|audio_code_(\d+)\|>|(?<![\w.])(\d+)(?![\w.])")
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ def build(v: Values, served: Served) -> Submission:
     kind = "understand" if v["full_analysis_only"] else "codes" if v["extract_codes_only"] else "song"
     if kind == "song" and v["analysis_only"]:
         kind = "plan"
-    fields = _text(v) | _music(v) | _planner(v, served) | _renderer(v, served, kind) | _source(v, kind)
+    fields = _text(v) | _music(v) | _planner(v, served) | _renderer(v, served, kind) | source_fields(v, kind)
     prepare = _prepare(v, fields)
     if kind in ("codes", "understand"):
         if fields.get("src_audio") is None and fields.get("audio_codes") is None:
@@ -194,6 +192,8 @@ def _renderer(v: Values, served: Served, kind: str) -> dict[str, Any]:
     if sampler == "heun" and v["infer_method"] == "sde":
         v.warn("sampler_mode", "heun", "euler", "heun is a method for ode")
         sampler = "euler"
+    if v["lora_scale"] != 1.0 and not v["lora_path"]:
+        v.warn("lora_scale", v["lora_scale"], None, "there is no lora_path")
     lora = {"path": v["lora_path"], "scale": v["lora_scale"]} if v["lora_path"] else None
     return {
         "model": model,
@@ -245,102 +245,6 @@ def _timesteps(v: Values, most: int) -> tuple[float, ...] | None:
     return tuple(steps)
 
 
-def _source(v: Values, kind: str) -> dict[str, Any]:
-    codes = _codes(v)
-    src, reference = v["src_audio_path"] or None, v["reference_audio_path"] or None
-    task = v["task_type"].strip().lower() or "text2music"
-    if task not in RULES:
-        raise InvalidRequest(f"task_type must be one of {', '.join(RULES)}", field="task_type")
-    if task == "cover" and src is None and codes is None:
-        v.warn("task_type", "cover", "text2music", "there is neither source audio nor codes")
-        task = "text2music"
-    rule = RULES[task]  # type: ignore[index]
-    if codes is not None and kind == "song" and rule.source == "yes":
-        v.warn("audio_code_string", "codes", None, f"task {task} works on source audio")
-        codes = None
-    noise = v["cover_noise_strength"]
-    if noise > 0.0 and (src is None or not (rule.cover or rule.source == "no")):
-        v.warn("cover_noise_strength", noise, 0.0, "needs source audio and one of the tasks cover and text2music")
-        noise = 0.0
-    if kind == "song" and src is not None and rule.source == "no" and noise == 0.0:
-        v.warn("src_audio_path", "source audio", None, f"task {task} does not use it; ask for cover or repaint")
-        src = None
-    start, end = v["repainting_start"], v["repainting_end"]
-    if end is not None and end <= 0.0:
-        end = None  # -1 and 0 mean the end of the song
-    if not rule.window and (start != 0.0 or end is not None):
-        v.warn("repainting_start", [start, end], None, f"task {task} has no use for it")
-        start, end = 0.0, None
-    if rule.window and end is not None and end <= start:
-        raise InvalidRequest("repainting_end must be after repainting_start", field="repainting_end")
-    strength = v["audio_cover_strength"]
-    if strength != 1.0 and not rule.cover and task != "text2music":
-        v.warn("audio_cover_strength", strength, 1.0, f"task {task} has no use for it")
-        strength = 1.0
-    if not 0.0 <= v["repaint_strength"] <= 1.0:
-        raise InvalidRequest("repaint_strength must be between 0 and 1", field="repaint_strength")
-    caption = v["global_caption"]
-    if caption and not rule.stem:
-        v.warn("global_caption", caption, "", f"task {task} has no use for it")
-        caption = ""
-    return {
-        "task": task,
-        "track_name": _track(v, task),
-        "track_classes": _tracks(v, task),
-        "global_caption": caption,
-        "audio_codes": codes,
-        "src_audio": src,
-        "reference_audio": (reference,) if reference else (),
-        "repainting_start": start,
-        "repainting_end": end,
-        "repaint_mode": v["repaint_mode"],
-        "repaint_strength": v["repaint_strength"],
-        "repaint_latent_crossfade_frames": v["repaint_latent_crossfade_frames"],
-        "repaint_wav_crossfade_sec": v["repaint_wav_crossfade_sec"],
-        "chunk_mask_mode": v["chunk_mask_mode"],
-        "audio_cover_strength": strength,
-        "cover_noise_strength": noise,
-    }
-
-
-def _codes(v: Values) -> tuple[int, ...] | None:
-    """Codes as `<|audio_code_1|>...`, as numbers, or as a list of either."""
-    given = v["audio_code_string"]
-    text = ",".join(str(part) for part in given) if isinstance(given, list) else str(given)
-    if not text.strip():
-        return None
-    codes = tuple(int(a or b) for a, b in _CODE.findall(text) if len(a or b) < 10)
-    if not codes or max(codes) >= NUM_CODES:
-        raise InvalidRequest(
-            f"audio_code_string: must hold audio codes from 0 to {NUM_CODES - 1}", field="audio_code_string"
-        )
-    return codes
-
-
-def _track(v: Values, task: str) -> str | None:
-    if not v["track_name"]:
-        return None
-    if task not in ("extract", "lego"):
-        v.warn("track_name", v["track_name"], None, f"task {task} has no use for it")
-        return None
-    return _known_track(v["track_name"], "track_name")
-
-
-def _tracks(v: Values, task: str) -> tuple[str, ...] | None:
-    names = to_list(v["track_classes"] or [])
-    if names and task != "complete":
-        v.warn("track_classes", ", ".join(names), None, f"task {task} has no use for it")
-        return None
-    return tuple(_known_track(name, "track_classes") for name in names) or None
-
-
-def _known_track(name: str, field: str) -> str:
-    track = name.strip().lower().replace(" ", "_")
-    if track not in TRACKS:
-        raise InvalidRequest(f"{field} must be one of {', '.join(TRACKS)}", field=field)
-    return track
-
-
 def _wants_sample(v: Values) -> bool:
     return bool(v["sample_mode"] or v["sample_query"].strip())
 
@@ -361,8 +265,11 @@ def _prepare(v: Values, fields: dict[str, Any]) -> list[dict[str, Any]]:
             language = said
         wish = {"query": query, "instrumental": instrumental, "vocal_language": language, **sampling}
         steps.append({"ask": "inspire", "fields": wish})
-    if v["use_format"] and (steps or v["prompt"].strip() or v["lyrics"].strip()):
-        steps.append({"ask": "format", "fields": sampling})
+    if v["use_format"]:
+        if steps or v["prompt"].strip() or v["lyrics"].strip():
+            steps.append({"ask": "format", "fields": sampling})
+        else:
+            v.warn("use_format", True, False, "there is neither a prompt nor lyrics")
     return steps
 
 
