@@ -163,8 +163,6 @@ class JobStore:
             IdempotencyConflict: the key was used with another body.
             Busy: beyond `caps`; nothing was written.
         """
-        if idempotency_key is not None and (known := self.earlier(owner_key, idempotency_key, body_hash)):
-            return known, False
         now = time.time()
         values = {
             "id": job_id, "kind": kind, "state": QUEUED, "stage": "queued", "request": request.model_dump(mode="json"),
@@ -173,19 +171,14 @@ class JobStore:
             "est_plan_s": est_plan_s, "est_render_s": est_render_s, "plan_pool": plan_pool, "render_pool": render_pool,
             "audio_s": audio_s, "attempts": 0, "cancel_requested": False, "created_at": now,
         }  # fmt: skip
-        try:
-            with self._writer.begin() as db:
-                if caps is not None:
-                    _check(db, caps, owner_key, audio_s, now)
-                row = db.execute(jobs.insert().values(**values).returning(jobs)).mappings().one()
-                _event(db, job_id, "queued", {})
-        except sa.exc.IntegrityError:
-            if idempotency_key is None:
-                raise
-            earlier = self.earlier(owner_key, idempotency_key, body_hash)
-            if earlier is None:
-                raise
-            return earlier, False
+        with self._writer.begin() as db:
+            _alone(db)
+            if idempotency_key is not None and (known := _earlier(db, owner_key, idempotency_key, body_hash)):
+                return known, False
+            if caps is not None:
+                _check(db, caps, owner_key, audio_s, now)
+            row = db.execute(jobs.insert().values(**values).returning(jobs)).mappings().one()
+            _event(db, job_id, "queued", {})
         return _job(row), True
 
     def request_cancel(self, job_id: str) -> Job | None:
@@ -398,16 +391,8 @@ class JobStore:
         Raises:
             IdempotencyConflict: it had another body.
         """
-        query = sa.select(jobs).where(jobs.c.owner_key == owner_key, jobs.c.idempotency_key == key)
         with self.engine.connect() as db:
-            row = db.execute(query).mappings().first()
-        if row is None:
-            return None
-        if row["body_hash"] != body_hash:
-            raise IdempotencyConflict(
-                "this Idempotency-Key was already used with another request body", field="Idempotency-Key"
-            )
-        return _job(row)
+            return _earlier(db, owner_key, key, body_hash)
 
     # -- keeping
 
@@ -469,9 +454,25 @@ def _close(db: Connection, job_id: str, state: str, error: dict[str, Any] | None
         )  # fmt: skip
 
 
-def _check(db: Connection, caps: Caps, owner_key: str, audio_s: float, now: float) -> None:
+def _alone(db: Connection) -> None:
+    """One router at a time admits a job: SQLite's write lock sees to it, PostgreSQL has to be told."""
     if db.dialect.name == "postgresql":
         db.execute(sa.select(sa.func.pg_advisory_xact_lock(_ADMISSION_LOCK)))
+
+
+def _earlier(db: Connection, owner_key: str, key: str, body_hash: str | None) -> Job | None:
+    query = sa.select(jobs).where(jobs.c.owner_key == owner_key, jobs.c.idempotency_key == key)
+    row = db.execute(query).mappings().first()
+    if row is None:
+        return None
+    if row["body_hash"] != body_hash:
+        raise IdempotencyConflict(
+            "this Idempotency-Key was already used with another request body", field="Idempotency-Key"
+        )
+    return _job(row)
+
+
+def _check(db: Connection, caps: Caps, owner_key: str, audio_s: float, now: float) -> None:
     if caps.queued is not None and _count(db, jobs.c.state == QUEUED) >= caps.queued:
         raise Busy(f"{caps.queued} jobs wait already", limit=caps.queued)
     if caps.active is not None:
