@@ -12,10 +12,10 @@ from acestep.request import TRACKS
 from deployments.api.compat.fields import FIELDS, Values, to_list
 
 _CODE = re.compile(r"<\|audio_code_(\d+)\|>|(?<![\w.])(\d+)(?![\w.])")
-REPAINTING = (
+REPAINTING: tuple[str, ...] = (
     "repaint_mode", "repaint_strength", "repaint_latent_crossfade_frames", "repaint_wav_crossfade_sec", "chunk_mask_mode"
 )  # fmt: skip
-REPAINTING_BALANCED = ("repaint_strength",)
+REPAINTING_BALANCED: tuple[str, ...] = ("repaint_strength",)
 
 
 def source_fields(v: Values, kind: str) -> dict[str, Any]:
