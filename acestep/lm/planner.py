@@ -88,10 +88,10 @@ class Planner:
         max_len = min(settings.max_len, config.max_positions)
         try:
             model = load_model(path, device=device, dtype=dtype, max_len=max_len)
+            _set_threads(1 if model.weight_bytes < _SMALL_BYTES else settings.threads)
             graphs = settings.compile and device.type == "cuda"
             if graphs:
-                model.compile()
-            _set_threads(1 if model.weight_bytes < _SMALL_BYTES else settings.threads)
+                model.compile()  # after the threads are set: compiled code holds for one number of them
             grammar = Grammar(tokenizer)
             static = device.type != "cpu"
             kernel = decode_kernel(config, device, dtype) if settings.attention != "eager" else None

@@ -56,9 +56,12 @@ def _shift(x: torch.Tensor, bits: int) -> torch.Tensor:
 
 def gumbel(key: torch.Tensor, lane: torch.Tensor) -> torch.Tensor:
     """Standard Gumbel noise, float32 of shape (rows, lanes): a pure function of `key` (rows,) and `lane` (lanes,)."""
+    device = key.device
+    if device.type not in ("cpu", "cuda"):  # Apple's and many of Intel's have no 64-bit floats
+        key, lane = key.cpu(), lane.cpu()
     bits = mix64(key[:, None] + (lane + 1)[None, :] * _GAMMA) & _MASK32
     uniform = (bits.to(torch.float64) + 0.5) * 2.0**-32
-    return -torch.log(-torch.log(uniform)).to(torch.float32)
+    return -torch.log(-torch.log(uniform)).to(device, torch.float32)
 
 
 def keys(seeds: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:

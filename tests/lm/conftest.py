@@ -62,6 +62,14 @@ def planner(checkpoint: Path) -> Iterator[Planner]:
     planner.close()
 
 
+@pytest.fixture(scope="module")
+def brief_planner(checkpoint: Path) -> Iterator[Planner]:
+    """For texts: the tiny planner hardly ever ends one by itself."""
+    planner = Planner.load(checkpoint, PlannerSettings(slots=12, max_len=1_024))
+    yield planner
+    planner.close()
+
+
 @pytest.fixture(scope="session")
 def qwen() -> PlannerTokenizer:
     """The true vocabulary: Qwen's BPE, its special tokens and 65 535 audio codes."""

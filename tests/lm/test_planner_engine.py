@@ -24,7 +24,7 @@ from acestep.lm.planner import Planner
 from acestep.lm.prompts import PromptBuilder
 from acestep.lm.sampling import SamplingParams
 from acestep.lm.work import PlanWork
-from acestep.plan import Plan
+from acestep.plan import Metadata, Plan
 from acestep.request import SongRequest
 from acestep.settings import PlannerSettings
 
@@ -162,10 +162,11 @@ def test_the_queue_is_served_by_priority(checkpoint: Path) -> None:
 def test_memory_is_flat_over_five_hundred_songs(checkpoint: Path) -> None:
     planner = Planner.load(checkpoint, PlannerSettings(slots=16, max_len=512))
     rng = random.Random(0)
+    short = Plan(metadata=Metadata(duration=2.0))
     process = psutil.Process()
     rss = []
     for _ in range(5):
-        tickets = [planner.submit(song(rng.randrange(1_000), duration=10, batch_size=1)) for _ in range(100)]
+        tickets = [planner.submit(song(rng.randrange(1_000), duration=None, plan=short)) for _ in range(100)]
         for ticket in tickets[::20]:
             planner.cancel(ticket)
         assert sum(isinstance(t.future.exception(timeout=120), Exception) for t in tickets) <= 5

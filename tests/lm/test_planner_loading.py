@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -83,17 +84,22 @@ def test_the_forward_is_transformers_own(checkpoint: Path) -> None:
     assert torch.allclose(hidden(checkpoint), expected, atol=1e-5)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs g++")
-def test_fused_kernels_compute_the_same() -> None:
+def test_fused_kernels_compute_the_same_for_any_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced as for a card, without its code generator, which takes half a minute."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     fused = compiled(torch.device("cpu"), torch.float32)
     assert fused != Pointwise()
     generator = torch.Generator().manual_seed(0)
-    x, y, qkv, angle = (torch.randn(shape, generator=generator) for shape in ((7, 64), (7, 64), (7, 8, 16), (7, 1, 16)))
-    for written, made in zip(add_norm(x, y, x[0], 1e-6), fused.add_norm(x, y, x[0], 1e-6), strict=True):
-        assert torch.allclose(written, made, atol=1e-6)
-    arguments = (qkv, qkv[0, :6], angle, angle.flip(0), 1e-6)
-    assert torch.allclose(rotate_heads(*arguments), fused.rotate_heads(*arguments), atol=1e-6)
-    assert torch.allclose(gate(x), fused.gate(x), atol=1e-6)
+    for tokens in (7, 2, 8, 300, 32):
+        x, y = torch.randn(2, tokens, 64, generator=generator)
+        qkv, angle = torch.randn(tokens, 8, 16, generator=generator), torch.randn(tokens, 1, 16, generator=generator)
+        arguments = (qkv, qkv[0, :6], angle, angle.flip(0), 1e-6)
+        for written, made in zip(add_norm(x, y, x[0], 1e-6), fused.add_norm(x, y, x[0], 1e-6), strict=True):
+            assert torch.allclose(written, made, atol=1e-6)
+        assert torch.allclose(rotate_heads(*arguments), fused.rotate_heads(*arguments), atol=1e-6)
+        assert torch.allclose(gate(x), fused.gate(x), atol=1e-6)
+        # From the second size on nothing is compiled again: that would stop a card's songs for seconds.
+        monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
 
 
 @pytest.mark.parametrize("change", [shard, without_prefix, with_head, untied])

@@ -178,8 +178,8 @@ def test_without_grammar_whatever_comes_is_read(planner: Planner) -> None:
     assert all(c < 2_000 for c in result.codes[0])
 
 
-def test_understand(planner: Planner) -> None:
-    sample = ask(planner, UnderstandWork(codes=tuple(range(100)), seed=1))
+def test_understand(brief_planner: Planner) -> None:
+    sample = ask(brief_planner, UnderstandWork(codes=tuple(range(100)), seed=1))
     assert isinstance(sample, Sample)
     assert sample.caption
     assert sample.bpm
@@ -189,28 +189,28 @@ def test_understand(planner: Planner) -> None:
     assert sample.timings.steps > 10
 
 
-def test_a_text_mode_without_a_seed_names_the_one_it_drew(planner: Planner) -> None:
-    one, two = (ask(planner, FormatWork("piano", "la", temperature=2.0)) for _ in range(2))
+def test_a_text_mode_without_a_seed_names_the_one_it_drew(brief_planner: Planner) -> None:
+    one, two = (ask(brief_planner, FormatWork("piano", "la", temperature=2.0)) for _ in range(2))
     assert isinstance(one, Sample)
     assert isinstance(two, Sample)
     assert one.seed != two.seed
     assert one.caption != two.caption
-    again = ask(planner, FormatWork("piano", "la", temperature=2.0, seed=one.seed))
+    again = ask(brief_planner, FormatWork("piano", "la", temperature=2.0, seed=one.seed))
     assert isinstance(again, Sample)
     assert (again.caption, again.lyrics) == (one.caption, one.lyrics)
 
 
-def test_inspire(planner: Planner) -> None:
-    sample = ask(planner, InspireWork("a song about rain", instrumental=True, vocal_language="fi", seed=2))
+def test_inspire(brief_planner: Planner) -> None:
+    sample = ask(brief_planner, InspireWork("a song about rain", instrumental=True, vocal_language="fi", seed=2))
     assert isinstance(sample, Sample)
     assert sample.language == "fi"
     assert sample.instrumental
     assert sample.lyrics
 
 
-def test_format_keeps_what_is_given(planner: Planner) -> None:
+def test_format_keeps_what_is_given(brief_planner: Planner) -> None:
     work = FormatWork("piano", "la", bpm=91, duration=33.7, keyscale="c", timesignature="3/4", language="de", seed=3)
-    sample = ask(planner, work)
+    sample = ask(brief_planner, work)
     assert isinstance(sample, Sample)
     assert (sample.bpm, sample.duration, sample.keyscale, sample.timesignature, sample.language) == (
         91,
@@ -219,7 +219,7 @@ def test_format_keeps_what_is_given(planner: Planner) -> None:
         "3",
         "de",
     )
-    assert ask(planner, FormatWork("piano", "la", seed=3, constrained_decoding=False)).lyrics
+    assert ask(brief_planner, FormatWork("piano", "la", seed=3, constrained_decoding=False)).lyrics
 
 
 def test_progress_counts_codes_over_all_items(planner: Planner) -> None:
@@ -315,8 +315,8 @@ def test_a_plan_has_metadata_for_every_item() -> None:
         SongRequest(plan=plan, batch_size=3)
 
 
-def test_a_song_is_never_planned_below_the_shortest(planner: Planner) -> None:
-    assert ask(planner, InspireWork("x", max_duration=1.0, seed=1)).duration == 10.0
+def test_a_song_is_never_planned_below_the_shortest(brief_planner: Planner) -> None:
+    assert ask(brief_planner, InspireWork("x", max_duration=1.0, seed=1)).duration == 10.0
 
 
 def test_unknown_codes_are_refused(planner: Planner) -> None:
