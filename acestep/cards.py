@@ -12,10 +12,7 @@ from typing import Literal
 
 from acestep import host, nvml
 from acestep.errors import DeviceUnavailable
-from acestep.gpu_config import GIB, GPUConfig, get_gpu_config, simulated_gib
-
-# With this set, the size in MAX_CUDA_VRAM counts as a card's report: 15.7 is a 16 GB card then.
-AS_DETECTED_ENV = "MAX_CUDA_VRAM_AS_DETECTED"
+from acestep.gpu_config import GIB, GPUConfig, get_gpu_config, simulated_as_detected, simulated_gib
 
 Kind = Literal["cuda", "rocm", "xpu", "mps", "cpu"]
 
@@ -91,12 +88,15 @@ class Device:
 def tier_row(device: Device, profile: str | None = None) -> GPUConfig:
     """The device's row of the tier table. The CPU counts as the smallest card."""
     if not device.is_card:
-        return get_gpu_config(0.0, profile=profile)
+        return get_gpu_config(0.0, detected=True, profile=profile)
     return get_gpu_config(device.gib, detected=device.detected, profile=profile)
 
 
-def pick(devices: list[Device], asked: str | None) -> Device:
+def pick(devices: list[Device], asked: str | None, field: str = "device") -> Device:
     """The device called `auto` (the first card that torch can use, else the CPU), `cuda`, `cuda:1`, `mps`, `xpu` or `cpu`.
+
+    Args:
+        field: The setting or variable that asked for it, for the error.
 
     Raises:
         DeviceUnavailable: there is no such device; the message lists those there are.
@@ -112,7 +112,7 @@ def pick(devices: list[Device], asked: str | None) -> Device:
         if matches and device.usable is not False and number in ("", str(device.index)):
             return device
     have = ", ".join(d.torch_name + (" (this torch cannot use it)" if d.usable is False else "") for d in devices)
-    raise DeviceUnavailable(f"device: no {name!r} here; there are {have}", device=name, available=have)
+    raise DeviceUnavailable(f"{field}: no {name!r} here; there are {have}", field=field, device=name, available=have)
 
 
 def list_cards(env: Mapping[str, str] | None = None) -> list[Device]:
@@ -122,7 +122,7 @@ def list_cards(env: Mapping[str, str] | None = None) -> list[Device]:
         env: Environment to read `MAX_CUDA_VRAM` and `CUDA_VISIBLE_DEVICES` from; default the process's.
 
     Raises:
-        InvalidRequest: `MAX_CUDA_VRAM` is no positive number.
+        InvalidRequest: `MAX_CUDA_VRAM` is no positive number, or `MAX_CUDA_VRAM_AS_DETECTED` neither yes nor no.
     """
     return simulated([*nvml_devices(env), cpu_device()], env)
 
@@ -161,7 +161,7 @@ def simulated(devices: list[Device], env: Mapping[str, str] | None = None) -> li
     size = simulated_gib(env)
     if size is None:
         return devices
-    as_detected = env.get(AS_DETECTED_ENV, "").strip().lower() in ("1", "true", "yes", "on")
+    as_detected = simulated_as_detected(env)
 
     def resized(device: Device, name: str) -> Device:
         total = int(size * GIB)

@@ -8,14 +8,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from acestep.gpu_config import GPUConfig, get_profile
+from acestep.gpu_config import GPUConfig, get_lm_model_size, get_profile
 from acestep.options import OPTIONS
 
 _BLOCK = re.compile(r"(<!-- table:([^>]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 _HEAD = """\
 | VRAM (GiB) | tier | as detected (MiB) | planner sizes (GiB set aside) | recommended | longest song in s: planner on the card / not \
-| largest batch: planner on the card / not | planner on by default |
-|---|---|---|---|---|---|---|---|
+| largest batch: planner on the card / not | planner on by default | int8 on a card by default |
+|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -30,8 +30,7 @@ def markdown(profile: str | None = None) -> str:
 def _line(row: GPUConfig, after: GPUConfig | None) -> str:
     offered = bool(row.available_lm_models)
     sizes = ", ".join(
-        f"{size} ({'unrestricted' if gib is None else f'{gib:g}'})"
-        for size, gib in zip(row.available_lm_models, row.lm_memory_gb, strict=True)
+        f"{size} ({'unrestricted' if gib is None else f'{gib:g}'})" for size, gib in row.lm_memory_gb.items()
     )
     seconds = row.max_duration_with_lm if offered else "–"
     batch = row.max_batch_size_with_lm if offered else "–"
@@ -40,10 +39,11 @@ def _line(row: GPUConfig, after: GPUConfig | None) -> str:
         f"`{row.label}`",
         _mib_range(row, after),
         sizes or "none",
-        row.recommended_lm_model or "–",
+        get_lm_model_size(row.recommended_lm_model) if offered else "–",
         f"{seconds} / {row.max_duration_without_lm}",
         f"{batch} / {row.max_batch_size_without_lm}",
         "yes" if row.init_lm_default else "no (optional)" if offered else "no",
+        "yes" if row.int8_default else "no",
     )
     return f"| {' | '.join(cells)} |"
 

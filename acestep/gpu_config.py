@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from acestep.errors import InvalidRequest
@@ -23,6 +23,8 @@ PLANNER_SIZES = ("0.6B", "1.7B", "4B")
 DEFAULT_PROFILE = "2026-02"
 PROFILE_ENV = "ACESTEP_TIER_PROFILE"
 SIMULATE_ENV = "MAX_CUDA_VRAM"
+# With this set, the size in MAX_CUDA_VRAM counts as a card's report: 15.7 is a 16 GB card then.
+AS_DETECTED_ENV = "MAX_CUDA_VRAM_AS_DETECTED"
 GIB = 2**30
 
 # A card reports a little less than its label says: within this much under a border it still counts as the larger card.
@@ -42,10 +44,11 @@ class GPUConfig:
         includes_border: Whether a card of exactly `opens_gib` belongs here. Such borders have the grace for detected sizes.
         max_duration_with_lm, max_duration_without_lm: Seconds, with the planner on the same card or not.
         max_batch_size_with_lm, max_batch_size_without_lm: Songs per request, likewise.
-        available_lm_models: Planner sizes for this card, smallest first.
-        recommended_lm_model: The size that is chosen where nobody chooses; empty where there is none.
-        lm_memory_gb: GiB set aside for the planner by size; None means unrestricted.
+        available_lm_models: Names of the planners for this card, smallest first.
+        recommended_lm_model: The one that is chosen where nobody chooses; empty where there is none.
+        lm_memory_gb: GiB set aside for the planner by its size (`0.6B`, ...); None means unrestricted.
         init_lm_default: Whether a card that also renders has its planner on by default.
+        int8_default: Whether the DiT is held in int8 by default.
         gpu_memory_gb: The size this row was looked up with; None where it was looked up by name.
     """
 
@@ -59,8 +62,9 @@ class GPUConfig:
     max_batch_size_without_lm: int
     available_lm_models: tuple[str, ...]
     recommended_lm_model: str
-    lm_memory_gb: tuple[float | None, ...]
+    lm_memory_gb: Mapping[str, float | None]
     init_lm_default: bool
+    int8_default: bool
     gpu_memory_gb: float | None = None
 
     @property
@@ -70,10 +74,10 @@ class GPUConfig:
             return int((self.opens_gib - DETECTED_GRACE_GIB) * 1024)
         return int(self.opens_gib * 1024) + 1 if self.opens_gib else 0
 
-    def planner_memory_gib(self, size: str) -> float | None:
-        """GiB set aside on this card for a planner of `size`; None where it is unrestricted or `size` is not offered."""
-        pairs = dict(zip(self.available_lm_models, self.lm_memory_gb, strict=True))
-        return pairs.get(size)
+    @property
+    def planner_sizes(self) -> tuple[str, ...]:
+        """Sizes of `available_lm_models`."""
+        return tuple(self.lm_memory_gb)
 
 
 @dataclass(frozen=True)
@@ -85,36 +89,45 @@ class Profile:
     rows: tuple[GPUConfig, ...]
 
 
+def planner_name(size: str) -> str:
+    """The published planner of a size."""
+    return f"acestep-5Hz-lm-{size}"
+
+
 # Columns: tier, label, border in GiB, border belongs to it | longest song in s with / without the planner on the same card
-# | largest batch likewise | planner sizes, recommended one, GiB set aside for each | planner on by default.
+# | largest batch likewise | planners, recommended one, GiB set aside by size | planner on, int8 on by default.
 # Where the planner is not offered (tier1, tier2) the "with" columns apply when somebody forces it on.
-_SMALL, _MIDDLE, _ALL = PLANNER_SIZES[:1], PLANNER_SIZES[:2], PLANNER_SIZES
+_0_6B, _1_7B, _4B = map(planner_name, PLANNER_SIZES)
+_SMALL, _MIDDLE, _ALL = (_0_6B,), (_0_6B, _1_7B), (_0_6B, _1_7B, _4B)
+_GB: dict[str, float | None] = {"0.6B": 3, "1.7B": 8, "4B": 12}
+_SMALL_GB, _MIDDLE_GB = {"0.6B": _GB["0.6B"]}, {"0.6B": _GB["0.6B"], "1.7B": _GB["1.7B"]}
+_FREE: dict[str, float | None] = dict.fromkeys(PLANNER_SIZES)
 PROFILES: dict[str, Profile] = {
     "2026-02": Profile(
         "2026-02",
         "ACE-Step 1.5, February 2026: docs/en/GPU_COMPATIBILITY.md and acestep/gpu_config.py",
         (
-            GPUConfig("tier1", "tier1", 0, False, 180, 180, 1, 1, (), "", (), False),
-            GPUConfig("tier2", "tier2", 4, False, 360, 360, 1, 1, (), "", (), False),
-            GPUConfig("tier3", "tier3", 6, False, 240, 360, 1, 2, _SMALL, "0.6B", (3,), False),
-            GPUConfig("tier4", "tier4", 8, True, 240, 360, 2, 4, _SMALL, "0.6B", (3,), False),
-            GPUConfig("tier5", "tier5", 12, True, 240, 360, 2, 4, _MIDDLE, "1.7B", (3, 8), True),
-            GPUConfig("tier6", "tier6", 16, True, 480, 480, 4, 8, _ALL, "1.7B", (3, 8, 12), True),
-            GPUConfig("unlimited", "unlimited", 24, True, 600, 600, 8, 8, _ALL, "4B", (None, None, None), True),
+            GPUConfig("tier1", "tier1", 0, False, 180, 180, 1, 1, (), "", {}, False, True),
+            GPUConfig("tier2", "tier2", 4, False, 360, 360, 1, 1, (), "", {}, False, True),
+            GPUConfig("tier3", "tier3", 6, False, 240, 360, 1, 2, _SMALL, _0_6B, _SMALL_GB, False, True),
+            GPUConfig("tier4", "tier4", 8, True, 240, 360, 2, 4, _SMALL, _0_6B, _SMALL_GB, False, True),
+            GPUConfig("tier5", "tier5", 12, True, 240, 360, 2, 4, _MIDDLE, _1_7B, _MIDDLE_GB, True, False),
+            GPUConfig("tier6", "tier6", 16, True, 480, 480, 4, 8, _ALL, _1_7B, _GB, True, False),
+            GPUConfig("unlimited", "unlimited", 24, True, 600, 600, 8, 8, _ALL, _4B, _FREE, True, False),
         ),
     ),
     "2026-09": Profile(
         "2026-09",
         "ACE-Step 1.5, September 2026: docs/en/GPU_COMPATIBILITY.md and acestep/gpu_config.py",
         (
-            GPUConfig("tier1", "tier1", 0, False, 240, 360, 1, 1, (), "", (), False),
-            GPUConfig("tier2", "tier2", 4, False, 480, 600, 1, 1, (), "", (), False),
-            GPUConfig("tier3", "tier3", 6, False, 480, 600, 2, 2, _SMALL, "0.6B", (3,), True),
-            GPUConfig("tier4", "tier4", 8, True, 480, 600, 2, 4, _SMALL, "0.6B", (3,), True),
-            GPUConfig("tier5", "tier5", 12, True, 480, 600, 4, 4, _MIDDLE, "1.7B", (3, 8), True),
-            GPUConfig("tier6", "tier6a", 16, True, 480, 600, 4, 8, _MIDDLE, "1.7B", (3, 8), True),
-            GPUConfig("tier6", "tier6b", 20, True, 480, 480, 8, 8, _ALL, "1.7B", (3, 8, 12), True),
-            GPUConfig("unlimited", "unlimited", 24, True, 600, 600, 8, 8, _ALL, "4B", (None, None, None), True),
+            GPUConfig("tier1", "tier1", 0, False, 240, 360, 1, 1, (), "", {}, False, True),
+            GPUConfig("tier2", "tier2", 4, False, 480, 600, 1, 1, (), "", {}, False, True),
+            GPUConfig("tier3", "tier3", 6, False, 480, 600, 2, 2, _SMALL, _0_6B, _SMALL_GB, True, True),
+            GPUConfig("tier4", "tier4", 8, True, 480, 600, 2, 4, _SMALL, _0_6B, _SMALL_GB, True, True),
+            GPUConfig("tier5", "tier5", 12, True, 480, 600, 4, 4, _MIDDLE, _1_7B, _MIDDLE_GB, True, True),
+            GPUConfig("tier6", "tier6a", 16, True, 480, 600, 4, 8, _MIDDLE, _1_7B, _MIDDLE_GB, True, True),
+            GPUConfig("tier6", "tier6b", 20, True, 480, 480, 8, 8, _ALL, _1_7B, _GB, True, False),
+            GPUConfig("unlimited", "unlimited", 24, True, 600, 600, 8, 8, _ALL, _4B, _FREE, True, False),
         ),
     ),
 }
@@ -175,8 +188,25 @@ def simulated_gib(env: Mapping[str, str] | None = None) -> float | None:
     return value
 
 
+def simulated_as_detected(env: Mapping[str, str] | None = None) -> bool:
+    """Whether `MAX_CUDA_VRAM_AS_DETECTED` has the simulated size counted as a card's report.
+
+    Raises:
+        InvalidRequest: it says neither yes nor no.
+    """
+    text = (os.environ if env is None else env).get(AS_DETECTED_ENV, "").strip()
+    if text.lower() in ("1", "true", "yes", "y", "on"):
+        return True
+    if text.lower() in ("", "0", "false", "no", "n", "off"):
+        return False
+    raise InvalidRequest(
+        f"{AS_DETECTED_ENV}: {text!r} is not possible; allowed: true, false", field=AS_DETECTED_ENV, asked=text
+    )
+
+
 def get_gpu_memory_gb(index: int = 0) -> float:
-    """GiB of accelerator `index` (or of the simulated card), 0.0 where there is none. Does not touch CUDA."""
+    """GiB of NVIDIA card `index` as NVML reports it (or of the simulated card), 0.0 where there is none. Does not touch CUDA; cards of other
+    makers are known to torch alone: `acestep.devices.list_devices`."""
     from acestep.cards import list_cards
 
     cards = [device for device in list_cards() if device.is_card]
@@ -194,22 +224,30 @@ def _row(gib: float, detected: bool, profile: Profile) -> GPUConfig:
     return found
 
 
-def get_gpu_tier(gpu_memory_gb: float, *, detected: bool = True, profile: str | None = None) -> str:
+def _is_detected(gib: float) -> bool:
+    """Whether a size came from a card, and not from `MAX_CUDA_VRAM` by way of `get_gpu_memory_gb`."""
+    size = simulated_gib()
+    return size is None or simulated_as_detected() or not math.isclose(gib, size, abs_tol=1e-6)
+
+
+def get_gpu_tier(gpu_memory_gb: float, *, detected: bool | None = None, profile: str | None = None) -> str:
     """Tier of a card.
 
     Args:
         gpu_memory_gb: Size in GiB; 0 for no card.
         detected: The size was read from a card, so it counts as the next border's if it is within 0.5 GiB under 8, 12, 16 or
-            24. False takes it as given, as for a simulated card.
+            24. False takes it as given, as for a simulated card. None: it was read from a card, unless it is the simulated size.
         profile: Name of the table; None for the default one.
     """
+    if detected is None:
+        detected = _is_detected(gpu_memory_gb)
     return _row(gpu_memory_gb, detected, get_profile(profile)).tier
 
 
 def get_gpu_config(
-    gpu_memory_gb: float | str | None = None, *, detected: bool = True, profile: str | None = None
+    gpu_memory_gb: float | str | None = None, *, detected: bool | None = None, profile: str | None = None
 ) -> GPUConfig:
-    """The row of a size in GiB, of a tier's name, or (None) of this machine's first card.
+    """The row of a size in GiB, of a tier's name, or (None) of this machine's first card. `detected` as for `get_gpu_tier`.
 
     Raises:
         InvalidRequest: no tier has that name.
@@ -223,16 +261,15 @@ def get_gpu_config(
             f"tier: {gpu_memory_gb!r} is not one of {', '.join(TIERS)}", field="tier", asked=gpu_memory_gb
         )
     if gpu_memory_gb is None:
-        simulated = simulated_gib()
         gpu_memory_gb = get_gpu_memory_gb()
-        detected = simulated is None
-    row = _row(gpu_memory_gb, detected, table)
-    return GPUConfig(**{**row.__dict__, "gpu_memory_gb": gpu_memory_gb})
+    if detected is None:
+        detected = _is_detected(gpu_memory_gb)
+    return replace(_row(gpu_memory_gb, detected, table), gpu_memory_gb=gpu_memory_gb)
 
 
 def get_tier_of_mib(mib: int, *, profile: str | None = None) -> str:
     """Tier of a detected size in MiB, as NVML and the node label `nvidia.com/gpu.memory` give it."""
-    return get_gpu_tier(mib / 1024, profile=profile)
+    return get_gpu_tier(mib / 1024, detected=True, profile=profile)
 
 
 def mib_ranges(profile: str | None = None) -> dict[str, tuple[int, int | None]]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from acestep.errors import InvalidRequest
+from acestep.gpu_config import PROFILE_ENV, PROFILES
 
 Attention = Literal["flash", "sdpa", "eager"]
 AUTO = ("", "auto", "none", "null")
@@ -67,7 +68,7 @@ _OPTIONS = (
     Option("model", "ACESTEP_CONFIG_PATH", str, "renderer checkpoint"),
     Option("lm_model", "ACESTEP_LM_MODEL_PATH", str, "planner checkpoint"),
     Option("init_llm", "ACESTEP_INIT_LLM", _flag, "load the planner; auto: as the tier table says"),
-    Option("tier_profile", "ACESTEP_TIER_PROFILE", str, "version of the tier table"),
+    Option("tier_profile", PROFILE_ENV, _one_of(*PROFILES), "version of the tier table"),
     Option("dtype", "ACESTEP_DTYPE", _one_of("float32", "bfloat16", "float16"), "the renderer's arithmetic"),
     Option("lm_dtype", "ACESTEP_LM_DTYPE", _one_of("float32", "bfloat16"), "the planner's arithmetic"),
     Option("use_flash_attention", "ACESTEP_USE_FLASH_ATTENTION", _flag, "flash attention in the renderer"),

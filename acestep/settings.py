@@ -89,7 +89,7 @@ def resolve(
     """
     book = Book(read_overrides(overrides, env))
     present = list(devices) if devices is not None else [device] if device else _look(book, env)
-    main = device or pick(present, book.overrides["device"].value if "device" in book.overrides else "auto")
+    main = device or _pick(book, present, "device")
     book.note("device", main.torch_name, f"{main.name}, {main.gib:.4g} GiB")
     if role != "both" and main.is_card and not main.simulated and main.free_bytes < CROWDED * main.total_bytes:
         held = (main.total_bytes - main.free_bytes) / GIB
@@ -102,7 +102,7 @@ def resolve(
     lm_main = main
     if role != "render":
         if "lm_device" in book.overrides and device is None:
-            lm_main = pick(present, book.overrides["lm_device"].value)
+            lm_main = _pick(book, present, "lm_device")
         book.note("lm_device", lm_main.torch_name, "the same as device" if lm_main == main else lm_main.name)
     planner_model, lm_reason = choose_planner(book, role, lm_main, tier_row(lm_main, profile), renderer_model)
 
@@ -133,6 +133,13 @@ def _look(book: Book, env: Mapping[str, str] | None) -> list[Device]:
     """What is here. A process that was told to keep to the CPU opens no card."""
     named = {book.overrides[name].value.lower() for name in ("device", "lm_device") if name in book.overrides}
     return list_devices(env=env, probe_torch=named != {"cpu"})
+
+
+def _pick(book: Book, present: list[Device], name: str) -> Device:
+    asked = book.overrides.get(name)
+    if asked is None:
+        return pick(present, "auto")
+    return pick(present, asked.value, name if asked.source == "argument" else asked.source)
 
 
 def _give_way(

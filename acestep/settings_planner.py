@@ -9,7 +9,7 @@ from acestep import host, weights
 from acestep.activations import CONTEXT_BYTES
 from acestep.cards import Device
 from acestep.errors import OutOfMemory
-from acestep.gpu_config import GIB, PLANNER_SIZES, GPUConfig, Role, get_limits, get_lm_model_size, is_tiny
+from acestep.gpu_config import GIB, PLANNER_SIZES, GPUConfig, Role, get_limits, get_lm_model_size, is_tiny, planner_name
 from acestep.options import Attention, Book
 from acestep.plan import CODES_PER_SECOND
 
@@ -47,12 +47,13 @@ def choose_planner(
     """Checkpoint (None where the planner is off), and why it is on or off."""
     if role == "render":
         return None, "this replica only renders"
-    offered = row.available_lm_models
+    offered = row.planner_sizes
     where = _where(device, row)
     if is_tiny(renderer_model):
         model = str(book.take("lm_model", DEFAULT_PLANNER, "the tiny checkpoint runs anywhere"))
     else:
-        model = str(book.take("lm_model", f"acestep-5Hz-lm-{row.recommended_lm_model or '0.6B'}", f"for {where}"))
+        best = row.recommended_lm_model or planner_name(PLANNER_SIZES[0])
+        model = str(book.take("lm_model", best, f"for {where}"))
 
     if is_tiny(model) and not device.is_card:
         default, reason = True, "the tiny planner fits anywhere"
@@ -80,7 +81,7 @@ def _allowed(book: Book, model: str, device: Device, row: GPUConfig) -> str:
     if not device.is_card:
         book.warnings.append(f"the planner {model} runs on the CPU: expect minutes per song")
         return model
-    where, offered = _where(device, row), row.available_lm_models
+    where, offered = _where(device, row), row.planner_sizes
     if not offered:
         offered = PLANNER_SIZES[:1]
         book.warnings.append(
@@ -90,7 +91,7 @@ def _allowed(book: Book, model: str, device: Device, row: GPUConfig) -> str:
     if size in offered:
         return model
     smaller = [s for s in offered if PLANNER_SIZES.index(s) <= PLANNER_SIZES.index(size)]
-    best = f"acestep-5Hz-lm-{smaller[-1] if smaller else offered[0]}"
+    best = planner_name(smaller[-1] if smaller else offered[0])
     return str(book.correct("lm_model", best, f"{where} holds planners of {', '.join(offered)}"))
 
 
@@ -98,7 +99,7 @@ def smaller_planner(model: str) -> str | None:
     """The published planner one size below, or None."""
     size = get_lm_model_size(model)
     at = PLANNER_SIZES.index(size) if size in PLANNER_SIZES else 0
-    return f"acestep-5Hz-lm-{PLANNER_SIZES[at - 1]}" if at else None
+    return planner_name(PLANNER_SIZES[at - 1]) if at else None
 
 
 def planner_settings(
@@ -190,7 +191,7 @@ def _dtype(book: Book, device: Device) -> str:
 
 def _share(book: Book, role: Role, device: Device, row: GPUConfig, size: str, renderer_model: str) -> int | None:
     """Bytes set aside for the planner, or None for all that is free."""
-    table = row.planner_memory_gib(size)
+    table = row.lm_memory_gb.get(size)
     if device.kind == "cpu":
         gib = book.take("lm_memory_gb", None, "half of the host's memory at most")
     elif role == "plan":
@@ -198,7 +199,7 @@ def _share(book: Book, role: Role, device: Device, row: GPUConfig, size: str, re
         gib = book.take("lm_memory_gb", simulated, "the planner has the card to itself")
     elif size == "tiny":
         gib = book.take("lm_memory_gb", 1, "the tiny planner takes little more than its CUDA context")
-    elif size in row.available_lm_models and table is None:
+    elif size in row.lm_memory_gb and table is None:
         reserve = RENDERER_RESERVE_GIB[weights.renderer_size(renderer_model)]
         rest = round(device.memory_bytes / GIB - reserve, 1)
         gib = book.take("lm_memory_gb", rest, f"unrestricted by the tier table; the renderer keeps {reserve:g} GiB")

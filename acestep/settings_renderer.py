@@ -14,7 +14,7 @@ from acestep.options import Attention, Book, Override
 from acestep.settings_planner import is_old, take_threads
 
 OFFLOAD_BELOW_GIB = 20
-SMALL_BELOW_GIB = 12  # DiT offload and int8
+SMALL_BELOW_GIB = 12  # DiT offload
 GPU_EXTRA = "pip install 'acestep-serve[gpu]'"
 
 
@@ -149,12 +149,11 @@ def int8_missing(device: Device) -> str | None:
 
 
 def _int8(book: Book, device: Device, row: GPUConfig, model: str) -> bool:
-    small = row.opens_gib < SMALL_BELOW_GIB and device.kind in ("cuda", "rocm", "xpu") and not is_tiny(model)
+    small = row.int8_default and device.kind in ("cuda", "rocm", "xpu") and not is_tiny(model)
     missing = int8_missing(device)
     if small:
-        int8 = book.take(
-            "int8", missing is None, missing or f"{device.gib:.4g} GiB is below {SMALL_BELOW_GIB}: halves the DiT"
-        )
+        why = f"the tier table has it on for {device.gib:.4g} GiB ({row.label}): halves the DiT"
+        int8 = book.take("int8", missing is None, missing or why)
     else:
         int8 = book.take("int8", False, "saves memory and no time, and there is enough")
     if int8 and missing:

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from acestep.errors import InvalidRequest
-from acestep.gpu_config import TIERS, get_gpu_config, get_limits
+from acestep.gpu_config import TIERS, get_gpu_config, get_limits, get_lm_model_size
 from deployments.config import PlannerArgs, RendererArgs
 from deployments.pools import ROLE_LABEL, TIER_LABEL, node_labels
 
@@ -216,7 +216,7 @@ def _planner_home(cards: Sequence[Cards]) -> Cards | None:
 
 def _planner_gb(home: Cards) -> float | None:
     row = get_gpu_config(home.tier)
-    return row.planner_memory_gib(row.recommended_lm_model)
+    return row.lm_memory_gb[get_lm_model_size(row.recommended_lm_model)]
 
 
 def _planner_share(home: Cards) -> dict[str, Any]:

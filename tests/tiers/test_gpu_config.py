@@ -56,8 +56,10 @@ def test_row_is_the_published_one(tier: str) -> None:
     seconds, batch, sizes, default = PUBLISHED[tier]
     assert (row.max_duration_with_lm, row.max_duration_without_lm) == seconds
     assert (row.max_batch_size_with_lm, row.max_batch_size_without_lm) == batch
-    assert row.available_lm_models == sizes
+    assert row.planner_sizes == sizes
+    assert row.available_lm_models == tuple(f"acestep-5Hz-lm-{size}" for size in sizes)
     assert row.init_lm_default is default
+    assert row.int8_default is (tier in ("tier1", "tier2", "tier3", "tier4"))
 
 
 @pytest.mark.parametrize("label", SEPTEMBER)
@@ -66,13 +68,19 @@ def test_row_of_the_later_profile(label: str) -> None:
     seconds, batch = SEPTEMBER[label]
     assert (row.max_duration_with_lm, row.max_duration_without_lm) == seconds
     assert (row.max_batch_size_with_lm, row.max_batch_size_without_lm) == batch
-    assert ("4B" in row.available_lm_models) == (label in ("tier6b", "unlimited"))
+    assert ("4B" in row.planner_sizes) == (label in ("tier6b", "unlimited"))
+    assert row.int8_default is (label not in ("tier6b", "unlimited"))  # below 20 GB
 
 
 def test_memory_set_aside_for_the_planner() -> None:
-    assert [get_gpu_config("tier6").planner_memory_gib(size) for size in ("0.6B", "1.7B", "4B")] == [3, 8, 12]
-    assert get_gpu_config("tier4").planner_memory_gib("1.7B") is None
-    assert get_gpu_config("unlimited").planner_memory_gib("4B") is None
+    assert get_gpu_config("tier6").lm_memory_gb == {"0.6B": 3, "1.7B": 8, "4B": 12}
+    assert get_gpu_config("tier4").lm_memory_gb == {"0.6B": 3}
+    assert get_gpu_config("unlimited").lm_memory_gb["4B"] is None
+
+
+@pytest.mark.parametrize("profile", gpu_config.PROFILES)
+def test_tiers_begin_at_the_same_sizes_in_every_profile(profile: str) -> None:
+    assert mib_ranges(profile) == mib_ranges("2026-02")
 
 
 @pytest.mark.parametrize(
@@ -189,8 +197,16 @@ def test_simulated_size_that_is_no_number(text: str) -> None:
 def test_memory_of_a_simulated_card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MAX_CUDA_VRAM", "7.9")
     assert get_gpu_memory_gb() == pytest.approx(7.9)
-    row = get_gpu_config()
-    assert (row.tier, row.gpu_memory_gb) == ("tier3", pytest.approx(7.9))
+    for row in (get_gpu_config(), get_gpu_config(get_gpu_memory_gb())):  # taken as given, by either way
+        assert (row.tier, row.gpu_memory_gb) == ("tier3", pytest.approx(7.9))
+    assert get_gpu_tier(get_gpu_memory_gb()) == "tier3"
+    assert get_gpu_tier(7.95) == "tier4"  # another card's report
+    assert get_gpu_tier(7.9, detected=True) == "tier4"
+    monkeypatch.setenv("MAX_CUDA_VRAM_AS_DETECTED", "yes")
+    assert get_gpu_tier(get_gpu_memory_gb()) == get_gpu_config().tier == "tier4"
+    monkeypatch.setenv("MAX_CUDA_VRAM_AS_DETECTED", "perhaps")
+    with pytest.raises(InvalidRequest, match=r"MAX_CUDA_VRAM_AS_DETECTED.*perhaps"):
+        get_gpu_config()
 
 
 def test_documented_tables_are_the_data() -> None:

@@ -234,13 +234,17 @@ def test_unknown_setting_and_impossible_values() -> None:
         ({"vae_tile_frames": 3}, {}, "vae_tile_frames.*from 32"),
         ({}, {"ACESTEP_OFFLOAD_TO_CPU": "perhaps"}, "ACESTEP_OFFLOAD_TO_CPU.*true, false or auto"),
         ({"dtype": "int4"}, {}, "dtype.*bfloat16"),
-        ({"tier_profile": "2019"}, {}, "2019"),
+        ({"tier_profile": "2019"}, {}, "tier_profile.*2019"),
+        ({}, {"ACESTEP_TIER_PROFILE": "2019"}, "ACESTEP_TIER_PROFILE.*2026-02, 2026-09"),
         ({}, {"MAX_CUDA_VRAM": "abc"}, "MAX_CUDA_VRAM"),
     ):
         with pytest.raises(InvalidRequest, match=needle):
             resolve("both", arguments, env=env)
     with pytest.raises(DeviceUnavailable, match="cuda"):
         resolve("both", {"device": "cuda"}, devices=[cpu_device()], env={})
+    for variable in ("ACESTEP_DEVICE", "ACESTEP_LM_DEVICE"):
+        with pytest.raises(DeviceUnavailable, match=f"{variable}.*cuda:3.*cpu"):
+            resolve("both", devices=[cpu_device()], env={variable: "cuda:3"})
 
 
 @pytest.mark.parametrize(
@@ -276,6 +280,15 @@ def test_override_that_cannot_hold_falls_back_with_a_warning(
     variable = next(iter(env))
     assert [w for w in r.warnings if name in w and variable in w], r.warnings
     assert re.search(why, value(r, name).reason)
+
+
+@pytest.mark.parametrize(("gib", "by_profile"), [(11.9, (False, True)), (15.9, (False, True)), (19.99, (False, False))])
+def test_int8_by_profile(card: MakeCard, gib: float, by_profile: tuple[bool, bool]) -> None:
+    """The later table has it on below 20 GB."""
+    for profile, int8 in zip(("2026-02", "2026-09"), by_profile, strict=True):
+        r = resolve("render", TURBO, device=card(gib), env={"ACESTEP_TIER_PROFILE": profile})
+        assert r.renderer is not None
+        assert r.renderer.int8 is int8
 
 
 def test_flash_attention_can_be_switched_off(card: MakeCard) -> None:
