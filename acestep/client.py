@@ -10,26 +10,39 @@ from typing import Any
 
 import httpx
 
-from acestep.errors import AceStepError, Unavailable, error_from_dict
+from acestep.errors import AceStepError, InvalidRequest, Unavailable, error_from_dict
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 
 
-def server_url() -> str:
-    """`ACESTEP_URL`, else the address of a server on this machine."""
-    return os.environ.get("ACESTEP_URL", "").strip() or DEFAULT_URL
+def server_url(asked: str | None = None) -> str:
+    """`asked`, else `ACESTEP_URL`, else the address of a server on this machine.
+
+    Raises:
+        InvalidRequest: it is no HTTP address; the message names where it comes from.
+    """
+    url = (asked or os.environ.get("ACESTEP_URL", "").strip() or DEFAULT_URL).rstrip("/")
+    try:
+        parsed = httpx.URL(url)
+        bad = parsed.scheme not in ("http", "https") or not parsed.host or not 0 <= (parsed.port or 80) <= 65_535
+    except httpx.InvalidURL:
+        bad = True
+    if bad:
+        field = "url" if asked else "ACESTEP_URL"
+        raise InvalidRequest(f"{field}: {url!r} is no address such as {DEFAULT_URL}", field=field, asked=url)
+    return url
 
 
 class Client:
     """Talks to one server.
 
     Args:
-        url: Base address.
+        url: Base address; default `ACESTEP_URL`, else a server on this machine.
         api_key: Sent as a bearer token; default `ACESTEP_API_KEY`.
     """
 
     def __init__(self, url: str | None = None, api_key: str | None = None, timeout_s: float = 30.0) -> None:
-        self.url = (url or server_url()).rstrip("/")
+        self.url = server_url(url)
         # The server's variable may hold several keys; any of them will do.
         key = api_key if api_key is not None else os.environ.get("ACESTEP_API_KEY", "").partition(",")[0].strip()
         headers = {"Authorization": f"Bearer {key}"} if key else {}

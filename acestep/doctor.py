@@ -18,7 +18,7 @@ from acestep.cards import Device, tier_row
 from acestep.client import server_url
 from acestep.devices import list_devices
 from acestep.errors import AceStepError
-from acestep.gpu_config import GIB, Role, get_lm_model_size, is_tiny
+from acestep.gpu_config import AS_DETECTED_ENV, DEFAULT_PROFILE, GIB, SIMULATE_ENV, Role, get_lm_model_size, is_tiny
 from acestep.memory import RenderTask, admit_render, is_guided, known_configs, plan_need, render_need
 from acestep.options import OPTIONS
 from acestep.probes import Finding
@@ -91,7 +91,7 @@ def report(
         present = list(devices) if devices is not None else list_devices(env=env)
     except AceStepError as error:
         findings.append(Finding("error", "cards", error.message, error.to_dict()))
-        present = list_devices(env={k: v for k, v in env.items() if k != "MAX_CUDA_VRAM"})
+        present = list_devices(env={k: v for k, v in env.items() if k not in (SIMULATE_ENV, AS_DETECTED_ENV)})
     findings += build_mismatches(present, probes.pci_cards())
 
     settings = None
@@ -112,14 +112,23 @@ def report(
     downloads = any(f.area == "checkpoints" and f.level == "note" for f in findings)
     findings += probes.storage(probes.default_folders() if downloads else probes.state_folders())
     findings += probes.codecs()
-    address = urlsplit(server_url())
-    if address.hostname in ("127.0.0.1", "localhost", "::1"):
-        findings.append(
-            probes.port(address.port or 8000, "127.0.0.1" if address.hostname == "localhost" else address.hostname)
-        )
+    findings += server_port()
     chosen = settings.device if settings else None
     cards = [card_report(device, device == chosen, overrides, env) for device in present]
     return Report(machine(), cards, role, settings, ledger(settings) if settings else {}, findings)
+
+
+def server_port() -> list[Finding]:
+    """Whether a server could listen where the command line will look for one; nothing where that is another machine."""
+    try:
+        address = urlsplit(server_url())
+    except AceStepError as error:
+        return [Finding("error", "port", error.message, error.to_dict())]
+    if address.hostname not in ("127.0.0.1", "localhost", "::1"):
+        return []
+    default = 443 if address.scheme == "https" else 80
+    host = "127.0.0.1" if address.hostname == "localhost" else address.hostname
+    return [probes.port(address.port or default, host)]
 
 
 def machine() -> dict[str, Any]:
@@ -224,7 +233,8 @@ def card_report(
 ) -> CardReport:
     """What one device could do in each role, in words."""
     said = {role: _ability(role, device, overrides, env) for role in ("plan", "render", "both")}
-    return CardReport(device, tier_row(device).tier, chosen, **said)
+    # A tier's borders are the same in every profile.
+    return CardReport(device, tier_row(device, DEFAULT_PROFILE).tier, chosen, **said)
 
 
 def _ability(role: Role, device: Device, overrides: Mapping[str, Any] | None, env: Mapping[str, str]) -> str:
@@ -257,11 +267,11 @@ def _peak(r: Resolved, device: Device) -> str:
     return f", at most {found.need.peak / GIB:.1f} GiB ({found.need.stage})"
 
 
-def doctor(json_output: bool = False, role: Role = "both") -> int:
+def doctor(json_output: bool = False, role: Role = "both", overrides: Mapping[str, Any] | None = None) -> int:
     """Print the report. 0 where this machine can do what `role` asks of it, else 1."""
     from acestep.doctor_view import print_report
 
-    made = report(role=role)
+    made = report(overrides, role=role)
     if json_output:
         json.dump(made.to_dict(), sys.stdout, indent=2, default=str)
         sys.stdout.write("\n")

@@ -41,7 +41,7 @@ def _nvml() -> Iterator[Any]:
     finally:
         try:
             pynvml.nvmlShutdown()
-        except pynvml.NVMLError as error:
+        except Exception as error:
             log.debug("NVML shutdown: %s", error)
 
 
@@ -53,14 +53,14 @@ def read_cards() -> list[Card]:
         try:
             driver = _text(nvml.nvmlSystemGetDriverVersion())
             handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
-        except nvml.NVMLError as error:
+        except Exception as error:  # a broken library answers with anything, names that are no text included
             log.warning("NVML is there but broken: %s", error)
             return []
         cards: list[Card] = []
         for index, handle in enumerate(handles):
             try:
                 cards += _card(nvml, index, handle, driver)
-            except nvml.NVMLError as error:  # one card that fell off the bus must not hide the others
+            except Exception as error:  # one card that fell off the bus must not hide the others
                 log.warning("NVML cannot read card %d: %s", index, error)
         return cards
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from acestep.commands.settings import SetOption, given
 from acestep.errors import InvalidRequest
 from acestep.gpu_config import GIB
 
@@ -22,6 +23,7 @@ def calibrate(
         Path | None, typer.Option("--output", "-o", help="File to write; default <ACESTEP_HOME>/profiles/<card>.json.")
     ] = None,
     print_only: Annotated[bool, typer.Option("--print", help="Print the profile and write nothing.")] = False,
+    settings: SetOption = None,
 ) -> None:
     """Run short songs through the configured checkpoints and write a measured cost profile.
 
@@ -36,7 +38,7 @@ def calibrate(
 
     if role not in ROLES:
         raise InvalidRequest(f"--role: {role!r} is not one of {', '.join(ROLES)}.", field="role", asked=role)
-    with Studio() as studio:
+    with Studio(given(settings)) as studio:
         stages: dict[str, Any] = {}
         if role != "render":
             if not studio.settings.lm_enabled:

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from acestep.commands.settings import SetOption, given
 from acestep.doctor import doctor as run
 from acestep.errors import InvalidRequest
 from acestep.gpu_config import ROLES
@@ -17,9 +18,10 @@ app = typer.Typer(add_completion=False)
 def doctor(
     json_output: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     role: Annotated[str, typer.Option(help="What this machine is for: plan, render or both.")] = "both",
+    settings: SetOption = None,
 ) -> None:
     """Look at cards, settings, storage, codecs, port and checkpoints. Exit code 1 where songs cannot be made."""
     for known in ROLES:
         if known == role:
-            raise typer.Exit(run(json_output, known))
+            raise typer.Exit(run(json_output, known, given(settings)))
     raise InvalidRequest(f"--role: {role!r} is not one of {', '.join(ROLES)}.", field="role", asked=role)

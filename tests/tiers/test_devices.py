@@ -146,6 +146,16 @@ def test_a_driver_that_breaks_after_its_start(driver: Driver, monkeypatch: pytes
     assert driver.open == 0
 
 
+@pytest.mark.parametrize("call", ["nvmlSystemGetDriverVersion", "nvmlDeviceGetName", "nvmlDeviceGetMemoryInfo"])
+def test_a_library_that_answers_nonsense(driver: Driver, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    def nonsense(*_: object) -> str:
+        return b"\xff\xfe".decode()  # as pynvml does with what it gets
+
+    monkeypatch.setattr(pynvml, call, nonsense)
+    assert [d.kind for d in list_cards({})] == ["cpu"]
+    assert driver.open == 0
+
+
 def test_a_card_that_this_torch_cannot_use_is_listed_as_such(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "_torch_cards", lambda known: [])
     found = list_devices(env={})

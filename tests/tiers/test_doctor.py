@@ -129,6 +129,27 @@ def test_setting_that_cannot_be(card: MakeCard) -> None:
     assert warned.ok
 
 
+@pytest.mark.parametrize(
+    ("variable", "text"),
+    [
+        ("ACESTEP_TIER_PROFILE", "2031"),
+        ("MAX_CUDA_VRAM_AS_DETECTED", "perhaps"),
+        ("ACESTEP_URL", "http://127.0.0.1:99999"),
+        ("ACESTEP_URL", "http://127.0.0.1:x"),
+        ("ACESTEP_URL", "somewhere"),
+        ("ACESTEP_DEVICE", "toaster"),
+    ],
+)
+def test_wrong_variable_is_a_finding_that_names_it(monkeypatch: pytest.MonkeyPatch, variable: str, text: str) -> None:
+    """In the process's own environment, as a user has it: the whole report still comes."""
+    monkeypatch.setenv("MAX_CUDA_VRAM", "8")
+    monkeypatch.setenv(variable, text)
+    made = report()
+    assert [variable in f.text and text in f.text for f in errors(made)] == [True]
+    assert [c.tier for c in made.cards][-1] == "tier1"
+    assert "songs cannot be made here" in text_of(made)
+
+
 def test_variable_that_is_misspelt() -> None:
     env = {"ACESTEP_OFFLOAD_TO_CPUS": "1", "ACESTEP_HOME": "/x", "ACESTEP_API_KEY": "k", "ACESTEP_DEVICE": "cpu"}
     (found,) = misspelt(env)
