@@ -24,8 +24,11 @@ def checkpoints_dir() -> Path:
     return Path(configured).expanduser().absolute() if configured else home() / "checkpoints"
 
 
-def writable(directory: Path) -> Path:
+def writable(directory: Path, remedy: str = "set ACESTEP_HOME to a directory that is") -> Path:
     """Create `directory` if need be and prove by writing a file that it can be written.
+
+    Args:
+        remedy: What else to do than to make it writable, for the error.
 
     Raises:
         StoragePermission: with path, uid, gid and the mode of the nearest existing parent.
@@ -36,17 +39,22 @@ def writable(directory: Path) -> Path:
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
-        nearest = directory
-        while not os.path.lexists(nearest) and nearest != nearest.parent:
-            nearest = nearest.parent
-        try:
-            mode = stat.filemode(nearest.stat().st_mode)
-        except OSError:
-            mode = "unreadable"
-        uid, gid = (os.getuid(), os.getgid()) if hasattr(os, "getuid") else (-1, -1)
-        raise StoragePermission(
-            f"cannot write {directory}: {error.strerror or error} (uid {uid}, gid {gid}, mode of {nearest}: {mode}). "
-            "Make it writable or set ACESTEP_HOME to a directory that is.",
-            path=str(directory), uid=uid, gid=gid, mode=mode, errno=error.errno,
-        ) from error  # fmt: skip
+        raise refusal(directory, error, remedy) from error
     return directory
+
+
+def refusal(path: Path, error: OSError, remedy: str) -> StoragePermission:
+    """Why `path` cannot be written, with who asks and the mode of what is there, or of its nearest existing parent."""
+    nearest = path
+    while not os.path.lexists(nearest) and nearest != nearest.parent:
+        nearest = nearest.parent
+    try:
+        mode = stat.filemode(nearest.stat().st_mode)
+    except OSError:
+        mode = "unreadable"
+    uid, gid = (os.getuid(), os.getgid()) if hasattr(os, "getuid") else (-1, -1)
+    return StoragePermission(
+        f"cannot write {path}: {error.strerror or error} (uid {uid}, gid {gid}, mode of {nearest}: {mode}). "
+        f"Make it writable or {remedy}.",
+        path=str(path), uid=uid, gid=gid, mode=mode, errno=error.errno,
+    )  # fmt: skip

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from acestep.errors import InvalidRequest
+from acestep.options import read_overrides
 
 Tier = Literal["tier1", "tier2", "tier3", "tier4", "tier5", "tier6", "unlimited"]
 Engine = Literal["torch", "simulated"]
@@ -68,6 +69,15 @@ class PoolArgs(_Args):
         if self.num_replicas is None and self.min_replicas != self.max_replicas and self.pool is None:
             raise ValueError("pool: must be the application's name where min_replicas and max_replicas differ")
         return self
+
+    @field_validator("settings")
+    @classmethod
+    def _known_settings(cls, value: dict[str, Any]) -> dict[str, Any]:
+        try:
+            read_overrides(value, env={})
+        except InvalidRequest as error:
+            raise ValueError(error.message) from error
+        return value
 
 
 class PlannerArgs(PoolArgs):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,12 +12,15 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from acestep.audio.formats import FORMATS
 from acestep.client import Client
+from acestep.commands.settings import SetOption, given
 from acestep.errors import InvalidRequest
-from acestep.request import SongRequest
+from acestep.paths import refusal, writable
+from acestep.request import AudioFormat, SongRequest
 
 app = typer.Typer(add_completion=False)
-_SUFFIX_FORMAT = {
+_SUFFIX_FORMAT: dict[str, AudioFormat] = {
     ".wav": "wav",
     ".flac": "flac",
     ".mp3": "mp3",
@@ -25,6 +29,7 @@ _SUFFIX_FORMAT = {
     ".m4a": "aac",
     ".aac": "aac",
 }
+_ELSEWHERE = "name another file with --output"
 _UNITS = {"planning": "codes", "rendering": "steps", "decoding": "frames", "encoding": "songs"}
 _err = Console(stderr=True)
 
@@ -51,6 +56,7 @@ def generate(
         typer.Option("--param", "-p", help="Any other field of a request, as name=value (JSON or text)."),
     ] = None,
     local: Annotated[bool, typer.Option("--local", help="Make it in this process, without a server.")] = False,
+    settings: SetOption = None,
     url: Annotated[str | None, typer.Option(help="Server; default ACESTEP_URL or http://127.0.0.1:8000.")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the whole result as JSON.")] = False,
 ) -> None:
@@ -64,9 +70,10 @@ def generate(
     if "formats" not in fields and "format" not in fields:
         fields["formats"] = [_format_of(output)]
     request = _validated(fields)
-    if not output.parent.is_dir():
-        raise InvalidRequest(f"--output: there is no folder {output.parent}", field="output")
-    job = _local(request, output) if local else _served(fields, output, url)
+    if settings and not local:
+        raise InvalidRequest("--set: a server has settings of its own; this needs --local", field="set")
+    _check_output(output)
+    job = _local(request, output, given(settings)) if local else _served(fields, output, url)
     if json_output:
         typer.echo(json.dumps(job, indent=1, ensure_ascii=False))
     else:
@@ -82,11 +89,7 @@ def _served(fields: dict[str, Any], output: Path, url: str | None) -> dict[str, 
         except KeyboardInterrupt:
             client.cancel(job["id"])
             raise
-        for item in job["result"]["items"]:
-            for number, audio in enumerate(item["audio"]):
-                path = _path(output, item["index"], len(job["result"]["items"]), audio["format"] if number else None)
-                path.write_bytes(client.audio(audio["url"]))
-                audio["file"] = str(path)
+        _write(job, output, lambda _, audio: client.audio(audio["url"]))
     return job
 
 
@@ -105,20 +108,57 @@ def _uploaded(client: Client, fields: dict[str, Any]) -> dict[str, Any]:
     return sent
 
 
-def _local(request: SongRequest, output: Path) -> dict[str, Any]:
+def _local(request: SongRequest, output: Path, settings: dict[str, str]) -> dict[str, Any]:
     from acestep.local import Studio
 
     with _Bars() as bars:
         bars.stage("loading", 0, 0)
-        with Studio() as studio:
+        with Studio(settings) as studio:
             made = studio.make(request, on_progress=lambda p: bars.stage(p.stage, p.done, p.total))
     job = made.view()
-    for item in job["result"]["items"]:
-        for number, audio in enumerate(item["audio"]):
-            path = _path(output, item["index"], len(job["result"]["items"]), audio["format"] if number else None)
-            path.write_bytes(made.files[item["index"], audio["format"]])
-            audio["file"] = str(path)
+    _write(job, output, lambda item, audio: made.files[item["index"], audio["format"]])
     return job
+
+
+def _check_output(output: Path) -> None:
+    """Refuse, before any work, a file that could not be written after it."""
+    if not output.parent.is_dir():
+        raise InvalidRequest(f"--output: there is no folder {output.parent}", field="output")
+    if output.is_dir():
+        raise InvalidRequest(f"--output: {output} is a folder", field="output")
+    if not output.exists():
+        writable(output.parent, _ELSEWHERE)
+        return
+    try:
+        with output.open("ab"):
+            pass
+    except OSError as error:
+        raise refusal(output, error, _ELSEWHERE) from error
+
+
+def _write(job: dict[str, Any], output: Path, read: Callable[[dict[str, Any], dict[str, Any]], bytes]) -> None:
+    """Write every file of a job and note in it where: `song.wav`; `song-1.wav` for further items. A suffix that says something else than
+    what the file holds gives way to the format's own."""
+    items, taken = job["result"]["items"], set[Path]()
+    for item in items:
+        stem = output.stem if len(items) == 1 else f"{output.stem}-{item['index']}"
+        for number, audio in enumerate(item["audio"]):
+            path = output.with_name(stem + _suffix(output.suffix, audio["format"], first=number == 0))
+            if path in taken:
+                path = path.with_stem(f"{stem}-{audio['format']}")
+            taken.add(path)
+            data = read(item, audio)
+            try:
+                path.write_bytes(data)
+            except OSError as error:
+                raise refusal(path, error, _ELSEWHERE) from error
+            audio["file"] = str(path)
+
+
+def _suffix(asked: str, fmt: AudioFormat, *, first: bool) -> str:
+    own, says = FORMATS[fmt].extension, _SUFFIX_FORMAT.get(asked.lower())
+    fits = first if says is None else FORMATS[says].extension == own
+    return asked if fits else f".{own}"
 
 
 class _Bars:
@@ -218,12 +258,3 @@ def _format_of(output: Path) -> str:
         raise InvalidRequest(
             f"--output: {output.suffix or 'no suffix'} is not one of {', '.join(_SUFFIX_FORMAT)}", field="output"
         ) from None
-
-
-def _path(output: Path, index: int, items: int, other_format: str | None) -> Path:
-    """`song.wav`; `song-1.wav` for further items; the format's own suffix for further formats."""
-    stem = output.stem if items == 1 else f"{output.stem}-{index}"
-    suffix = output.suffix
-    if other_format:
-        suffix = f".{other_format}"
-    return output.with_name(stem + suffix)
