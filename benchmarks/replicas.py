@@ -29,7 +29,7 @@ ARGS = {"profile": "rtx-3060-12", "model": "acestep-v15-turbo", "num_cpus": 0.1}
 def songs_per_minute(replicas: int, songs: int) -> float:
     """All songs are there at once; from the first that was accepted to the last that was done, as the service tells it."""
     with simulated_service({**ARGS, "num_replicas": replicas}) as url, httpx.Client(base_url=url, timeout=120) as http:
-        _wait_for(http, replicas)
+        wait_for(http, replicas)
         with ThreadPoolExecutor(max(songs, 3 * replicas)) as pool:
             list(
                 pool.map(lambda _: _make(http, 0), range(3 * replicas))
@@ -38,7 +38,8 @@ def songs_per_minute(replicas: int, songs: int) -> float:
         return 60.0 * songs / (max(j["finished_at"] for j in jobs) - min(j["created_at"] for j in jobs))
 
 
-def _wait_for(http: httpx.Client, replicas: int) -> None:
+def wait_for(http: httpx.Client, replicas: int) -> None:
+    """Until the renderer pool has all its replicas."""
     until = time.monotonic() + 120
     while time.monotonic() < until:
         pool = next(p for p in http.get("/v1/cluster").json()["pools"] if p["name"] == "dit")

@@ -21,11 +21,11 @@ START_TIMEOUT_S = 120.0
 
 
 @contextmanager
-def simulated_service(dit: Mapping[str, Any] | None = None) -> Iterator[str]:
+def simulated_service(dit: Mapping[str, Any] | None = None, lm: Mapping[str, Any] | None = None) -> Iterator[str]:
     """`serve run` of serve_config.yaml with simulated pools of an H100 on a free port; gives its URL.
 
     Args:
-        dit: Further args of the renderer pool.
+        dit, lm: Further args of the renderer pool and of the planner pool.
 
     Raises:
         SystemExit: it did not get ready; with the end of its log.
@@ -38,8 +38,7 @@ def simulated_service(dit: Mapping[str, Any] | None = None) -> Iterator[str]:
     for application in config["applications"]:
         if application["name"] != "router":
             application["args"] = {"engine": "simulated", "profile": "h100-sxm"}
-        if application["name"] == "dit":
-            application["args"] |= dict(dit or {})
+            application["args"] |= dict((dit if application["name"] == "dit" else lm) or {})
     # A short folder: Ray keeps unix sockets in there, whose paths may have 107 characters.
     with tempfile.TemporaryDirectory(prefix="ace-", ignore_cleanup_errors=True) as name:
         folder = Path(name)

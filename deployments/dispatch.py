@@ -260,7 +260,9 @@ class Dispatcher:
             arguments = (job.id, request.model_dump(mode="json"), choice.max_duration, job.priority, _left(job))
             try:
                 rows = self.routing.plan_rows(choice.planner, request)
-                async with self.routing.occupy(choice.planner, "plan", choice.est_plan_s, rows) as place:
+                async with self.routing.occupy(
+                    choice.planner, "plan", choice.est_plan_s, choice.plan_wall_s, rows
+                ) as place:
                     handle = self.fleet.handle(choice.planner, "plan")
                     async with ProgressWriter(self.store, job.id, self.owner) as report:
                         with span("plan", pool=choice.planner, job_id=job.id):
@@ -314,7 +316,7 @@ class Dispatcher:
             job.id, request.model_dump(mode="json"), plan.model_dump(mode="json"), items, job.priority, _left(job)
         )  # fmt: skip
         work_s = choice.est_render_s * len(items) / request.batch_size
-        async with self.routing.occupy(pool, "render", work_s) as place:
+        async with self.routing.occupy(pool, "render", work_s, choice.render_wall_s) as place:
             handle = self.fleet.handle(pool, "render")
             with span("render", pool=pool, job_id=job.id, items=len(items)):
                 song = Song.model_validate(await self._follow(job, handle, "render", arguments, report))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import math
 import time
 from collections import defaultdict
@@ -29,6 +30,8 @@ from deployments.metrics import Meter
 from deployments.placement import Decision, FleetState, PoolState, Promise, choose
 from deployments.pools import node_labels
 
+LEAST_LEFT = 0.1  # of its time: what is not done yet takes some time still, however long it took already
+
 
 class NoPool(Exception):
     """No pool can take the work now; the text says what is missing."""
@@ -41,28 +44,50 @@ class Place:
     Attributes:
         slots: Batch rows that it takes.
         work_s: Seconds of one replica that it takes.
+        wall_s: How long it will take once it runs.
         alone: It waits for nobody and shares its slots with nobody, so its time is its own.
+        since: `time.monotonic()` at which it had slots of its own; None while it waits inside a replica.
     """
 
     slots: int
     work_s: float
+    wall_s: float
     alone: bool = True
+    since: float | None = None
+
+    def left_s(self, now: float) -> float:
+        return max(LEAST_LEFT * self.wall_s, self.wall_s - (now - (self.since or now)))
 
 
 @dataclass
 class Load:
-    """Work of this router on one pool."""
+    """Work of this router on one pool, in the order in which it came; `waiting_s` has no place yet."""
 
-    places: set[Place] = field(default_factory=set)
+    places: list[Place] = field(default_factory=list)
+    waiting_s: float = 0.0
     freed: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def in_flight(self) -> int:
         return len(self.places)
 
-    @property
-    def seconds(self) -> float:
-        return sum(p.work_s for p in self.places)
+    def run(self, slots: int, now: float) -> None:
+        """Note who has slots now, as replicas with that many in all take work in order."""
+        for place in self._first(slots):
+            place.since = place.since or now
+
+    def free_in_s(self, slots: int, now: float) -> tuple[float, ...]:
+        """When each of that many slots is free of what runs in it."""
+        times = [left for place in self._first(slots) for left in [place.left_s(now)] * place.slots]
+        return (*times, *[0.0] * (slots - len(times)))
+
+    def behind_s(self, slots: int) -> float:
+        """Seconds of work beyond what runs on that many slots."""
+        return self.waiting_s + sum(p.work_s for p in self.places) - sum(p.work_s for p in self._first(slots))
+
+    def _first(self, slots: int) -> list[Place]:
+        used = itertools.accumulate(p.slots for p in self.places)
+        return [place for place, total in zip(self.places, used, strict=True) if total <= slots]
 
 
 class Routing:
@@ -90,7 +115,7 @@ class Routing:
         """
         if not view.pools or any(pool_limits(p) is None for p in view.pools):
             return None
-        state = self.state(view)
+        state = self.state(view, newcomer=True)
         decision = _say_why_off(view, choose(request, state))
         if decision.outcome == "never":
             raise InvalidRequest(decision.reason, field="task" if request.task != "text2music" else "model")
@@ -129,20 +154,26 @@ class Routing:
         return max(2, planners + 2 * renderers)
 
     @contextlib.asynccontextmanager
-    async def occupy(self, pool: str, stage: str, work_s: float, slots: int = 1) -> AsyncIterator[Place]:
+    async def occupy(self, pool: str, stage: str, work_s: float, wall_s: float, slots: int = 1) -> AsyncIterator[Place]:
         """Take a place on a pool, waiting for one: work that is not yet inside a replica can still go to a new one.
 
         Args:
             work_s: Seconds of one replica that the work takes.
+            wall_s: How long it takes from its start.
             slots: Batch rows that it takes at once.
         """
         load = self._load[pool]
-        while load.in_flight >= self._places(pool):
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(load.freed.wait(), 0.5)  # replicas come and go without telling us
-            load.freed.clear()
-        place = Place(slots, work_s)
-        load.places.add(place)
+        load.waiting_s += work_s
+        try:
+            while load.in_flight >= self._places(pool):
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(load.freed.wait(), 0.5)  # replicas come and go without telling us
+                load.freed.clear()
+        finally:
+            load.waiting_s = max(0.0, load.waiting_s - work_s)
+        place = Place(slots, work_s, wall_s)
+        load.places.append(place)
+        load.run(self._running_slots(pool), time.monotonic())
         if sum(p.slots for p in load.places) > self._undisturbed(pool):
             for other in load.places if stage == "render" else (place,):  # who plans already keeps its rows
                 other.alone = False
@@ -151,7 +182,8 @@ class Routing:
             yield place
             self.meter.stage(pool, stage, time.monotonic() - began)
         finally:
-            load.places.discard(place)
+            load.places.remove(place)
+            load.run(self._running_slots(pool), time.monotonic())
             load.freed.set()
 
     def plan_rows(self, pool: str, request: SongRequest) -> int:
@@ -189,9 +221,11 @@ class Routing:
         pool = self._view.get(app)
         if pool is None:
             return 0
-        if pool.role == "render":
-            return math.inf if _together(pool) == 1 else pool.running
-        return pool.running * _slots(pool)
+        return math.inf if pool.role == "render" and _together(pool) == 1 else self._running_slots(app)
+
+    def _running_slots(self, app: str) -> int:
+        pool = self._view.get(app)
+        return pool.running * _slots(pool) if pool else 0
 
     def _places(self, app: str) -> int:
         """What the running replicas work on at once, and one more each, so that none waits for us."""
@@ -200,18 +234,32 @@ class Routing:
             return 1
         return max(1, pool.running * (max(_slots(pool), _together(pool)) + 1))
 
-    def state(self, view: FleetView) -> FleetState:
-        """The fleet as `placement` wants it: pools whose abilities are known."""
-        self._view = view
-        return FleetState(tuple(state for p in view.pools if (state := self._pool_state(p, view))))
+    def state(self, view: FleetView, *, newcomer: bool = False) -> FleetState:
+        """The fleet as `placement` wants it: pools whose abilities are known.
 
-    def _pool_state(self, pool: Pool, view: FleetView) -> PoolState | None:
+        Args:
+            newcomer: As a job finds it that comes behind all others; else as one whose turn has come.
+        """
+        self._view = view
+        return FleetState(tuple(state for p in view.pools if (state := self._pool_state(p, view, newcomer))))
+
+    def _pool_state(self, pool: Pool, view: FleetView, newcomer: bool) -> PoolState | None:
         limits = pool_limits(pool)
         info = pool.info or {}
         if limits is None or info.get("disabled"):
             return None
-        load, backlog = self._load[pool.app], self.backlogs.get(pool.app, Backlog())
+        load, backlog, args = self._load[pool.app], self.backlogs.get(pool.app, Backlog()), pool.args
         reachable = view.reachable(pool)
+        running = pool.running if pool.info else 0
+        slots, now = running * _slots(pool), time.monotonic()
+        # The store tells what other routers run, up to a second late; this router knows its own work to the moment.
+        others = backlog.running_jobs > load.in_flight
+        free = None if others else load.free_in_s(slots, now)
+        behind = backlog.held_s if others else load.behind_s(slots)
+        if newcomer:
+            queued = backlog.waiting_s - backlog.held_s + self._admitted[pool.app]
+            behind += queued + backlog.upcoming_s + backlog.later_s
+        fixed = args.num_replicas is not None or args.min_replicas == args.max_replicas
         return PoolState(
             name=pool.app,
             role=pool.role,
@@ -219,16 +267,18 @@ class Routing:
             limits=limits,
             profile=pool_profile(pool, limits.tier),
             tasks=frozenset(info.get("tasks") or ()),
-            running=pool.running if pool.info else 0,
+            running=running,
             pending=pool.starting if reachable else 0,  # Serve goes on asking for a node that is gone
-            max_replicas=pool.args.num_replicas if pool.args.num_replicas is not None else pool.args.max_replicas,
+            max_replicas=args.num_replicas if args.num_replicas is not None else args.max_replicas,
             reachable=reachable,
             slots=_slots(pool),
-            busy=max(load.in_flight, backlog.running_jobs),
-            waiting_s=backlog.waiting_s + self._admitted[pool.app],
-            running_s=max(load.seconds if not backlog.running_jobs else 0.0, backlog.running_s),
+            busy=backlog.running_jobs if free is None else sum(at > 0 for at in free),
+            waiting_s=behind,
+            running_s=backlog.running_s if free is None else sum(free) / _slots(pool),
+            free_in_s=free,
             correction=self.corrections.factor(pool.app, pool.role),
-            needs=node_labels(pool.args),
+            drain_s=None if fixed else args.drain_backlog_s,
+            needs=node_labels(args),
         )
 
 

@@ -34,6 +34,7 @@ class Backlog:
 
     Attributes:
         waiting_s: Could begin here now.
+        held_s: The part of that which a router holds already, so that it goes before what is queued.
         running_s: Is left in what runs.
         upcoming_s: Will arrive from the stage before: its planning runs now.
         later_s: Will arrive, but its planning still waits. Where nothing is being planned at all, only what came within the last
@@ -44,6 +45,7 @@ class Backlog:
     """
 
     waiting_s: float = 0.0
+    held_s: float = 0.0
     running_s: float = 0.0
     upcoming_s: float = 0.0
     later_s: float = 0.0
@@ -94,6 +96,7 @@ def summarise(rows: Iterable[Any], now: float) -> dict[str, Backlog]:
                 add(render_pool, "running_jobs", 1)
             else:
                 add(render_pool, "waiting_s", render_s)
+                add(render_pool, "held_s", render_s if held else 0.0)
                 add(render_pool, "waiting_jobs", 1)
         elif held:
             add(plan_pool, "running_s", _left(plan_s, now - (row["started_at"] or now)))
@@ -114,7 +117,7 @@ def _backlog(sums: Mapping[str, float]) -> Backlog:
     planning = sums["planning_jobs"]
     handover = handover_rate(sums["upcoming_s"], sums["planning_s"], planning)
     return Backlog(
-        waiting_s=sums["waiting_s"], running_s=sums["running_s"], upcoming_s=sums["upcoming_s"],
+        waiting_s=sums["waiting_s"], held_s=sums["held_s"], running_s=sums["running_s"], upcoming_s=sums["upcoming_s"],
         later_s=sums["later_s"] if planning else sums["fresh_s"], handover=handover,
         running_jobs=int(sums["running_jobs"]), waiting_jobs=int(sums["waiting_jobs"]), arrival=sums["arrival"],
     )  # fmt: skip

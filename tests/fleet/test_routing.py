@@ -19,7 +19,9 @@ from deployments.api.health import readiness
 from deployments.build import build_config, parse_tiers
 from deployments.config import PlannerArgs, PoolArgs, RendererArgs
 from deployments.fleet import FleetView, Node, Pool
+from deployments.jobs.backlog import Backlog
 from deployments.least_busy import ranked
+from deployments.placement import PoolState
 from deployments.routing import Routing, pool_limits
 
 GPU = {"acestep/role": "gpu"}
@@ -104,7 +106,7 @@ async def test_each_part_of_a_spread_batch_holds_a_place_of_its_own() -> None:
 
     async def part() -> None:
         nonlocal entered
-        async with routing.occupy("dit", "render", 1.0):
+        async with routing.occupy("dit", "render", 1.0, 1.0):
             entered += 1
             await asyncio.sleep(3600)
 
@@ -114,8 +116,38 @@ async def test_each_part_of_a_spread_batch_holds_a_place_of_its_own() -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    async with asyncio.timeout(1), routing.occupy("dit", "render", 1.0):
+    async with asyncio.timeout(1), routing.occupy("dit", "render", 1.0, 1.0):
         pass
+
+
+def placed(routing: Routing, *, newcomer: bool = False) -> PoolState:
+    return routing.state(FleetView((renderer(running=2),)), newcomer=newcomer).pools[0]
+
+
+async def test_what_runs_here_is_known_to_the_moment_and_what_follows_waits() -> None:
+    routing = Routing()
+    placed(routing)
+    async with routing.occupy("dit", "render", 30.0, 30.0), routing.occupy("dit", "render", 10.0, 10.0):
+        both = placed(routing)
+        assert both.free_in_s == pytest.approx((30.0, 10.0), abs=0.5)
+        assert (both.busy, both.waiting_s) == (2, 0.0)
+        async with routing.occupy("dit", "render", 7.0, 7.0):
+            assert placed(routing).waiting_s == 7.0
+    assert placed(routing).free_in_s == (0.0, 0.0)
+
+
+def test_a_newcomer_waits_for_everything_and_a_job_whose_turn_has_come_for_nothing() -> None:
+    routing = Routing()
+    routing.set_backlogs({"dit": Backlog(waiting_s=100.0, upcoming_s=20.0, later_s=300.0)})
+    assert placed(routing, newcomer=True).waiting_s == 420.0
+    assert placed(routing).waiting_s == 0.0
+
+
+def test_growth_is_foreseen_only_where_the_pool_scales() -> None:
+    grows = replace(renderer(), args=RendererArgs(pool="dit", min_replicas=0, max_replicas=4, drain_backlog_s=20))
+    (state,) = Routing().state(FleetView((grows,))).pools
+    assert (state.drain_s, state.max_replicas) == (20.0, 4)
+    assert placed(Routing()).drain_s is None
 
 
 def test_the_least_busy_replica_comes_first() -> None:
@@ -142,7 +174,7 @@ async def test_what_a_song_took_is_learnt_under_load_but_not_from_shared_steps(t
     song = Song(
         items=(item,), plan=plan, renderer="x", timings=RenderTimings(denoise_s=3 * foretold.wall_s, queued_s=900.0)
     )
-    async with routing.occupy("dit", "render", 1.0) as first, routing.occupy("dit", "render", 1.0) as second:
+    async with routing.occupy("dit", "render", 1.0, 1.0) as first, routing.occupy("dit", "render", 1.0, 1.0) as second:
         pass
     assert first.alone == second.alone == (together == 1)
     routing.learn_render("dit", request, plan, song)
