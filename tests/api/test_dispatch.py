@@ -8,6 +8,7 @@ import sqlite3
 import threading
 import uuid
 from collections.abc import AsyncIterator, Sequence
+from types import SimpleNamespace
 
 import pytest
 import sqlalchemy as sa
@@ -180,3 +181,34 @@ async def test_a_job_that_goes_where_it_was_told_at_submit_is_not_written_again(
     assert [list(w) for w in writes] == [["render_pool", "est_render_s"]]
     await dispatcher._choose(job, open_length, job.adjustments, longer)
     assert len(writes) == 1
+
+
+class Stream:
+    """A stage's answer as a handle gives it: one progress, then nothing for ever."""
+
+    cancelled = False
+
+    async def __aiter__(self) -> AsyncIterator[dict[str, object]]:
+        yield {"progress": {"stage": "rendering"}}
+        await asyncio.Event().wait()
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+async def test_who_leaves_a_stage_cancels_its_stream(site: Site) -> None:
+    """Serve does not tell the replica that nobody listens any more; it would render to the end."""
+    stream, told = Stream(), asyncio.Event()
+    handle = SimpleNamespace(options=lambda **_: handle, render=SimpleNamespace(remote=lambda *_: stream))
+    dispatcher, store = site.service.dispatcher, site.service.store
+    job, _ = store.add(str(uuid.uuid4()), SongRequest(prompt="x", seed=1))
+
+    async def report(progress: object) -> None:
+        told.set()
+
+    following = asyncio.create_task(dispatcher._follow(job, handle, "render", (), report))  # type: ignore[arg-type]
+    await told.wait()
+    following.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await following
+    assert stream.cancelled

@@ -10,11 +10,14 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from acestep.cost import render_seconds
 from acestep.errors import InvalidRequest
-from acestep.gpu_config import TIERS
+from acestep.gpu_config import TIERS, get_gpu_config, get_limits
+from acestep.profiles import find
+from acestep.request import SongRequest
 from deployments.build import CPU, Cards, as_text, build_config, cards_of_nodes, parse_tiers
 from deployments.config import PlannerArgs, PoolArgs, RendererArgs
-from deployments.pools import gpu_share, label_selector
+from deployments.pools import deployment_options, gpu_share, label_selector, settled
 from deployments.validate import problems
 
 FLEETS = st.dictionaries(st.sampled_from(TIERS), st.integers(1, 12), min_size=1).map(
@@ -116,3 +119,15 @@ def test_a_renderers_comment_tells_its_limits() -> None:
 def test_wrong_tiers_are_refused(text: str) -> None:
     with pytest.raises(InvalidRequest):
         parse_tiers(text)
+
+
+def test_a_leaving_replica_has_time_for_its_songs() -> None:
+    """Serve's default of 20 s would kill what runs at every update; every card renders its longest batch within ours."""
+    for tier in TIERS:
+        args = settled(RendererArgs(tiers=(tier,)), default_share=0.6)
+        options = deployment_options(args)
+        most = get_limits(get_gpu_config(tier), "render")
+        request = SongRequest(prompt="x", duration=most.max_duration, batch_size=most.max_batch, thinking=False)
+        profile = find(tier=tier)
+        longest = render_seconds(request, profile.renderer("turbo"), most.max_duration, items=most.max_batch)
+        assert options["graceful_shutdown_timeout_s"] == args.graceful_shutdown_s > longest.wall_s, tier
