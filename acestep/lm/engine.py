@@ -8,7 +8,6 @@ import logging
 import time
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from acestep.engine import Ticket
 from acestep.errors import AceStepError, Internal, LimitExceeded
@@ -55,7 +54,7 @@ class PlannerEngine:
         self._flows = flows
         self._label = label
         self._order = itertools.count()
-        self._prepared: WeakKeyDictionary[PlannerTicket, _Run | AceStepError] = WeakKeyDictionary()
+        self._prepared: tuple[PlannerTicket, _Run | AceStepError] | None = None  # the head of the queue, while it waits
         self._runs: dict[str, _Run] = {}
         self._run_of: dict[Job, _Run] = {}
         self._waiting: list[tuple[float, int, int, Job]] = []  # jobs of admitted tickets that have no rows yet
@@ -73,7 +72,7 @@ class PlannerEngine:
 
     def add(self, ticket: PlannerTicket) -> None:
         run = self._prepare(ticket)
-        del self._prepared[ticket]
+        self._prepared = None
         if isinstance(run, AceStepError):
             raise run
         self._runs[ticket.id] = run
@@ -124,17 +123,15 @@ class PlannerEngine:
     # -- flows
 
     def _prepare(self, ticket: PlannerTicket) -> _Run | AceStepError:
-        """The ticket's flow up to its first jobs, made once while it waits."""
-        prepared = self._prepared.get(ticket)
-        if prepared is None:
+        """The ticket's flow up to its first jobs, made once while it waits at the head of the queue."""
+        if self._prepared is None or self._prepared[0] is not ticket:
             run = _Run(ticket, self._flows.flow(ticket.work), next(self._order))
             try:
                 self._resume(run)
-                prepared = run
+                self._prepared = ticket, run
             except AceStepError as error:
-                prepared = error
-            self._prepared[ticket] = prepared
-        return prepared
+                self._prepared = ticket, error
+        return self._prepared[1]
 
     def _resume(self, run: _Run) -> None:
         """On to the flow's next jobs, or to its result."""

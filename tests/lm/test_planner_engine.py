@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,17 @@ def test_cancelled_work_is_gone_before_the_next_step(engine: PlannerEngine) -> N
     finish(engine)
     assert keep.result().codes == alone.result().codes
     assert not drop.future.done()
+
+
+def test_work_that_is_dropped_while_it_waits_leaves_nothing(engine: PlannerEngine) -> None:
+    for n in range(2):
+        engine.add(Ticket(song(n)))
+    waiting = [Ticket(song(n)) for n in range(3)]
+    gone = weakref.ref(waiting[0])
+    assert not any(engine.has_room(ticket) for ticket in waiting)
+    del waiting[0]
+    gc.collect()
+    assert gone() is None
 
 
 def test_work_that_can_never_fit_is_refused_when_added(model: PlannerModel, grammar: Grammar) -> None:
