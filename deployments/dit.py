@@ -41,6 +41,7 @@ class RendererDeployment:
 
     def __init__(self, args: dict[str, Any]) -> None:
         join_serve()
+        self._leaving = False  # told to go while it started, Serve still looks at its health, and logs a trace
         self.args = parse_args(RendererArgs, args, "dit")
         self.storage = Storage(self.args.files_url)
         self.lora_roots = adapter_roots(self.args.lora_roots)
@@ -144,10 +145,11 @@ class RendererDeployment:
         return {**self.info.to_dict(), "stats": self.renderer.stats()}
 
     def check_health(self) -> None:
-        if not self.renderer.alive:
+        if not self._leaving and not self.renderer.alive:
             raise RuntimeError("the renderer's engine thread has ended")
 
     def __del__(self) -> None:
+        self._leaving = True
         if meter := getattr(self, "_meter", None):
             meter.close()
         if renderer := getattr(self, "renderer", None):

@@ -33,6 +33,7 @@ class PlannerDeployment:
 
     def __init__(self, args: dict[str, Any]) -> None:
         join_serve()
+        self._leaving = False  # told to go while it started, Serve still looks at its health, and logs a trace
         self.args = parse_args(PlannerArgs, args, "lm")
         start = start_replica("plan", self.args)
         self._planner: Planner | SimulatedPlanner | None = None
@@ -123,10 +124,11 @@ class PlannerDeployment:
         return {**self.info.to_dict(), "stats": self._planner.stats() if self._planner else {}}
 
     def check_health(self) -> None:
-        if self._planner is not None and not self._planner.stats()["alive"]:
+        if not self._leaving and self._planner is not None and not self._planner.stats()["alive"]:
             raise RuntimeError("the planner's engine thread has ended")
 
     def __del__(self) -> None:
+        self._leaving = True
         if meter := getattr(self, "_meter", None):
             meter.close()
         if planner := getattr(self, "_planner", None):

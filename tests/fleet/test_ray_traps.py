@@ -24,6 +24,7 @@ from acestep.request import SongRequest
 from deployments.build import build_config, parse_tiers
 from deployments.config import PlannerArgs, RendererArgs, RouterArgs, parse_args
 from deployments.fleet import SETTLE_S, Fleet, FleetView, Node, Pool, unplaced
+from deployments.lm import PlannerDeployment
 from deployments.pools import deployment_options, label_selector, settled
 from deployments.validate import problems
 from tests.server import ROOT
@@ -140,6 +141,16 @@ def test_only_a_leaving_replica_that_never_had_a_node_is_let_go() -> None:
     assert fleet._unplaced_leavers(details, replace(runs, nodes=(node,)), now=200.0) == ["pending"]
     assert fleet._unplaced_leavers(gone, goes, now=201.0) == []
     assert fleet._unplaced_leavers(gone, goes, now=210.0) == []
+
+
+def test_a_stage_that_is_told_to_go_while_it_starts_is_not_ill() -> None:
+    """Serve looks at its health once more after it has closed it, and would log a trace."""
+    dead, leaving = PlannerDeployment({}), PlannerDeployment({})
+    dead.planner.close()
+    with pytest.raises(RuntimeError, match="has ended"):
+        dead.check_health()
+    leaving.__del__()
+    leaving.check_health()
 
 
 # -- how Ray really schedules and builds
