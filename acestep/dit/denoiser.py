@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from acestep.checkpoints.modules import AceStepTransformer1DModel, rotary_freqs
-from acestep.dit.attention import Attention, WindowLayout, key_mask, rotate, window_layout
+from acestep.dit.attention import Attention, WindowLayout, key_mask, window_layout
+from acestep.dit.layer import Layer, compiled_layer
 from acestep.dit.lora import ActiveLora, applied
 from acestep.settings import Attention as Backend
 
 _KEPT_BATCHES = 2  # the one at work and the one it took over from
-_COMPILED_ROWS = 2  # a song, or a song with guidance; batches of short clips are not worth a compilation each
-_CONDITION_BUCKET = 128  # tokens, where shapes must repeat for a compiled forward
+_WARM_FRAMES = 274  # 137 tokens: no other dimension of a model is as long, so that none is taken for this one
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +73,7 @@ class Denoiser:
         transformer: Loaded and on `device`; may carry LoRA layers.
         device, dtype: Where and in what to compute. Latents come and go as float32.
         backend: Attention kernel.
-        compile: Compile the layer that the model repeats, once per shape, and pad songs and conditions so that few shapes occur.
+        compile: Fuse the layer that the model repeats with `torch.compile`; `warm_up` does it ahead of the first song.
     """
 
     def __init__(
@@ -92,18 +92,40 @@ class Denoiser:
         self.patch = int(self.transformer.patch_size)
         config: Any = transformer.config
         self._window = int(config.sliding_window)
-        self._pad_to_buckets = compile
-        self._compiled: Any = compiled(self._block) if compile else self._block
+        self._own_dtype = dtype
+        self._layer = compiled_layer() if compile else Layer()
         self._batches: dict[tuple[Any, ...], _Batch] = {}
 
     def forget(self) -> None:
         """Drop what is kept between steps, to give its memory back."""
         self._batches.clear()
 
-    def set_precision(self, dtype: torch.dtype) -> None:
-        """Convert the weights. Half to float32 and back loses nothing."""
+    def warm_up(self) -> None:
+        """Compile now what songs would wait for later. Raises whatever the compiler does."""
+        channels = int(self.transformer.config.audio_acoustic_hidden_dim)
+        with torch.inference_mode():
+            x = torch.zeros((_WARM_FRAMES, channels), device=self.device)
+            context = torch.zeros((_WARM_FRAMES, 2 * channels), device=self.device)
+            tokens = torch.zeros((1, self.transformer.condition_embedder.in_features), device=self.device)
+        row = Row(x, 1.0, context, self.project(tokens))
+        for rows in (1, 2):
+            self.velocity([row] * rows)
         self.forget()
-        nn.Module.to(self.transformer, dtype)  # diffusers' own `to` warns about every conversion
+
+    def run_uncompiled(self) -> None:
+        self._layer = Layer()
+        self.forget()
+
+    def set_precision(self, dtype: torch.dtype) -> None:
+        """Convert the weights. Half to float32 and back loses nothing. Where memory runs out, they are left as they were."""
+        if dtype == self.dtype:
+            return
+        self.forget()
+        try:
+            nn.Module.to(self.transformer, dtype)  # diffusers' own `to` warns about every conversion
+        except torch.OutOfMemoryError:
+            nn.Module.to(self.transformer, self.dtype)
+            raise
         self.dtype = dtype
         self.attention = Attention(self._backend, self.device, dtype)
 
@@ -132,10 +154,10 @@ class Denoiser:
             latents[i, : len(row.x)] = row.x
         times = torch.tensor([row.t for row in rows], dtype=torch.float32, device=self.device)
         loras = [row.lora for row in rows]
-        # Hooks of an adapter, and a new number of rows, would each compile all over again.
-        block = self._compiled if len(rows) <= _COMPILED_ROWS and not any(loras) else self._block
+        # The hooks of an adapter, or another precision, would each compile all over again.
+        layer = Layer() if any(loras) or self.dtype != self._own_dtype else self._layer
         with applied(self.transformer, loras):
-            out = self._forward(latents, times, batch, block)
+            out = self._forward(latents, times, batch, layer)
         return [out[i, :frames].float() for i, frames in enumerate(batch.frames)]
 
     def _batch_of(self, rows: Sequence[Row]) -> _Batch:
@@ -151,8 +173,6 @@ class Denoiser:
         frames = tuple(len(row.x) for row in rows)
         tokens = [-(-f // self.patch) for f in frames]
         width = max(tokens)
-        if self._pad_to_buckets:
-            width = bucket(width, self.patch)
         context = torch.zeros(
             (len(rows), width * self.patch, rows[0].context.shape[1]), dtype=self.dtype, device=self.device
         )
@@ -175,7 +195,7 @@ class Denoiser:
 
     def _stack(self, conditions: Sequence[Projected]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor | None]:
         first = conditions[0]
-        if not self._pad_to_buckets and all(c is first for c in conditions):
+        if all(c is first for c in conditions):
             count = len(conditions)
             return (
                 tuple(k.to(self.dtype).expand(count, -1, -1, -1) for k in first.keys),
@@ -183,8 +203,6 @@ class Denoiser:
                 None,
             )
         width = max(c.tokens for c in conditions)
-        if self._pad_to_buckets:
-            width = -(-width // _CONDITION_BUCKET) * _CONDITION_BUCKET
         # One token ("no condition") is repeated instead of padded: equal keys give its value, and need no mask.
         lengths = [width if c.tokens == 1 else c.tokens for c in conditions]
 
@@ -202,7 +220,7 @@ class Denoiser:
             key_mask(lengths, width, self.device, self.dtype),
         )
 
-    def _forward(self, latents: Tensor, times: Tensor, batch: _Batch, run_block: Any) -> Tensor:
+    def _forward(self, latents: Tensor, times: Tensor, batch: _Batch, layer: Layer) -> Tensor:
         model = self.transformer
         # The model was trained with a second time input, (t - r), that is 0 in plain flow matching.
         temb_t, proj_t = self._embed_time(model.time_embed, times)
@@ -210,9 +228,9 @@ class Denoiser:
         temb, proj = temb_t + temb_r, proj_t + proj_r
 
         states = model.proj_in_conv(torch.cat([batch.context, latents], dim=-1).transpose(1, 2)).transpose(1, 2)
-        for block, kind, key, value in zip(model.layers, model.layer_types, batch.keys, batch.values, strict=True):
-            window = batch.window if kind == "sliding_attention" else None
-            states = run_block(block, states, proj, batch.rope, window, batch.full_mask, key, value, batch.cross_mask)
+        states = states.contiguous()
+        for index, (block, kind) in enumerate(zip(model.layers, model.layer_types, strict=True)):
+            states = self._block(layer, block, kind, states, proj, batch, index)
 
         shift, scale = (model.scale_shift_table + temb.unsqueeze(1)).chunk(2, dim=1)
         states = (model.norm_out(states) * (1 + scale) + shift).type_as(states)
@@ -220,27 +238,17 @@ class Denoiser:
         return velocity
 
     def _block(
-        self,
-        block: Any,
-        states: Tensor,
-        proj: Tensor,
-        rope: tuple[Tensor, Tensor],
-        window: WindowLayout | None,
-        full_mask: Tensor | None,
-        key: Tensor,
-        value: Tensor,
-        cross_mask: Tensor | None,
+        self, layer: Layer, block: Any, kind: str, states: Tensor, proj: Tensor, batch: _Batch, index: int
     ) -> Tensor:
-        """One layer; `window` makes it a sliding one."""
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (block.scale_shift_table + proj).chunk(6, dim=1)
-        inner = (block.self_attn_norm(states) * (1 + scale) + shift).type_as(states)
-        states = (states + self._self_attention(block.self_attn, inner, rope, window, full_mask) * gate).type_as(states)
-
-        inner = block.cross_attn_norm(states).type_as(states)
-        states = states + self._cross_attention(block.cross_attn, inner, key, value, cross_mask)
-
-        inner = (block.mlp_norm(states) * (1 + mlp_scale) + mlp_shift).type_as(states)
-        return (states + block.mlp(inner) * mlp_gate).type_as(states)
+        q, k, v = layer.before(block, states, shift, scale, *batch.rope)
+        if kind == "sliding_attention":
+            attended = self.attention.sliding(q, k, v, batch.window, padded=batch.full_mask is not None)
+        else:
+            attended = self.attention.full(q, k, v, batch.full_mask)
+        states, q = layer.between(block, states, gate, _joined(attended))
+        attended = self.attention.full(q, batch.keys[index], batch.values[index], batch.cross_mask)
+        return layer.after(block, states, mlp_shift, mlp_scale, mlp_gate, _joined(attended))
 
     def _embed_time(self, embed: Any, times: Tensor) -> tuple[Tensor, Tensor]:
         # As AceStepTimestepEmbedding.forward, with the time itself kept in float32.
@@ -248,40 +256,7 @@ class Denoiser:
         temb = embed.linear_2(embed.act1(embed.linear_1(frequencies)))
         return temb, embed.time_proj(embed.act2(temb)).unflatten(1, (6, -1))
 
-    def _self_attention(
-        self,
-        attn: Any,
-        states: Tensor,
-        rope: tuple[Tensor, Tensor],
-        window: WindowLayout | None,
-        full_mask: Tensor | None,
-    ) -> Tensor:
-        q = attn.norm_q(attn.to_q(states).unflatten(-1, (attn.heads, attn.head_dim)))
-        k = attn.norm_k(attn.to_k(states).unflatten(-1, (attn.kv_heads, attn.head_dim)))
-        v = attn.to_v(states).unflatten(-1, (attn.kv_heads, attn.head_dim))
-        q, k = (rotate(x, rope) for x in (q, k))
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        if window is not None:
-            out = self.attention.sliding(q, k, v, window, padded=full_mask is not None)
-        else:
-            out = self.attention.full(q, k, v, full_mask)
-        return attn.to_out[0](out.transpose(1, 2).flatten(2))
 
-    def _cross_attention(self, attn: Any, states: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        q = attn.norm_q(attn.to_q(states).unflatten(-1, (attn.heads, attn.head_dim))).transpose(1, 2)
-        out = self.attention.full(q, key, value, mask)
-        return attn.to_out[0](out.transpose(1, 2).flatten(2))
-
-
-def compiled(function: Any) -> Any:
-    """`function` compiled for each shape it meets: Dynamo would give up after 8."""
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
-    torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, 1024)
-    return torch.compile(function, dynamic=False)
-
-
-def bucket(tokens: int, patch: int) -> int:
-    """`tokens` rounded up to whole 10 s up to a minute, then to whole 30 s: 24 shapes for songs of up to 10 minutes."""
-    second = 25 / patch
-    step = 10 * second if tokens <= 60 * second else 30 * second
-    return int(-(-tokens // step) * step)
+def _joined(heads: Tensor) -> Tensor:
+    """`[B, H, S, D]` as `[B, S, H * D]`, contiguous whatever the kernel returned."""
+    return heads.transpose(1, 2).flatten(2).contiguous()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -86,6 +87,8 @@ class Renderer:
         denoiser = Denoiser(components.transformer, device, dtype, settings.attention, compile=settings.compile)
         if denoiser.attention.backend == "eager":
             use_eager_attention(components)
+        if settings.compile:
+            warm_up(denoiser, vae, residency)
         loras = LoraCache(components.transformer, device, dtype)
         conditions = Conditions(components, device, dtype)
         budget = settings.max_batch_frames
@@ -195,6 +198,25 @@ class Renderer:
         """Stop after the step in progress; unfinished works fail as cancelled."""
         self._thread.close()
         self._preparation.close()
+
+
+def warm_up(denoiser: Denoiser, vae: Vae, residency: Residency) -> None:
+    """Compile ahead of the first song. What cannot be compiled here, for want of a C compiler for instance, runs as it is written."""
+    began = time.monotonic()
+    parts: dict[str, Denoiser | Vae] = {"dit": denoiser, "vae": vae}
+    for group, part in parts.items():
+        residency.need(group)
+        try:
+            part.warm_up()
+        except Exception as error:  # a compiler fails in any way it likes
+            lines = str(error).strip().splitlines() or [""]
+            log.warning(
+                "torch.compile fails for the %s (%s: %s): it runs uncompiled", group, type(error).__name__, lines[0]
+            )
+            log.info("the whole error", exc_info=True)
+            part.run_uncompiled()
+    residency.leave()
+    log.info("compiled in %.1f s", time.monotonic() - began)
 
 
 def use_eager_attention(components: RendererComponents) -> None:

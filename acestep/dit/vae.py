@@ -34,7 +34,7 @@ class Vae:
         vae: Loaded; its weight norms are folded and its activations replaced in place by equal, cheaper ones.
         tile: Frames per tile, overlap included.
         overlap: Frames on each side that only give context.
-        compile: Compile the decoder for the tile's shape.
+        compile: Fuse the activations, which move most of the memory, with `torch.compile`; `warm_up` does it ahead of the first song.
     """
 
     def __init__(
@@ -46,15 +46,29 @@ class Vae:
         self._device = device
         self._tile = tile
         self._overlap = overlap
-        self._full_tiles = compile  # a compiled decoder must see few shapes
         fold(vae)
-        self._decoder: Any = torch.compile(vae.decoder, dynamic=False) if compile else vae.decoder
+        self._activate_with(torch.compile(snake, dynamic=True) if compile else snake)
         self.tiles = 0
 
     @property
     def dtype(self) -> torch.dtype:
         dtype: torch.dtype = next(self.vae.decoder.parameters()).dtype
         return dtype
+
+    def warm_up(self) -> None:
+        """Compile now what songs would wait for later. Raises whatever the compiler does."""
+        with torch.inference_mode():
+            self.vae.decoder(
+                torch.zeros(1, int(self._config["decoder_input_channels"]), 3, device=self._device, dtype=self.dtype)
+            )
+
+    def run_uncompiled(self) -> None:
+        self._activate_with(snake)
+
+    def _activate_with(self, function: Callable[..., Tensor]) -> None:
+        for module in self.vae.modules():
+            if isinstance(module, FoldedSnake):
+                module.function = function
 
     def decode(self, latents: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Pieces of PCM (first frame, float32 `[2, n]` on the CPU) of latents `[L, C]`, in order."""
@@ -74,12 +88,8 @@ class Vae:
     @torch.inference_mode()
     def _decode_window(self, latents: Tensor, begin: int, end: int) -> Tensor:
         first, last = max(0, begin - self._overlap), min(len(latents), end + self._overlap)
-        if self._full_tiles and last - first < self._tile == self._fitting_tile(decode_bytes) <= len(latents):
-            first = max(0, last - self._tile)
-            last = first + self._tile
         window = latents[first:last].T[None].to(self._device, self.dtype)
-        whole = last - first == self._tile
-        audio = (self._decoder if whole else self.vae.decoder)(window)
+        audio: Tensor = self.vae.decoder(window)
         if self.dtype != torch.float32 and not bool(torch.isfinite(audio).all()):
             audio = self._decode_in_float32(window)
         return audio[0, :, (begin - first) * self.hop : (end - first) * self.hop].float().cpu()
@@ -159,21 +169,28 @@ class Vae:
         return str(self.dtype).removeprefix("torch.")
 
 
-class FoldedSnake(nn.Module):
-    """Snake activation x + sin²(αx) / β with its constants computed once: four passes over memory in place of six."""
+def snake(x: Tensor, alpha: Tensor, gain: Tensor) -> Tensor:
+    wave = (x * alpha).sin_()
+    return torch.addcmul(x, wave * gain, wave)
 
-    def __init__(self, snake: Snake1d) -> None:
+
+class FoldedSnake(nn.Module):
+    """Snake activation x + sin²(αx) / β with its constants computed once: four passes over memory in place of six, compiled one."""
+
+    def __init__(self, original: Snake1d) -> None:
         super().__init__()
-        alpha, beta = (x.exp() if snake.logscale else x for x in (snake.alpha.data.float(), snake.beta.data.float()))
-        dtype = snake.alpha.dtype
+        alpha, beta = (
+            x.exp() if original.logscale else x for x in (original.alpha.data.float(), original.beta.data.float())
+        )
+        dtype = original.alpha.dtype
         self.register_buffer("alpha", alpha.to(dtype))
         self.register_buffer("gain", (beta + 1e-9).reciprocal().to(dtype))
         self.alpha: Tensor
         self.gain: Tensor
+        self.function: Callable[..., Tensor] = snake
 
     def forward(self, x: Tensor) -> Tensor:
-        wave = (x * self.alpha).sin_()
-        return torch.addcmul(x, wave * self.gain, wave)
+        return self.function(x, self.alpha, self.gain)
 
 
 def fold(vae: AutoencoderOobleck) -> None:

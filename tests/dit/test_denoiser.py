@@ -10,7 +10,7 @@ from torch import Tensor
 
 from acestep.checkpoints.load import RendererComponents
 from acestep.dit.attention import Attention, eager_attention, sdpa_attention, window_layout
-from acestep.dit.denoiser import Denoiser, Row, bucket
+from acestep.dit.denoiser import Denoiser, Row
 
 CPU = torch.device("cpu")
 
@@ -83,32 +83,47 @@ def test_the_null_condition_is_one_token(parts: RendererComponents, rel: Any) ->
     assert rel(got, theirs(parts, x, context, null.expand(77, -1), 0.5)) <= 1e-6
 
 
-def test_padding_to_buckets_changes_nothing(parts: RendererComponents, rel: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(torch, "compile", lambda run, **options: run)  # the shapes that are compiled, run plainly
-    x, context, condition = inputs(parts, 301, 40, seed=2)
-    plain, padded = (Denoiser(parts.transformer, CPU, torch.float32, compile=c) for c in (False, True))
-    got = padded.velocity([Row(x, 0.5, context, padded.project(condition))])[0]
-    assert rel(got, plain.velocity([Row(x, 0.5, context, plain.project(condition))])[0]) <= 1e-6
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What torch.compile traces, run as traced: no code is generated, and "fullgraph" makes any break an error."""
+    traced: list[Any] = []
 
+    def backend(graph: Any, inputs: Any) -> Any:
+        traced.append(graph)
+        return graph.forward
 
-def test_the_layer_compiles_whole(parts: RendererComponents, rel: Any, monkeypatch: Any) -> None:
-    plain = Denoiser(parts.transformer, CPU, torch.float32)
     compile = torch.compile
-    # Traced by the real compiler without generating code; "fullgraph" makes any break an error.
+    torch._dynamo.reset()
     monkeypatch.setattr(
-        torch, "compile", lambda run, dynamic: compile(run, dynamic=dynamic, backend="eager", fullgraph=True)
+        torch, "compile", lambda run, dynamic: compile(run, dynamic=dynamic, backend=backend, fullgraph=True)
     )
-    traced = Denoiser(parts.transformer, CPU, torch.float32, compile=True)
-    for frames in (100, 1400):
-        x, context, condition = inputs(parts, frames, 40, seed=3)
-        got = traced.velocity([Row(x, 0.5, context, traced.project(condition))])[0]
-        assert rel(got, plain.velocity([Row(x, 0.5, context, plain.project(condition))])[0]) <= 1e-6
+    return traced
 
 
-def test_buckets_are_few() -> None:
-    widths = {bucket(tokens, 2) for tokens in range(1, 7501)}
-    assert len(widths) == 24
-    assert all(bucket(tokens, 2) >= tokens for tokens in range(1, 7501))
+def test_the_layer_compiles_whole_and_once_for_every_length(
+    parts: RendererComponents, rel: Any, graphs: list[Any]
+) -> None:
+    plain = Denoiser(parts.transformer, CPU, torch.float32)
+    compiled = Denoiser(parts.transformer, CPU, torch.float32, compile=True)
+    compiled.warm_up()
+    assert len(graphs) == 6  # three pieces, for one row and for several
+    for shapes in ([(100, 40)], [(1400, 300)], [(51, 3), (700, 40)], [(250, 40)] * 3):
+        mine, theirs = ([], [])
+        for n, (frames, tokens) in enumerate(shapes):
+            x, context, condition = inputs(parts, frames, tokens, seed=n)
+            mine.append(Row(x, 0.5, context, compiled.project(condition)))
+            theirs.append(Row(x, 0.5, context, plain.project(condition)))
+        for got, want in zip(compiled.velocity(mine), plain.velocity(theirs), strict=True):
+            assert rel(got, want) <= 1e-6
+    assert len(graphs) == 6
+
+
+def test_what_would_compile_anew_runs_as_written(parts: RendererComponents, graphs: list[Any]) -> None:
+    denoiser = Denoiser(parts.transformer, CPU, torch.bfloat16, compile=True)
+    denoiser.set_precision(torch.float32)
+    x, context, condition = inputs(parts, 50, 5, seed=1)
+    denoiser.velocity([Row(x, 0.5, context, denoiser.project(condition))])
+    assert not graphs
 
 
 @pytest.mark.parametrize("mask", [False, True])

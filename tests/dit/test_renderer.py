@@ -53,3 +53,24 @@ def test_int8_without_torchao_says_what_to_install(
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     with pytest.raises(DeviceUnavailable, match=r"pip install 'acestep-serve\[gpu\]'"):
         Renderer.load(checkpoints["tiny"], RendererSettings(int8=True))
+
+
+def test_where_nothing_compiles_songs_are_rendered_all_the_same(
+    checkpoints: dict[str, Checkpoint], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    # A machine without a C compiler or Python's headers: Triton raises at the first call.
+    def broken(run: object, **options: object) -> object:
+        def call(*args: object) -> object:
+            raise RuntimeError("Failed to find C compiler.\nSpecify one.")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    renderer = Renderer.load(checkpoints["tiny"], RendererSettings(compile=True, offload="stage", offload_dit=True))
+    try:
+        assert "torch.compile fails for the dit (RuntimeError: Failed to find C compiler.)" in caplog.text
+        assert "torch.compile fails for the vae" in caplog.text
+        request = SongRequest(prompt="p", duration=10, seed=1, steps=1)
+        assert renderer.submit(RenderWork(request)).result(60).items
+    finally:
+        renderer.close()
