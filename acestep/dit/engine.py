@@ -176,11 +176,13 @@ class RenderEngine:
     def _denoise(self) -> None:
         begin = time.monotonic()
         batch = self._batch()
-        first = batch[0][1]
-        self._residency.need("dit")
-        precision = first.precision or self._dtype
-        if precision != self._denoiser.dtype:
-            self._denoiser.set_precision(precision)
+        song, first = batch[0]
+        try:
+            self._residency.need("dit")
+            self._denoiser.set_precision(first.precision or self._dtype)
+        except torch.OutOfMemoryError as error:
+            self._close(song, error=self._out_of_memory("the weights of the DiT", error))
+            return
         rows = [row for _, run in batch for row in run.pending or ()]
         outcomes = iter(self._evaluate(rows))
         self._denoise_steps += 1
@@ -253,12 +255,15 @@ class RenderEngine:
 
     def _decode(self, song: SongRun, run: ItemRun) -> None:
         begin = time.monotonic()
-        self._residency.need("vae")
         assert run.tiles is not None
         try:
+            self._residency.need("vae")
             frame, piece = next(run.tiles)
         except AceStepError as error:
             self._close(song, error=error)
+            return
+        except torch.OutOfMemoryError as error:
+            self._close(song, error=self._out_of_memory("the weights of the VAE", error))
             return
         if not bool(torch.isfinite(piece).all()):
             self._close(song, error=self._invalid(run, "the VAE gave samples that are not finite"))

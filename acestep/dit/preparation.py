@@ -165,8 +165,7 @@ class Preparation:
 
     def _project(self, tokens: Tensor, lora: ActiveLora | None) -> Projected:
         self._residency.need("dit")
-        if self._denoiser.dtype != self._dtype:  # another song is being repeated in float32; this one must not notice
-            self._denoiser.set_precision(self._dtype)
+        self._denoiser.set_precision(self._dtype)  # another song may be in float32 just now; this one must not notice
         return self._denoiser.project(tokens, lora)
 
     def encode(self, audio: Tensor) -> Steps[Tensor]:

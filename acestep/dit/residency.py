@@ -36,13 +36,21 @@ class Residency:
                 module.to(target)
 
     def need(self, name: str) -> None:
-        """Have group `name` on the device when this returns. At most one offloaded group is there at a time."""
+        """Have group `name` on the device when this returns. At most one offloaded group is there at a time.
+
+        Raises:
+            torch.OutOfMemoryError: it does not fit; nothing of it stays there.
+        """
         if name not in self._offloaded or self._visiting == name:
             return
         self.leave()
-        for module in self._groups[name]:
-            module.to(self._device)
         self._visiting = name
+        try:
+            for module in self._groups[name]:
+                module.to(self._device)
+        except torch.OutOfMemoryError:
+            self.leave()
+            raise
         self.moves += 1
 
     def leave(self) -> None:

@@ -217,6 +217,53 @@ def test_what_half_precision_cannot_do_is_done_again_in_float32(
     assert engine._denoiser.dtype == torch.bfloat16  # back, for songs that need no help
 
 
+def test_float32_that_does_not_fit_fails_its_own_song_alone(
+    make_renderer: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    renderer = make_renderer("tiny", dtype="bfloat16")
+    engine: Any = renderer._thread.engine
+    velocity, to = engine._denoiser.velocity, torch.nn.Module.to
+
+    def overflow(rows: list[Row]) -> list[Tensor]:
+        return [v * (float("inf") if len(v) == 275 else 1.0) for v in velocity(rows)]
+
+    def tight(module: torch.nn.Module, *args: Any) -> torch.nn.Module:
+        if args == (torch.float32,):
+            to(next(module.children()), torch.float32)  # runs out half-way
+            raise torch.OutOfMemoryError("no room")
+        return to(module, *args)
+
+    engine._denoiser.velocity = overflow
+    monkeypatch.setattr(torch.nn.Module, "to", tight)
+    bad, good = renderer.submit(work_of(duration=11)), renderer.submit(work_of())
+    with pytest.raises(OutOfMemory, match="the weights of the DiT"):
+        bad.result(60)
+    assert good.result(60).items
+    assert {p.dtype for p in engine._denoiser.transformer.parameters()} == {torch.bfloat16}
+
+
+def test_parts_that_do_not_fit_fail_one_song_and_go_back(make_renderer: Make) -> None:
+    renderer = make_renderer("tiny", offload="stage", offload_dit=True)
+    residency: Residency = renderer._thread.engine._residency  # type: ignore[attr-defined]
+    for group in ("conditions", "dit", "vae"):
+        residency.leave()
+        module = residency._groups[group][-1]
+        to, tried = module.to, []
+
+        def tight(*args: Any, to: Any = to, tried: list[int] = tried) -> Any:
+            tried.append(1)
+            if len(tried) == 1:
+                raise torch.OutOfMemoryError("no room")
+            return to(*args)
+
+        module.to = tight  # type: ignore[method-assign]
+        with pytest.raises(OutOfMemory):
+            renderer.submit(work_of()).result(60)
+        assert residency._visiting is None
+        assert renderer.submit(work_of()).result(60).items
+        del module.to
+
+
 def test_a_batch_that_does_not_fit_is_halved(make_renderer: Make, renderers: dict[str, Renderer], rel: Any) -> None:
     renderer = make_renderer("tiny", max_batch_frames=10_000)
     denoiser: Any = renderer._thread.engine._denoiser  # type: ignore[attr-defined]
