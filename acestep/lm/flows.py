@@ -148,6 +148,9 @@ class FlowBuilder:
         programs: dict[int, CodesProgram | OpenProgram] = {}
         for same in dict.fromkeys(metadata):
             prompt = self.prompts.codes(request.prompt, lyrics, same)
+            if request.plan is None and len(prompt) + (_code_count(same, limit) or 1) + 1 > self.max_len:
+                # A drawn caption that grew in YAML more than was reckoned with; the renderer has it all the same.
+                prompt = self.prompts.codes(request.prompt, lyrics, same.model_copy(update={"caption": None}))
             items = [i for i, m in enumerate(metadata) if m == same]
             for i in items:
                 programs[i] = self._codes_program(request, same, limit, max(len(prompt), len(uncond or ())))
@@ -258,8 +261,9 @@ class FlowBuilder:
         return found.model_copy(update=given.model_dump(exclude_none=True))
 
     def _read_lyrics(self, program: CotProgram | OpenProgram) -> str:
-        ids = program.lyrics_ids if isinstance(program, CotProgram) else program.ids
-        return parse_lyrics(self._text(ids))
+        if isinstance(program, CotProgram):
+            return parse_lyrics("</think>" + self._text(program.lyrics_ids))
+        return parse_lyrics(self._text(program.ids))
 
     def _text(self, ids: list[int]) -> str:
         return printable(self.grammar.tokenizer.decode(ids))

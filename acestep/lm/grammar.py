@@ -102,7 +102,7 @@ class Grammar:
 
     def field_trie(self, name: str, known: str | None, max_duration: int) -> _Node:
         if known is None:
-            return self._trie(name, max_duration)
+            return self._trie(name, max_duration if name == "duration" else 0)
         root = _Node()
         root.insert(self.tokenizer.encode(f"{name}: {known}\n"), known)
         return root

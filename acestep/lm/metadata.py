@@ -112,8 +112,8 @@ def unquote(raw: str) -> str:
 
 
 def parse_lyrics(text: str) -> str:
-    """What follows the reasoning block, without its heading."""
-    body = text.rpartition("</think>")[2].strip().removesuffix("<|im_end|>").strip()
+    """What follows the reasoning block, without its heading; nothing where the block was never closed."""
+    body = text.partition("</think>")[2].strip().removesuffix("<|im_end|>").strip()
     return _LYRIC_HEADER.sub("", body, count=1).strip()
 
 

@@ -274,6 +274,18 @@ def test_the_planner_decides_only_on_what_fits(grammar: Grammar) -> None:
     assert max(job.sizes()) <= 1_024
 
 
+def test_a_caption_that_grows_in_yaml_does_not_fail_its_song(grammar: Grammar) -> None:
+    flows = FlowBuilder(grammar, PromptBuilder(grammar.tokenizer), 700, 2, 4_096)
+    flow = flows.flow(PlanWork(SongRequest(prompt="a calm piano", seed=5, **GIVEN | {"bpm": None}, duration=60)))
+    program = next(flow)[0].outputs[0].program
+    program.values["bpm"] = "90"
+    half_a_character = grammar.tokenizer.text_tokens.index("ÿ")
+    program.caption_ids += [half_a_character] * program._caption_tokens
+    (job,) = next(flow)
+    assert job.outputs[0].program.max_tokens == 300
+    assert max(job.sizes()) <= 700
+
+
 def _values(node: object) -> list[str]:
     return [node.value] if node.value else [v for child in node.children.values() for v in _values(child)]
 

@@ -46,6 +46,8 @@ def test_unacceptable_values_become_missing() -> None:
         ("</think>\n# lyrics\nla", "la"),
         ("</think>\n\n# Languages\nen\n\n# Lyric\nla", "la"),
         ("<think>\nbpm: 3\n</think>", ""),
+        ("<think>\nbpm: 3\ncaption: it never closed its block", ""),
+        ("</think>\nla </think> la", "la </think> la"),
         ("</think>\nno heading\n# Lyric\nstays", "no heading\n# Lyric\nstays"),
     ],
 )
