@@ -19,6 +19,7 @@ from acestep.cost import Corrections, expected_duration, plan_rows, plan_seconds
 from acestep.gpu_config import get_gpu_config, get_limits
 from acestep.plan import Plan
 from benchmarks.fleet_traffic import Arrival
+from deployments.autoscaling import desired
 from deployments.jobs.backlog import Backlog, handover_rate
 from deployments.ordering import Usage, Waiting, next_jobs, patience_of, place
 from deployments.placement import Decision, FleetState, PoolState, Promise, choose
@@ -126,9 +127,15 @@ class Pool:
             tasks=TASKS if self.spec.role == "render" else frozenset(), running=len(live), pending=self.starting,
             max_replicas=self.spec.max_replicas, slots=self.slots, busy=sum(r.rows for r in live), waiting_s=ahead_s,
             coming=tuple((max(0.1, at - now), work, theirs < due) for at, work, theirs in self.coming.values()), drain_s=self.drain_s,
-            running_s=self.running_s(now), free_in_s=free, correction=correction,
+            running_s=self.running_s(now), free_in_s=free, correction=correction, target=self.wanted(now),
             ready_in_s=max(0.0, self.starting_at[0] - now) if self.starting_at else None,
         )  # fmt: skip
+
+    def wanted(self, now: float) -> int:
+        if self.drain_s is None:
+            return 0
+        slots = PLANNER_ROWS // 2 if self.spec.role == "plan" else 1
+        return desired(self.backlog(now), drain_s=self.drain_s, max_replicas=self.spec.max_replicas, slots=slots)
 
     def _rows_free(self, replica: Replica, now: float) -> list[float]:
         """When rows are free, from the codes that are still to be written: planners report their progress."""

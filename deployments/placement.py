@@ -231,16 +231,16 @@ def plan_option(pool: PoolState, request: SongRequest, duration: float) -> Optio
 def render_option(pool: PoolState, request: SongRequest, duration: float, planned_s: float) -> Option:
     """Rendering on a pool; times count from when the plan is there."""
     cost = pool.profile.renderer(pool.model)
-    begins = starts(free_times(pool), pool.coming, planned_s, request.batch_size)
-    free = [at - planned_s for at in begins]
-    crowded = pool.waiting_s > 0 or begins[0] > planned_s
-    start = free[0]
     n = request.batch_size
 
     def wall(items: int) -> float:
         seconds = render_seconds(request, cost, duration, model=pool.model, items=items, output_s=pool.profile.output_s)
         return seconds.wall_s * pool.correction
 
+    begins = starts(free_times(pool, wall(n)), pool.coming, planned_s, n)
+    free = [at - planned_s for at in begins]
+    crowded = pool.waiting_s > 0 or begins[0] > planned_s
+    start = free[0]
     best_end, best_work = start + wall(n), wall(n)
     best_groups: tuple[tuple[int, ...], ...] = (tuple(range(n)),)
     for k in range(2, min(n, len(free)) + 1):

@@ -23,6 +23,8 @@ from acestep.plan import Plan
 from acestep.profiles import find, named
 from acestep.request import SongRequest
 from acestep.song import Song
+from deployments.autoscaling import desired
+from deployments.config import PoolArgs
 from deployments.fleet import FleetView, Pool
 from deployments.jobs.backlog import Backlog
 from deployments.jobs.store import Job
@@ -278,6 +280,7 @@ class Routing:
             free_in_s=free,
             correction=self.corrections.factor(pool.app, pool.role),
             drain_s=None if fixed else args.drain_backlog_s,
+            target=0 if fixed else _wanted(args, backlog, running),
             needs=node_labels(args),
         )
 
@@ -332,6 +335,14 @@ def _promise(job: Job) -> Promise | None:
 
 def _slots(pool: Pool) -> int:
     return int((pool.info or {}).get("capacity") or 1)
+
+
+def _wanted(args: PoolArgs, backlog: Backlog, running: int) -> int:
+    """The size that `BacklogPolicy` gives the pool."""
+    return desired(
+        backlog, drain_s=args.drain_backlog_s, min_replicas=args.min_replicas, max_replicas=args.max_replicas,
+        slots=max(1, math.ceil(backlog.running_jobs / max(1, running))),
+    )  # fmt: skip
 
 
 def _together(pool: Pool) -> int:

@@ -41,6 +41,7 @@ class PoolState:
         ready_in_s: When the pending replicas will serve; None means the profile's load time.
         correction: Measured time over foretold time (`acestep.cost.Corrections`).
         drain_s: How its autoscaling sizes it: seconds in which it wants to be rid of what waits. None: it keeps its size.
+        target: How many replicas its autoscaling wants now, for all that waits and comes, whoever goes first.
         needs: The node label that it needs, for people.
     """
 
@@ -64,6 +65,7 @@ class PoolState:
     ready_in_s: float | None = None
     correction: float = 1.0
     drain_s: float | None = None
+    target: int = 0
     needs: str = ""
 
     @property
@@ -98,15 +100,19 @@ def wait_s(pool: PoolState, slots: int = 1) -> float:
     return times[min(slots, len(times)) - 1]
 
 
-def free_times(pool: PoolState) -> list[float]:
-    """When each slot is free for new work, sorted: slots free up one after another and first work off what waits."""
+def free_times(pool: PoolState, own_s: float = 0.0) -> list[float]:
+    """When each slot is free for new work, sorted: slots free up one after another and first work off what waits.
+
+    Args:
+        own_s: Seconds of the new work itself: a pool that scales grows for it, too.
+    """
     ready_in = pool.load_s if pool.ready_in_s is None else pool.ready_in_s
     times = list(pool.free_in_s) if pool.free_in_s is not None else _spaced(pool)
     times += [ready_in] * (pool.pending * pool.slots)
     wanted = 1  # from zero, autoscaling starts at least one
     if pool.drain_s is not None:
         coming = sum(work for _, work, _ in pool.coming)
-        wanted = max(1, math.ceil((pool.waiting_s + coming + pool.running_s) / pool.drain_s))
+        wanted = max(1, pool.target, math.ceil((pool.waiting_s + coming + pool.running_s + own_s) / pool.drain_s))
     more = min(wanted, max(1, pool.max_replicas)) - pool.running - pool.pending
     times += [pool.load_s] * (more * pool.slots)
     times.sort()

@@ -164,6 +164,21 @@ def test_a_batch_is_spread_where_that_is_faster_and_not_where_others_wait() -> N
     assert len(jingles.groups) == 1  # some milliseconds are not worth three more cards
 
 
+def test_a_pool_that_scales_grows_for_the_work_itself() -> None:
+    """Else a large batch that will be spread over replicas that start for it is foretold for one."""
+    request = song(duration=240, batch_size=8, thinking=True)
+
+    def eta(**fields: object) -> float:
+        dit = make_pool("dit", "render", "rtx-3060-12", "unlimited", max_replicas=8, **fields)
+        decision = choose(request, FleetState((make_pool("lm", "plan", "rtx-4080", "tier6"), dit)))
+        assert decision.eta_s is not None
+        return decision.eta_s
+
+    assert eta(drain_s=30.0) < 0.5 * eta()
+    waiting = {"drain_s": 1000.0, "waiting_s": 900.0}
+    assert eta(**waiting, target=8) < 0.5 * eta(**waiting)
+
+
 def test_coming_work_counts_only_if_its_plan_is_there_before_ours() -> None:
     def eta(*coming: tuple[float, float, bool]) -> float:
         lm, dit = make_pool("lm", "plan", "rtx-4090", "tier6"), make_pool("dit", "render", "rtx-4090", "unlimited")

@@ -146,7 +146,10 @@ def test_a_newcomer_waits_for_everything_and_a_job_whose_turn_has_come_for_nothi
 def test_growth_is_foreseen_only_where_the_pool_scales() -> None:
     grows = replace(renderer(), args=RendererArgs(pool="dit", min_replicas=0, max_replicas=4, drain_backlog_s=20))
     (state,) = Routing().state(FleetView((grows,))).pools
-    assert (state.drain_s, state.max_replicas) == (20.0, 4)
+    assert (state.drain_s, state.max_replicas, state.target) == (20.0, 4, 0)
+    busy = Routing()
+    busy.set_backlogs({"dit": Backlog(waiting_s=50.0)})
+    assert busy.state(FleetView((grows,))).pools[0].target == 3
     assert placed(Routing()).drain_s is None
 
 
