@@ -62,6 +62,7 @@ class FlowBuilder:
         limit = _longest(work)
         seeds = planning_seeds(request)
         thinks = request.thinking and request.task in CODES_TASKS and request.audio_codes is None
+        uncond = self._unconditional(work) if thinks and request.lm_cfg_scale > 1.0 else None
         edited = request.plan
         if edited is not None:
             if edited.codes or not thinks:
@@ -71,18 +72,18 @@ class FlowBuilder:
             metadata = [edited.metadata_of(i).model_copy(update=own) for i in range(request.batch_size)]
             shared = not edited.item_metadata
         else:
-            metadata = yield from self._metadata(request, limit, seeds, thinks)
+            metadata = yield from self._metadata(request, limit, seeds, thinks, len(uncond or ()))
             shared = request.lm_share_cot
         result = Plan(metadata=metadata[0], item_metadata=() if shared else tuple(metadata), lm_seeds=seeds)
         if request.audio_codes is not None:
             return _with_codes(result, request.audio_codes)
         if not thinks:
             return result
-        codes = yield from self._codes(work, metadata, limit, seeds)
+        codes = yield from self._codes(request, metadata, limit, seeds, uncond)
         return result.model_copy(update={"codes": codes})
 
     def _metadata(
-        self, request: SongRequest, limit: float, seeds: tuple[int, ...], thinks: bool
+        self, request: SongRequest, limit: float, seeds: tuple[int, ...], thinks: bool, uncond: int
     ) -> Generator[list[Job], None, list[Metadata]]:
         """Phase 1, once per request or once per item."""
         duration = min(request.duration, limit) if request.duration is not None else None
@@ -97,7 +98,9 @@ class FlowBuilder:
             return [given] * request.batch_size
         known = known_fields(given.model_dump(exclude={"caption"}), limit)
         prompt = self.prompts.plan(request.prompt, _lyrics(request))
-        caption_tokens, limit = self._caption_room(request, len(prompt), duration if thinks else 0.0, limit)
+        caption_tokens, limit = self._caption_room(
+            request, max(len(prompt), uncond), duration if thinks else 0.0, limit
+        )
         params = _music_params(request, cfg=False)
         outputs: list[tuple[CotProgram | OpenProgram, int]] = [
             (
@@ -131,19 +134,16 @@ class FlowBuilder:
         return caption, limit
 
     def _codes(
-        self, work: PlanWork, metadata: list[Metadata], limit: float, seeds: tuple[int, ...]
+        self,
+        request: SongRequest,
+        metadata: list[Metadata],
+        limit: float,
+        seeds: tuple[int, ...],
+        uncond: list[int] | None,
     ) -> Generator[list[Job], None, tuple[tuple[int, ...], ...]]:
         """Phase 2: all items side by side; items with the same metadata share their prompt."""
-        request, lyrics = work.request, _lyrics(work.request)
-        guided = request.lm_cfg_scale > 1.0
-        params = _music_params(request, cfg=guided)
-        uncond = None
-        if guided:
-            uncond = (
-                self.prompts.codes_unconditional_legacy(request.prompt, lyrics, request.lm_negative_prompt)
-                if work.legacy_cfg_prompt
-                else self.prompts.codes_unconditional(request.lm_negative_prompt)
-            )
+        lyrics = _lyrics(request)
+        params = _music_params(request, cfg=uncond is not None)
         jobs: list[Job] = []
         programs: dict[int, CodesProgram | OpenProgram] = {}
         for same in dict.fromkeys(metadata):
@@ -157,6 +157,12 @@ class FlowBuilder:
             jobs += self._jobs(prompt, uncond, [(programs[i], seeds[i]) for i in items], params, CODES_STREAM)
         yield jobs
         return tuple(self._read_codes(programs[i], m, limit) for i, m in enumerate(metadata))
+
+    def _unconditional(self, work: PlanWork) -> list[int]:
+        request = work.request
+        if work.legacy_cfg_prompt:
+            return self.prompts.codes_unconditional_legacy(request.prompt, _lyrics(request), request.lm_negative_prompt)
+        return self.prompts.codes_unconditional(request.lm_negative_prompt)
 
     def _codes_program(
         self, request: SongRequest, metadata: Metadata, limit: float, prompt: int

@@ -252,6 +252,15 @@ def test_a_song_that_cannot_fit_is_refused_with_the_numbers(planner: Planner) ->
     assert 0 < details["prompt_tokens"] < details["asked"] - 3_000
 
 
+def test_a_long_negative_prompt_is_reckoned_with_before_anything_is_planned(grammar: Grammar) -> None:
+    flows = FlowBuilder(grammar, PromptBuilder(grammar.tokenizer), 1_024, 2, 4_096)
+    request = SongRequest(prompt="x", seed=5, use_cot_caption=False, lm_negative_prompt="~" * 600)
+    program = next(flows.flow(PlanWork(request)))[0].outputs[0].program
+    assert max(int(d) for d in _values(program._tries["duration"])) < (1_024 - 600) / 5
+    with pytest.raises(LimitExceeded):
+        next(flows.flow(PlanWork(request.model_copy(update={"duration": 100.0}))))
+
+
 def test_the_planner_decides_only_on_what_fits(grammar: Grammar) -> None:
     """Whatever duration it draws, the codes find room behind prompt and metadata."""
     flows = FlowBuilder(grammar, PromptBuilder(grammar.tokenizer), 1_024, 2, 4_096)
