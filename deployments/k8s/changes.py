@@ -1,4 +1,5 @@
-"""What applying a changed RayService would cause, by the rules KubeRay decides by (`rayservice_controller.go`, `util.go` of KubeRay 1.7).
+"""What applying changed objects would cause; for a RayService by the rules KubeRay decides by (`rayservice_controller.go`, `util.go` of
+KubeRay 1.7).
 
 The operator hashes the cluster's spec without sizes, tolerations and scheduling gates. Same hash: nothing but the Serve config changes, in
 place. Same but for groups that are new at the end: the cluster is updated in place. Anything else: a second cluster, unless the upgrade
@@ -8,12 +9,13 @@ strategy is None, in which case nothing at all happens.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from deployments.k8s.findings import Manifest, cluster_of, groups_of, mapping
+from deployments.k8s.extra import needs
+from deployments.k8s.findings import Manifest, cluster_of, groups_of, items, mapping
 from deployments.k8s.fleet_rules import serve_config
 
 
@@ -22,6 +24,7 @@ class Effect(Enum):
 
     CREATE = "a cluster is created"
     NOTHING = "nothing changes"
+    SERVICE = "its own settings change, the cluster stays as it is"
     SERVE = "Serve updates its applications in place"
     GROUPS = "worker groups are appended in place"
     IGNORED = "the pods do not change: upgradeStrategy is None"
@@ -37,53 +40,92 @@ class Change:
     advice: tuple[str, ...] = ()
 
 
-def classify(live: Manifest | None, wanted: Manifest) -> Change:
+def classify(live: Manifest | None, wanted: Manifest, running: Manifest | None = None) -> Change:
     """Compare two RayServices.
 
     Args:
         live: As it is in the cluster; None where there is none.
         wanted: As the API server would have it after the apply (a dry run's answer), so that both have the defaults filled in.
+        running: The RayCluster that serves, or the one that is about to. Where the upgrade strategy was None it may lack what the RayService
+            already says: the operator compares with it, not with the RayService.
     """
     if live is None:
         return Change(Effect.CREATE)
-    old, new = _hashed(live), _hashed(wanted)
+    actual = mapping(running, "spec") or cluster_of(live)
+    unapplied = mapping(live, "spec", "upgradeStrategy").get("type") == "None"
+    old, new = _hashed(actual if unapplied else cluster_of(live)), _hashed(cluster_of(wanted))
     serve = tuple(_serve_changes(serve_config(live), serve_config(wanted)))
-    advice = tuple(_size_advice(live, wanted))
     if old == new:
-        return Change(Effect.SERVE if serve else Effect.NOTHING, serve, advice)
+        own = tuple(_own_changes(live, wanted))
+        effect = Effect.SERVE if serve else Effect.SERVICE if own else Effect.NOTHING
+        return Change(effect, serve + own, tuple(_size_advice(actual, wanted)))
     kept = len(old["workerGroupSpecs"])
     appended = new["workerGroupSpecs"][kept:]
     if {**new, "workerGroupSpecs": new["workerGroupSpecs"][:kept]} == old:
         added = tuple(f"group {g.get('groupName')} is new" for g in appended)
-        return Change(Effect.GROUPS, added + serve, advice)
-    reasons = tuple(list(_differences(old, new))[:12])
+        return Change(Effect.GROUPS, added + serve, tuple(_sizes_taken_over(actual, wanted)))
+    reasons = tuple(list(differences(old, new, "rayClusterConfig"))[:12])
     if mapping(wanted, "spec", "upgradeStrategy").get("type") == "None":
         how = "to take them over, delete the RayCluster while nobody needs it (acestep k8s status names it): songs under way start anew"
-        return Change(Effect.IGNORED, reasons + serve, (*advice, how))
-    return Change(Effect.NEW_CLUSTER, reasons + serve, advice)
+        return Change(Effect.IGNORED, reasons + serve, (*_size_advice(actual, wanted), how))
+    return Change(Effect.NEW_CLUSTER, reasons + serve)
 
 
-def _hashed(service: Manifest) -> dict[str, Any]:
-    """The part of a RayService that the operator hashes."""
-    cluster: dict[str, Any] = copy.deepcopy(dict(cluster_of(service)))
+def _hashed(spec: Manifest) -> dict[str, Any]:
+    """The part of a RayCluster's spec that the operator hashes."""
+    cluster: dict[str, Any] = copy.deepcopy(dict(spec))
     for field in ("suspend", "upgradeStrategy"):
         cluster.pop(field, None)
-    cluster["workerGroupSpecs"] = list(cluster.get("workerGroupSpecs") or [])
-    for group in cluster["workerGroupSpecs"]:
+    for group in items(cluster, "workerGroupSpecs"):
         for field in ("replicas", "minReplicas", "maxReplicas"):
             group.pop(field, None)
-        (group.get("scaleStrategy") or {}).pop("workersToDelete", None)
-        if not group.get("scaleStrategy"):
-            group.pop("scaleStrategy", None)
-    for group in (cluster.get("headGroupSpec") or {}, *cluster["workerGroupSpecs"]):
+        if mapping(group, "scaleStrategy"):
+            group["scaleStrategy"].pop("workersToDelete", None)
+    for group in (cluster.get("headGroupSpec") or {}, *items(cluster, "workerGroupSpecs")):
         pod = mapping(group, "template", "spec")
         for field in ("tolerations", "schedulingGates"):
             if isinstance(pod, dict):
                 pod.pop(field, None)
-    return cluster
+    plain: dict[str, Any] = _plain(cluster)
+    return {**plain, "workerGroupSpecs": plain.get("workerGroupSpecs", [])}
 
 
-def _differences(old: Any, new: Any, path: str = "rayClusterConfig") -> Iterator[str]:
+def _plain(value: Any, quantities: bool = False) -> Any:
+    """Without what the operator's own writing of an object adds or respells: empty values, `1000m` for `1`."""
+    if isinstance(value, Mapping):
+        inner = {k: _plain(v, quantities or k in ("limits", "requests", "sizeLimit")) for k, v in value.items()}
+        return {k: v for k, v in inner.items() if v not in (None, "", {}, [])}
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    return _canonical(value) if quantities and isinstance(value, str | int) else value
+
+
+def _canonical(quantity: str | int) -> str:
+    """One spelling for amounts that are the same, such as `1000m` and `1`."""
+    try:
+        amount = needs("kubernetes.utils.quantity").parse_quantity(quantity)
+    except ValueError:
+        return str(quantity)
+    for suffix, unit in (("Gi", 2**30), ("Mi", 2**20)):
+        if amount and amount % unit == 0:
+            return f"{int(amount / unit)}{suffix}"
+    return format(amount.normalize(), "f")
+
+
+def object_differences(live: Manifest, wanted: Manifest) -> Iterator[str]:
+    """What an apply would change in an object, as sentences; `wanted` is a dry run's answer."""
+
+    def own(document: Manifest) -> dict[str, Any]:
+        metadata = {k: v for k, v in mapping(document, "metadata").items() if k in ("labels", "annotations")}
+        return {**{k: v for k, v in document.items() if k != "status"}, "metadata": metadata}
+
+    old, new = own(live), own(wanted)
+    for key in sorted(old.keys() | new.keys()):
+        yield from differences(old.get(key), new.get(key), key)
+
+
+def differences(old: Any, new: Any, path: str) -> Iterator[str]:
+    """Sentences about what changes between two values; `path` names them."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(old.keys() | new.keys()):
             if key not in new:
@@ -91,7 +133,7 @@ def _differences(old: Any, new: Any, path: str = "rayClusterConfig") -> Iterator
             elif key not in old:
                 yield f"{path}.{key} is new"
             else:
-                yield from _differences(old[key], new[key], f"{path}.{key}")
+                yield from differences(old[key], new[key], f"{path}.{key}")
     elif isinstance(old, list) and isinstance(new, list):
         for index in range(max(len(old), len(new))):
             here = f"{path}[{_entry_name(old, new, index)}]"
@@ -100,7 +142,7 @@ def _differences(old: Any, new: Any, path: str = "rayClusterConfig") -> Iterator
             elif index >= len(old):
                 yield f"{here} is new"
             else:
-                yield from _differences(old[index], new[index], here)
+                yield from differences(old[index], new[index], here)
     elif old != new:
         yield f"{path}: {str(old)[:60]!r} becomes {str(new)[:60]!r}"
 
@@ -134,10 +176,27 @@ def _serve_changes(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
             )
 
 
-def _size_advice(live: Manifest, wanted: Manifest) -> Iterator[str]:
-    before = {g.get("groupName"): g for g in groups_of(live)}
+def _own_changes(live: Manifest, wanted: Manifest) -> Iterator[str]:
+    """The rest of the spec: the Service in front, upgrade strategy, delays."""
+    beside = ("rayClusterConfig", "serveConfigV2")
+    old, new = (_plain({k: v for k, v in mapping(s, "spec").items() if k not in beside}) for s in (live, wanted))
+    yield from differences(old, new, "spec")
+
+
+def _resized(running: Manifest, wanted: Manifest) -> Iterator[tuple[str, str]]:
+    """Groups whose size differs from that of the running cluster, with the new size."""
+    before = {g.get("groupName"): g for g in items(running, "workerGroupSpecs") if isinstance(g, Mapping)}
     for group in groups_of(wanted):
         old = before.get(group.get("groupName"))
         if old and any(old.get(k) != group.get(k) for k in ("minReplicas", "maxReplicas")):
-            size = f"{group.get('minReplicas')}-{group.get('maxReplicas')}"
-            yield f"the size of {group.get('groupName')} does not reach the running cluster by this: acestep k8s scale --group {group.get('groupName')}={size}"
+            yield str(group.get("groupName")), f"{group.get('minReplicas')}-{group.get('maxReplicas')}"
+
+
+def _size_advice(running: Manifest, wanted: Manifest) -> Iterator[str]:
+    for name, size in _resized(running, wanted):
+        yield f"the size of {name} does not reach the running cluster by this: acestep k8s scale --group {name}={size}"
+
+
+def _sizes_taken_over(running: Manifest, wanted: Manifest) -> Iterator[str]:
+    for name, size in _resized(running, wanted):
+        yield f"with the new group the running cluster takes over the size of {name}: {size}"

@@ -6,9 +6,12 @@ Objects go in and out as plain dicts. Every failure that a user can do something
 from __future__ import annotations
 
 import json
+import logging
+import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from acestep.errors import AceStepError, InvalidRequest, Unavailable
@@ -16,9 +19,10 @@ from deployments.k8s.extra import needs
 from deployments.k8s.findings import items, mapping
 from deployments.k8s.groups import NAME
 
-FIELD_MANAGER = "acestep"
+FIELD_MANAGER = "acestep-serve"
 Document = dict[str, Any]
-TIMEOUT_S = 30.0
+TIMEOUT_S = (10.0, 30.0)  # to connect, and for an answer
+RETRIES = 1
 
 
 class Cluster:
@@ -35,7 +39,9 @@ class Cluster:
         # The client's default cache of kinds is a file with a guessable name in the common temporary folder.
         self._cache = tempfile.TemporaryDirectory(prefix="acestep-k8s-")
         with _spoken("connecting"):
-            self._client = needs("kubernetes.dynamic").DynamicClient(api, cache_file=f"{self._cache.name}/kinds.json")
+            self._client = _impatient(needs("kubernetes.dynamic").DynamicClient)(
+                api, cache_file=f"{self._cache.name}/kinds.json"
+            )
         self.namespace = namespace
 
     @classmethod
@@ -43,23 +49,40 @@ class Cluster:
         """By the user's kubeconfig, or the service account inside a pod.
 
         Raises:
-            Unavailable: there is neither.
+            Unavailable: there is neither, or it cannot be read.
         """
         config, client = needs("kubernetes.config"), needs("kubernetes.client")
+        # Each try of a connection is a line on the terminal otherwise; the last one's reason is in the error.
+        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
+        configuration = client.Configuration()
+        configuration.retries = RETRIES
+        # The client's own choice between the two overlooks a KUBECONFIG of several files.
+        files = os.environ.get("KUBECONFIG") or "~/.kube/config"
         try:
-            config.load_config(context=context) if context else config.load_config()
+            if context or any(Path(f).expanduser().exists() for f in files.split(os.pathsep)):
+                config.load_kube_config(files, context=context, client_configuration=configuration)
+            elif "KUBERNETES_SERVICE_HOST" in os.environ:
+                config.load_incluster_config(client_configuration=configuration)
+            else:
+                raise Unavailable(f"no cluster to talk to: there is no kubeconfig at {files}, and this is no pod")
         except config.ConfigException as error:
-            raise Unavailable(f"no cluster to talk to: {error}. Set KUBECONFIG or give --context") from error
-        return cls(client.ApiClient(), namespace)
+            raise Unavailable(
+                f"no cluster to talk to: {str(error).rstrip('.')}. Set KUBECONFIG or give --context"
+            ) from error
+        except OSError as error:
+            raise Unavailable(f"cannot read the kubeconfig {error.filename}: {error.strerror}") from error
+        except AceStepError:
+            raise
+        except Exception as error:  # the loader walks the file as it finds it: YAML's errors, KeyError, TypeError, ...
+            raise Unavailable(f"the kubeconfig is not one: {type(error).__name__}: {error}") from error
+        return cls(client.ApiClient(configuration), namespace)
 
-    def get(self, kind: str, name: str, api_version: str = "v1") -> Document | None:
-        """An object, or None where there is none of that name."""
+    def get(self, kind: str, name: str, api_version: str = "v1", *, namespace: str | None = None) -> Document | None:
+        """An object, of this namespace unless told otherwise; None where there is none of that name."""
         missing = needs("kubernetes.dynamic.exceptions").NotFoundError
         with _spoken(f"reading {kind} {name}"):
             try:
-                found = self._resource(kind, api_version).get(
-                    name=name, namespace=self.namespace, _request_timeout=TIMEOUT_S
-                )
+                found = self._resource(kind, api_version).get(name=name, namespace=namespace or self.namespace)
             except missing:
                 return None
             return dict(found.to_dict())
@@ -70,7 +93,7 @@ class Cluster:
         """Objects of a kind, of this namespace or of all."""
         with _spoken(f"listing {kind}s"):
             found = self._resource(kind, api_version).get(
-                namespace=None if everywhere else self.namespace, label_selector=selector, _request_timeout=TIMEOUT_S
+                namespace=None if everywhere else self.namespace, label_selector=selector
             )
             return [dict(item) for item in found.to_dict().get("items", [])]
 
@@ -100,7 +123,6 @@ class Cluster:
                 force_conflicts=True,
                 dry_run="All" if dry_run else None,
                 query_params=[("fieldValidation", "Strict")],
-                _request_timeout=TIMEOUT_S,
             )
             return dict(answer.to_dict())
 
@@ -113,7 +135,6 @@ class Cluster:
                 namespace=self.namespace,
                 content_type="application/json-patch+json",
                 field_manager=FIELD_MANAGER,
-                _request_timeout=TIMEOUT_S,
             )
             return dict(answer.to_dict())
 
@@ -125,11 +146,23 @@ class Cluster:
         kind, version = "SelfSubjectAccessReview", "authorization.k8s.io/v1"
         review = {"apiVersion": version, "kind": kind, "spec": {"resourceAttributes": attributes}}
         with _spoken("asking for permissions"):
-            answer = self._resource(kind, version).create(body=review, _request_timeout=TIMEOUT_S)
+            answer = self._resource(kind, version).create(body=review)
             return bool(mapping(answer.to_dict(), "status").get("allowed"))
 
     def _resource(self, kind: str, api_version: str) -> Any:
-        return self._client.resources.get(kind=kind, api_version=api_version)
+        # The prefix spares a search through every group that has a version of this name.
+        prefix = "apis" if "/" in api_version else "api"
+        return self._client.resources.get(prefix=prefix, kind=kind, api_version=api_version)
+
+
+def _impatient(base: Any) -> Any:
+    """The dynamic client with a time limit on every request; its own for discovery have none."""
+
+    class Client(base):
+        def request(self, method: str, path: str, body: Any = None, **params: Any) -> Any:
+            return super().request(method, path, body, **{"_request_timeout": TIMEOUT_S, **params})
+
+    return Client
 
 
 @contextmanager
@@ -147,8 +180,8 @@ def _spoken(doing: str) -> Iterator[None]:
         ) from error
     except exceptions.DynamicApiError as error:
         message = _server_message(error)
-        if error.status in (400, 422) or (error.status == 500 and "schema" in message):
-            # An unknown field is answered with 500 under server-side apply.
+        if error.status in (400, 404, 422) or (error.status == 500 and "schema" in message):
+            # An unknown field is answered with 500 under server-side apply, a namespace that is not there with 404.
             raise InvalidRequest(f"{doing}: the API server refuses it: {message}", status=error.status) from error
         if error.status in (401, 403):
             raise AceStepError(

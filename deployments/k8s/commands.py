@@ -11,10 +11,10 @@ from rich.console import Console
 
 from acestep.errors import AceStepError, InvalidRequest
 from deployments.k8s import render as renderer
-from deployments.k8s.changes import Change, Effect, classify
+from deployments.k8s.changes import Change, Effect, classify, object_differences
 from deployments.k8s.check import check_all, rayservice_of, read_manifests
 from deployments.k8s.cluster import Cluster, Document, resize_steps
-from deployments.k8s.findings import Finding, mapping
+from deployments.k8s.findings import Finding, groups_of, mapping
 from deployments.k8s.groups import NAME, Source
 from deployments.k8s.plan import plan as make_plan
 from deployments.k8s.preflight import preflight
@@ -30,6 +30,9 @@ app.add_typer(render, name="render")
 _out = Console(highlight=False, soft_wrap=True, markup=False)
 
 Namespace = Annotated[str, typer.Option("--namespace", "-n", help="Namespace of the fleet.")]
+OwnNamespace = Annotated[
+    str | None, typer.Option("--namespace", "-n", help="Namespace of the fleet, where the manifests name none.")
+]
 Context = Annotated[str | None, typer.Option(help="Context of the kubeconfig; left out: the current one.")]
 Service = Annotated[str, typer.Option("--name", help="Name of the RayService.")]
 Manifests = Annotated[
@@ -133,15 +136,25 @@ def check(
     online: Annotated[
         bool, typer.Option("--online", help="Also ask the cluster: CRD, operator, node labels, volumes, permissions.")
     ] = False,
-    namespace: Namespace = NAME,
+    namespace: OwnNamespace = None,
     context: Context = None,
 ) -> None:
     """Every mistake that can be found before it costs a cluster. Exit code 1 where there is an error."""
     documents = read_manifests(manifests)
     findings = check_all(documents, crd)
     if online:
-        findings += preflight(Cluster.connect(namespace, context), documents)
+        findings += preflight(Cluster.connect(_namespace(documents, namespace), context), documents)
     _report(findings)
+
+
+def _namespace(documents: list[Document], asked: str | None) -> str:
+    """Where the RayService goes."""
+    own = mapping(rayservice_of(documents), "metadata").get("namespace")
+    if own and asked and own != asked:
+        raise InvalidRequest(
+            f"the manifests are for namespace {own}, not {asked}: change `namespace` in the overlay", field="namespace"
+        )
+    return str(own or asked or NAME)
 
 
 def _report(findings: list[Finding]) -> None:
@@ -161,15 +174,15 @@ def apply(
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would change.")] = False,
     crd: Crd = None,
-    namespace: Namespace = NAME,
+    namespace: OwnNamespace = None,
     context: Context = None,
 ) -> None:
-    """Check, compare with the cluster, and apply server-side. Refuses what would double the fleet, unless told."""
+    """Check, show what would change, and apply server-side. Refuses what would double the fleet, unless told."""
     documents = read_manifests(manifests)
     errors = [f for f in check_all(documents, crd) if f.level == "error"]
     if errors:
         _report(errors)
-    cluster = Cluster.connect(namespace, context)
+    cluster = Cluster.connect(_namespace(documents, namespace), context)
     change = apply_all(cluster, documents, allow_new_cluster=allow_new_cluster, dry_run=dry_run)
     if dry_run:
         _out.print("nothing was changed (--dry-run)")
@@ -180,19 +193,35 @@ def apply(
 def apply_all(
     cluster: Cluster, documents: list[Document], *, allow_new_cluster: bool = False, dry_run: bool = False
 ) -> Change:
-    """Apply everything, the RayService last.
+    """Try everything, say what changes, then apply, the RayService last.
 
     Raises:
-        InvalidRequest: the RayService's change would start a second cluster and that was not allowed; nothing was applied.
+        InvalidRequest: the API server refuses an object, or the RayService's change would start a second cluster and that was not allowed;
+            nothing was applied.
     """
     service = rayservice_of(documents)
-    live = cluster.get("RayService", service["metadata"]["name"], RAY)
+    for kind, version in sorted({(d["kind"], d["apiVersion"]) for d in documents}):
+        if not cluster.serves(kind, version):
+            raise InvalidRequest(
+                f"the cluster does not know {version} {kind}: install what defines it, or leave its component out. Nothing was applied",
+                field="manifests",
+            )
     namespaces = [d for d in documents if d["kind"] == "Namespace"]
-    fresh = any(cluster.get("Namespace", d["metadata"]["name"]) is None for d in namespaces)
+    ordered = namespaces + [d for d in documents if d["kind"] not in ("Namespace", "RayService")] + [service]
     # In a namespace that is not there yet nothing can be tried; but then nothing runs either.
-    wanted = service if fresh else cluster.apply(service, dry_run=True)
-    change = classify(live, wanted)
-    _out.print(f"RayService {service['metadata']['name']}: {change.effect.value}")
+    fresh = any(cluster.get("Namespace", d["metadata"]["name"]) is None for d in namespaces)
+    change = Change(Effect.CREATE)
+    for document in ordered:
+        live = None if fresh else _live(cluster, document)
+        wanted = document if fresh else _apply(cluster, document, dry_run=True)
+        if document is service:
+            change = classify(live, wanted, _running(cluster, live))
+        elif live is None:
+            _out.print(f"{_title(document)}: is created")
+        else:
+            for difference in object_differences(live, wanted):
+                _out.print(f"{_title(document)}: {difference}")
+    _out.print(f"{_title(service)}: {change.effect.value}")
     for reason in change.reasons:
         _out.print(f"  {reason}")
     for advice in change.advice:
@@ -203,18 +232,47 @@ def apply_all(
             field="allow_new_cluster",
         )
     if not dry_run:
-        ordered = namespaces + [d for d in documents if d["kind"] not in ("Namespace", "RayService")] + [service]
         for document in ordered:
-            cluster.apply(document)
-            _out.print(f"applied {document['kind']} {document['metadata']['name']}")
+            _apply(cluster, document)
+            _out.print(f"applied {_title(document)}")
     return change
+
+
+def _title(document: Document) -> str:
+    return f"{document['kind']} {document['metadata']['name']}"
+
+
+def _live(cluster: Cluster, document: Document) -> Document | None:
+    metadata = mapping(document, "metadata")
+    return cluster.get(document["kind"], metadata["name"], document["apiVersion"], namespace=metadata.get("namespace"))
+
+
+def _running(cluster: Cluster, service: Document | None) -> Document | None:
+    """The RayCluster that the operator compares a RayService with: the one about to serve, else the one that does."""
+    for role in ("pendingServiceStatus", "activeServiceStatus"):
+        name = mapping(service, "status", role).get("rayClusterName")
+        if name and (found := cluster.get("RayCluster", str(name), RAY)):
+            return found
+    return None
+
+
+def _apply(cluster: Cluster, document: Document, *, dry_run: bool = False) -> Document:
+    try:
+        return cluster.apply(document, dry_run=dry_run)
+    except InvalidRequest as error:
+        if document["kind"] == "Job" and "immutable" in error.message:
+            raise InvalidRequest(
+                f"{error.message}. A Job cannot be changed; delete it first: "
+                f"kubectl --namespace {cluster.namespace} delete job {document['metadata']['name']}",
+                field="manifests",
+            ) from error
+        raise
 
 
 @app.command()
 def scale(group: Groups, name: Service = NAME, namespace: Namespace = NAME, context: Context = None) -> None:
     """Set the sizes of worker groups, in the RayService and in its running cluster: KubeRay does not pass them on."""
-    parsed = dict(renderer.parse_group(g.removeprefix("gpu-")) for g in group)
-    sizes = {name: (size.least, size.most) for name, size in parsed.items()}
+    sizes = {group: (size.least, size.most) for group, size in map(renderer.parse_size, group)}
     for line in scale_groups(Cluster.connect(namespace, context), name, sizes):
         _out.print(line)
 
@@ -222,10 +280,15 @@ def scale(group: Groups, name: Service = NAME, namespace: Namespace = NAME, cont
 def scale_groups(cluster: Cluster, name: str, sizes: dict[str, tuple[int, int]]) -> list[str]:
     """Patch the RayService and its clusters. Returns what was done.
 
+    Args:
+        sizes: Group, or tier → (least, most).
+
     Raises:
         InvalidRequest: no such RayService, or no such group.
     """
     service = _service(cluster, name)
+    groups = {str(g.get("groupName")) for g in groups_of(service)}
+    sizes = {f"gpu-{g}" if g not in groups and f"gpu-{g}" in groups else g: size for g, size in sizes.items()}
     path: tuple[str, ...] = ("spec", "rayClusterConfig", "workerGroupSpecs")
     targets = [("RayService", name, service, path)]
     for role in ("activeServiceStatus", "pendingServiceStatus"):

@@ -7,19 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from acestep.gpu_config import TIERS, get_tier_of_mib
+from deployments.k8s.extra import needs
 from deployments.k8s.findings import items, mapping
 from deployments.k8s.groups import DRA_DRIVER, GPU_MEMORY_LABEL, GPU_RESOURCE
-
-_MIB = {
-    "Ki": 1 / 1024,
-    "Mi": 1.0,
-    "Gi": 1024.0,
-    "Ti": 1024.0**2,
-    "": 1 / 2**20,
-    "k": 1e3 / 2**20,
-    "M": 1e6 / 2**20,
-    "G": 1e9 / 2**20,
-}
 
 
 @dataclass
@@ -161,5 +151,4 @@ def _count(node: Mapping[str, Any], resource: str) -> int:
 
 def mib_of(quantity: str) -> int:
     """A Kubernetes quantity of bytes in whole MiB."""
-    digits = quantity.rstrip("KMGTik")
-    return int(float(digits or 0) * _MIB[quantity[len(digits) :]])
+    return int(needs("kubernetes.utils.quantity").parse_quantity(quantity) / 2**20)

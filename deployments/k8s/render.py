@@ -247,11 +247,24 @@ def parse_group(text: str) -> tuple[str, GroupSize]:
     Raises:
         InvalidRequest: no such tier, or no such size.
     """
-    tier, separator, count = text.partition("=")
-    name = CPU_GROUP if tier == CPU_GROUP else group_name(tier)
+    tier, size = parse_size(text)
+    return CPU_GROUP if tier == CPU_GROUP else group_name(tier), size
+
+
+def parse_size(text: str) -> tuple[str, GroupSize]:
+    """`NAME=MAX` or `NAME=MIN-MAX`.
+
+    Raises:
+        InvalidRequest: it is neither.
+    """
+    name, separator, count = text.partition("=")
     least, dash, most = count.partition("-")
-    if not separator or not least.isdigit() or (dash and not most.isdigit()):
+    if not separator or not _number(least) or (dash and not _number(most)):
         raise InvalidRequest(
             f"--group: {text!r} is not TIER=MAX or TIER=MIN-MAX, such as tier6=4", field="group", asked=text
         )
     return name, GroupSize(int(least), int(most)) if dash else GroupSize(0, int(least))
+
+
+def _number(text: str) -> bool:
+    return text.isascii() and text.isdigit()

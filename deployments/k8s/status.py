@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+from acestep.errors import Unavailable
 from deployments.k8s.findings import Manifest, items, mapping
 
 FATAL = ("ValidationFailed", "InitializingTimeout")
@@ -92,13 +93,18 @@ def wait(
     read: Callable[[], Manifest], *, timeout_s: float, settle_s: float, on_change: Callable[[str], None], sleep: Callable[[float], None] = time.sleep,
     clock: Callable[[], float] = time.monotonic,
 ) -> str:  # fmt: skip
-    """Poll until a RayService has been ready for `settle_s`, has failed for good, or the time is up. Returns the last state.
+    """Poll until a RayService has been ready for `settle_s`, has failed for good, or the time is up. Returns the last state; an API server
+    that is away for a while is one too.
 
     KubeRay reports a change of the Serve config as seen before Serve has rolled it out: hence the settling.
     """
     until, pause, last, since = clock() + timeout_s, 2.0, "", 0.0
     while True:
-        now, current = clock(), state(read())
+        try:
+            current = state(read())
+        except Unavailable as error:
+            current = f"unknown: {error.message}"
+        now = clock()
         if current != last:
             on_change(current)
             pause, since, last = 2.0, now, current

@@ -16,8 +16,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-import yaml
-
 from deployments.k8s.schema import check_rayservice
 
 Document = dict[str, Any]
@@ -69,6 +67,8 @@ class FakeApi:
     denied: set[tuple[str, str]] = field(default_factory=set)
     fail: dict[tuple[str, str], int] = field(default_factory=dict)
     managers: dict[tuple[str, str, str], str] = field(default_factory=dict)
+    asked: set[tuple[str, str, str]] = field(default_factory=set)  # (verb, API group, plural) as RBAC would be asked
+    paths: list[str] = field(default_factory=list)
     url: str = ""
 
     def put(self, document: Document, namespace: str = "acestep") -> None:
@@ -120,7 +120,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, method: str) -> None:
         length = int(self.headers.get("Content-Length", 0))
-        body = yaml.safe_load(self.rfile.read(length)) if length else None
+        body = json.loads(self.rfile.read(length)) if length else None  # what the client sends as YAML is JSON
         try:
             code, answer = self._handle(method, body)
         except _Refused as refused:
@@ -135,6 +135,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _handle(self, method: str, body: Any) -> tuple[int, Document]:
         split = urlsplit(self.path)
+        self.api.paths.append(split.path)
         query = {k: v[0] for k, v in parse_qs(split.query).items()}
         found = discovery(split.path)
         if found is not None:
@@ -142,6 +143,8 @@ class _Handler(BaseHTTPRequestHandler):
         kind, namespace, name = _parse(split.path)
         if status := self.api.fail.get((method, kind)):
             raise _Refused(status, f"{kind} is out of order")
+        verb = {"GET": "get" if name else "list", "POST": "create", "PATCH": "patch"}[method]
+        self.api.asked.add((verb, KINDS[kind][0].rpartition("/")[0], KINDS[kind][1]))
         if method == "GET":
             return 200, self._read(kind, namespace, name, query)
         write = Write(method, kind, name, query, self.headers.get("Content-Type", ""), copy.deepcopy(body))
@@ -174,6 +177,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _apply(self, write: Write, namespace: str) -> tuple[int, Document]:
         key = (write.kind, namespace, write.name)
         live = self.api.objects.get(key)
+        self.api.asked |= {("create", KINDS[write.kind][0].rpartition("/")[0], KINDS[write.kind][1])} - {
+            ("create", "", "namespaces")
+        }
         if KINDS[write.kind][2] and ("Namespace", "", namespace) not in self.api.objects:
             raise _Refused(404, f'namespaces "{namespace}" not found')
         if write.kind == "RayService" and self.api.schema is not None:
@@ -191,6 +197,8 @@ class _Handler(BaseHTTPRequestHandler):
                 409, f'Apply failed with 1 conflict: conflict with "{owner}": .spec.rayClusterConfig.workerGroupSpecs'
             )
         result = _merged(live or {}, write.body)
+        if write.kind == "Job" and live is not None and live["spec"]["template"] != result["spec"]["template"]:
+            raise _Refused(422, f'Job.batch "{write.name}" is invalid: spec.template: field is immutable')
         result["metadata"]["generation"] = (live or {}).get("metadata", {}).get("generation", 0) + (
             live is None or live.get("spec") != result.get("spec")
         )

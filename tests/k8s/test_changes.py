@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from deployments.k8s.changes import Effect, classify
+from deployments.k8s.changes import Effect, classify, object_differences
 from deployments.k8s.groups import gpu_group
 from tests.k8s.conftest import Document
 
@@ -28,6 +28,15 @@ def toleration(service: Document) -> None:
     cluster(service)["workerGroupSpecs"][0]["template"]["spec"]["tolerations"] = [{"key": "spot", "operator": "Exists"}]
 
 
+def respelled(service: Document) -> None:
+    """The same cluster as Go writes it: empty structs, canonical amounts."""
+    group = cluster(service)["workerGroupSpecs"][1]
+    container = group["template"]["spec"]["containers"][0]
+    group |= {"scaleStrategy": {}, "numOfHosts": group.get("numOfHosts")}
+    container["env"] = []
+    container["resources"]["limits"] |= {"cpu": "3000m", "memory": f"{12 * 1024}Mi", "nvidia.com/gpu": 1}
+
+
 CHANGES: list[tuple[str, Callable[[Document], Any], Effect, str]] = [
     ("nothing", lambda s: None, Effect.NOTHING, ""),
     ("Serve config", lambda s: serve(s, lambda c: c["applications"][1]["args"].update(drain_backlog_s=99.0)), Effect.SERVE, "replicas are replaced"),
@@ -43,6 +52,8 @@ CHANGES: list[tuple[str, Callable[[Document], Any], Effect, str]] = [
     ("workers to delete", lambda s: cluster(s)["workerGroupSpecs"][1].update(scaleStrategy={"workersToDelete": ["x"]}), Effect.NOTHING, ""),
     ("tolerations", toleration, Effect.NOTHING, ""),
     ("scheduling gates", lambda s: cluster(s)["headGroupSpec"]["template"]["spec"].update(schedulingGates=[{"name": "x"}]), Effect.NOTHING, ""),
+    ("load balancer", lambda s: s["spec"].update(serveService={"spec": {"type": "LoadBalancer"}}), Effect.SERVICE, "spec.serveService is new"),
+    ("what the operator adds and respells", respelled, Effect.NOTHING, ""),
     ("suspension", lambda s: cluster(s).update(suspend=True), Effect.NOTHING, ""),
     ("group at the end and Serve", lambda s: (cluster(s)["workerGroupSpecs"].append(gpu_group("tier1")), serve(s, lambda c: c["applications"].pop())), Effect.GROUPS, "is deleted"),
 ]  # fmt: skip
@@ -72,8 +83,56 @@ def test_without_an_upgrade_strategy_the_pods_stay_and_we_say_so(production: Doc
     assert "delete the RayCluster" in change.advice[-1]
 
 
+def running(service: Document) -> Document:
+    """The RayCluster that KubeRay made of a RayService."""
+    return {"metadata": {"name": "acestep-abcde"}, "spec": copy.deepcopy(cluster(service))}
+
+
+def test_changes_that_upgrade_strategy_none_kept_back_count_once_it_is_another(production: Document) -> None:
+    """The operator compares with the RayCluster; the RayService has said the new image for long."""
+    production["spec"]["upgradeStrategy"]["type"] = "None"
+    old = running(production)
+    cluster(production)["headGroupSpec"]["template"]["spec"]["containers"][0]["image"] = "x:2"
+    assert classify(production, production, old).effect is Effect.IGNORED
+    wanted = copy.deepcopy(production)
+    wanted["spec"]["upgradeStrategy"]["type"] = "NewCluster"
+    change = classify(production, wanted, old)
+    assert change.effect is Effect.NEW_CLUSTER
+    assert "'x:2'" in " ".join(change.reasons)
+    assert classify(production, wanted, running(production)).effect is Effect.SERVICE
+
+    wanted["spec"]["upgradeStrategy"]["type"] = "None"
+    cluster(wanted)["workerGroupSpecs"].append(gpu_group("tier1"))
+    assert classify(production, wanted, old).effect is Effect.IGNORED, (
+        "KubeRay appends only to a cluster that is the same"
+    )
+
+
 def test_new_sizes_come_with_the_command_that_makes_them_real(production: Document) -> None:
-    """KubeRay keeps a running cluster's sizes whatever the RayService says."""
+    """KubeRay keeps a running cluster's sizes whatever the RayService says, also when it says so for the second time."""
+    old, wanted = running(production), copy.deepcopy(production)
+    cluster(wanted)["workerGroupSpecs"][1]["maxReplicas"] = 9
+    for live in (production, wanted):
+        change = classify(live, wanted, old)
+        assert change.effect is Effect.NOTHING
+        assert any("acestep k8s scale --group gpu-tier5=2-9" in a for a in change.advice)
+
+
+def test_sizes_travel_with_a_new_group(production: Document) -> None:
     wanted = copy.deepcopy(production)
     cluster(wanted)["workerGroupSpecs"][1]["maxReplicas"] = 9
-    assert any("acestep k8s scale --group gpu-tier5=2-9" in a for a in classify(production, wanted).advice)
+    cluster(wanted)["workerGroupSpecs"].append(gpu_group("tier1"))
+    assert classify(production, wanted, running(production)).advice == (
+        "with the new group the running cluster takes over the size of gpu-tier5: 2-9",
+    )
+
+
+def test_differences_of_any_object(rendered: Callable[[str], list[Document]]) -> None:
+    budget = next(d for d in rendered("production") if d["kind"] == "PodDisruptionBudget")
+    live = copy.deepcopy(budget)
+    live["metadata"] |= {"resourceVersion": "7", "generation": 2, "managedFields": [{}]}
+    live["status"] = {"currentHealthy": 1}
+    assert list(object_differences(live, budget)) == []
+    budget["spec"]["minAvailable"] = 2
+    budget["metadata"]["labels"]["a"] = "b"
+    assert list(object_differences(live, budget)) == ["metadata.labels.a is new", "spec.minAvailable: '1' becomes '2'"]

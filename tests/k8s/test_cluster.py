@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,10 +21,10 @@ from acestep import cli
 from acestep.errors import AceStepError, InvalidRequest, Unavailable
 from deployments.k8s.changes import Effect
 from deployments.k8s.check import rayservice_of
-from deployments.k8s.cluster import Cluster
+from deployments.k8s.cluster import TIMEOUT_S, Cluster
 from deployments.k8s.commands import apply_all, scale_groups
 from deployments.k8s.preflight import preflight
-from tests.k8s.conftest import Document, build
+from tests.k8s.conftest import K8S, Document, build
 from tests.k8s.fake_api import FakeApi
 from tests.k8s.test_status import READY
 
@@ -77,7 +78,7 @@ def test_the_first_apply_makes_everything_namespace_first_service_last(
     assert (kinds[0], kinds[-1]) == ("Namespace", "RayService")
     for write in api.writes:
         assert write.content_type == "application/apply-patch+yaml"
-        assert write.query["fieldManager"] == "acestep"
+        assert write.query["fieldManager"] == "acestep-serve"
         assert write.query["force"].lower() == "true"
         assert write.query["fieldValidation"] == "Strict"
     # The server answers 201 to what it creates; the object comes back all the same.
@@ -98,7 +99,7 @@ def test_without_force_the_operator_would_be_in_the_way(api: FakeApi, cluster: C
     body = {k: v for k, v in service.items() if k != "status"}
     resource = cluster._resource("RayService", "ray.io/v1")
     with pytest.raises(Exception, match="conflict with") as caught:
-        cluster._client.server_side_apply(resource, body=body, namespace="acestep", field_manager="acestep")
+        cluster._client.server_side_apply(resource, body=body, namespace="acestep", field_manager="acestep-serve")
     assert getattr(caught.value, "status", None) == 409
 
 
@@ -122,7 +123,8 @@ def test_a_dry_run_writes_nothing(api: FakeApi, cluster: Cluster, fleet: list[Do
     deployed(api, cluster, fleet)
     rayservice_of(fleet)["spec"]["serveConfigV2"] += "\n# changed\n"
     apply_all(cluster, fleet, dry_run=True)
-    assert [w.dry for w in api.writes] == [True]
+    assert api.writes
+    assert all(w.dry for w in api.writes)
 
 
 def test_an_unknown_field_is_the_users_error_though_the_server_says_500(
@@ -166,6 +168,58 @@ def test_nobody_there() -> None:
         Cluster(client.ApiClient(configuration)).get("Pod", "x")
 
 
+def test_what_would_change_is_said_first(
+    api: FakeApi, cluster: Cluster, fleet: list[Document], capsys: pytest.CaptureFixture[str]
+) -> None:
+    deployed(api, cluster, fleet)
+    next(d for d in fleet if d["kind"] == "PodDisruptionBudget")["spec"]["minAvailable"] = 2
+    fleet.append({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "mine"}, "data": {}})
+    capsys.readouterr()
+    apply_all(cluster, fleet, dry_run=True)
+    assert capsys.readouterr().out.splitlines() == [
+        "PodDisruptionBudget acestep-workers: spec.minAvailable: '1' becomes '2'",
+        "ConfigMap mine: is created",
+        "RayService acestep: nothing changes",
+    ]
+
+
+def test_what_one_object_is_refused_for_keeps_all_from_being_applied(
+    api: FakeApi, cluster: Cluster, fleet: list[Document]
+) -> None:
+    """Jobs cannot be changed, and this one names the environment by its hash."""
+    deployed(api, cluster, fleet)
+    job = next(d for d in fleet if d["kind"] == "Job")
+    job["spec"]["template"]["spec"]["containers"][0]["envFrom"][0]["configMapRef"]["name"] = "acestep-env-other"
+    with pytest.raises(InvalidRequest, match="kubectl --namespace acestep delete job acestep-model-download"):
+        apply_all(cluster, fleet)
+    assert all(w.dry for w in api.writes)
+
+
+def test_kinds_that_nobody_defined_keep_all_from_being_applied(
+    api: FakeApi, cluster: Cluster, rendered: Callable[[str], list[Document]]
+) -> None:
+    with pytest.raises(InvalidRequest, match=r"does not know gateway.networking.k8s.io/v1 Gateway"):
+        apply_all(cluster, rendered("production"))
+    assert api.writes == []
+
+
+def test_a_namespace_that_is_not_there(api: FakeApi, cluster: Cluster, fleet: list[Document]) -> None:
+    without = [d for d in fleet if d["kind"] != "Namespace"]
+    with pytest.raises(InvalidRequest, match='namespaces "acestep" not found'):
+        apply_all(cluster, without)
+
+
+def test_changes_that_were_kept_back_start_a_second_cluster_later(
+    api: FakeApi, cluster: Cluster, fleet: list[Document]
+) -> None:
+    service = deployed(api, cluster, fleet)
+    for part in (rayservice_of(fleet), service):
+        part["spec"]["rayClusterConfig"]["headGroupSpec"]["template"]["spec"]["containers"][0]["image"] = "x:2"
+    rayservice_of(fleet)["spec"]["upgradeStrategy"]["type"] = "NewCluster"
+    with pytest.raises(InvalidRequest, match="--allow-new-cluster"):
+        apply_all(cluster, fleet)
+
+
 # -- scale: KubeRay does not pass new sizes on
 
 
@@ -201,6 +255,14 @@ def test_a_list_of_groups_that_changed_meanwhile_is_not_patched_at_the_wrong_pla
     with pytest.raises(InvalidRequest, match="test of"):
         cluster.patch("RayService", "acestep", steps, "ray.io/v1")
     assert service["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]["groupName"] == "gpu-tier4"
+
+
+def test_groups_that_are_no_tier_can_be_scaled_too(api: FakeApi, cluster: Cluster, fleet: list[Document]) -> None:
+    rayservice_of(fleet)["spec"]["rayClusterConfig"]["workerGroupSpecs"][2]["groupName"] = "spot"
+    deployed(api, cluster, fleet)
+    assert scale_groups(cluster, "acestep", {"spot": (0, 3), "tier4": (1, 1)})[1] == (
+        "RayCluster acestep-abcde: spot 0-3, gpu-tier4 1-1"
+    )
 
 
 # -- preflight
@@ -273,7 +335,7 @@ def old_kuberay(api: FakeApi) -> None:
         (lambda a: a.objects.pop(("StorageClass", "", "std")), "no default StorageClass"),
         (lambda a: a.objects.pop(("Node", "", "b")), "0 cards of tier6"),
         (lambda a: a.get("Node", "b")["metadata"]["labels"].pop("nvidia.com/gpu.memory"), "GPU feature discovery"),
-        (lambda a: a.denied.add(("patch", "rayclusters")), "may not patch rayclusters"),
+        (lambda a: a.denied.add(("patch", "rayclusters")), "warning: cluster: you may not patch rayclusters"),
     ],
 )
 def test_what_a_cluster_lacks_is_said(
@@ -290,6 +352,79 @@ def test_a_component_whose_kind_nobody_defined(
     ready_cluster(api)
     text = "\n".join(str(f) for f in preflight(cluster, rendered("production")))
     assert "does not know gateway.networking.k8s.io/v1 HTTPRoute" in text
+
+
+# -- connecting
+
+
+def kubeconfig(folder: Path, server: str) -> Path:
+    path = folder / "kubeconfig"
+    context = {"name": "c", "context": {"cluster": "c", "user": "u"}}
+    path.write_text(json.dumps({
+        "apiVersion": "v1", "kind": "Config", "current-context": "c", "contexts": [context], "users": [{"name": "u", "user": {}}],
+        "clusters": [{"name": "c", "cluster": {"server": server}}],
+    }))  # fmt: skip
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("a: [", "the kubeconfig is not one: ParserError"),
+        ("just text", "the kubeconfig is not one: TypeError"),
+        ("", "is empty"),
+        ("apiVersion: v1", "no cluster to talk to"),
+        (None, "there is no kubeconfig at"),
+    ],
+)
+def test_a_kubeconfig_that_is_none(
+    text: str | None, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if text is not None:
+        (tmp_path / "config").write_text(text)
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "config"))
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    with pytest.raises(Unavailable, match=says):
+        Cluster.connect()
+
+
+def test_a_folder_is_no_kubeconfig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path))
+    with pytest.raises(Unavailable, match="Is a directory"):
+        Cluster.connect()
+
+
+def test_kubeconfigs_may_be_several(api: FakeApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KUBECONFIG", f"{tmp_path}/none:{kubeconfig(tmp_path, api.url)}")
+    assert Cluster.connect("music").namespace == "music"
+    with pytest.raises(Unavailable, match="nope"):
+        Cluster.connect(context="nope")
+
+
+def test_every_request_has_a_time_limit(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client's own discovery has none: with an address that swallows packets it would wait for minutes."""
+    given = []
+    call = cluster._client.client.call_api
+
+    def note(*args: Any, **kwargs: Any) -> Any:
+        given.append(kwargs["_request_timeout"])
+        return call(*args, **kwargs)
+
+    monkeypatch.setattr(cluster._client.client, "call_api", note)
+    cluster.find("Pod")
+    assert len(given) >= 2
+    assert set(given) == {TIMEOUT_S}
+
+
+def test_only_the_group_of_a_kind_is_searched(api: FakeApi, cluster: Cluster) -> None:
+    cluster.find("Event")
+    assert not [p for p in api.paths if p.startswith("/apis/")]
+
+
+def test_nobody_may_enter(api: FakeApi, cluster: Cluster) -> None:
+    api.fail["GET", "Node"] = 401
+    with pytest.raises(AceStepError, match="not allowed"):
+        cluster.find("Node", everywhere=True)
 
 
 # -- the command line
@@ -326,13 +461,8 @@ def run(
 def test_a_kubeconfig_leads_to_the_cluster(api: FakeApi, tmp_path: Path) -> None:
     """The real program, once."""
     ready_cluster(api)
-    kubeconfig = tmp_path / "kubeconfig"
-    context = {"name": "c", "context": {"cluster": "c", "user": "u"}}
-    kubeconfig.write_text(json.dumps({
-        "apiVersion": "v1", "kind": "Config", "current-context": "c", "contexts": [context], "users": [{"name": "u", "user": {}}],
-        "clusters": [{"name": "c", "cluster": {"server": api.url}}],
-    }))  # fmt: skip
-    env = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "KUBECONFIG": str(kubeconfig), "COLUMNS": "200"}
+    path = kubeconfig(tmp_path, api.url)
+    env = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "KUBECONFIG": str(path), "COLUMNS": "200"}
     planned = subprocess.run(
         [ACESTEP, "k8s", "plan"], capture_output=True, text=True, cwd=tmp_path, env=env, timeout=120
     )
@@ -379,6 +509,30 @@ def test_from_apply_to_a_running_fleet(run: Callable[..., Done], api: FakeApi) -
     assert run("status", "--name", "other").code == 1
 
 
+def test_the_manifests_say_which_namespace(run: Callable[..., Done], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looked for in another namespace the running fleet would not be found, and a second one be taken for the first."""
+    asked = []
+    connect = Cluster.connect
+    monkeypatch.setattr(
+        Cluster,
+        "connect",
+        classmethod(lambda cls, namespace="acestep", context=None: asked.append(namespace) or connect(namespace)),
+    )
+    moved = (
+        build("mixed-fleet")
+        .replace("namespace: acestep", "namespace: music")
+        .replace("  name: acestep\n", "  name: music\n", 1)
+    )
+    for command in ("apply", "check"):
+        run(command, "-", "--dry-run" if command == "apply" else "--online", stdin=moved)
+        refused = run(
+            command, "-", "--namespace", "acestep", *(["--online"] if command == "check" else []), stdin=moved
+        )
+        assert refused.code == 1
+        assert "the manifests are for namespace music, not acestep" in refused.err
+    assert asked == ["music", "music"]
+
+
 def test_apply_refuses_what_the_check_refuses(run: Callable[..., Done], api: FakeApi) -> None:
     refused = run("apply", "-", stdin=build("mixed-fleet").replace("version: v2", "version: v1"))
     assert refused.code == 1
@@ -397,6 +551,41 @@ def test_check(run: Callable[..., Done], tmp_path: Path) -> None:
         broken = run("check", "-", stdin=text)
         assert broken.code == 1
         assert says in broken.err
+
+
+COMMANDS = {
+    "plan": ["plan"],
+    "check --online": ["check", "-", "--online"],
+    "status": ["status"],
+    "wait": ["wait", "--settle", "0"],
+    "scale": ["scale", "--group", "tier6=1"],
+    "apply": ["apply", "-"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_documented_roles_are_enough(
+    command: str, run: Callable[..., Done], api: FakeApi, cluster: Cluster, fleet: list[Document]
+) -> None:
+    text = (K8S / "rbac.yaml").read_text()
+    said = re.findall(r"^#   (.+?)  +(acestep-.+)$", text, re.MULTILINE)
+    needed = {name: roles.partition(" (")[0].split(", ") for names, roles in said for name in names.split(", ")}
+    roles = {d["metadata"]["name"]: d["rules"] for d in yaml.safe_load_all(text)}
+    may = {
+        (verb, group, resource)
+        for role in needed[command]
+        for rule in roles[role]
+        for group in rule["apiGroups"]
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+    } | {("create", "authorization.k8s.io", "selfsubjectaccessreviews")}  # everybody's
+    deployed(api, cluster, fleet)
+    ready_cluster(api)
+    api.asked.clear()
+    done = run(*COMMANDS[command], stdin=build("mixed-fleet"))
+    assert done.code == 0, done
+    assert api.asked
+    assert api.asked <= may
 
 
 def test_rendering(run: Callable[..., Done], tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from acestep.errors import Unavailable
 from deployments.k8s.status import describe, pending, state, wait
 
 READY: dict[str, Any] = {
@@ -162,3 +163,19 @@ def test_waiting_ends_with_a_failure_and_with_the_time() -> None:
     last, _, at = waited(repeat((NOT_READY, 1)), timeout_s=30)
     assert last == "not-ready"
     assert at == pytest.approx(30)
+
+
+def test_waiting_outlives_an_api_server_that_is_away() -> None:
+    answers = repeat((NOT_READY, 1), (READY, 1))
+    reads = iter([None, Unavailable("the API server cannot be reached"), None, None])
+
+    def read() -> dict[str, Any]:
+        if error := next(reads, None):
+            raise error
+        return next(answers)
+
+    heard: list[str] = []
+    clock = Clock()
+    last = wait(read, timeout_s=60, settle_s=0, on_change=heard.append, sleep=clock.sleep, clock=lambda: clock.now)
+    assert last == "ready"
+    assert heard == ["not-ready", "unknown: the API server cannot be reached", "ready"]
