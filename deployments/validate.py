@@ -54,7 +54,7 @@ def problems(config: Mapping[str, Any]) -> list[str]:
             ServeDeploySchema.model_validate(config)
         except ValidationError as error:
             found += [f"{'.'.join(str(p) for p in e['loc']) or 'file'}: {e['msg']}" for e in error.errors()]
-        except ValueError as error:
+        except (ValueError, AttributeError, TypeError) as error:  # its own validators walk what is not validated yet
             found.append(str(error))
     applications = config.get("applications")
     for application in applications if isinstance(applications, list) else []:
@@ -75,11 +75,10 @@ def _application_problems(application: Mapping[str, Any]) -> Iterator[str]:
                 yield f"application {name!r}: args.pool is {args.pool!r}; it must be the application's own name"
         except InvalidRequest as error:
             yield error.message
-    for deployment in application.get("deployments") or []:
-        selector = (
-            (deployment.get("ray_actor_options") or {}).get("label_selector") if isinstance(deployment, dict) else None
-        )
-        if selector:
+    deployments = application.get("deployments")
+    for deployment in deployments if isinstance(deployments, list) else []:
+        options = deployment.get("ray_actor_options") if isinstance(deployment, dict) else None
+        if isinstance(options, dict) and options.get("label_selector"):
             yield (
                 f"application {name!r}: a label_selector under deployments also pins the import task to nodes that may not "
                 "exist yet; use args.tiers"

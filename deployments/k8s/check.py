@@ -10,19 +10,22 @@ from typing import Any
 import yaml
 
 from acestep.errors import InvalidRequest
-from deployments.k8s.findings import Finding, error, mapping, name_of
-from deployments.k8s.fleet_rules import check_disruption_budget, check_fleet
+from deployments.k8s.findings import Finding, error, groups_of, items, mapping, name_of, ray_container
+from deployments.k8s.fleet_rules import check_disruption_budget, check_fleet, lasts
+from deployments.k8s.groups import MODELS
+from deployments.k8s.model_cache import ENV as REQUIRED_MODELS
 from deployments.k8s.operator_rules import check_operator_rules
 from deployments.k8s.pod_security import check_pod_security
 from deployments.k8s.readers import check_autoscaler_view
+from deployments.k8s.routes import check_routes
 from deployments.k8s.schema import (
     CRD_ENV,
+    LOADER,
     check_core,
     check_pods,
     check_rayservice,
     find_crd,
-    load_crd,
-    rayservice_schema,
+    read_schema,
 )
 
 Document = dict[str, Any]
@@ -36,16 +39,18 @@ def read_manifests(path: Path) -> list[Document]:
     """
     try:
         text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
-        documents = [d for d in yaml.safe_load_all(text) if d is not None]
+        documents = [d for d in yaml.load_all(text, Loader=LOADER) if d is not None]
     except OSError as failure:
         hint = f"; build an overlay with: kubectl kustomize {path} | acestep k8s ... -" if path.is_dir() else ""
         raise InvalidRequest(f"cannot read {path}: {failure.strerror}{hint}", field="manifests") from failure
     except (yaml.YAMLError, UnicodeDecodeError) as failure:
         raise InvalidRequest(f"{path} is not YAML: {failure}", field="manifests") from failure
     for document in documents:
-        if not isinstance(document, dict) or not {"apiVersion", "kind", "metadata"} <= document.keys():
+        said = [mapping(document).get(k) for k in ("apiVersion", "kind")] + [mapping(document, "metadata").get("name")]
+        if not all(isinstance(value, str) and value for value in said):
             raise InvalidRequest(
-                f"{path} holds something without apiVersion, kind and metadata: {str(document)[:80]}", field="manifests"
+                f"{path} holds something without apiVersion, kind and metadata.name: {str(document)[:80]}",
+                field="manifests",
             )
     if not documents:
         raise InvalidRequest(f"{path} holds no object", field="manifests")
@@ -71,32 +76,45 @@ def check_all(documents: list[Document], crd: Path | None = None) -> list[Findin
         crd: KubeRay's CRD file or its folder; None: from KUBERAY_CRD_DIR, else a note says that it was not there.
     """
     found_crd = find_crd(crd)
-    schema = rayservice_schema(load_crd(found_crd)) if found_crd else None
+    schema = read_schema(found_crd) if found_crd else None
     findings: list[Finding] = []
+    shapely = True
     for document in documents:
-        findings += _check(document, schema)
-    return findings + list(_references(documents))
+        shape = list(_shape(document, schema))
+        findings += shape
+        # Rules read what a schema has let pass; with the shape wrong they would say the same again, or nothing that helps.
+        if any(f.level == "error" for f in shape):
+            shapely = False
+        else:
+            findings += _rules(document)
+    if shapely:
+        findings += [*_references(documents), *_model_volumes(documents), *check_routes(documents)]
+    return findings
 
 
-def _check(document: Document, schema: dict[str, Any] | None) -> Iterator[Finding]:
-    yield from check_pod_security(document)
+def _shape(document: Document, schema: dict[str, Any] | None) -> Iterator[Finding]:
     if document["kind"] != "RayService":
         yield from check_core(document)
-        if document["kind"] == "PodDisruptionBudget":
-            yield from check_disruption_budget(document)
         return
     yield from check_pods(document)
-    if schema is None:
+    if schema is not None:
+        yield from check_rayservice(document, schema)
+    else:
         yield Finding(
             "note",
             name_of(document),
             f"fields beside the pods were not checked: give --crd, or {CRD_ENV}, with KubeRay's CRD",
         )
-    else:
-        yield from check_rayservice(document, schema)
-    yield from check_operator_rules(document)
-    yield from check_autoscaler_view(document)
-    yield from check_fleet(document)
+
+
+def _rules(document: Document) -> Iterator[Finding]:
+    yield from check_pod_security(document)
+    if document["kind"] == "PodDisruptionBudget":
+        yield from check_disruption_budget(document)
+    elif document["kind"] == "RayService":
+        yield from check_operator_rules(document)
+        yield from check_autoscaler_view(document)
+        yield from check_fleet(document)
 
 
 def _references(documents: list[Document]) -> Iterator[Finding]:
@@ -106,6 +124,22 @@ def _references(documents: list[Document]) -> Iterator[Finding]:
         for kind, name in sorted(set(_named(document))):
             if (kind, name) not in have:
                 yield error(name_of(document), f"names {kind} {name}, which is not among the objects")
+
+
+def _model_volumes(documents: list[Document]) -> Iterator[Finding]:
+    """Workers that insist on models must mount the volume that holds them."""
+    insist = {
+        d["metadata"]["name"] for d in documents if d["kind"] == "ConfigMap" and mapping(d, "data").get(REQUIRED_MODELS)
+    }
+    for service in (d for d in documents if d["kind"] == "RayService"):
+        for group in groups_of(service):
+            template = mapping(group, "template")
+            named = {mapping(e, "configMapRef").get("name") for e in items(ray_container(template), "envFrom")}
+            if named & insist and not lasts(template, MODELS):
+                yield error(
+                    f"{name_of(service)} group {group.get('groupName')}",
+                    f"{REQUIRED_MODELS} is set, but {MODELS} is empty in its pods, so they never start: list component model-cache after the groups",
+                )
 
 
 _KINDS = {"configMapRef": "ConfigMap", "configMap": "ConfigMap", "persistentVolumeClaim": "PersistentVolumeClaim"}

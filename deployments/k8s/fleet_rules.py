@@ -5,13 +5,16 @@ Kubernetes and KubeRay accept all of what is refused here; it would only not wor
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
+from pathlib import PurePosixPath
 from typing import Any
 
 import yaml
 
 from acestep.errors import InvalidRequest
-from deployments.config import PoolArgs, RouterArgs, parse_args
+from deployments.config import PoolArgs, RendererArgs, RouterArgs, parse_args
 from deployments.k8s.findings import (
     Finding,
     Manifest,
@@ -25,12 +28,14 @@ from deployments.k8s.findings import (
     ray_container,
     warning,
 )
-from deployments.k8s.groups import RAY_VERSION
+from deployments.k8s.groups import HOME, RAY_VERSION
 from deployments.pools import gpu_share, label_selector
 from deployments.validate import BUILDERS, problems
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 SERVE_PORT = 8000
+HEAD_RESOURCE = "node:__internal_head__"
+_GROUP_NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 
 
 def serve_config(service: Manifest) -> dict[str, Any]:
@@ -69,9 +74,10 @@ def check_fleet(service: Manifest) -> Iterator[Finding]:
     for message in problems(config):
         yield error(f"{where} serveConfigV2", message)
     yield from _http(where, service, config)
+    yield from _groups(where, service)
     yield from _placement(where, service, config)
     yield from _capacity(where, service, config)
-    yield from _shared_state(where, config)
+    yield from _shared_state(where, service, config)
     yield from _draining(where, service, config)
     yield from _cluster(where, service)
 
@@ -91,6 +97,25 @@ def _http(where: str, service: Manifest, config: Manifest) -> Iterator[Finding]:
             yield error(f"{where} {name}", f"the port named serve is {ports.get('serve')}, but Serve listens on {port}")
 
 
+def _groups(where: str, service: Manifest) -> Iterator[Finding]:
+    """Names that become labels and names of pods, and sizes that the autoscaler believes."""
+    names = [str(g.get("groupName")) for g in groups_of(service)]
+    for name, times in Counter(names).items():
+        if times > 1:
+            yield error(f"{where} group {name}", f"there are {times} of this name; they would fight for the same pods")
+        if not _GROUP_NAME.fullmatch(name):
+            yield error(
+                f"{where} group {name}",
+                "the name becomes part of pods' names and a label: lower-case letters, digits and dashes, 63 at most",
+            )
+    for group in groups_of(service):
+        if "maxReplicas" not in group:
+            yield error(
+                f"{where} group {group.get('groupName')}",
+                "maxReplicas is missing: Ray's autoscaler would ask for nodes without end",
+            )
+
+
 def _placement(where: str, service: Manifest, config: Manifest) -> Iterator[Finding]:
     groups = groups_of(service)
     used: set[str] = set()
@@ -100,10 +125,15 @@ def _placement(where: str, service: Manifest, config: Manifest) -> Iterator[Find
         selector = label_selector(args)
         if not selector:
             used |= {str(g.get("groupName")) for g in groups}
+            if args.num_gpus is None and any(mapping(g, "resources").get("GPU") for g in groups):
+                yield warning(
+                    f"{where} application {application}",
+                    "says neither tiers nor num_gpus: whether it takes a card depends on whether one is there when it starts",
+                )
             continue
         fitting = [g for g in groups if _matches(mapping(g, "labels"), selector)]
         used |= {str(g.get("groupName")) for g in fitting}
-        most = sum(int(g.get("maxReplicas", 0)) for g in fitting)
+        most = sum(_whole(g, "maxReplicas") for g in fitting)
         wanted = " and ".join(f"{k}={v}" for k, v in selector.items())
         if not fitting:
             yield error(
@@ -115,7 +145,7 @@ def _placement(where: str, service: Manifest, config: Manifest) -> Iterator[Find
                 f"{where} application {application}",
                 f"needs a worker, but all groups labelled {wanted} have maxReplicas 0",
             )
-        elif not args.nodes_on_demand and sum(int(g.get("minReplicas", 0)) for g in fitting) == 0 and most > 0:
+        elif not args.nodes_on_demand and sum(_whole(g, "minReplicas") for g in fitting) == 0 and most > 0:
             yield warning(
                 f"{where} application {application}",
                 f"its groups ({wanted}) may have no worker, but nodes_on_demand is false: routers give no work to a pool without one",
@@ -149,7 +179,7 @@ def _capacity(where: str, service: Manifest, config: Manifest) -> Iterator[Findi
             selectors[key] = selector
     for key, (least, most) in wanted.items():
         fitting = [g for g in groups_of(service) if _matches(mapping(g, "labels"), selectors[key])]
-        cards = sum(int(g.get("maxReplicas", 0)) for g in fitting)
+        cards = sum(_whole(g, "maxReplicas") for g in fitting)
         if not cards:
             continue  # said already
         if least > cards + 0.005:
@@ -161,6 +191,11 @@ def _capacity(where: str, service: Manifest, config: Manifest) -> Iterator[Findi
             yield warning(f"{where} {key}", f"its pools may grow to {most:g} cards, but its groups only to {cards}")
 
 
+def _whole(values: Manifest, field: str, default: int = 0) -> int:
+    found = values.get(field)
+    return found if isinstance(found, int) else default
+
+
 def _least(args: PoolArgs) -> int:
     return args.min_replicas if args.num_replicas is None else args.num_replicas
 
@@ -169,21 +204,60 @@ def _most(args: PoolArgs) -> int:
     return args.max_replicas if args.num_replicas is None else args.num_replicas
 
 
-def _shared_state(where: str, config: Manifest) -> Iterator[Finding]:
+def _shared_state(where: str, service: Manifest, config: Manifest) -> Iterator[Finding]:
     parsed = pools(config)
-    routers = [a for a in parsed.values() if isinstance(a, RouterArgs)]
     for field in ("database_url", "files_url"):
         values = {getattr(a, field) for a in parsed.values() if hasattr(a, field)}
         if len(values) > 1:
             shown = ", ".join(str(v) for v in sorted(values, key=str))
             yield error(f"{where} serveConfigV2", f"{field} differs between applications ({shown}); all must share one")
-    for router in routers:
-        local = router.database_url is None or router.database_url.startswith("sqlite")
-        if router.num_replicas > 1 and local:
-            yield error(
-                f"{where} serveConfigV2",
-                "several router replicas need database_url on PostgreSQL: SQLite is a file on one node",
-            )
+    templates = list(pod_templates(service))
+    for name, args in parsed.items():
+        if isinstance(args, RendererArgs) and args.files_url is None:
+            for pod, template in templates:
+                if not lasts(template, f"{HOME}/files"):
+                    yield error(
+                        f"{where} {pod}",
+                        f"application {name} says no files_url, and {HOME}/files is no volume that others share: songs would never be found",
+                    )
+            break
+    for name, args in parsed.items():
+        if isinstance(args, RouterArgs) and (args.database_url is None or args.database_url.startswith("sqlite")):
+            yield from _sqlite(where, args, _resources(config, name), templates[0][1])
+
+
+def _sqlite(where: str, router: RouterArgs, resources: Manifest, head: Manifest) -> Iterator[Finding]:
+    """A job store that is a file of the head: the router must be there, alone, and the file must outlive the pod."""
+    if router.num_replicas > 1:
+        yield error(
+            f"{where} serveConfigV2",
+            "several router replicas need database_url on PostgreSQL: SQLite is a file on one node",
+        )
+    elif HEAD_RESOURCE not in resources:
+        yield error(
+            f"{where} serveConfigV2",
+            "without database_url the job store is a file of the head, where Serve's controller reads it too; the router must be there: "
+            f'deployments: [{{name: router, ray_actor_options: {{num_cpus: 0, resources: {{"{HEAD_RESOURCE}": 0.001}}}}}}]',
+        )
+    if router.database_url is None and not lasts(head, HOME):
+        yield warning(f"{where} head", f"{HOME} is no lasting volume: jobs are lost with the head's pod")
+
+
+def _resources(config: Manifest, application: str) -> Mapping[str, Any]:
+    """What an application's deployments ask of Ray beside CPUs and cards, as the config overrides it."""
+    found = next(a for a in items(config, "applications") if mapping(a).get("name") == application)
+    asked: dict[str, Any] = {}
+    for deployment in items(found, "deployments"):
+        asked |= mapping(deployment, "ray_actor_options", "resources")
+    return asked
+
+
+def lasts(template: Manifest, path: str) -> bool:
+    """Whether what is written to a path of a pod's Ray container is still there when the pod is not."""
+    mounts = {m.get("mountPath"): m.get("name") for m in items(ray_container(template), "volumeMounts")}
+    above = [mounts[p] for p in (path, *map(str, PurePosixPath(path).parents)) if p in mounts]
+    volume: Manifest = next((v for v in items(template, "spec", "volumes") if above and v.get("name") == above[0]), {})
+    return bool(set(volume) - {"name", "emptyDir"})
 
 
 def _draining(where: str, service: Manifest, config: Manifest) -> Iterator[Finding]:
@@ -195,7 +269,7 @@ def _draining(where: str, service: Manifest, config: Manifest) -> Iterator[Findi
                 f"{where} group {group.get('groupName')}",
                 f"terminationGracePeriodSeconds {grace} is below graceful_shutdown_s {longest:g}: Kubernetes would kill songs that Serve lets finish",
             )
-    delay = mapping(service, "spec").get("rayClusterDeletionDelaySeconds", 60)
+    delay = _whole(mapping(service, "spec"), "rayClusterDeletionDelaySeconds", 60)
     if mapping(service, "spec", "upgradeStrategy").get("type", "NewCluster") != "None" and delay < longest:
         yield error(
             f"{where} rayClusterDeletionDelaySeconds",

@@ -20,6 +20,20 @@ VOLUMES = {
     "secret",
     "image",
 }
+SYSCTLS = {
+    "kernel.shm_rmid_forced",
+    "net.ipv4.ip_local_port_range",
+    "net.ipv4.ip_local_reserved_ports",
+    "net.ipv4.ip_unprivileged_port_start",
+    "net.ipv4.ping_group_range",
+    "net.ipv4.tcp_fin_timeout",
+    "net.ipv4.tcp_keepalive_intvl",
+    "net.ipv4.tcp_keepalive_probes",
+    "net.ipv4.tcp_keepalive_time",
+    "net.ipv4.tcp_rmem",
+    "net.ipv4.tcp_syncookies",
+    "net.ipv4.tcp_wmem",
+}
 
 
 def check_pod_security(document: Manifest) -> Iterator[Finding]:
@@ -46,11 +60,14 @@ def pod_problems(pod: Manifest) -> Iterator[str]:
     for field in ("hostNetwork", "hostPID", "hostIPC"):
         if pod.get(field):
             yield f"{field} is not allowed"
-    for volume in items(pod, "volumes"):
+    for sysctl in items(security, "sysctls"):
+        if mapping(sysctl).get("name") not in SYSCTLS:
+            yield f"sysctl {mapping(sysctl).get('name')} is not allowed"
+    for volume in map(mapping, items(pod, "volumes")):
         kinds = set(volume) - {"name"}
         if kinds - VOLUMES:
             yield f"volume {volume.get('name')}: {', '.join(sorted(kinds - VOLUMES))} is not allowed"
-    for container in (*items(pod, "initContainers"), *items(pod, "containers")):
+    for container in map(mapping, (*items(pod, "initContainers"), *items(pod, "containers"))):
         yield from _container_problems(container, security)
 
 
@@ -75,5 +92,11 @@ def _container_problems(container: Manifest, pod: Manifest) -> Iterator[str]:
         yield f"{name}: runAsUser must not be 0"
     if mapping(value("seccompProfile")).get("type") not in ("RuntimeDefault", "Localhost"):
         yield f"{name}: seccompProfile must be RuntimeDefault or Localhost, here or for the pod"
-    if any(port.get("hostPort") for port in items(container, "ports")):
+    if own.get("procMount", "Default") != "Default":
+        yield f"{name}: procMount {own['procMount']} is not allowed"
+    if mapping(value("appArmorProfile")).get("type") == "Unconfined":
+        yield f"{name}: appArmorProfile Unconfined is not allowed"
+    if {"user", "role"} & set(mapping(value("seLinuxOptions"))):
+        yield f"{name}: seLinuxOptions may not set user or role"
+    if any(mapping(port).get("hostPort") for port in items(container, "ports")):
         yield f"{name}: hostPort is not allowed"

@@ -8,6 +8,8 @@ from typing import Any
 
 from deployments.k8s.findings import Finding, Manifest, cluster_of, error, groups_of, mapping, name_of
 
+SERVER_DEFAULTS = {"minReplicas": 0, "maxReplicas": 2**31 - 1}  # of a worker group, by the CRD
+
 
 def autoscaling_config(service: Manifest) -> dict[str, Any]:
     """The node types, resources and labels that Ray's autoscaler will work with.
@@ -20,7 +22,8 @@ def autoscaling_config(service: Manifest) -> dict[str, Any]:
     from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 
     metadata = mapping(service, "metadata")
-    cluster = {**cluster_of(service), "workerGroupSpecs": [dict(g) for g in groups_of(service)]}
+    groups = [{**SERVER_DEFAULTS, **g} for g in groups_of(service)]
+    cluster = {**cluster_of(service), "workerGroupSpecs": groups}
     name = {"name": str(metadata.get("name", "")), "namespace": str(metadata.get("namespace") or "default")}
     config: dict[str, Any] = _derive_autoscaling_config_from_ray_cr({"metadata": name, "spec": cluster})
     return config

@@ -20,6 +20,7 @@ from deployments.k8s.findings import Finding, error, items, name_of, pod_templat
 KUBERNETES_VERSION = "1.36"
 CRD_ENV = "KUBERAY_CRD_DIR"
 CRD_FILE = "ray.io_rayservices.yaml"
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times faster in C, and there are megabytes
 
 
 def check_core(document: Mapping[str, Any]) -> Iterator[Finding]:
@@ -41,10 +42,11 @@ def check_core(document: Mapping[str, Any]) -> Iterator[Finding]:
 def check_pods(service: Mapping[str, Any]) -> Iterator[Finding]:
     """The pod templates of a RayService as the pods they will become."""
     for name, template in pod_templates(service):
+        metadata = template.get("metadata", {})
         pod = {
             "apiVersion": "v1",
             "kind": "Pod",
-            "metadata": {"name": "x", **template.get("metadata", {})},
+            "metadata": {"name": "x", **metadata} if isinstance(metadata, Mapping) else metadata,
             "spec": template.get("spec"),
         }
         for found in check_core(pod):
@@ -89,9 +91,13 @@ def rayservice_schema(crd: Mapping[str, Any]) -> dict[str, Any]:
     raise InvalidRequest("the CRD does not serve ray.io/v1 RayService; KubeRay 1.7 or newer is needed", field="crd")
 
 
+def read_schema(path: Path) -> dict[str, Any]:
+    """JSON schema of `ray.io/v1` RayServices from KubeRay's CRD file."""
+    return rayservice_schema(load_crd(path))
+
+
 def load_crd(path: Path) -> dict[str, Any]:
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # a megabyte: ten times faster in C
-    crd: dict[str, Any] = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
+    crd: dict[str, Any] = yaml.load(path.read_text(encoding="utf-8"), Loader=LOADER)
     return crd
 
 

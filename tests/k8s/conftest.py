@@ -12,8 +12,9 @@ import kubernetes_validate.utils
 import pytest
 import yaml
 
+from deployments.k8s import check
 from deployments.k8s.check import rayservice_of
-from deployments.k8s.schema import CRD_ENV, find_crd, load_crd, rayservice_schema
+from deployments.k8s.schema import CRD_ENV, LOADER, find_crd, read_schema
 
 ROOT = Path(__file__).resolve().parents[2]
 K8S = ROOT / "k8s"
@@ -53,10 +54,16 @@ def build(overlay: str) -> str:
     return done.stdout
 
 
+@cache
+def _parsed(overlay: str) -> list[Document]:
+    return [d for d in yaml.load_all(build(overlay), Loader=LOADER) if d]
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _schemas_are_read_once() -> Iterator[None]:
-    """kubernetes-validate parses megabytes for every object; hundreds of checks of one run share what was parsed."""
+    """kubernetes-validate and the CRD are megabytes for every object; hundreds of checks of one run share what was parsed."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(check, "read_schema", cache(read_schema))
         patch.setattr(kubernetes_validate.utils, "schema_contents", cache(kubernetes_validate.utils.schema_contents))
         yield
 
@@ -66,7 +73,7 @@ def rendered() -> Callable[[str], list[Document]]:
     """Objects of an overlay by its name, fresh for every call."""
 
     def objects(overlay: str) -> list[Document]:
-        return [d for d in yaml.safe_load_all(build(overlay)) if d]
+        return copy.deepcopy(_parsed(overlay))
 
     return objects
 
@@ -81,7 +88,7 @@ def production(rendered: Callable[[str], list[Document]]) -> Document:
 def schema() -> Document | None:
     """KubeRay's own schema of a RayService, where its CRD is here."""
     path = find_crd()
-    return rayservice_schema(load_crd(path)) if path else None
+    return read_schema(path) if path else None
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from random import Random
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from deployments.k8s.fleet_rules import check_disruption_budget, check_fleet
 from deployments.k8s.groups import RAY_VERSION
 from deployments.k8s.pod_security import check_pod_security
 from deployments.k8s.readers import check_autoscaler_view
+from deployments.k8s.routes import check_routes
 from tests.k8s.conftest import Document
 
 Edit = Callable[[Document], Any]
@@ -51,6 +53,19 @@ def gpu_group(service: Document) -> Document:
     return next(g for g in cluster(service)["workerGroupSpecs"] if g["groupName"] == "gpu-tier5")
 
 
+def on_the_head(service: Document) -> None:
+    """One router beside a job store of the head, which has no volume in this overlay."""
+
+    def change(inner: Document) -> None:
+        for application in inner["applications"]:
+            application["args"].pop("database_url")
+        args_of(inner, "router").update(num_replicas=1)
+        options = inner["applications"][0]["deployments"][0]["ray_actor_options"]
+        options["resources"] = {"node:__internal_head__": 0.001}
+
+    config(change)(service)
+
+
 BROKEN: list[tuple[str, Edit, str, str]] = [
     ("loopback", config(lambda c: c["http_options"].update(host="127.0.0.1")), "error", "nothing outside the pod can connect"),
     ("other port", config(lambda c: c["http_options"].update(port=8001)), "error", "Serve listens on 8001"),
@@ -64,6 +79,14 @@ BROKEN: list[tuple[str, Edit, str, str]] = [
     ("two databases", config(lambda c: args_of(c, "dit-tier5").update(database_url="postgresql+psycopg://other")), "error", "database_url differs"),
     ("two file stores", config(lambda c: args_of(c, "router").update(files_url="s3://other")), "error", "files_url differs"),
     ("two routers on SQLite", config(lambda c: [a["args"].pop("database_url") for a in c["applications"]]), "error", "SQLite is a file on one node"),
+    ("one router on SQLite, anywhere", config(lambda c: [a["args"].pop("database_url") for a in c["applications"]] and args_of(c, "router").update(num_replicas=1)), "error", "the router must be there"),
+    ("songs in a folder of each pod", config(lambda c: [a["args"].pop("files_url", None) for a in c["applications"]]), "error", "group gpu-tier6: application dit-tier5 says no files_url"),
+    ("jobs in a folder of the head", on_the_head, "warning", "jobs are lost with the head's pod"),
+    ("two groups of one name", lambda s: cluster(s)["workerGroupSpecs"].append(gpu_group(s)), "error", "there are 2 of this name"),
+    ("name of a group", lambda s: gpu_group(s).update(groupName="GPU_tier5"), "error", "lower-case letters"),
+    ("long name of a group", lambda s: gpu_group(s).update(groupName="a" * 64), "error", "63 at most"),
+    ("group without end", lambda s: gpu_group(s).pop("maxReplicas"), "error", "nodes without end"),
+    ("pool that says no card", config(lambda c: args_of(c, "dit-tier5").pop("tiers")), "warning", "neither tiers nor num_gpus"),
     ("grace too short", lambda s: gpu_group(s)["template"]["spec"].update(terminationGracePeriodSeconds=30), "error", "Kubernetes would kill songs"),
     ("old cluster deleted too early", lambda s: s["spec"].pop("rayClusterDeletionDelaySeconds"), "error", "deleted with songs under way"),
     ("other Ray", lambda s: cluster(s).update(rayVersion="2.59.0"), "error", f"the image has Ray {RAY_VERSION}"),
@@ -83,7 +106,7 @@ def test_what_would_not_work_is_found(edit: Edit, level: str, says: str, product
     assert list(check_fleet(production)) == []
     edit(production)
     found = list(check_fleet(production))
-    assert any(f.level == level and says in f.message for f in found), [str(f) for f in found]
+    assert any(f.level == level and says in str(f) for f in found), [str(f) for f in found]
 
 
 def test_rayversion_is_the_installed_one() -> None:
@@ -131,6 +154,10 @@ def test_the_autoscaler_needs_a_security_context_of_its_own(production: Document
         (lambda p: p["containers"][0]["ports"][0].update(hostPort=8000), "hostPort"),
         (lambda p: p["volumes"].append({"name": "host", "hostPath": {"path": "/"}}), "hostPath"),
         (lambda p: p.update(hostNetwork=True), "hostNetwork"),
+        (lambda p: p["securityContext"].update(sysctls=[{"name": "kernel.msgmax", "value": "1"}]), "kernel.msgmax"),
+        (lambda p: p["securityContext"].update(seLinuxOptions={"user": "x"}), "seLinuxOptions"),
+        (lambda p: p["containers"][0]["securityContext"].update(procMount="Unmasked"), "procMount"),
+        (lambda p: p["securityContext"].update(appArmorProfile={"type": "Unconfined"}), "appArmorProfile"),
         (lambda p: p["initContainers"][0]["securityContext"].pop("capabilities"), "models-present"),
     ],
 )
@@ -168,8 +195,8 @@ def test_labels_where_the_autoscaler_does_not_read_them_are_found(production: Do
 
 
 def test_a_cluster_that_the_autoscaler_cannot_read_is_found(production: Document) -> None:
-    del gpu_group(production)["maxReplicas"]
-    assert "cannot read this cluster: KeyError" in messages(check_autoscaler_view(production))
+    gpu_group(production)["resources"]["CPU"] = "three"
+    assert "cannot read this cluster" in messages(check_autoscaler_view(production))
 
 
 def test_a_head_with_cpus_is_mentioned(production: Document) -> None:
@@ -189,6 +216,69 @@ def test_names_that_lead_nowhere_are_found(rendered: Callable[[str], list[Docume
     found = messages(check_all(objects))
     assert "names PersistentVolumeClaim acestep-models" in found
     assert "names ServiceAccount acestep-worker" in found
+
+
+def test_models_that_workers_insist_on_must_be_mounted(rendered: Callable[[str], list[Document]]) -> None:
+    """What comes of listing model-cache before a group: the volume is set in the groups that are there then."""
+    objects = rendered("mixed-fleet")
+    pod = cluster(rayservice_of(objects))["workerGroupSpecs"][1]["template"]["spec"]
+    volume = next(v for v in pod["volumes"] if v["name"] == "models")
+    del volume["persistentVolumeClaim"]
+    volume["emptyDir"] = {}
+    assert [f.message for f in check_all(objects) if "list component model-cache after the groups" in f.message]
+
+
+def redirect(objects: list[Document], kind: str, **backend: Any) -> None:
+    route = next(d for d in objects if d["kind"] == kind)
+    route["spec"]["rules"][0]["backendRefs"][0].update(backend)
+
+
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        (lambda o: redirect(o, "HTTPRoute", name="acestep-serve"), "error: HTTPRoute/acestep: leads to Service acestep-serve, "),
+        (lambda o: redirect(o, "HTTPRoute", port=80), "leads to port 80 of Service acestep-serve-svc, which has 8000"),
+        (lambda o: rayservice_of(o)["spec"].update(serveService={"metadata": {"name": "x"}}), "there are acestep-redis, x"),
+        (lambda o: rayservice_of(o)["spec"].update(upgradeStrategy={"type": "NewClusterWithIncrementalUpgrade"}), "leave this out"),
+        (lambda o: o.remove(next(d for d in o if d["kind"] == "Service")), "warning: RayService/acestep gcsFaultToleranceOptions: Service acestep-redis"),
+    ],
+)  # fmt: skip
+def test_routes_lead_to_services_that_will_be_there(
+    edit: Edit, says: str, rendered: Callable[[str], list[Document]]
+) -> None:
+    objects = rendered("production")
+    assert list(check_routes(objects)) == []
+    edit(objects)
+    assert says in messages(check_routes(objects))
+
+
+JUNK = (None, "x", -1, 1.5, True, [], {}, [None], ["x"], {"x": None})
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_whatever_the_manifests_hold_is_a_finding_and_no_traceback(
+    seed: int, production: Document, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fields at random replaced by something else; the schema layers find it, or the rules can live with it."""
+    if seed % 2:
+        monkeypatch.delenv("KUBERAY_CRD_DIR", raising=False)
+    random = Random(seed)
+    for _ in range(10):
+        broken = copy.deepcopy(production)
+        if random.random() < 0.4:
+            config(lambda c: _spoil(c, random))(broken)
+        else:
+            _spoil(broken["spec"], random)
+        check_all([broken])
+
+
+def _spoil(value: Any, random: Random) -> None:
+    keys = list(value) if isinstance(value, dict) else list(range(len(value)))
+    key = random.choice(keys)
+    if isinstance(value[key], dict | list) and value[key] and random.random() < 0.85:
+        _spoil(value[key], random)
+    else:
+        value[key] = random.choice(JUNK)
 
 
 def test_a_typing_mistake_deep_in_a_pod_is_found(production: Document) -> None:
