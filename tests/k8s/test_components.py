@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from functools import cache
 from importlib.util import find_spec
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,8 @@ def of_kind(objects: list[Document], kind: str) -> list[Document]:
 def test_a_component_works_on_its_own(name: str, tmp_path: Path) -> None:
     components = [name] if "gpu-" in name else ["gpu-tier6", name]
     findings = [f for f in check_all(built(tmp_path, "cpu-only", *components)) if f.level == "error"]
+    if name == "files-s3":  # the Serve config is the overlay's
+        findings = [f for f in findings if "says no files_url" not in f.message]
     assert [str(f) for f in findings] == []
 
 
@@ -106,6 +109,118 @@ def test_nobody_but_the_serve_port_is_reachable_from_outside(tmp_path: Path) -> 
     open_to_all = [r for r in policy["spec"]["ingress"] if "from" not in r]
     assert [p["port"] for r in open_to_all for p in r["ports"]] == [8000]
     assert rayservice_of(objects)["spec"]["serveService"]["spec"] == {"type": "LoadBalancer"}
+
+
+@pytest.mark.parametrize("way_in", ["gateway", "ingress"])
+def test_a_way_in_leads_to_the_fleet_beside_a_load_balancer_too(way_in: str, tmp_path: Path) -> None:
+    assert [str(f) for f in check_all(built(tmp_path, "cpu-only", "loadbalancer", way_in)) if f.level == "error"] == []
+    findings = check_all(built(tmp_path, "cpu-only", "incremental-upgrade", way_in))
+    assert any("incremental upgrade makes a Gateway of its own" in f.message for f in findings)
+
+
+# -- who reaches what. Policies add up: what one of those that select a pod allows is allowed.
+
+PODS = {
+    "head": {"acestep/role": "head", "ray.io/node-type": "head"},
+    "router": {"acestep/role": "cpu", "ray.io/node-type": "worker"},
+    "card": {"acestep/role": "gpu", "ray.io/node-type": "worker"},
+    "download": {},
+}
+PODS = {name: {"app.kubernetes.io/part-of": "acestep", **labels} for name, labels in PODS.items()}
+REDIS = {"app.kubernetes.io/component": "acestep-redis"}
+# (labels of a pod, or address; port)
+TARGETS: dict[str, tuple[dict[str, str] | str, int]] = {
+    "fleet": (PODS["card"], 10002),
+    "dns": ({"k8s-app": "kube-dns"}, 53),
+    "node dns": ("169.254.20.10", 53),
+    "internet": ("203.0.113.7", 443),
+    "internet, IPv6": ("2001:db8::7", 443),
+    "api server": ("10.96.0.1", 6443),
+    "metadata": ("169.254.169.254", 80),
+    "metadata, IPv6": ("fd00:ec2::254", 80),
+    "ssh": ("203.0.113.7", 22),
+    "postgres": ("10.0.0.9", 5432),
+    "redis": (REDIS, 6379),
+}
+
+
+def selects(selector: dict[str, Any], labels: dict[str, str]) -> bool:
+    for expression in selector.get("matchExpressions", []):
+        assert expression["operator"] == "NotIn"
+        if labels.get(expression["key"]) in expression["values"]:
+            return False
+    return selector.get("matchLabels", {}).items() <= labels.items()
+
+
+def fits(rule: dict[str, Any], side: str, peer: dict[str, str] | str, port: int) -> bool:
+    if "ports" in rule and port not in [p["port"] for p in rule["ports"]]:
+        return False
+    return side not in rule or any(
+        ("podSelector" in p and selects(p["podSelector"], peer))
+        if isinstance(peer, dict)
+        else (
+            "ipBlock" in p
+            and within(peer, p["ipBlock"]["cidr"])
+            and not any(within(peer, e) for e in p["ipBlock"].get("except", []))
+        )
+        for p in rule[side]
+    )
+
+
+def within(address: str, network: str) -> bool:
+    found, block = ip_address(address), ip_network(network)
+    return found.version == block.version and found in block
+
+
+def reached(objects: list[Document], pod: str) -> set[str]:
+    """Which of the targets a pod may open a connection to."""
+    policies = [d["spec"] for d in of_kind(objects, "NetworkPolicy")]
+    rules = [r for p in policies if selects(p["podSelector"], PODS[pod]) for r in p.get("egress", [])]
+    return {name for name, (peer, port) in TARGETS.items() if any(fits(r, "to", peer, port) for r in rules)}
+
+
+INSIDE = {"fleet", "dns", "node dns"}
+OUTSIDE = {"internet", "internet, IPv6", "api server"}
+
+
+@pytest.mark.parametrize(
+    ("overlay", "expected"),
+    [
+        ("cpu-smoke", dict.fromkeys(PODS, INSIDE | OUTSIDE)),
+        # Once the models are on a volume, pods with cards have nothing to do with the world.
+        ("mixed-fleet", dict.fromkeys(("head", "router", "download"), INSIDE | OUTSIDE) | {"card": INSIDE}),
+        (
+            "production",
+            {
+                "head": INSIDE | OUTSIDE | {"postgres", "redis"},
+                "router": INSIDE | OUTSIDE | {"postgres"},
+                "card": INSIDE | {"internet", "internet, IPv6"},  # S3
+            },
+        ),
+    ],
+)
+def test_pods_reach_what_they_need_and_nothing_else(
+    overlay: str, expected: dict[str, set[str]], rendered: Callable[[str], list[Document]]
+) -> None:
+    assert {pod: reached(rendered(overlay), pod) for pod in expected} == expected
+
+
+def test_who_may_come_in(rendered: Callable[[str], list[Document]]) -> None:
+    policies = [d["spec"] for d in of_kind(rendered("production"), "NetworkPolicy")]
+
+    def ports_open(pod: dict[str, str], peer: dict[str, str] | str) -> set[int]:
+        rules = [r for p in policies if selects(p["podSelector"], pod) for r in p.get("ingress", [])]
+        tried = (8000, 8265, 52365, 6379, 8080, 44217, 44227, 10001)
+        return {port for port in tried if any(fits(r, "from", peer, port) for r in rules)}
+
+    head = PODS["head"]
+    assert ports_open(head, "203.0.113.7") == {8000}
+    assert ports_open(head, {"app": "somebody"}) == {8000}
+    assert ports_open(head, {"app.kubernetes.io/name": "kuberay-operator"}) == {8000, 8265, 52365}
+    assert ports_open(head, {"app.kubernetes.io/name": "prometheus"}) == {8000, 8080, 44217, 44227}
+    assert ports_open(head, PODS["card"]) == {8000, 8265, 52365, 6379, 8080, 44217, 44227, 10001}
+    assert ports_open(REDIS, head) == {6379}
+    assert ports_open(REDIS, PODS["card"]) == set()
 
 
 # -- monitoring
