@@ -30,7 +30,8 @@ def check_routes(documents: Iterable[Manifest]) -> Iterator[Finding]:
                 yield error(name_of(document), f"leads to Service {name}, which will not be there; {why}")
             elif port is not None and have[name] and port not in have[name]:
                 yield error(
-                    name_of(document), f"leads to port {port} of Service {name}, which has {sorted(have[name])}"
+                    name_of(document),
+                    f"leads to port {port} of Service {name}, which has {', '.join(map(str, have[name]))}",
                 )
     for service in services:
         address = str(mapping(cluster_of(service), "gcsFaultToleranceOptions").get("redisAddress") or "")
