@@ -129,7 +129,7 @@ async def _submit(service: Service, caller: Caller, chat: ChatRequest, meaning: 
     fields = task_fields(chat, meaning)
     # Songs from nothing take the audio as an example of style, all other tasks as what they work on.
     roles = ["reference_audio_path"] if chat.task_type == "text2music" else ["src_audio_path", "reference_audio_path"]
-    warnings = unused(chat)
+    warnings = unused(chat, meaning)
     if len(meaning.audio) > len(roles):
         warnings.append(adjustment("input_audio", len(meaning.audio), len(roles), f"all that {chat.task_type} can use"))
     for role, data in zip(roles, meaning.audio, strict=False):

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from acestep.request import Adjustment
 from deployments.api.compat.fields import adjustment, unknown_fields
+from deployments.api.compat.submission import NO_VOICE
 
 _TAG = {name: re.compile(rf"<{name}>(.*?)</{name}>", re.IGNORECASE | re.DOTALL) for name in ("prompt", "lyrics")}
 _SECTIONS = (
@@ -131,8 +132,8 @@ def read_messages(chat: ChatRequest) -> Meaning:
     return Meaning(caption.strip(), lyrics.strip(), query, audio)
 
 
-def unused(chat: ChatRequest) -> list[Adjustment]:
-    """What of a chat means nothing to a song."""
+def unused(chat: ChatRequest, meaning: Meaning) -> list[Adjustment]:
+    """What of a chat means nothing to its song."""
     no_effect = "no effect on a song"
     found = unknown_fields({**(chat.model_extra or {}), "max_tokens": chat.max_tokens}, ("modalities",), no_effect)
     found += unknown_fields((chat.audio_config and chat.audio_config.model_extra) or {}, (), no_effect)
@@ -140,6 +141,8 @@ def unused(chat: ChatRequest) -> list[Adjustment]:
         found.append(adjustment("messages", ", ".join(sorted(other)), None, "parts are read as text and input_audio"))
     if chat.sample_mode and chat.lyrics.strip():
         found.append(adjustment("sample_mode", True, False, "the request brings its lyrics"))
+    if chat.audio_config and chat.audio_config.instrumental and meaning.lyrics.lower() not in NO_VOICE:
+        found.append(adjustment("instrumental", True, False, "the request brings its lyrics"))
     return found
 
 
