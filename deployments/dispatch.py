@@ -71,7 +71,7 @@ class Dispatcher:
         self.store = store
         self.fleet = fleet
         self.meter = meter or Meter()
-        self.notices = Notices()
+        self.notices = Notices(store)
         self._placed: dict[str, dict[str, Any]] = {}  # columns of running jobs as the store has them by now
         self.routing = routing
         self.lease_s = lease_s
@@ -91,6 +91,7 @@ class Dispatcher:
     async def cancel(self, job_id: str) -> Job | None:
         """Cancel a job, at once where this router runs it."""
         job = await asyncio.to_thread(self.store.request_cancel, job_id)
+        self.notices.tell()
         if job_id in self._tasks:
             self._cancelled.add(job_id)
             self._stop(job_id)
@@ -223,7 +224,7 @@ class Dispatcher:
         await self._count(job.id, error.type, 0.0)
 
     async def _count(self, job_id: str, outcome: str, audio_s: float) -> None:
-        self.notices.tell(job_id)
+        self.notices.tell()
         if (job := await asyncio.to_thread(self.store.get, job_id)) is not None:
             self.meter.ended(job, outcome, audio_s)
 

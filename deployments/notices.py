@@ -1,25 +1,99 @@
-"""Who waits for a job inside this router hears of its end at once; jobs that other routers run are found by polling."""
+"""Who waits for a job hears of its news: one query a round for all who wait, however many, and whichever router runs their jobs."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+
+from deployments.jobs.store import JobStore
+
+log = logging.getLogger(__name__)
+POLL_S = 0.25
+
+
+@dataclass
+class _Topic:
+    """One job that somebody waits for."""
+
+    listeners: int = 0
+    latest: int = 0
+    ended: bool = False
+    gone: bool = False
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Notices:
-    """Wakes waiters by job id. For one event loop."""
+    """For one event loop."""
 
-    def __init__(self) -> None:
-        self._events: dict[str, asyncio.Event] = {}
+    def __init__(self, store: JobStore) -> None:
+        self._store = store
+        self._topics: dict[str, _Topic] = {}
+        self._look = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
 
-    def tell(self, job_id: str) -> None:
-        if event := self._events.pop(job_id, None):
-            event.set()
+    def tell(self) -> None:
+        """Something happened here: look now."""
+        self._look.set()
 
-    async def wait(self, job_id: str, timeout_s: float) -> None:
-        """Return when the job has ended here, or after the time-out."""
-        event = self._events.setdefault(job_id, asyncio.Event())
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(event.wait(), timeout_s)
-        if self._events.get(job_id) is event:
-            del self._events[job_id]
+    async def news(self, job_id: str, after: int, timeout_s: float) -> bool:
+        """Wait until the job has an event with a number above `after`; False where it has none within the time.
+
+        Raises:
+            KeyError: there is no such job any more.
+        """
+        async with self._listening(job_id) as topic:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout_s):
+                    while topic.latest <= after and not topic.gone:
+                        await topic.changed.wait()
+            if topic.gone:
+                raise KeyError(job_id)
+            return topic.latest > after
+
+    async def end(self, job_id: str, timeout_s: float) -> None:
+        """Return when the job has ended or is gone, or after the time."""
+        async with self._listening(job_id) as topic:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout_s):
+                    while not (topic.ended or topic.gone):
+                        await topic.changed.wait()
+
+    @contextlib.asynccontextmanager
+    async def _listening(self, job_id: str) -> AsyncIterator[_Topic]:
+        topic = self._topics.setdefault(job_id, _Topic())
+        topic.listeners += 1
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._poll(), name="notices")
+        try:
+            yield topic
+        finally:
+            topic.listeners -= 1
+            if not topic.listeners:
+                del self._topics[job_id]
+
+    async def _poll(self) -> None:
+        while self._topics:
+            self._look.clear()
+            try:
+                latest = await asyncio.to_thread(self._store.latest, list(self._topics))
+            except Exception:
+                log.exception("cannot look for news of jobs; trying again")
+            else:
+                self._spread(latest)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(POLL_S):
+                    await self._look.wait()
+
+    def _spread(self, latest: Mapping[str, tuple[int, bool] | None]) -> None:
+        for job_id, found in latest.items():
+            topic = self._topics.get(job_id)
+            if topic is None:
+                continue
+            seq, ended = found or (topic.latest, topic.ended)
+            if (seq, ended, found is None) != (topic.latest, topic.ended, topic.gone):
+                topic.latest, topic.ended, topic.gone = seq, ended, found is None
+                topic.changed.set()
+                topic.changed = asyncio.Event()

@@ -7,36 +7,34 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from collections.abc import AsyncIterator
 from typing import Any
 
 from deployments.api.redact import public_error
 from deployments.jobs.store import TERMINAL, JobStore
+from deployments.notices import Notices
 
-POLL_S = 0.25
 HEARTBEAT_S = 15.0
 
 
-async def stream(store: JobStore, job_id: str, after: int, heartbeat_s: float = HEARTBEAT_S) -> AsyncIterator[bytes]:
+async def stream(
+    store: JobStore, notices: Notices, job_id: str, after: int, heartbeat_s: float = HEARTBEAT_S
+) -> AsyncIterator[bytes]:
     """Frames of the events after number `after`, until the job has ended; a comment whenever it was silent for long."""
     yield b"retry: 2000\n\n"
-    spoke = time.monotonic()
     while True:
         events = await asyncio.to_thread(store.events_after, job_id, after)
         for event in events:
             after = event.seq
             data = json.dumps({"job_id": job_id, "at": event.at, **_shown(event.data)}, ensure_ascii=False)
             yield f"id: {event.seq}\nevent: {event.type}\ndata: {data}\n\n".encode()
-            spoke = time.monotonic()
             if event.type in TERMINAL:
                 return
-        if not events and await asyncio.to_thread(store.get, job_id) is None:
+        try:
+            while not await notices.news(job_id, after, heartbeat_s):
+                yield b": still here\n\n"
+        except KeyError:
             return  # it was cleaned up meanwhile
-        if time.monotonic() - spoke >= heartbeat_s:
-            yield b": still here\n\n"
-            spoke = time.monotonic()
-        await asyncio.sleep(POLL_S)
 
 
 def _shown(data: dict[str, Any]) -> dict[str, Any]:

@@ -170,7 +170,8 @@ async def job_events(
     if job.state in TERMINAL and after and not await asyncio.to_thread(service.store.events_after, job_id, after, 1):
         return Response(status_code=204)
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    return StreamingResponse(stream(service.store, job_id, after), media_type="text/event-stream", headers=headers)
+    frames = stream(service.store, service.dispatcher.notices, job_id, after)
+    return StreamingResponse(frames, media_type="text/event-stream", headers=headers)
 
 
 @router.get(

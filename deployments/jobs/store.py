@@ -385,6 +385,16 @@ class JobStore:
         with self.engine.connect() as db:
             return [Event(**row) for row in db.execute(query).mappings()]
 
+    def latest(self, job_ids: Sequence[str]) -> dict[str, tuple[int, bool] | None]:
+        """By job, the number of its newest event and whether it has ended; None where there is no such job."""
+        found: dict[str, tuple[int, bool] | None] = dict.fromkeys(job_ids)
+        newest = sa.select(sa.func.max(events.c.seq)).where(events.c.job_id == jobs.c.id).scalar_subquery()
+        with self.engine.connect() as db:
+            for start in range(0, len(job_ids), 500):  # SQLite limits variables per query
+                query = sa.select(jobs.c.id, jobs.c.state, newest).where(jobs.c.id.in_(job_ids[start : start + 500]))
+                found |= {job_id: (seq or 0, state in TERMINAL) for job_id, state, seq in db.execute(query)}
+        return found
+
     def earlier(self, owner_key: str, key: str, body_hash: str | None) -> Job | None:
         """The job that was made with this idempotency key.
 

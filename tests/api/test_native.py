@@ -205,17 +205,51 @@ async def test_events_stream_and_resume(site: Site) -> None:
 
 
 async def test_events_beat_while_nothing_happens(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    from deployments import notices
     from deployments.api import events
 
-    monkeypatch.setattr(events, "POLL_S", 0.01)
+    monkeypatch.setattr(notices, "POLL_S", 0.01)
     job_id = str((await submit(site))["id"])
-    frames = events.stream(site.service.store, job_id, 0, heartbeat_s=0.05)
+    frames = events.stream(site.service.store, site.service.dispatcher.notices, job_id, 0, heartbeat_s=0.05)
     seen = [await anext(frames) for _ in range(4)]
     assert seen[0].startswith(b"retry")
     assert seen[1].startswith(b"id")
     assert seen[2:] == [b": still here\n\n"] * 2
     site.service.store.request_cancel(job_id)
     assert b"event: cancelled" in [frame async for frame in frames][-1]
+
+
+async def test_many_who_wait_ask_the_store_once(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, asked = site.service.store, 0
+    latest, get = store.latest, store.get
+
+    def counted(ids: list[str]) -> dict[str, tuple[int, bool] | None]:
+        nonlocal asked
+        asked += 1
+        return latest(ids)
+
+    ids = [str((await submit(site))["id"]) for _ in range(3)]
+    monkeypatch.setattr(store, "latest", counted)
+    waiting = [
+        asyncio.create_task(site.client.get(f"/v1/jobs/{job_id}", headers={"Prefer": "wait=30"}))
+        for job_id in ids
+        for _ in range(10)
+    ]
+    streams = [asyncio.create_task(site.client.get(f"/v1/jobs/{job_id}/events")) for job_id in ids for _ in range(10)]
+    await asyncio.sleep(0.3)
+    assert 1 <= asked <= 4
+    for job_id in ids:
+        site.succeed(job_id)
+    assert {a.json()["state"] for a in await asyncio.gather(*waiting)} == {"succeeded"}
+    assert all("event: succeeded" in a.text for a in await asyncio.gather(*streams))
+    # A job that is forgotten while somebody listens ends the stream.
+    job_id = str((await submit(site))["id"])
+    listening = asyncio.create_task(site.client.get(f"/v1/jobs/{job_id}/events"))
+    await asyncio.sleep(0.1)
+    store.request_cancel(job_id)
+    store.delete(job_id)
+    assert (await asyncio.wait_for(listening, 5)).status_code == 200
+    assert get(job_id) is None
 
 
 async def test_cancel_and_the_audio_that_never_came(site: Site) -> None:
