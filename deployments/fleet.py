@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import re
 import time
 from collections.abc import Iterable, Mapping
@@ -50,6 +51,7 @@ class Pool:
     starting: int = 0
     target: int = 0
     nodes: tuple[str, ...] = ()
+    replicas: tuple[str, ...] = ()  # ids of those that run
     info: Mapping[str, Any] | None = None  # a replica's description; kept after the pool has gone to zero
 
 
@@ -161,6 +163,9 @@ def parse_details(details: Mapping[str, Any]) -> FleetView:
             starting=states.count("STARTING"),
             target=int(deployment.get("target_num_replicas") or 0),
             nodes=tuple(sorted({str(r.get("node_id")) for r in replicas})),
+            replicas=tuple(
+                sorted(str(r.get("replica_id")) for r, s in zip(replicas, states, strict=True) if s == "RUNNING")
+            ),
         )
         pools.append(pool)
     host = (details.get("http_options") or {}).get("host")
@@ -188,7 +193,8 @@ class Fleet:
         self.view = FleetView()
         self.changed = asyncio.Event()
         self._handles: dict[str, DeploymentHandle[Any]] = {}
-        self._infos: dict[str, tuple[float, Mapping[str, Any]]] = {}
+        self._infos: dict[str, Mapping[str, Any]] = {}
+        self._described: dict[str, tuple[float, tuple[str, ...]]] = {}  # when, and which replicas there were
         self._describing: dict[str, asyncio.Task[None]] = {}
         self._waiting: Mapping[str, list[str]] = {}  # replicas that wait for a node the cluster lacks, by application
         self._leaving: dict[str, tuple[float, list[str]]] = {}  # those of an application that goes, since when
@@ -208,12 +214,12 @@ class Fleet:
         await asyncio.to_thread(_release, self._unplaced_leavers(details, view, time.monotonic()))
         for pool in view.pools:
             if pool.running:
-                self._describe_soon(pool.app, pool.role, DESCRIBE_TIMEOUT_S)
+                self._describe_soon(pool, DESCRIBE_TIMEOUT_S)
             elif pool.app not in self._infos and not pool.args.tiers:
                 # Without a tier nobody knows what it can do until a replica says so, and no job could be given to it to wake it. The
                 # question itself makes Serve start the first replica.
-                self._describe_soon(pool.app, pool.role, COLD_START_TIMEOUT_S)
-        pools = tuple(replace(p, info=self._infos[p.app][1]) if p.app in self._infos else p for p in view.pools)
+                self._describe_soon(pool, COLD_START_TIMEOUT_S)
+        pools = tuple(replace(p, info=self._infos[p.app]) if p.app in self._infos else p for p in view.pools)
         self.view = replace(view, pools=pools)
         self.changed.set()
         self.changed = asyncio.Event()
@@ -249,20 +255,23 @@ class Fleet:
             self._handles[app] = serve.get_deployment_handle(deployment, app_name=app)
         return self._handles[app]
 
-    def _describe_soon(self, app: str, role: Role, timeout_s: float) -> None:
-        known = self._infos.get(app)
-        busy = self._describing.get(app)
-        if (known and time.monotonic() - known[0] < DESCRIBE_EVERY_S) or (busy and not busy.done()):
+    def _describe_soon(self, pool: Pool, timeout_s: float) -> None:
+        """Ask what the pool can do, now and then, and at once where its replicas are others: they may serve another model."""
+        at, replicas = self._described.get(pool.app, (-math.inf, ()))
+        busy = self._describing.get(pool.app)
+        fresh = replicas == pool.replicas and time.monotonic() - at < DESCRIBE_EVERY_S
+        if fresh or (busy and not busy.done()):
             return
-        self._describing[app] = asyncio.create_task(self._describe(app, role, timeout_s))
+        self._describing[pool.app] = asyncio.create_task(self._describe(pool, timeout_s))
 
-    async def _describe(self, app: str, role: Role, timeout_s: float) -> None:
+    async def _describe(self, pool: Pool, timeout_s: float) -> None:
         try:
-            info = await asyncio.wait_for(_call(self.handle(app, role)), timeout_s)
+            info = await asyncio.wait_for(_call(self.handle(pool.app, pool.role)), timeout_s)
         except Exception as error:
-            log.info("pool %s did not describe itself: %s", app, error)
+            log.info("pool %s did not describe itself: %s", pool.app, error)
             return
-        self._infos[app] = (time.monotonic(), info)
+        self._infos[pool.app] = info
+        self._described[pool.app] = (time.monotonic(), pool.replicas)
 
 
 async def _call(handle: DeploymentHandle[Any]) -> Mapping[str, Any]:

@@ -15,10 +15,11 @@ from acestep.plan import Metadata, Plan
 from acestep.profiles import find
 from acestep.request import SongRequest
 from acestep.song import RenderTimings, Song, SongItem
+from deployments import fleet as fleet_module
 from deployments.api.health import readiness
 from deployments.build import build_config, parse_tiers
 from deployments.config import PlannerArgs, PoolArgs, RendererArgs
-from deployments.fleet import FleetView, Node, Pool
+from deployments.fleet import Fleet, FleetView, Node, Pool
 from deployments.jobs.backlog import Backlog
 from deployments.least_busy import ranked
 from deployments.placement import PoolState
@@ -94,6 +95,38 @@ def test_a_node_that_is_there_is_not_asked_for() -> None:
 def test_of_several_tiers_the_label_of_one_is_named() -> None:
     (_, told) = readiness(view(RendererArgs(tiers=("tier5", "tier6"))))[1]["missing"]
     assert "acestep/gpu-tier=tier5 (or tier6)" in told
+
+
+async def test_other_replicas_are_asked_at_once_what_they_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an update they may serve another model; what the last ones said would send jobs wrong for as long as it is kept."""
+    asked: list[str] = []
+    replicas = ["old"]
+
+    async def describe(handle: object) -> dict[str, Any]:
+        asked.append(replicas[0])
+        return {"model": replicas[0]}
+
+    def details() -> dict[str, Any]:
+        running = [{"state": "RUNNING", "replica_id": r, "node_id": "n", "actor_name": r} for r in replicas]
+        return {"applications": {"dit": {"status": "RUNNING", "deployments": {"dit": {"replicas": running}}}}}
+
+    watched = Fleet()
+    monkeypatch.setattr(fleet_module, "_call", describe)
+    monkeypatch.setattr(fleet_module, "_serve_details", details)
+    monkeypatch.setattr(fleet_module, "_live_nodes", tuple)
+    monkeypatch.setattr(watched, "handle", lambda *_: None)
+
+    async def look() -> object:
+        await watched.refresh()
+        await asyncio.gather(*watched._describing.values())
+        await watched.refresh()
+        (pool,) = watched.view.pools
+        return (pool.info or {})["model"]
+
+    assert (await look(), asked) == ("old", ["old"])
+    assert (await look(), asked) == ("old", ["old"])
+    replicas[:] = ["new"]
+    assert (await look(), asked) == ("new", ["old", "new"])
 
 
 # -- places
