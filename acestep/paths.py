@@ -13,9 +13,24 @@ from acestep.errors import StoragePermission
 
 
 def home() -> Path:
-    """State directory: `ACESTEP_HOME`, else the platform's data directory for this user."""
+    """State directory: `ACESTEP_HOME`, else the platform's data directory for this user.
+
+    Raises:
+        StoragePermission: neither is there.
+    """
     configured = os.environ.get("ACESTEP_HOME", "").strip()
-    return Path(configured).expanduser().absolute() if configured else Path(platformdirs.user_data_dir("acestep"))
+    try:
+        folder = Path(configured).expanduser() if configured else Path(platformdirs.user_data_dir("acestep"))
+    except RuntimeError:
+        folder = Path("~")
+    if folder.is_absolute() or not str(folder).startswith("~"):
+        return folder.absolute()
+    # A user without an account and without HOME. Taken as it is, `~` would become a folder wherever the process happens to be.
+    uid, gid = _ids()
+    raise StoragePermission(
+        f"uid {uid} has no home directory: set ACESTEP_HOME to a directory that can be written.",
+        path=configured or str(folder), uid=uid, gid=gid, mode="missing",
+    )  # fmt: skip
 
 
 def checkpoints_dir() -> Path:
@@ -52,9 +67,13 @@ def refusal(path: Path, error: OSError, remedy: str) -> StoragePermission:
         mode = stat.filemode(nearest.stat().st_mode)
     except OSError:
         mode = "unreadable"
-    uid, gid = (os.getuid(), os.getgid()) if hasattr(os, "getuid") else (-1, -1)
+    uid, gid = _ids()
     return StoragePermission(
         f"cannot write {path}: {error.strerror or error} (uid {uid}, gid {gid}, mode of {nearest}: {mode}). "
         f"Make it writable or {remedy}.",
         path=str(path), uid=uid, gid=gid, mode=mode, errno=error.errno,
     )  # fmt: skip
+
+
+def _ids() -> tuple[int, int]:
+    return (os.getuid(), os.getgid()) if hasattr(os, "getuid") else (-1, -1)

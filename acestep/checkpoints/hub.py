@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from acestep.errors import ModelMissing
+from acestep.paths import home, refusal
 
 _REPOSITORY = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+_CACHE_VARIABLES = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME")
 _PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.jinja", "silence_latent.pt")
 
 
@@ -24,6 +28,27 @@ def is_repository_id(name: str) -> bool:
     return bool(_REPOSITORY.match(name)) and ".." not in name
 
 
+def cache_dir() -> Path:
+    """Where downloads go: the Hub's own cache, which other programs share. Where nobody named it and this user cannot have it (no home, a
+    read-only root), a folder of the state directory."""
+    from huggingface_hub import constants
+
+    usual = Path(constants.HF_HUB_CACHE)
+    if _is_named() or usual.is_dir() or _can_be_made(usual):
+        return usual.absolute()
+    return home() / "hub"
+
+
+def _is_named() -> bool:
+    return any(os.environ.get(name) for name in _CACHE_VARIABLES)
+
+
+def _can_be_made(folder: Path) -> bool:
+    # Without a home the Hub's path begins with a `~` that stays one, below whatever folder the process happens to be in.
+    nearest = next(p for p in folder.parents if p.exists())
+    return folder.is_absolute() and os.access(nearest, os.W_OK | os.X_OK)
+
+
 def download_model(
     repository: str, *, folder: str | None = None, revision: str | None = None, download: bool = True
 ) -> Place:
@@ -35,6 +60,7 @@ def download_model(
 
     Raises:
         ModelMissing: not cached and offline, no such repository, revision or folder, no access, no network, disk full.
+        StoragePermission: the cache cannot be written.
     """
     import huggingface_hub
     from huggingface_hub import constants, errors
@@ -45,10 +71,13 @@ def download_model(
     where = f"{repository}/{folder}" if folder else repository
     if revision is not None:
         where += f" at revision {revision}"
+    cache = cache_dir()
+    if not _is_named() and cache.is_relative_to(home()):
+        os.environ.setdefault("HF_XET_CACHE", str(cache / "xet"))  # the transfer library keeps a cache of its own
     try:
         snapshot = Path(
             huggingface_hub.snapshot_download(
-                repository, revision=revision, allow_patterns=patterns, local_files_only=offline
+                repository, revision=revision, cache_dir=cache, allow_patterns=patterns, local_files_only=offline
             )
         )
     except errors.GatedRepoError as error:
@@ -67,6 +96,8 @@ def download_model(
         )
         raise _missing(where, repository, hint) from error
     except (errors.HfHubHTTPError, errors.HFValidationError, errors.FileMetadataError, OSError, RuntimeError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise refusal(Path(error.filename or cache), error, "set HF_HOME to a directory that is") from error
         reason = str(error).strip().splitlines()
         raise _missing(
             where, repository, f"{type(error).__name__}: {reason[0] if reason else 'no reason given'}"

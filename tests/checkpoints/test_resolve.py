@@ -1,6 +1,7 @@
 """Names, repositories and folders: where each is found, and what is said where it is not."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -9,8 +10,8 @@ import pytest
 from checkpoint_edits import edit_config
 from huggingface_hub import constants
 
-from acestep.checkpoints import TINY_RENDERERS, published, resolve, variant_defaults
-from acestep.errors import ModelMissing
+from acestep.checkpoints import TINY_RENDERERS, hub, published, resolve, variant_defaults
+from acestep.errors import ModelMissing, StoragePermission
 from acestep.song import TINY_NOTICE
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -22,6 +23,35 @@ def hub_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     return tmp_path / "hub"
+
+
+def test_downloads_go_where_this_user_can_write(tmp_path, monkeypatch):
+    """Without a home the Hub would take `~` below the working directory; then the state directory is the place."""
+    for name in hub._CACHE_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("ACESTEP_HOME", str(tmp_path / "state"))
+    monkeypatch.chdir(tmp_path)
+    for usual, place in (
+        ("~nobody-at-all/.cache/huggingface/hub", tmp_path / "state" / "hub"),
+        ("/proc/nowhere/hub", tmp_path / "state" / "hub"),
+        (str(tmp_path / "home" / "hub"), tmp_path / "home" / "hub"),
+    ):
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", usual)
+        monkeypatch.setattr(os, "access", lambda path, mode: not str(path).startswith("/proc"))
+        assert hub.cache_dir() == place
+    monkeypatch.setenv("HF_HOME", "/proc/nowhere")  # somebody wants it there
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", "/proc/nowhere/hub")
+    assert str(hub.cache_dir()) == "/proc/nowhere/hub"
+
+
+def test_a_cache_that_cannot_be_written_is_no_missing_model(hub_cache, monkeypatch):
+    def refuse(*_, cache_dir, **__):
+        raise PermissionError(13, "Permission denied", str(cache_dir))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    with pytest.raises(StoragePermission, match="HF_HOME") as caught:
+        hub.download_model("ACE-Step/acestep-v15-base")
+    assert caught.value.details["path"] == str(hub_cache)
 
 
 def cached(hub_cache, repository, commit=COMMIT):
