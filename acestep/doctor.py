@@ -103,19 +103,34 @@ def report(
         findings += [Finding("warning", "settings", text) for text in settings.warnings]
         if role == "plan" and not settings.lm_enabled:
             findings.append(Finding("error", "settings", f"no planner here: {settings.lm_reason}"))
-        if settings.renderer_model:
-            findings.append(probes.checkpoint(settings.renderer_model, "renderer"))
-        if settings.planner_model:
-            findings.append(probes.checkpoint(settings.planner_model, "planner"))
+    checkpoints = checkpoint_findings(settings)
+    findings += checkpoints
 
     findings += misspelt(env)
-    downloads = any(f.area == "checkpoints" and f.level == "note" for f in findings)
-    findings += probes.storage(probes.default_folders() if downloads else probes.state_folders())
+    downloads = any(f.level == "note" for f in checkpoints)
+    complete = checkpoints and all(f.details["complete"] for f in checkpoints)
+    try:
+        folders = probes.default_folders() if downloads else probes.state_folders()
+        findings += probes.storage(folders, read_only=(probes.CHECKPOINTS,) if complete else ())
+    except AceStepError as error:  # no home at all
+        findings.append(Finding("error", "storage", error.message, error.to_dict()))
     findings += probes.codecs()
     findings += server_port()
     chosen = settings.device if settings else None
     cards = [card_report(device, device == chosen, overrides, env) for device in present]
     return Report(machine(), cards, role, settings, ledger(settings) if settings else {}, findings)
+
+
+def checkpoint_findings(settings: Resolved | None) -> list[Finding]:
+    """Whether the checkpoints that the settings name are here."""
+    if settings is None:
+        return []
+    found = []
+    if settings.renderer_model:
+        found.append(probes.checkpoint(settings.renderer_model, "renderer"))
+    if settings.planner_model:
+        found.append(probes.checkpoint(settings.planner_model, "planner"))
+    return found
 
 
 def server_port() -> list[Finding]:

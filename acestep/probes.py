@@ -14,13 +14,16 @@ import numpy as np
 
 from acestep import paths
 from acestep.checkpoints import TINY_PLANNER, TINY_RENDERERS, Kind, layout
-from acestep.checkpoints.hub import download_model
+from acestep.checkpoints.hub import cache_dir, download_model
+from acestep.checkpoints.prepare import has_tiny
 from acestep.checkpoints.published import companions, published
 from acestep.errors import AceStepError
 from acestep.request import AudioFormat
 
 Level = Literal["ok", "note", "warning", "error"]
 PCI = Path("/sys/bus/pci/devices")
+CHECKPOINTS, DOWNLOADS = "checkpoints", "cache of downloads"
+_VARIABLE_OF = {CHECKPOINTS: "ACESTEP_CHECKPOINTS", DOWNLOADS: "HF_HOME"}
 _VENDORS = {"0x10de": "NVIDIA", "0x1002": "AMD", "0x8086": "Intel"}
 _DISPLAY_CLASSES = ("0x0300", "0x0302", "0x0380", "0x1200")  # VGA, 3D, other display, processing accelerator
 
@@ -35,13 +38,21 @@ class Finding:
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
-def storage(folders: Mapping[str, Path]) -> list[Finding]:
-    """Whether folders, by what they are for, can be written: tried by writing."""
+def storage(folders: Mapping[str, Path], *, read_only: tuple[str, ...] = ()) -> list[Finding]:
+    """Whether folders, by what they are for, can be written: tried by writing.
+
+    Args:
+        read_only: Uses for which that is not needed as things are.
+    """
     found = []
     for use, folder in folders.items():
         try:
-            paths.writable(folder)
+            paths.writable(folder, f"set {_VARIABLE_OF.get(use, 'ACESTEP_HOME')} to a directory that is")
         except AceStepError as error:
+            if use in read_only:
+                text = f"{use}: {folder} is read-only, which will do: everything that is configured is there"
+                found.append(Finding("note", "storage", text, {"path": str(folder)}))
+                continue
             found.append(Finding("error", "storage", f"{use}: {error.message}", error.to_dict()))
         else:
             found.append(Finding("ok", "storage", f"{use}: {folder} can be written", {"path": str(folder)}))
@@ -51,14 +62,12 @@ def storage(folders: Mapping[str, Path]) -> list[Finding]:
 def state_folders() -> dict[str, Path]:
     """Folders that every server writes to where nothing else is configured: all of them under `ACESTEP_HOME`."""
     home = paths.home()
-    return {"job store": home, "outputs": home / "files", "checkpoints": paths.checkpoints_dir()}
+    return {"job store": home, "outputs": home / "files", CHECKPOINTS: paths.checkpoints_dir()}
 
 
 def default_folders() -> dict[str, Path]:
     """`state_folders`, and where downloads go."""
-    from huggingface_hub import constants
-
-    return {**state_folders(), "cache of downloads": Path(constants.HF_HUB_CACHE).expanduser().absolute()}
+    return {**state_folders(), DOWNLOADS: cache_dir()}
 
 
 def codecs() -> list[Finding]:
@@ -104,16 +113,24 @@ def port(number: int, host: str = "127.0.0.1") -> Finding:
 
 
 def checkpoint(name: str, kind: Kind) -> Finding:
-    """Whether a checkpoint is on this disk. Neither downloads nor converts anything."""
-    details: dict[str, Any] = {"name": name, "kind": kind}
-    if name in (*TINY_RENDERERS, TINY_PLANNER):
-        return Finding("ok", "checkpoints", f"{kind} {name}: made here on first use; noise, not music", details)
+    """Whether a checkpoint is on this disk. Neither downloads nor converts anything.
+
+    `complete` in the details: nothing has to be written before it can be loaded.
+    """
+    details: dict[str, Any] = {"name": name, "kind": kind, "complete": False}
     try:
+        if name in (*TINY_RENDERERS, TINY_PLANNER):
+            details["complete"] = has_tiny(paths.checkpoints_dir())
+            where = "is here" if details["complete"] else "made here on first use"
+            return Finding("ok", "checkpoints", f"{kind} {name}: {where}; noise, not music", details)
         folder = _locate(name, kind)
         details["path"] = str(folder)
         shape = layout.classify(folder)
-        if shape == "original":
-            return Finding("ok", "checkpoints", f"{kind} {name}: {folder}, to be converted on first use", details)
+        if shape == "original" and kind == "renderer":
+            places = (folder.parent, paths.checkpoints_dir())
+            details["complete"] = any((place / f"{folder.name}-diffusers").is_dir() for place in places)
+            twin = "and its conversion" if details["complete"] else "to be converted on first use"
+            return Finding("ok", "checkpoints", f"{kind} {name}: {folder}, {twin}", details)
         if shape != "root":
             (layout.check_planner if kind == "planner" else layout.check_renderer)(folder)
     except AceStepError as error:
@@ -123,7 +140,7 @@ def checkpoint(name: str, kind: Kind) -> Finding:
             text = f"{kind} {name}: not here yet, downloaded on first use (or now: acestep download {name})"
             return Finding("note", "checkpoints", text, details)
         return Finding("error", "checkpoints", f"{kind} {name}: {error.message}", details)
-    return Finding("ok", "checkpoints", f"{kind} {name}: {folder}", details)
+    return Finding("ok", "checkpoints", f"{kind} {name}: {folder}", {**details, "complete": True})
 
 
 def _locate(name: str, kind: Kind) -> Path:

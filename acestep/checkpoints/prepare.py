@@ -57,11 +57,20 @@ def converted(original: Path, companions: dict[str, Path], root: Path, *, revisi
     return _prepare(parent / (own if parent == root else beside).name, record, write, lambda partial: [partial])
 
 
+def has_tiny(root: Path) -> bool:
+    """Whether the tiny checkpoints are there already."""
+    target, record = _tiny_target(root)
+    return _record_of(target) == record
+
+
+def _tiny_target(root: Path) -> tuple[Path, dict[str, Any]]:
+    return root / f"tiny-v{TINY_VERSION}", {"tiny": TINY_VERSION}
+
+
 def tiny_root(root: Path) -> Path:
     """The folder of the tiny checkpoints, generated on first use."""
-    target = root / f"tiny-v{TINY_VERSION}"
-    record = {"tiny": TINY_VERSION}
-    if _record_of(target) == record:
+    target, record = _tiny_target(root)
+    if has_tiny(root):
         return target
 
     def write(place: Path) -> None:

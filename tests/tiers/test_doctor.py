@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from acestep import probes
+from acestep import paths, probes
 from acestep.cards import Device, cpu_device
 from acestep.checkpoints import resolve
 from acestep.doctor import Report, build_mismatches, misspelt, report
@@ -99,11 +100,37 @@ def test_checkpoint_folder_of_an_upstream_user(monkeypatch: pytest.MonkeyPatch, 
     made = resolve("tiny", "renderer", root=home)
     found = probes.checkpoint(str(made.path), "renderer")
     assert (found.level, str(made.path) in found.text) == ("ok", True)
-    original = probes.checkpoint(str(made.path.parent / "tiny"), "renderer")
-    assert original.level == "ok"
-    assert "converted on first use" in original.text
+    both = probes.checkpoint(str(made.path.parent / "tiny"), "renderer")
+    assert (both.level, both.details["complete"], "and its conversion" in both.text) == ("ok", True, True)
     (made.path / "vae" / "config.json").unlink()
     assert probes.checkpoint(str(made.path), "renderer").level == "error"
+    shutil.rmtree(made.path)
+    original = probes.checkpoint(str(made.path.parent / "tiny"), "renderer")
+    assert (original.level, original.details["complete"]) == ("ok", False)
+    assert "converted on first use" in original.text
+
+
+def test_read_only_checkpoints_will_do_once_they_are_complete(
+    monkeypatch: pytest.MonkeyPatch, own_home: Path, tmp_path: Path
+) -> None:
+    volume = tmp_path / "volume"
+    write = paths.writable
+
+    def writable(folder: Path, *remedy: str) -> Path:
+        if folder == volume:
+            raise paths.refusal(folder, OSError(30, "Read-only file system"), *remedy)
+        return write(folder, *remedy)
+
+    monkeypatch.setenv("ACESTEP_CHECKPOINTS", str(volume))
+    with monkeypatch.context() as patch:
+        patch.setattr(paths, "writable", writable)
+        (refused,) = errors(report(devices=[cpu_device()], env={}))
+        assert "ACESTEP_CHECKPOINTS" in refused.text
+    monkeypatch.setattr(probes, "has_tiny", lambda root: root == volume)
+    monkeypatch.setattr(paths, "writable", writable)
+    made = report(devices=[cpu_device()], env={})
+    assert made.ok
+    assert [f.level for f in made.findings if "read-only" in f.text] == ["note"]
 
 
 def test_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
