@@ -13,6 +13,7 @@ import typer
 from acestep.errors import AceStepError, InvalidRequest
 from acestep.paths import home, writable
 from deployments.config import PlannerArgs, PoolArgs, RendererArgs, parse_args
+from deployments.jobs.database import engine_for
 from deployments.models import checkpoint_for
 from deployments.replica import Role
 from deployments.validate import problems, read_config
@@ -101,12 +102,25 @@ def prepare_command(
     writable(home())
     _port_free(data)
     for application in data["applications"]:  # type: ignore[attr-defined]
+        _folders_writable(application)
         stage = STAGES.get(application["import_path"].rpartition(":")[2])
         if stage is not None:
             typer.echo(f"{application['name']}: {_prepare_pool(application, *stage)}")
 
 
 STAGES: dict[str, tuple[Role, type[PoolArgs]]] = {"lm": ("plan", PlannerArgs), "dit": ("render", RendererArgs)}
+
+
+def _folders_writable(application: dict[str, Any]) -> None:
+    """Prove that local folders which the application names for files and jobs can be written."""
+    args = application.get("args") or {}
+    if args.get("tiers"):
+        return  # another machine's
+    files = str(args.get("files_url") or home() / "files")
+    if "://" not in files:
+        writable(Path(files).expanduser(), "change files_url in the config")
+    if url := args.get("database_url"):
+        engine_for(url).dispose()
 
 
 def _prepare_pool(application: dict[str, Any], role: Role, model: type[PoolArgs]) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import Any, TypeVar
 
 import ray
 
 from acestep.gpu_config import get_gpu_config, simulated_gib
+from acestep.options import AUTO, OPTIONS
 from deployments.config import PoolArgs
 
 ROLE_LABEL = "acestep/role"
@@ -52,7 +54,12 @@ def settled(args: A, default_share: float) -> A:
     if shared is None:
         one_card = 0 < share < 1 or simulated_gib() is not None
         shared = args.num_gpus is None and not args.tiers and one_card
-    return args.model_copy(update={"num_gpus": share, "shared_card": shared})
+    settings = args.settings
+    asked = os.environ.get(OPTIONS["device"].env, "").strip()
+    if share == 0 and args.num_gpus is None and asked.lower() not in AUTO:
+        # Where Ray has no card to give, a replica keeps to the CPU; who names a device means that one all the same.
+        settings = {"device": asked, **settings}
+    return args.model_copy(update={"num_gpus": share, "shared_card": shared, "settings": settings})
 
 
 def cluster_gpus() -> float:

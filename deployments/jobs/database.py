@@ -30,7 +30,7 @@ def open_database(url: str) -> Engine:
     Raises:
         InvalidRequest: the URL is not understood, or its driver is not installed.
     """
-    engine = _engine(url)
+    engine = engine_for(url)
     migrate(engine)
     return engine
 
@@ -61,7 +61,13 @@ def migrate(engine: Engine, revision: str = "head") -> None:
         upgrade(config, revision)
 
 
-def _engine(url: str) -> Engine:
+def engine_for(url: str) -> Engine:
+    """An engine that has not connected yet. A SQLite file's folder is made, and proved to be writable.
+
+    Raises:
+        InvalidRequest: the URL is not understood, or its driver is not installed.
+        StoragePermission: the folder cannot be written.
+    """
     try:
         parsed = driver_url(url)
     except sa.exc.ArgumentError:

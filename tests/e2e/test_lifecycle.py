@@ -7,14 +7,16 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import httpx
 import pytest
+import yaml
 
 from acestep.client import Client
-from tests.server import ROOT, Server
+from tests.server import ROOT, Server, as_user, free_port
 
 pytestmark = pytest.mark.e2e
 NOBODY = 54_321  # an id that has no account
@@ -94,15 +96,37 @@ def test_a_user_without_account_home_or_write_access_to_the_checkout_can_serve()
         server.stop()
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_prepare_says_that_the_state_folder_cannot_be_written(tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    env = {**os.environ, "ACESTEP_HOME": str(tmp_path / "home")}
-    told = subprocess.run(
-        [ACESTEP, "prepare", str(ROOT / "serve_config.yaml")], env=env, capture_output=True, text=True
-    )
-    assert told.returncode == 1
-    assert "storage_permission" in told.stderr
+@pytest.mark.parametrize("which", ["state", "outputs", "jobs"])
+def test_prepare_says_that_a_folder_cannot_be_written(which: str) -> None:
+    folder = Path(tempfile.mkdtemp(prefix="ace-"))
+    try:
+        folder.chmod(0o755)
+        blocked = folder / "blocked"
+        blocked.mkdir(mode=0o555)
+        (folder / "home").mkdir()
+        drop: list[str] = []
+        if os.geteuid() == 0:
+            drop = as_user(NOBODY)
+            os.chown(folder / "home", NOBODY, NOBODY)
+        config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
+        config["http_options"]["port"] = free_port()
+        args = config["applications"][0]["args"]
+        args |= {
+            "outputs": {"files_url": str(blocked / "x")},
+            "jobs": {"database_url": f"sqlite:///{blocked}/x/jobs"},
+        }.get(which, {})
+        (folder / "serve.yaml").write_text(yaml.safe_dump(config))
+        env = {
+            "PATH": os.environ["PATH"],
+            "ACESTEP_HOME": str((blocked if which == "state" else folder / "home") / "x"),
+        }
+        command = [*drop, ACESTEP, "prepare", str(folder / "serve.yaml")]
+        told = subprocess.run(command, env=env, cwd="/", capture_output=True, text=True)
+        assert told.returncode == 1
+        assert f"error (storage_permission): cannot write {blocked / 'x'}" in told.stderr
+        assert "uid" in told.stderr
+    finally:
+        shutil.rmtree(folder)
 
 
 def test_config_validate_finds_what_serve_ignores(tmp_path: Path) -> None:

@@ -11,13 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from acestep.cost import render_seconds
-from acestep.errors import InvalidRequest
+from acestep.errors import DeviceUnavailable, InvalidRequest
 from acestep.gpu_config import TIERS, get_gpu_config, get_limits
 from acestep.profiles import find
 from acestep.request import SongRequest
 from deployments.build import CPU, Cards, as_text, build_config, cards_of_nodes, parse_tiers
 from deployments.config import PlannerArgs, PoolArgs, RendererArgs
 from deployments.pools import deployment_options, gpu_share, label_selector, settled
+from deployments.replica import settle
 from deployments.validate import problems
 
 FLEETS = st.dictionaries(st.sampled_from(TIERS), st.integers(1, 12), min_size=1).map(
@@ -131,3 +132,16 @@ def test_a_leaving_replica_has_time_for_its_songs() -> None:
         profile = find(tier=tier)
         longest = render_seconds(request, profile.renderer("turbo"), most.max_duration, items=most.max_batch)
         assert options["graceful_shutdown_timeout_s"] == args.graceful_shutdown_s > longest.wall_s, tier
+
+
+def test_a_device_named_by_variable_counts_where_ray_has_no_cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pool keeps to the CPU there; silence about a card that somebody asked for would be worse than an error."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert settle("render", settled(RendererArgs(), default_share=0.6)).device.kind == "cpu"
+    monkeypatch.setenv("ACESTEP_DEVICE", "cuda:7")
+    with pytest.raises(DeviceUnavailable, match="cuda:7"):
+        settle("render", settled(RendererArgs(), default_share=0.6))
+    for args in (RendererArgs(num_gpus=0), RendererArgs(settings={"device": "cpu"})):  # arguments win over variables
+        assert settle("render", settled(args, default_share=0.6)).device.kind == "cpu"
+    monkeypatch.setenv("ACESTEP_DEVICE", "auto")
+    assert settled(RendererArgs(), default_share=0.6).settings == {}

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.server import as_user
+
 NOBODY = 54_321  # an id that has no account
 
 
@@ -32,7 +34,7 @@ def as_nobody(*arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
     if os.geteuid() == 0:
         if shutil.which("setpriv") is None:
             pytest.skip("setpriv (util-linux) is needed to leave root")
-        drop = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--no-new-privs"]
+        drop = as_user(NOBODY)
     env = {"PATH": os.environ["PATH"], "ACESTEP_HOME": str(home), "OMP_NUM_THREADS": "1"}
     command = [*drop, sys.executable, "-c", "from acestep.cli import main; main()", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=env, cwd="/", timeout=240, check=False)
@@ -61,3 +63,13 @@ def test_folder_that_cannot_be_written_is_named(state: Path) -> None:
     assert "uid" in done.stderr
     assert "NVIDIA" not in done.stderr
     assert not (state / "x.wav").exists()
+
+
+def test_a_song_that_could_not_be_kept_is_not_made(state: Path) -> None:
+    blocked = state / "blocked"
+    blocked.mkdir(mode=0o755 if os.geteuid() == 0 else 0o555)
+    done = as_nobody("generate", "x", "--local", "-o", str(blocked / "x.wav"), home=state / "home")
+    assert done.returncode == 1
+    assert f"cannot write {blocked}" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (state / "home").exists()
