@@ -24,14 +24,55 @@ SONGS: dict[str, Any] = {
     },
 }  # fmt: skip
 
+INSPIRE: dict[str, Any] = {"wish": {"summary": "A wish", "value": {"query": "a song for a long drive home"}}}
+FORMAT: dict[str, Any] = {"sketch": {"summary": "A sketch", "value": {"caption": "sad piano song", "bpm": 72}}}
+UNDERSTAND: dict[str, Any] = {
+    "codes": {"summary": "Audio codes, five per second", "value": {"codes": [35847, 12, 4711, 60000, 1]}}
+}
+
+_ID = "3f7c3c1e-6f0e-4a53-9f0d-0f4a7a3f1b52"
 _JOB: dict[str, Any] = {
-    "id": "3f7c3c1e-6f0e-4a53-9f0d-0f4a7a3f1b52", "kind": "song", "state": "queued", "stage": "queued", "progress": None,
+    "id": _ID, "kind": "song", "state": "queued", "stage": "queued", "progress": None,
     "position": 1, "eta_s": 12.5, "cost": {"audio_s": 30.0, "plan_s": 6.1, "render_s": 4.4}, "usage": None,
     "created_at": 1790000000.0, "started_at": None, "finished_at": None, "attempts": 0,
+    "placement": {"planner": "lm", "renderer": "dit"},
     "request": {"prompt": "warm lo-fi piano, rain on the window, slow", "duration": 30.0, "seed": 1234}, "seeds": [1234],
     "warnings": [], "plan": None, "error": None, "result": None,
-    "links": {"self": "/v1/jobs/3f7c3c1e-6f0e-4a53-9f0d-0f4a7a3f1b52",
-              "events": "/v1/jobs/3f7c3c1e-6f0e-4a53-9f0d-0f4a7a3f1b52/events"},
+    "links": {"self": f"/v1/jobs/{_ID}", "events": f"/v1/jobs/{_ID}/events"},
+}  # fmt: skip
+_PLAN: dict[str, Any] = {
+    "metadata": {"bpm": 72, "caption": "Warm lo-fi piano over steady rain", "duration": 30.0, "keyscale": "D minor",
+                 "language": "unknown", "timesignature": "4"},
+    "item_metadata": [], "codes": [[35847, 12, 4711]], "lm_seeds": [1234], "model": "acestep-5Hz-lm-1.7B", "model_hash": None,
+    "notice": None, "timings": {"queued_s": 0.0, "metadata_s": 0.9, "codes_s": 5.2, "steps": 231},
+}  # fmt: skip
+_DONE: dict[str, Any] = {
+    **_JOB, "state": "succeeded", "stage": "succeeded", "position": 0, "eta_s": None, "attempts": 1, "started_at": 1790000000.2,
+    "finished_at": 1790000011.0, "plan": _PLAN,
+    "usage": {"audio_s": 30.0, "device_s": {"plan": 6.1, "render": 4.2}, "total_s": 11.0},
+    "result": {
+        "items": [{"index": 0, "seed": 1234, "duration": 30.0, "samples": 1440000, "sample_rate": 48000, "channels": 2, "audio": [{
+            "format": "wav", "content_type": "audio/wav", "bytes": 5760044, "sha256": "9f86d081884c7d65" * 4,
+            "url": f"/v1/jobs/{_ID}/audio/0.wav?expires=1790086440&signature=p2vW1yVbJ0mYxkq0pC9nq8G4b3l2i1hTz7cRr5sXw8E",
+        }]}],
+        "renderer": "acestep-v15-turbo", "renderer_hash": None, "device": "NVIDIA L4", "settings": {},
+        "timings": {"plan": _PLAN["timings"], "render": {"queued_s": 0.0, "conditions_s": 0.2, "denoise_s": 2.4, "decode_s": 1.6,
+                                                         "encode_s": 0.1}},
+    },
+}  # fmt: skip
+_FILE: dict[str, Any] = {
+    "id": "file-0123456789abcdef0123456789abcdef", "name": "guitar.wav", "bytes": 5760044, "sha256": "9f86d081884c7d65" * 4,
+    "duration": 30.0, "created_at": 1790000000.0, "expires_at": 1790086400.0,
+}  # fmt: skip
+_WEBHOOK: dict[str, Any] = {
+    "id": "msg_0123456789abcdef0123456789abcdef", "job_id": _ID, "url": "https://example.com/hook", "type": "job.succeeded",
+    "state": "dead", "attempts": 9, "next_at": None, "last_status": 503, "last_error": "HTTP 503",
+    "created_at": 1790000011.0, "delivered_at": None,
+}  # fmt: skip
+_SAMPLE: dict[str, Any] = {
+    "caption": "Slow, sad piano ballad with strings", "lyrics": "[Verse]\nThe lights go out", "bpm": 72, "duration": 150.0,
+    "keyscale": "D minor", "language": "en", "timesignature": "4", "instrumental": False, "seed": 1234,
+    "model": "acestep-5Hz-lm-1.7B", "notice": None, "timings": {"queued_s": 0.0, "metadata_s": 2.1, "codes_s": 0.0, "steps": 180},
 }  # fmt: skip
 
 
@@ -40,8 +81,13 @@ def _json(description: str, example: Any) -> dict[str, Any]:
 
 
 JOB_202 = _json("The job was accepted", _JOB)
-JOB_200 = _json("The job", _JOB)
-JOBS_200 = _json("A page of jobs; `next` is the cursor of the next one", {"jobs": [_JOB], "next": None})
+JOB_200 = _json("The job", _DONE)
+JOBS_200 = _json("A page of jobs; `next` is the cursor of the next one", {"jobs": [_DONE], "next": None})
+FILE = _json("The file", _FILE)
+WEBHOOK = _json("The message", _WEBHOOK)
+WEBHOOKS = _json("The messages", {"webhooks": [_WEBHOOK]})
+SECRET = _json("The secret", {"secret": "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"})
+SAMPLE = _json("The description", _SAMPLE)
 EVENTS = (
     'id: 7\nevent: progress\ndata: {"job_id": "3f7c3c1e-6f0e-4a53-9f0d-0f4a7a3f1b52", "at": 1790000002.0, '
     '"stage": "planning", "done": 40, "total": 150}\n\n'

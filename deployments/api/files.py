@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, File, Response, UploadFile
 from pydantic import Field
 
+from deployments.api import examples
 from deployments.api.auth import Auth
 from deployments.api.problems import PROBLEMS, NotFound
 from deployments.api.service import Service, Svc
@@ -18,7 +19,7 @@ router = APIRouter(prefix="/v1", tags=["files"], responses=PROBLEMS)
 FileId = Annotated[str, Field(max_length=64)]
 
 
-@router.post("/files", status_code=201, summary="Upload source audio")
+@router.post("/files", status_code=201, summary="Upload source audio", responses={201: examples.FILE})
 async def upload(
     file: Annotated[UploadFile, File(description="Any common audio format; the content decides, not the name.")],
     response: Response,
@@ -31,7 +32,7 @@ async def upload(
     return file_view(record, service.args.keep_uploads_s)
 
 
-@router.get("/files/{file_id}", summary="What is known of an uploaded file")
+@router.get("/files/{file_id}", summary="What is known of an uploaded file", responses={200: examples.FILE})
 async def get_file(file_id: FileId, service: Svc, caller: Auth) -> dict[str, Any]:
     return file_view(await _existing(service, file_id, caller.name), service.args.keep_uploads_s)
 

@@ -110,18 +110,24 @@ class UnderstandQuestion(_Question):
         return self
 
 
-@router.post("/inspire", summary="Write a song description for a wish")
-async def inspire(question: InspireQuestion, service: Svc, caller: Auth) -> Sample:
+@router.post("/inspire", summary="Write a song description for a wish", responses={200: examples.SAMPLE})
+async def inspire(
+    question: Annotated[InspireQuestion, Body(openapi_examples=examples.INSPIRE)], service: Svc, caller: Auth
+) -> Sample:
     return await service.talk.inspire(**question.model_dump())
 
 
-@router.post("/format", summary="Describe the same song better")
-async def format_song(question: FormatQuestion, service: Svc, caller: Auth) -> Sample:
+@router.post("/format", summary="Describe the same song better", responses={200: examples.SAMPLE})
+async def format_song(
+    question: Annotated[FormatQuestion, Body(openapi_examples=examples.FORMAT)], service: Svc, caller: Auth
+) -> Sample:
     return await service.talk.format(**question.model_dump())
 
 
-@router.post("/understand", summary="Describe audio, or audio codes")
-async def understand(question: UnderstandQuestion, service: Svc, caller: Auth) -> Sample:
+@router.post("/understand", summary="Describe audio, or audio codes", responses={200: examples.SAMPLE})
+async def understand(
+    question: Annotated[UnderstandQuestion, Body(openapi_examples=examples.UNDERSTAND)], service: Svc, caller: Auth
+) -> Sample:
     codes = question.codes
     if codes is None:
         name = await service.source(question.src_audio or "", caller, "src_audio")

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query
 from pydantic import Field
 
+from deployments.api import examples
 from deployments.api.auth import Auth
 from deployments.api.problems import PROBLEMS, NotFound
 from deployments.api.service import Svc
@@ -23,7 +24,7 @@ def _view(message: Message) -> dict[str, Any]:
     return view
 
 
-@router.get("/webhooks", summary="Messages and their deliveries, newest first")
+@router.get("/webhooks", summary="Messages and their deliveries, newest first", responses={200: examples.WEBHOOKS})
 async def list_webhooks(
     service: Svc,
     caller: Auth,
@@ -37,7 +38,7 @@ async def list_webhooks(
     return {"webhooks": [_view(m) for m in messages]}
 
 
-@router.post("/webhooks/{message_id}/retry", summary="Send a dead letter again")
+@router.post("/webhooks/{message_id}/retry", summary="Send a dead letter again", responses={200: examples.WEBHOOK})
 async def retry_webhook(message_id: Annotated[str, Field(max_length=64)], service: Svc, caller: Auth) -> dict[str, Any]:
     owner = caller.name if service.keys.required else None
     message = await asyncio.to_thread(service.outbox.retry, message_id, owner)
@@ -46,6 +47,8 @@ async def retry_webhook(message_id: Annotated[str, Field(max_length=64)], servic
     return _view(message)
 
 
-@router.get("/webhooks/secret", summary="Your signing secret, for a Standard Webhooks library")
+@router.get(
+    "/webhooks/secret", summary="Your signing secret, for a Standard Webhooks library", responses={200: examples.SECRET}
+)
 async def webhook_secret(service: Svc, caller: Auth) -> dict[str, str]:
     return {"secret": shown_secret(derived_secret(service.webhook_secret, caller.name))}

@@ -6,12 +6,14 @@ import asyncio
 import json
 import sqlite3
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 from sqlalchemy.exc import OperationalError
 
 from acestep.errors import StoragePermission
-from deployments.api import examples
+from acestep.lm.work import Sample
+from deployments.api import examples, plans
 from deployments.api.redact import redact
 
 from .conftest import Build, Site
@@ -46,6 +48,46 @@ async def test_accepted_with_place_cost_and_eta(site: Site) -> None:
 @pytest.mark.parametrize("name", list(examples.SONGS))
 async def test_the_documented_examples_are_accepted(site: Site, name: str) -> None:
     await submit(site, examples.SONGS[name]["value"])
+
+
+async def test_the_document_shows_answers_as_they_are(site: Site, wav: bytes) -> None:
+    document = (await site.client.get("/openapi.json")).json()
+
+    def example(method: str, path: str, status: int) -> Any:
+        return document["paths"][path][method]["responses"][str(status)]["content"]["application/json"]["example"]
+
+    queued = await submit(site, {**SONG, "webhook_url": "https://example.com/hook"})
+    assert same(example("post", "/v1/music", 202), queued)
+    site.succeed(str(queued["id"]))
+    done = (await site.client.get(f"/v1/jobs/{queued['id']}")).json()
+    assert same(example("get", "/v1/jobs/{job_id}", 200), done)
+    assert same(example("get", "/v1/jobs", 200), (await site.client.get("/v1/jobs")).json())
+    file = await site.client.post("/v1/files", files={"file": ("x.wav", wav)})
+    assert same(example("post", "/v1/files", 201), file.json())
+    for path in ("/v1/webhooks", "/v1/webhooks/secret"):
+        assert same(example("get", path, 200), (await site.client.get(path)).json())
+    assert Sample.model_validate(example("post", "/v1/inspire", 200))
+    for path, question in (
+        ("inspire", plans.InspireQuestion),
+        ("format", plans.FormatQuestion),
+        ("understand", plans.UnderstandQuestion),
+    ):
+        asked = document["paths"][f"/v1/{path}"]["post"]["requestBody"]["content"]["application/json"]["examples"]
+        assert [question.model_validate(e["value"]) for e in asked.values()]
+
+
+def same(example: Any, answer: Any) -> bool:
+    """Whether both have the same names, where the answer has values: FastAPI drops nulls from examples."""
+    return names(answer, nulls=False) <= names(example) <= names(answer)
+
+
+def names(value: Any, path: str = "", nulls: bool = True) -> set[str]:
+    if isinstance(value, list):
+        return names(value[0], f"{path}[]", nulls) if value else set()
+    if not isinstance(value, dict) or path in (".request", ".result.settings"):  # the last two are open
+        return set()
+    kept = {name: inner for name, inner in value.items() if nulls or inner is not None}
+    return {f"{path}.{name}" for name in kept}.union(*(names(v, f"{path}.{n}", nulls) for n, v in kept.items()))
 
 
 async def test_a_finished_job_shows_usage_and_signed_audio(site: Site) -> None:
