@@ -66,7 +66,7 @@ _FILE: dict[str, Any] = {
 }  # fmt: skip
 _WEBHOOK: dict[str, Any] = {
     "id": "msg_0123456789abcdef0123456789abcdef", "job_id": _ID, "url": "https://example.com/hook", "type": "job.succeeded",
-    "state": "dead", "attempts": 9, "next_at": None, "last_status": 503, "last_error": "HTTP 503",
+    "state": "pending", "attempts": 2, "next_at": 1790000316.0, "last_status": 503, "last_error": "HTTP 503",
     "created_at": 1790000011.0, "delivered_at": None,
 }  # fmt: skip
 _SAMPLE: dict[str, Any] = {
