@@ -26,24 +26,24 @@ def _attend_split(
     group, dim = tl.arange(0, GROUP), tl.arange(0, DIM)
     heads = head * GROUP + group
     query = tl.load(q + row * row_stride + heads[:, None] * DIM + dim[None, :]).to(tl.float32) * scale
-    best = tl.full([GROUP], float("-inf"), tl.float32)
-    total = tl.zeros([GROUP], tl.float32)
-    result = tl.zeros([GROUP, DIM], tl.float32)
-    for at in range(first, last, BLOCK):
-        token = at + tl.arange(0, BLOCK)
-        inside = token < last
-        place = ((start + token)[:, None] * KV + head) * DIM + dim[None, :]
-        key = tl.load(k + place, mask=inside[:, None], other=0.0).to(tl.float32)
-        score = tl.sum(query[:, None, :] * key[None, :, :], 2)
-        score = tl.where(inside[None, :], score, float("-inf"))
-        better = tl.maximum(best, tl.max(score, 1))
-        old, new = tl.exp(best - better), tl.exp(score - better[:, None])
-        value = tl.load(v + place, mask=inside[:, None], other=0.0).to(tl.float32)
-        result = result * old[:, None] + tl.sum(new[:, :, None] * value[None, :, :], 1)
-        total = total * old + tl.sum(new, 1)
-        best = better
     at_split = (row * KV * GROUP + heads) * SPLITS + split
     if first < last:
+        best = tl.full([GROUP], float("-inf"), tl.float32)
+        total = tl.zeros([GROUP], tl.float32)
+        result = tl.zeros([GROUP, DIM], tl.float32)
+        for at in range(0, SIZE, BLOCK):  # to its end: what is beyond the row is masked, and the bounds are known to the compiler
+            token = first + at + tl.arange(0, BLOCK)
+            inside = token < last
+            place = ((start + token)[:, None] * KV + head) * DIM + dim[None, :]
+            key = tl.load(k + place, mask=inside[:, None], other=0.0).to(tl.float32)
+            score = tl.sum(query[:, None, :] * key[None, :, :], 2)
+            score = tl.where(inside[None, :], score, float("-inf"))
+            better = tl.maximum(best, tl.max(score, 1))
+            old, new = tl.exp(best - better), tl.exp(score - better[:, None])
+            value = tl.load(v + place, mask=inside[:, None], other=0.0).to(tl.float32)
+            result = result * old[:, None] + tl.sum(new[:, :, None] * value[None, :, :], 1)
+            total = total * old + tl.sum(new, 1)
+            best = better
         tl.store(partial + at_split[:, None] * DIM + dim[None, :], result / total[:, None])
         tl.store(weight + at_split, best + tl.log(total))
     else:
