@@ -31,7 +31,9 @@ def _attend_split(
         best = tl.full([GROUP], float("-inf"), tl.float32)
         total = tl.zeros([GROUP], tl.float32)
         result = tl.zeros([GROUP, DIM], tl.float32)
-        for at in range(0, SIZE, BLOCK):  # to its end: what is beyond the row is masked, and the bounds are known to the compiler
+        for at in range(
+            0, SIZE, BLOCK
+        ):  # to its end: what is beyond the row is masked, and the bounds are known to the compiler
             token = first + at + tl.arange(0, BLOCK)
             inside = token < last
             place = ((start + token)[:, None] * KV + head) * DIM + dim[None, :]
