@@ -26,7 +26,7 @@ from benchmarks.service import simulated_service
 MARK = 0.2
 CARD = {"profile": "rtx-3060-12", "num_cpus": 0.1}
 DIT = {**CARD, "model": "acestep-v15-turbo", "num_replicas": 2}
-LM = {**CARD, "model": "acestep-5Hz-lm-1.7B"}
+LM = {**CARD, "model": "acestep-5Hz-lm-1.7B", "settings": {"init_llm": True}}
 BURSTS = (1, 6, 1, 1, 12, 1, 1, 1, 8, 1)
 EVERY_S = 6.0
 KINDS = ("planned, length given", "not planned")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal
 
-from acestep.cost import expected_duration, needs_planner
+from acestep.cost import expected_duration
 from acestep.plan import Plan
 from acestep.request import SongRequest
 from deployments.placement import plan_option, render_option
@@ -31,7 +31,7 @@ def remaining_s(
     """Seconds until the job's files are there; None where that depends on a card that is not there.
 
     Args:
-        planner, renderer: The pools that it was given to; no renderer where it only plans.
+        planner, renderer: The pools that it was given to; no planner where nothing is planned, no renderer where it only plans.
         stage: `queued` before planning, `planned` between the stages.
         elapsed_s: How long that stage has been running.
         done: The share of it that is done, where its progress says so; better than `elapsed_s`.
@@ -48,8 +48,8 @@ def remaining_s(
         idle = replace(pools[renderer], waiting_s=0.0, free_in_s=None, running_s=0.0, busy=0, coming=())
         return _left(render_option(idle, request, seconds, 0.0).seconds.wall_s, elapsed_s, done)
     planned_s = 0.0
-    if stage in ("queued", "planning") and needs_planner(request):
-        if planner is None or planner not in pools or not pools[planner].can_run:
+    if stage in ("queued", "planning") and planner is not None:
+        if planner not in pools or not pools[planner].can_run:
             return None
         option = plan_option(pools[planner], request, seconds)
         planned_s = option.finish_s if stage == "queued" else _left(option.seconds.wall_s, elapsed_s, done)

@@ -65,6 +65,15 @@ def test_without_the_card_there_is_no_answer() -> None:
     assert remaining_s(REQUEST, fleet(), stage="planned", plan=PLAN, **POOLS) is not None
 
 
+def test_a_fleet_without_planner_tells_when_songs_are_done() -> None:
+    """Such a song may lack tempo and key: there is nobody to ask, so it is rendered as it is."""
+    state = FleetState(fleet().of("render"))
+    decision = choose(REQUEST, state)
+    assert (decision.planner, decision.request.thinking) == (None, False)
+    told = remaining_s(decision.request, state, stage="queued", planner=None, renderer="dit")
+    assert told == pytest.approx(decision.eta_s)
+
+
 def test_an_overdue_stage_still_takes_some_time() -> None:
     late = remaining_s(REQUEST, fleet(), stage="rendering", plan=PLAN, elapsed_s=1e6, **POOLS)
     assert late is not None
