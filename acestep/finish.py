@@ -14,6 +14,7 @@ from acestep.audio.loudness import master
 from acestep.audio.manifest import manifest
 from acestep.audio.tags import SongTags
 from acestep.audio.writing import encode
+from acestep.errors import InvalidOutput
 from acestep.plan import Plan
 from acestep.request import SongRequest
 from acestep.song import SAMPLE_RATE, AudioFile, Song, SongItem
@@ -46,7 +47,7 @@ def finish(
         put: Stores one file under a name such as `<prefix>0-wav.wav`; called for every file and manifest.
 
     Raises:
-        InvalidOutput: the audio is not finite.
+        InvalidOutput: the audio is not finite, or nothing but zeros.
     """
     began = time.monotonic()
     items = tuple(_finish_item(request, plan, rendered, item, maker, put, prefix) for item in rendered.items)
@@ -72,6 +73,11 @@ def _finish_item(
     put: Callable[[str, bytes], None],
     prefix: str,
 ) -> SongItem:
+    if not bool(item.audio.any()):
+        raise InvalidOutput(
+            f"item {item.index}: every sample is zero. Try another seed; if it stays, the checkpoint or the precision is at fault.",
+            item=item.index, seed=item.seed,
+        )  # fmt: skip
     audio, level = master(
         item.audio.numpy(), SAMPLE_RATE, normalize=request.normalize, loudness_lufs=request.loudness_lufs
     )
