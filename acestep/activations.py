@@ -12,6 +12,7 @@ from acestep.weights import DTYPE_BYTES, Config
 
 CONTEXT_BYTES = 512 << 20  # a CUDA context with its libraries
 TILES = (512, 256, 128, 64)  # frames per VAE tile, largest first
+SMALLEST_CORE_FRAMES = 16  # of a VAE tile without its overlap
 SILENT_REFERENCE_FRAMES = 750
 # Live copies of the widest activation, one of them the reordered input that convolution libraries make.
 _DECODE_WIDTHS = 6.0

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from acestep.activations import (
     CONTEXT_BYTES,
+    SMALLEST_CORE_FRAMES,
     TILES,
     conditions_bytes,
     decode_bytes,
@@ -126,7 +127,8 @@ def render_need(
 
     dit, vae = configs["transformer"], configs["vae"]
     rows = songs_per_pass * (2 if task.guided else 1)
-    tile = min(settings.vae_tile_frames, task.frames + 2 * settings.vae_overlap_frames)
+    overlap = 2 * settings.vae_overlap_frames
+    tile = min(max(settings.vae_tile_frames, overlap + SMALLEST_CORE_FRAMES), task.frames + overlap)
     kept = task.songs * item_bytes(dit, task.frames, working)
     lyrics = min(task.condition_tokens, MAX_LYRIC_TOKENS)
     working_bytes = {

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from acestep import weights
-from acestep.activations import CONTEXT_BYTES, TILES, decode_bytes
+from acestep.activations import CONTEXT_BYTES, SMALLEST_CORE_FRAMES, TILES, decode_bytes
 from acestep.cards import Device
 from acestep.gpu_config import DETECTED_GRACE_GIB, GIB, GPUConfig, is_tiny
 from acestep.options import Attention, Book, Override
@@ -64,7 +64,12 @@ def renderer_settings(book: Book, device: Device, row: GPUConfig, model: str, pl
 def with_tile(book: Book, settings: RendererSettings, device: Device, model: str) -> RendererSettings:
     """`settings` with the VAE tile for the memory that they leave free."""
     tile, reason = _tile(settings, device, model)
-    return replace(settings, vae_tile_frames=int(book.take("vae_tile_frames", tile, reason)))
+    least = 2 * settings.vae_overlap_frames + SMALLEST_CORE_FRAMES
+    frames = int(book.take("vae_tile_frames", max(tile, least), reason))
+    if frames < least:
+        why = f"{settings.vae_overlap_frames} frames on each side overlap: a smaller tile would be nothing but overlap"
+        frames = int(book.correct("vae_tile_frames", least, why))
+    return replace(settings, vae_tile_frames=frames)
 
 
 def _installed(*names: str) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import remove_weight_norm
 
 from acestep import host
-from acestep.activations import decode_bytes, encode_bytes
+from acestep.activations import SMALLEST_CORE_FRAMES, decode_bytes, encode_bytes
 from acestep.checkpoints.modules import AutoencoderOobleck, Snake1d
 from acestep.errors import OutOfMemory
 
@@ -24,7 +24,6 @@ log = logging.getLogger(__name__)
 Need = Callable[[dict[str, Any], int, str], int]  # bytes by configuration, frames and dtype
 
 FIRST_CORE_FRAMES = 64  # 2.56 s: soon there for a listener
-_SMALLEST_CORE_FRAMES = 16
 
 
 class Vae:
@@ -134,7 +133,7 @@ class Vae:
 
     def _core(self, need: Need) -> int:
         """Frames of the next tile without its overlap."""
-        return max(self._fitting_tile(need) - 2 * self._overlap, _SMALLEST_CORE_FRAMES)
+        return max(self._fitting_tile(need) - 2 * self._overlap, SMALLEST_CORE_FRAMES)
 
     def _fitting_tile(self, need: Need) -> int:
         """The tile as set, or what of it fits into the memory that is free now."""
@@ -146,14 +145,14 @@ class Vae:
         """Half of a core that did not fit, for this tile and all that follow; gives up below the smallest."""
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
-        if core <= _SMALLEST_CORE_FRAMES:
+        if core <= SMALLEST_CORE_FRAMES:
             needed, free = need(self._config, core + 2 * self._overlap, self._dtype_name), self._free()
             raise OutOfMemory(
                 f"a VAE tile of {core} frames does not fit: about {needed >> 20} MiB needed, {free >> 20} MiB free. Use a card "
                 "with more memory or offload.",
                 needed_bytes=needed, free_bytes=free,
             ) from error  # fmt: skip
-        smaller = max(core // 2, _SMALLEST_CORE_FRAMES)
+        smaller = max(core // 2, SMALLEST_CORE_FRAMES)
         log.warning("a VAE tile of %d frames did not fit; from now on they have at most %d", core, smaller)
         self._tile = min(self._tile, smaller + 2 * self._overlap)
         return smaller

@@ -309,6 +309,14 @@ def test_more_work_never_needs_less(task: RenderTask, settings: RendererSettings
     assert render_need(task, configs, replace(settings, offload="none", offload_dit=False)).peak >= need
 
 
+def test_a_tile_is_never_less_than_its_overlap_and_a_core() -> None:
+    """What the VAE does whatever the settings say, so the ledger must count it."""
+    configs, task = known_configs("acestep-v15-turbo"), RenderTask(60)
+    wide = replace(CARD, vae_overlap_frames=64)
+    needs = [render_need(task, configs, replace(wide, vae_tile_frames=t)).stages["decode"] for t in (32, 144, 145)]
+    assert needs[0] == needs[1] < needs[2]
+
+
 def test_longest_song() -> None:
     configs = known_configs("acestep-v15-xl-base")
     task = RenderTask(600, guided=True)

@@ -265,6 +265,7 @@ def test_unknown_setting_and_impossible_values() -> None:
         (11, (6, 1), {"ACESTEP_DTYPE": "bfloat16"}, "dtype", "float16", "7.0"),
         (11, (6, 1), {"ACESTEP_COMPILE_MODEL": "true"}, "compile", False, "7.0"),
         (24, (8, 9), {"ACESTEP_LM_SLOTS": "1024"}, "lm_slots", 28, "only 28 rows"),
+        (24, (8, 9), {"ACESTEP_VAE_TILE_FRAMES": "32"}, "vae_tile_frames", 34, "overlap"),
         (None, None, {"ACESTEP_OFFLOAD_TO_CPU": "true"}, "offload_to_cpu", False, "host memory"),
         (None, None, {"ACESTEP_OFFLOAD_DIT_TO_CPU": "true"}, "offload_dit_to_cpu", False, "host memory"),
         (None, None, {"ACESTEP_USE_FLASH_ATTENTION": "true"}, "attention", "sdpa", "NVIDIA"),
