@@ -116,8 +116,10 @@ def _folders_writable(application: dict[str, Any]) -> None:
     args = application.get("args") or {}
     if args.get("tiers"):
         return  # another machine's
-    files = str(args.get("files_url") or home() / "files")
-    if "://" not in files:
+    files = args.get("files_url")
+    if files is None:
+        writable(home() / "files")
+    elif "://" not in files:
         writable(Path(files).expanduser(), "change files_url in the config")
     if url := args.get("database_url"):
         engine_for(url).dispose()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from acestep.cost import render_seconds
-from acestep.errors import DeviceUnavailable, InvalidRequest
+from acestep.errors import DeviceUnavailable, InvalidRequest, StoragePermission
 from acestep.gpu_config import TIERS, get_gpu_config, get_limits
 from acestep.profiles import find
 from acestep.request import SongRequest
 from deployments.build import CPU, Cards, as_text, build_config, cards_of_nodes, parse_tiers
+from deployments.commands import _folders_writable
 from deployments.config import PlannerArgs, PoolArgs, RendererArgs
 from deployments.pools import deployment_options, gpu_share, label_selector, settled
 from deployments.replica import settle
@@ -145,3 +147,28 @@ def test_a_device_named_by_variable_counts_where_ray_has_no_cards(monkeypatch: p
         assert settle("render", settled(args, default_share=0.6)).device.kind == "cpu"
     monkeypatch.setenv("ACESTEP_DEVICE", "auto")
     assert settled(RendererArgs(), default_share=0.6).settings == {}
+
+
+@pytest.mark.parametrize(
+    ("path", "args", "field"),
+    [
+        ("router", {"files_url": "{blocked}/songs"}, "files_url"),
+        ("dit", {"files_url": "{blocked}/songs"}, "files_url"),
+        ("router", {"database_url": "sqlite:///{blocked}/jobs/jobs.sqlite3"}, "ACESTEP_HOME"),
+        ("router", {}, "ACESTEP_HOME"),
+    ],
+)
+def test_folders_of_a_config_are_proved_to_be_writable(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, path: str, args: dict[str, str], field: str
+) -> None:
+    blocked = tmp_path / "blocked"
+    blocked.write_text("a file, which even root cannot make folders in")
+    if not args:
+        monkeypatch.setenv("ACESTEP_HOME", str(blocked))
+    args = {name: value.format(blocked=blocked) for name, value in args.items()}
+    application = {"import_path": f"deployments.app:{path}", "args": args}
+    with pytest.raises(StoragePermission, match=field) as caught:
+        _folders_writable(application)
+    assert str(blocked) in caught.value.details["path"]
+    _folders_writable({**application, "args": {**args, "tiers": ["tier4"]}})  # another machine's
+    _folders_writable({"args": {"files_url": "s3://bucket/songs"}})
