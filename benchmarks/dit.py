@@ -1,9 +1,10 @@
 """The renderer against diffusers' own `AceStepPipeline.__call__`: same weights, same device, same threads, one run.
 
-    python -m benchmarks.dit [--quick] [--json] [--size tiny|mid|2B|XL] [--device cuda] [--full-size] [--soak N]
+    python -m benchmarks.dit [--quick] [--json] [--size tiny|mid|2B|XL] [--device cuda] [--full-size] [--soak N] [--checks]
 
-Without a GPU a mid-size random model is measured; with one, the true 2B (and XL on request). Each case alternates between both sides
-and keeps the best time of each, so that other load on the machine hits them alike.
+Without a GPU a mid-size random model is measured; with one, the true 2B (and XL on request), compiled as the service does it, and after
+the cases come the checks that only a card can answer (`benchmarks.dit_checks`). Each case alternates between both sides and keeps the
+best time of each, so that other load on the machine hits them alike.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from acestep.dit.renderer import Renderer
 from acestep.dit.work import RenderWork
 from acestep.request import SongRequest
 from acestep.settings import RendererSettings
+from benchmarks.dit_checks import Bench, run_checks
 from benchmarks.models import build
 
 LYRICS = "[verse]\nA light is in the window and the road is long\n[chorus]\nStay a while, stay a while\n" * 4
@@ -151,6 +153,22 @@ def compare(cases: Sequence[Case], ours: Ours, theirs: Theirs) -> list[dict[str,
     return rows
 
 
+def against(
+    cases: Sequence[Case], parts: RendererComponents, settings: RendererSettings, theirs: Theirs
+) -> dict[str, Any]:
+    """All cases, and the speed-ups by name."""
+    ours = Ours(parts, settings)
+    rows = compare(cases, ours, theirs)
+    report: dict[str, Any] = {"cases": rows}
+    for measure in ("speedup", "cpu_speedup"):
+        report[measure] = {row["case"]: row[measure] for row in rows}
+    report["attention"] = ours.renderer.info.attention
+    if torch.device(settings.device).type == "cuda":
+        report["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    ours.renderer.close()
+    return report
+
+
 def soak(parts: RendererComponents, settings: RendererSettings, songs: int) -> dict[str, Any]:
     """Memory after a tenth of `songs` songs and after all of them: it must not grow."""
     ours = Ours(parts, settings)
@@ -195,7 +213,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--size", choices=("tiny", "mid", "2B", "XL"), help="default: 2B on a GPU, else mid")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32")
-    parser.add_argument("--compile", action="store_true", help="torch.compile on our side")
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="torch.compile on our side; default: on a GPU, as there",
+    )
+    parser.add_argument("--checks", action="store_true", help="only: the checks for a card, without the cases")
     parser.add_argument(
         "--full-size", action="store_true", help="only: 10 s of audio with the true 2B size on this CPU"
     )
@@ -206,28 +229,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device(args.device)
     size = args.size or ("2B" if device.type == "cuda" else "mid")
     dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    on_card = device.type == "cuda"
     settings = RendererSettings(
-        device=args.device, dtype=dtype, compile=args.compile, attention="flash" if device.type == "cuda" else "sdpa"
-    )
-    report: dict[str, Any] = {"machine": machine(device), "torch": torch.__version__, "size": size, "dtype": dtype}
+        device=args.device, dtype=dtype, compile=on_card if args.compile is None else args.compile,
+        attention="flash" if on_card else "sdpa", vae_tile_frames=512 if on_card else 256,
+    )  # fmt: skip
+    report: dict[str, Any] = {
+        "machine": machine(device), "torch": torch.__version__, "size": size, "dtype": dtype, "compile": settings.compile,
+    }  # fmt: skip
     if args.full_size:
         report["full_size"] = full_size(args.size or "2B", args.dtype or "bfloat16")
     elif args.soak:
         report["soak"] = soak(build(size, device, getattr(torch, dtype)), settings, args.soak)
     else:
-        ours = Ours(build(size, device, getattr(torch, dtype)), settings)
-        rows = compare(
-            QUICK if args.quick else CASES,
-            ours,
-            Theirs(build(size, device, getattr(torch, dtype)), batch=device.type == "cuda"),
-        )
-        report["cases"] = rows
-        for measure in ("speedup", "cpu_speedup"):
-            report[measure] = {row["case"]: row[measure] for row in rows}
-        report["attention"] = ours.renderer.info.attention
-        if device.type == "cuda":
-            report["peak_gib"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
-        ours.renderer.close()
+        parts = build(size, device, getattr(torch, dtype))
+        theirs = Theirs(build(size, device, getattr(torch, dtype)), batch=on_card)
+        if not args.checks:
+            report |= against(QUICK if args.quick else CASES, parts, settings, theirs)
+        if on_card or args.checks:
+            report["checks"] = run_checks(Bench(parts, settings), theirs.pipeline)
     if args.json:
         print(json.dumps(report))
         return 0

@@ -72,6 +72,12 @@ def build(size: str, device: torch.device, dtype: torch.dtype, *, turbo: bool = 
     )
 
 
+def condition_encoder(size: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """The condition encoder of `size` alone."""
+    with quiet():
+        return _fill(component_class("condition_encoder"), SIZES[size]["encoder"], device, dtype)
+
+
 def _qwen(config: dict[str, Any]) -> Any:
     from transformers import Qwen3Config
 
