@@ -152,7 +152,12 @@ class SongRequest(BaseModel):
     lm_top_p: float = Field(0.9, gt=0.0, le=1.0, description="1 switches it off.")
     lm_repetition_penalty: float = Field(1.0, ge=0.1, le=10.0)
     lm_negative_prompt: Text = Field(NO_USER_INPUT, max_length=MAX_PROMPT_CHARS)
-    lm_seed: Annotated[int | None, BeforeValidator(_seed)] = Field(None, ge=0, le=MAX_SEED)
+    lm_seed: int | None = Field(
+        None,
+        ge=-1,
+        le=MAX_SEED,
+        description="The planner's own seed (item i uses it + i); null takes each item's, -1 draws one.",
+    )
     lm_share_cot: bool = Field(True, description="All items of a batch share one set of metadata.")
     plan: Plan | None = Field(None, description="A plan made (and perhaps edited) earlier: skips the planner.")
     audio_codes: tuple[Annotated[int, Field(ge=0, le=63_999)], ...] | None = Field(
@@ -256,8 +261,13 @@ class SongRequest(BaseModel):
         return Plan(metadata=given, codes=(self.audio_codes,) if self.audio_codes else None)
 
     def with_seeds(self) -> SongRequest:
-        """This request with its random seed drawn: from here on every run of it gives the same songs."""
-        return self if self.seed is not None else self.model_copy(update={"seed": secrets.randbelow(2**31)})
+        """This request with its random seeds drawn: from here on every run of it gives the same songs."""
+        drawn = {}
+        if self.seed is None:
+            drawn["seed"] = secrets.randbelow(2**31)
+        if self.lm_seed == -1:
+            drawn["lm_seed"] = secrets.randbelow(2**31)
+        return self.model_copy(update=drawn) if drawn else self
 
 
 class Adjustment(BaseModel):

@@ -153,6 +153,17 @@ def test_the_planner_has_a_seed_of_its_own(planner: Planner) -> None:
     assert plan(planner, duration=10, lm_seed=2, seed=8).codes != one.codes
 
 
+def test_a_planner_seed_of_minus_one_is_drawn_once() -> None:
+    request = SongRequest.model_validate({"prompt": "x", "seed": 5, "lm_seed": -1})
+    drawn = {request.with_seeds().lm_seed for _ in range(3)}
+    assert len(drawn) == 3
+    assert min(drawn) >= 0
+    settled = request.with_seeds()
+    assert settled.with_seeds() is settled
+    assert settled.seed == 5
+    assert SongRequest(seed=5).with_seeds().lm_seed is None
+
+
 def test_guidance_and_the_negative_prompt_matter(planner: Planner) -> None:
     fixed = {**GIVEN, "duration": 10}
     results = [
