@@ -61,18 +61,27 @@ def read_audio(source: bytes | Path, *, field: str, limits: ReadLimits = DEFAULT
         InvalidRequest: too large, too long, too many channels, an impossible rate, unknown content, broken or cut short, empty,
             not finite. `field` is in the details, and `limit` where there is one.
     """
-    data = _bytes(source, field, limits)
-    _check_wav_size(data, field)
-    samples = _by_soundfile(data, field, limits)
-    if samples is None:
-        samples = _by_ffmpeg(data, field, limits)
-    if samples.shape[1] == 0:
-        raise InvalidRequest(f"{field}: the file holds no audio.", field=field)
-    if not np.isfinite(samples).all():
-        raise InvalidRequest(f"{field}: the file holds samples that are no finite numbers.", field=field)
+    samples = _decode(source, field, limits, keep=True).samples()
     if samples.shape[0] == 1:
         samples = np.repeat(samples, CHANNELS, axis=0)
     return np.ascontiguousarray(np.clip(samples, -1.0, 1.0))
+
+
+def audio_seconds(source: bytes | Path, *, field: str, limits: ReadLimits = DEFAULT_LIMITS) -> float:
+    """How long an audio file is, found by decoding all of it as `read_audio` does, a block at a time: the samples are not kept.
+
+    Raises:
+        InvalidRequest: as from `read_audio`.
+    """
+    return _decode(source, field, limits, keep=False).seconds
+
+
+def _decode(source: bytes | Path, field: str, limits: ReadLimits, *, keep: bool) -> _Collector:
+    data = _bytes(source, field, limits)
+    _check_wav_size(data, field)
+    collector = _by_soundfile(data, field, limits, keep) or _by_ffmpeg(data, field, limits, keep)
+    collector.check_complete()
+    return collector
 
 
 def _bytes(source: bytes | Path, field: str, limits: ReadLimits) -> bytes:
@@ -114,9 +123,11 @@ def _check_wav_size(data: bytes, field: str) -> None:
 
 
 class _Collector:
-    """Takes decoded blocks, resamples them as they come, and stops at the limit."""
+    """Takes decoded blocks, resamples them as they come, and stops at the limit. Without `keep` it only counts them."""
 
-    def __init__(self, rate: int, channels: int, claimed_s: float | None, field: str, limits: ReadLimits) -> None:
+    def __init__(
+        self, rate: int, channels: int, claimed_s: float | None, field: str, limits: ReadLimits, keep: bool
+    ) -> None:
         if not limits.min_rate <= rate <= limits.max_rate:
             raise InvalidRequest(
                 f"{field}: a sample rate of {rate} Hz is not accepted; {limits.min_rate} to {limits.max_rate} is.",
@@ -132,19 +143,29 @@ class _Collector:
         self._rate, self._claimed_s, self._field, self._limits = rate, claimed_s, field, limits
         self._channels = min(channels, CHANNELS)
         self._resampler = soxr.ResampleStream(rate, SAMPLE_RATE, self._channels, dtype="float32")
+        self._keep = keep
         self._blocks: list[Samples] = []
         self._samples = 0
+
+    @property
+    def seconds(self) -> float:
+        return self._samples / self._rate
 
     def add(self, block: Samples) -> None:
         """One block, float32 [samples, channels]."""
         self._samples += len(block)
         if self._samples > self._limits.max_duration_s * self._rate:
             raise _too_long("the file decodes to more than it says", None, self._field, self._limits)
-        self._blocks.append(block if self._rate == SAMPLE_RATE else self._resampler.resample_chunk(block))
+        if not np.isfinite(block).all():
+            raise InvalidRequest(
+                f"{self._field}: the file holds samples that are no finite numbers.", field=self._field
+            )
+        if self._keep:
+            self._blocks.append(block if self._rate == SAMPLE_RATE else self._resampler.resample_chunk(block))
 
-    def finish(self) -> Samples:
-        """Everything, float32 [channels, samples] at 48 kHz."""
-        decoded_s = self._samples / self._rate
+    def check_complete(self) -> None:
+        """Refuse a file that ended before the time it claims."""
+        decoded_s = self.seconds
         if self._claimed_s is not None:
             missing = self._claimed_s - decoded_s
             if missing > _MAY_MISS_S and missing > self._claimed_s * _MAY_MISS_SHARE:
@@ -153,6 +174,11 @@ class _Collector:
                     f"{decoded_s:.2f} s.",
                     field=self._field,
                 )
+        if not self._samples:
+            raise InvalidRequest(f"{self._field}: the file holds no audio.", field=self._field)
+
+    def samples(self) -> Samples:
+        """Everything, float32 [channels, samples] at 48 kHz."""
         nothing = np.zeros((0, self._channels), np.float32)
         if self._rate != SAMPLE_RATE and self._samples:
             self._blocks.append(self._resampler.resample_chunk(nothing, last=True))
@@ -166,7 +192,7 @@ def _too_long(what: str, seconds: float | None, field: str, limits: ReadLimits) 
     )  # fmt: skip
 
 
-def _by_soundfile(data: bytes, field: str, limits: ReadLimits) -> Samples | None:
+def _by_soundfile(data: bytes, field: str, limits: ReadLimits, keep: bool) -> _Collector | None:
     """Mono and stereo through libsndfile. None: not its kind, or more channels, whose layout only FFmpeg knows."""
     try:
         file = soundfile.SoundFile(io.BytesIO(data))
@@ -175,7 +201,7 @@ def _by_soundfile(data: bytes, field: str, limits: ReadLimits) -> Samples | None
     with file:
         known = 0 < file.frames < 2**62
         claimed = file.frames / file.samplerate if known and file.samplerate else None
-        collector = _Collector(file.samplerate, file.channels, claimed, field, limits)
+        collector = _Collector(file.samplerate, file.channels, claimed, field, limits, keep)
         if file.channels > CHANNELS:
             return None
         try:
@@ -183,10 +209,10 @@ def _by_soundfile(data: bytes, field: str, limits: ReadLimits) -> Samples | None
                 collector.add(block)
         except soundfile.LibsndfileError as error:
             raise InvalidRequest(f"{field}: the file cannot be decoded: {error.error_string}", field=field) from error
-    return collector.finish()
+    return collector
 
 
-def _by_ffmpeg(data: bytes, field: str, limits: ReadLimits) -> Samples:
+def _by_ffmpeg(data: bytes, field: str, limits: ReadLimits, keep: bool) -> _Collector:
     # Nested protocols are off: nothing in the file can make this process open a URL or another file.
     options = {"format_whitelist": _DEMUXERS, "protocol_whitelist": "none"}
     try:
@@ -198,7 +224,7 @@ def _by_ffmpeg(data: bytes, field: str, limits: ReadLimits) -> Samples:
             if stream.codec_context is None:
                 raise InvalidRequest(f"{field}: the file's audio codec is unknown.", field=field)
             rate = stream.rate or 0
-            collector = _Collector(rate, stream.channels or 0, _claimed_seconds(container, stream), field, limits)
+            collector = _Collector(rate, stream.channels or 0, _claimed_seconds(container, stream), field, limits, keep)
             resampler = av.AudioResampler(format="flt", layout="mono" if stream.channels == 1 else "stereo", rate=rate)
             for frame in itertools.chain(container.decode(stream), [None]):
                 if frame is not None and frame.sample_rate != rate:
@@ -208,7 +234,7 @@ def _by_ffmpeg(data: bytes, field: str, limits: ReadLimits) -> Samples:
     except (av.FFmpegError, ValueError, OSError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InvalidRequest(f"{field}: the file is no audio that can be decoded ({reason}).", field=field) from error
-    return collector.finish()
+    return collector
 
 
 def _claimed_seconds(container: Any, stream: Any) -> float | None:

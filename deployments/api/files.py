@@ -27,7 +27,7 @@ async def upload(
     caller: Auth,
 ) -> dict[str, Any]:
     """The `id` goes into `src_audio` or `reference_audio` of a song request."""
-    record = await service.sources.upload(await file.read(), file.filename or "", caller)
+    record = await service.sources.upload(file, file.filename or "", caller)
     response.headers["Location"] = f"/v1/files/{record.id}"
     return file_view(record, service.args.keep_uploads_s)
 

@@ -17,9 +17,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
-from acestep.audio.reading import ReadLimits, read_audio
+from starlette.datastructures import UploadFile
+
+from acestep.audio.reading import ReadLimits, audio_seconds
 from acestep.errors import InvalidRequest
-from acestep.song import SAMPLE_RATE
 from deployments.api.auth import Caller
 from deployments.config import RouterArgs
 from deployments.jobs.files import FOLDER, FileRecord, FileRecords, new_record
@@ -28,6 +29,7 @@ from deployments.storage import Storage
 ABSOLUTE = "absolute audio file paths are not allowed"
 TRAVERSAL = "path traversal in audio file paths is not allowed"
 NOT_FOUND = "audio file not found"
+AT_ONCE = 4  # files in memory, whole: at most so many times `max_upload_bytes`
 MAX_PATH = 4096
 _FILE_ID = re.compile(r"file-[0-9a-f]{32}")
 _SONG_FILE = re.compile(r"songs/([0-9A-Za-z-]{1,64})/[0-9A-Za-z.-]{1,64}")
@@ -51,14 +53,17 @@ class Sources:
         self.records = records
         self.may_use = may_use
         self.limits = ReadLimits(max_bytes=args.max_upload_bytes)
+        self._turn = asyncio.Semaphore(AT_ONCE)
 
-    async def upload(self, data: bytes, name: str, caller: Caller, *, field: str = "file") -> FileRecord:
-        """Check that the bytes are audio and keep them.
+    async def upload(self, file: bytes | UploadFile, name: str, caller: Caller, *, field: str = "file") -> FileRecord:
+        """Check that a file is audio and keep it.
 
         Raises:
-            InvalidRequest: they are not, or are beyond a limit.
+            InvalidRequest: it is not, or is beyond a limit.
         """
-        return await asyncio.to_thread(self._keep, data, name, caller, field)
+        async with self._turn:  # until then a part of a form lies on the disk
+            data = file if isinstance(file, bytes) else await file.read()
+            return await asyncio.to_thread(self._keep, data, name, caller, field)
 
     async def admit(self, value: str, caller: Caller, *, field: str, loopback: bool) -> str:
         """The name in the file store for what a request calls its source: a file id, a song's URL or path, or an allowed path.
@@ -69,7 +74,8 @@ class Sources:
         Raises:
             InvalidRequest: unknown, not allowed, or no audio.
         """
-        return await asyncio.to_thread(self._admit, value, caller, field, loopback)
+        async with self._turn:
+            return await asyncio.to_thread(self._admit, value, caller, field, loopback)
 
     def roots(self, loopback: bool) -> list[Path]:
         """Folders whose files may be named, besides the caller's own songs and uploads."""
@@ -118,7 +124,7 @@ class Sources:
             return file.read(self.limits.max_bytes + 1)
 
     def _keep(self, data: bytes, name: str, caller: Caller, field: str) -> FileRecord:
-        samples = read_audio(data, field=field, limits=self.limits)
+        seconds = audio_seconds(data, field=field, limits=self.limits)
         shown = "".join(c for c in os.path.basename(name.replace("\\", "/")) if c.isprintable())[-255:] or "audio"
         record = new_record(
             f"file-{uuid.uuid4().hex}",
@@ -126,7 +132,7 @@ class Sources:
             shown,
             len(data),
             hashlib.sha256(data).hexdigest(),
-            samples.shape[1] / SAMPLE_RATE,
+            seconds,
         )
         self.storage.put(record.path, data)
         self.records.add(record)

@@ -3,6 +3,7 @@
 import io
 import struct
 import time
+import tracemalloc
 
 import av
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from acestep.audio.formats import FORMATS
-from acestep.audio.reading import ReadLimits, read_audio
+from acestep.audio.reading import ReadLimits, audio_seconds, read_audio
 from acestep.audio.writing import encode
 from acestep.errors import InvalidRequest
 
@@ -43,6 +44,9 @@ def refused(data, **limits):
     with pytest.raises(InvalidRequest, match=r"^src_audio: ") as caught:
         read_audio(data, field="src_audio", limits=ReadLimits(**limits))
     assert caught.value.details["field"] == "src_audio"
+    with pytest.raises(InvalidRequest) as counted:  # by counting as by reading
+        audio_seconds(data, field="src_audio", limits=ReadLimits(**limits))
+    assert counted.value.message == caught.value.message
     return caught.value
 
 
@@ -55,6 +59,16 @@ def test_every_format_that_is_written_is_read(fmt):
     assert 0 <= back.shape[1] - audio.shape[1] < 1_024
     inside = slice(RATE // 2, RATE)
     assert np.abs(back[:, inside] - audio[:, inside]).max() < 0.1
+    assert audio_seconds(encode(audio, RATE, fmt), field="src_audio") == pytest.approx(back.shape[1] / RATE, abs=0.01)
+
+
+def test_counting_a_long_file_keeps_none_of_it():
+    data = written(np.zeros((2, 120 * RATE), np.float32), RATE, "FLAC")
+    tracemalloc.start()
+    assert audio_seconds(data, field="src_audio") == 120.0
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8_000_000  # all of it is 46 MB
 
 
 @pytest.mark.parametrize("channels", [1, 2])
