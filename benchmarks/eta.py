@@ -64,6 +64,8 @@ def measure(songs: int) -> dict[str, dict[str, float]]:
 def _submit(http: httpx.Client, duration: float, planned: bool) -> dict[str, Any]:
     body = {"prompt": "a song", "duration": duration, "thinking": planned, "use_cot_metas": planned, "format": "wav"}
     job: dict[str, Any] = http.post("/v1/music", json=body).raise_for_status().json()
+    if job["eta_s"] is None:
+        raise SystemExit(f"the service foretold nothing: {job}")
     return job
 
 
