@@ -37,9 +37,9 @@ def build_app(service: Service) -> FastAPI:
         CORSMiddleware,
         allow_origins=list(service.args.cors_origins),
         allow_origin_regex=service.args.cors_origin_regex,
-        allow_methods=["GET", "POST", "DELETE", "OPTIONS"],
-        allow_headers=["Content-Type", "Authorization", "Idempotency-Key", "Prefer", "Last-Event-ID"],
-        expose_headers=["Location", "Retry-After", "Preference-Applied", "Content-Range"],
+        allow_methods=["GET", "HEAD", "POST", "DELETE", "OPTIONS"],
+        allow_headers=["Content-Type", "Authorization", "Idempotency-Key", "Prefer", "Last-Event-ID", "Range"],
+        expose_headers=["Location", "Retry-After", "Preference-Applied", "Idempotent-Replayed", "Content-Range"],
     )
     app.add_middleware(OptionalPrefix)
     app.add_middleware(LostProxy)

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Depends
 
 from deployments.api.auth import caller_of
 from deployments.api.health import readiness
+from deployments.api.redact import redact
 from deployments.api.service import Service, service_of
 from deployments.fleet import Pool
 from deployments.jobs.backlog import Backlog
@@ -79,5 +80,5 @@ def pool_view(pool: Pool, backlog: Backlog, correction: float, reason: str | Non
         **{k: info[k] for k in _SHOWN if k in info},
     }
     if reason:
-        view["reason"] = reason
+        view["reason"] = redact(reason)
     return view

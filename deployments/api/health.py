@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Response
 
+from deployments.api.redact import redact
 from deployments.api.service import Service, service_of
 from deployments.fleet import FleetView, Pool, Role
 from deployments.pools import label_selector, node_labels
@@ -20,7 +21,7 @@ def readiness(view: FleetView) -> tuple[bool, dict[str, Any]]:
     for pool in view.pools:
         entry = {"pool": pool.app, "role": pool.role, "running": pool.running, "starting": pool.starting}
         if reason := view.why_not_ready(pool):
-            entry["reason"] = reason
+            entry["reason"] = redact(reason)
         pools.append(entry)
     stages = []
     if not _serves(view, "render"):

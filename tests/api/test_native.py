@@ -6,6 +6,7 @@ import asyncio
 import json
 import sqlite3
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from acestep.lm.work import Sample
 from deployments.api import examples, plans
 from deployments.api.redact import redact
 
-from .conftest import Build, Site
+from .conftest import Build, Site, fleet_view
 
 SONG = {"prompt": "quiet piano", "duration": 20, "seed": 7}
 
@@ -451,6 +452,17 @@ async def test_errors_of_jobs_hold_no_paths(site: Site) -> None:
     assert "/srv" not in events
     item = (await site.client.post("/query_result", json={"task_id_list": [job_id]})).text
     assert "/srv" not in item
+
+
+async def test_why_a_pool_does_not_serve_holds_no_paths(build: Build) -> None:
+    message = "acestep.errors.ModelMissing: /srv/models/turbo is not a checkpoint: it has no config.json"
+    pools = tuple(replace(p, running=0, status="DEPLOY_FAILED", message=message) for p in fleet_view().pools)
+    site = build(view=fleet_view(pools=pools))
+    ready, cluster = await site.client.get("/readyz"), await site.client.get("/v1/cluster")
+    assert ready.status_code == 503
+    for answer in (ready, cluster):
+        assert "ModelMissing: .../turbo is not a checkpoint" in answer.text
+        assert "/srv" not in answer.text
 
 
 def test_urls_of_the_server_are_no_paths() -> None:
