@@ -1,6 +1,6 @@
 """Our log lines go where Serve's go: to its files and, under `serve run`, to the terminal, in the encoding of `logging_config`.
 
-Lines that are written for a job carry its id as `job_id`, a field of its own in the JSON encoding.
+Lines that are written for a job carry its id as `acestep_job_id`, a field of its own in the JSON encoding; `job_id` is Ray's.
 """
 
 from __future__ import annotations
@@ -37,5 +37,5 @@ class _Stamp:
     def __call__(self, *args: Any, **kwargs: Any) -> logging.LogRecord:
         record: logging.LogRecord = self._factory(*args, **kwargs)
         if (job_id := _JOB.get()) is not None:
-            record.job_id = job_id
+            record.acestep_job_id = job_id
         return record
