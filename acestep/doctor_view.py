@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -38,7 +39,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
         head = ", ".join([device.torch_name, device.name, size, card.tier, *(n for n in notes if n)])
         table.add_row(Text("→" if card.chosen else " ", style="green"), Text(head, style="bold"))
         for role in ("plan", "render", "both"):
-            table.add_row("", Text(f"  {role}: {getattr(card, role)}"))
+            table.add_row("", Padding(Text(f"{role}: {getattr(card, role)}"), (0, 0, 0, 2)))
     console.print(table)
 
     if report.settings is not None:
@@ -46,11 +47,10 @@ def print_report(report: Report, console: Console | None = None) -> None:
         console.rule(f"settings, role {report.role}", align="left")
         console.print(Text(f"limits: {settings.limits.reason}"))
         console.print(Text(f"planner: {'on' if settings.lm_enabled else 'off'}: {settings.lm_reason}"))
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        for column in ("setting", "value", "set by", "why"):
-            table.add_column(column, overflow="fold")
+        table = Table.grid(padding=(0, 2))
         for value in settings.values:
-            table.add_row(*(Text(str(x)) for x in (value.name, value.value, value.source, value.reason)))
+            why = value.reason if value.source == "default" else f"by {value.source}: {value.reason}"
+            table.add_row(Text(f"{value.name} = {value.value}"), Text(why))
         console.print(table)
 
     if report.ledger:

@@ -43,9 +43,9 @@ def errors(made: Report) -> list[Finding]:
     return [f for f in made.findings if f.level == "error"]
 
 
-def text_of(made: Report) -> str:
+def text_of(made: Report, width: int = 200) -> str:
     out = io.StringIO()
-    print_report(made, Console(file=out, width=200))
+    print_report(made, Console(file=out, width=width))
     return out.getvalue()
 
 
@@ -83,6 +83,13 @@ def test_cards_and_what_each_could_do(card: MakeCard) -> None:
     assert made.ledger["renderer weights"]["vae"] == 2 * 168_695_426
     assert {"conditions", "denoise", "decode"} == set(made.ledger["renderer"])
     assert "denoise" in text_of(made)
+
+
+def test_a_terminal_of_80_columns_shows_names_and_values_whole(card: MakeCard) -> None:
+    env = {"ACESTEP_CONFIG_PATH": "acestep-v15-turbo", "ACESTEP_THREADS": "3"}
+    shown = text_of(report(devices=[card(15.9), cpu_device()], env=env), width=80)
+    for part in ("lm_model = acestep-5Hz-lm-1.7B ", "offload_dit_to_cpu = False ", "by ACESTEP_THREADS: as asked"):
+        assert part in shown
 
 
 def test_real_checkpoint_that_is_not_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
