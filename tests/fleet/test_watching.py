@@ -20,7 +20,6 @@ from acestep.commands.status import table
 from deployments import tracing
 from deployments.logs import about, join_serve
 
-
 FIELD = "acestep_job_id"
 
 
