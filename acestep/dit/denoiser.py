@@ -241,14 +241,16 @@ class Denoiser:
         self, layer: Layer, block: Any, kind: str, states: Tensor, proj: Tensor, batch: _Batch, index: int
     ) -> Tensor:
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (block.scale_shift_table + proj).chunk(6, dim=1)
-        q, k, v = layer.before(block, states, shift, scale, *batch.rope)
+        attended = self._self_attention(kind, *layer.before(block, states, shift, scale, *batch.rope), batch)
+        states, q = layer.between(block, states, gate, attended)
+        attended = _joined(self.attention.full(q, batch.keys[index], batch.values[index], batch.cross_mask))
+        del q  # the feed-forward part is where memory peaks
+        return layer.after(block, states, mlp_shift, mlp_scale, mlp_gate, attended)
+
+    def _self_attention(self, kind: str, q: Tensor, k: Tensor, v: Tensor, batch: _Batch) -> Tensor:
         if kind == "sliding_attention":
-            attended = self.attention.sliding(q, k, v, batch.window, padded=batch.full_mask is not None)
-        else:
-            attended = self.attention.full(q, k, v, batch.full_mask)
-        states, q = layer.between(block, states, gate, _joined(attended))
-        attended = self.attention.full(q, batch.keys[index], batch.values[index], batch.cross_mask)
-        return layer.after(block, states, mlp_shift, mlp_scale, mlp_gate, _joined(attended))
+            return _joined(self.attention.sliding(q, k, v, batch.window, padded=batch.full_mask is not None))
+        return _joined(self.attention.full(q, k, v, batch.full_mask))
 
     def _embed_time(self, embed: Any, times: Tensor) -> tuple[Tensor, Tensor]:
         # As AceStepTimestepEmbedding.forward, with the time itself kept in float32.
