@@ -20,6 +20,8 @@ from acestep.settings import Attention as Backend
 
 log = logging.getLogger(__name__)
 
+FLASH_REPOSITORY = "kernels-community/flash-attn2"
+FLASH_VERSION = 4  # the line with builds for PyTorch 2.10 and newer; `kernels` loads nothing without being told one
 _EAGER_QUERY_BLOCK = 512  # bounds the float32 scores of the eager kernel
 
 
@@ -213,7 +215,7 @@ def _load_flash(device: torch.device, dtype: torch.dtype) -> Callable[..., Any] 
     try:
         from kernels import get_kernel
 
-        return get_kernel("kernels-community/flash-attn2").flash_attn_func
+        return get_kernel(FLASH_REPOSITORY, version=FLASH_VERSION).flash_attn_func
     except Exception as error:  # absent package, no network, no build for this torch: all mean the same to the caller
         log.warning("flash attention is not installed (%s); using PyTorch's attention", error)
         return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -154,3 +156,16 @@ def test_an_unusable_backend_falls_back_with_a_warning(caplog: pytest.LogCapture
     attention = Attention("flash", CPU, torch.float32)
     assert attention.backend == "sdpa"
     assert "flash attention needs CUDA" in caplog.text
+
+
+def test_the_flash_kernel_of_the_hub_is_named_by_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Newer releases of `kernels` refuse to load what has neither version nor revision.
+    def get_kernel(repository: str, *, version: int) -> Any:
+        return SimpleNamespace(flash_attn_func=(repository, version))
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    monkeypatch.setitem(sys.modules, "kernels", SimpleNamespace(get_kernel=get_kernel))
+    attention = Attention("flash", torch.device("cuda"), torch.bfloat16)
+    assert attention.backend == "flash"
+    assert attention._flash == ("kernels-community/flash-attn2", 4)
