@@ -8,6 +8,8 @@ from pathlib import Path
 
 import psutil
 
+_CGROUP = "/sys/fs/cgroup"
+
 
 def memory() -> tuple[int, int]:
     """(total, free) bytes of host memory for this process."""
@@ -48,23 +50,31 @@ def _read_number(path: str) -> int | None:
 
 
 def _cgroup_limit() -> tuple[int, int] | None:
-    """(limit, used) in bytes of this container, for both versions of cgroups."""
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    """(limit, used) in bytes of this container, for both versions of cgroups. Cached files, such as weights just read, are not used."""
+    for limit, used, stat, cached in (
+        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
     ):
-        most = _read_number(f"/sys/fs/cgroup/{limit}")
+        most = _read_number(f"{_CGROUP}/{limit}")
         if most is not None:
-            return most, _read_number(f"/sys/fs/cgroup/{used}") or 0
+            return most, max(0, (_read_number(f"{_CGROUP}/{used}") or 0) - _cgroup_stat(f"{_CGROUP}/{stat}", cached))
     return None
+
+
+def _cgroup_stat(path: str, name: str) -> int:
+    try:
+        lines = Path(path).read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(f"{name} "))
+    except (OSError, StopIteration, ValueError):
+        return 0
 
 
 def _cgroup_cpus() -> int | None:
     """Whole CPUs of this container's quota, rounded up; None where it has none."""
     try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        quota, period = Path(f"{_CGROUP}/cpu.max").read_text(encoding="ascii").split()
         pair = None if quota == "max" else (int(quota), int(period))
     except (OSError, ValueError):
-        v1 = [_read_number(f"/sys/fs/cgroup/cpu/cpu.cfs_{name}_us") for name in ("quota", "period")]
+        v1 = [_read_number(f"{_CGROUP}/cpu/cpu.cfs_{name}_us") for name in ("quota", "period")]
         pair = (v1[0], v1[1]) if v1[0] and v1[0] > 0 and v1[1] else None
     return None if pair is None else max(1, -(-pair[0] // pair[1]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -276,3 +277,28 @@ def test_host_memory_is_the_containers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "_cgroup_limit", lambda: None)
     total, free = host.memory()
     assert 0 < free <= total
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "stat", "cached"),
+    [
+        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+        (
+            "memory/memory.limit_in_bytes",
+            "memory/memory.usage_in_bytes",
+            "memory/memory.stat",
+            "total_inactive_file",
+        ),
+    ],
+)
+def test_files_that_the_kernel_caches_do_not_fill_a_container(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, limit: str, used: str, stat: str, cached: str
+) -> None:
+    (tmp_path / "memory").mkdir()
+    (tmp_path / limit).write_text(f"{GIB}\n")
+    (tmp_path / used).write_text(f"{GIB - 1000}\n")
+    (tmp_path / stat).write_text(f"anon 5\nactive_file 7\n{cached} {GIB // 2}\n")
+    monkeypatch.setattr(host, "_CGROUP", str(tmp_path))
+    assert host.memory() == (GIB, GIB // 2 + 1000)
+    (tmp_path / stat).unlink()
+    assert host.memory() == (GIB, 1000)
