@@ -172,3 +172,21 @@ def test_folders_of_a_config_are_proved_to_be_writable(
     assert str(blocked) in caught.value.details["path"]
     _folders_writable({**application, "args": {**args, "tiers": ["tier4"]}})  # another machine's
     _folders_writable({"args": {"files_url": "s3://bucket/songs"}})
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"offload_cpu": True}, "unknown setting 'offload_cpu'"),
+        ({"vae_tile_frames": "many"}, "vae_tile_frames: 'many'"),
+    ],
+)
+def test_settings_of_a_pool_are_checked_with_the_config(settings: dict[str, Any], words: str) -> None:
+    config = build_config([Cards("tier6", 2)])
+    pool = next(a for a in config["applications"] if a["import_path"] == "deployments.app:dit")
+    pool["args"]["settings"] = {"offload_to_cpu": True, "int8": "auto"}
+    assert problems(config) == []
+    pool["args"]["settings"] = settings
+    (found,) = problems(config)
+    assert "args.settings" in found
+    assert words in found
