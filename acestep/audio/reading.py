@@ -10,7 +10,7 @@ import io
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import av
 import numpy as np
@@ -26,7 +26,14 @@ Samples = npt.NDArray[np.float32]
 
 # Self-contained media only: no playlists, no demuxer that opens other files or the network.
 _DEMUXERS = "aac,ac3,aiff,amr,ape,asf,au,avi,caf,flac,flv,matroska,webm,mov,mp3,mpegts,ogg,tta,w64,wav,wv"
-_WAV_SIZE_UNKNOWN = (0, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)  # written by programs that stream to a pipe
+# Byte order and name of the chunk that holds the audio, by the form of the file.
+_CHUNKED: dict[tuple[bytes, bytes], tuple[Literal["little", "big"], bytes]] = {
+    (b"RIFF", b"WAVE"): ("little", b"data"),
+    (b"RF64", b"WAVE"): ("little", b"data"),
+    (b"FORM", b"AIFF"): ("big", b"SSND"),
+    (b"FORM", b"AIFC"): ("big", b"SSND"),
+}
+_SIZE_UNKNOWN = (0, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)  # written by programs that stream to a pipe
 _BLOCK_S = 1.0
 # Containers round lengths to packets, and MP3 headers to frames; a missing tenth is not rounding.
 _MAY_MISS_S, _MAY_MISS_SHARE = 0.5, 0.1
@@ -78,7 +85,7 @@ def audio_seconds(source: bytes | Path, *, field: str, limits: ReadLimits = DEFA
 
 def _decode(source: bytes | Path, field: str, limits: ReadLimits, *, keep: bool) -> _Collector:
     data = _bytes(source, field, limits)
-    _check_wav_size(data, field)
+    _check_size(data, field)
     collector = _by_soundfile(data, field, limits, keep) or _by_ffmpeg(data, field, limits, keep)
     collector.check_complete()
     return collector
@@ -105,18 +112,22 @@ def _bytes(source: bytes | Path, field: str, limits: ReadLimits) -> bytes:
     return data
 
 
-def _check_wav_size(data: bytes, field: str) -> None:
-    """libsndfile and FFmpeg both read a WAV that is shorter than it claims as if nothing were missing."""
-    if data[:4] != b"RIFF" or data[8:12] != b"WAVE":
+def _check_size(data: bytes, field: str) -> None:
+    """libsndfile and FFmpeg both read a WAV or AIFF that is shorter than it claims as if nothing were missing."""
+    form = _CHUNKED.get((data[:4], data[8:12]))
+    if form is None:
         return
-    at = 12
+    order, audio = form
+    at, wide = 12, None
     while at + 8 <= len(data):
-        chunk, size = data[at : at + 4], int.from_bytes(data[at + 4 : at + 8], "little")
-        if chunk == b"data":
-            held = len(data) - at - 8
-            if size not in _WAV_SIZE_UNKNOWN and size > held:
+        chunk, size = data[at : at + 4], int.from_bytes(data[at + 4 : at + 8], order)
+        if chunk == b"ds64":  # RF64: the true size of what follows
+            wide = int.from_bytes(data[at + 16 : at + 24], "little")
+        if chunk == audio:
+            held, claimed = len(data) - at - 8, size if wide is None else wide
+            if (size not in _SIZE_UNKNOWN or wide is not None) and claimed > held:
                 raise InvalidRequest(
-                    f"{field}: the file is cut short: it claims {size} bytes of audio and holds {held}.", field=field
+                    f"{field}: the file is cut short: it claims {claimed} bytes of audio and holds {held}.", field=field
                 )
             return
         at += 8 + size + size % 2

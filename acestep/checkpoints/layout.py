@@ -23,6 +23,7 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "chat_template.jinja",
 )  # fmt: skip
+_OPTIONAL_THERE = ("audio_tokenizer", "audio_token_detokenizer")
 SILENCE_FILE = "silence_latent.pt"
 _MAX_HEADER = 100_000_000
 
@@ -113,10 +114,10 @@ def check_renderer(folder: Path) -> dict[str, Any]:
     for component in COMPONENTS:
         part = folder / component
         if not part.is_dir():
-            raise ModelMissing(
-                f"{part} is missing: {folder} is not a complete renderer checkpoint in diffusers layout.",
-                path=str(part),
-            )
+            why = "is not a complete renderer checkpoint in diffusers layout"
+            if component in _OPTIONAL_THERE:
+                why += ". Its pipeline may do without, but covers and the planner's codes need it: take the original layout"
+            raise ModelMissing(f"{part} is missing: {folder} {why}.", path=str(part))
         read_config(part / "config.json")
         weight_files(part)
     check_tokenizer(folder / "tokenizer")

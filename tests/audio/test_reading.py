@@ -165,6 +165,13 @@ def test_a_file_cut_in_half_is_refused(fmt):
     refused(data[: len(data) // 2])
 
 
+@pytest.mark.parametrize("container", ["RF64", "AIFF"])
+def test_other_uncompressed_files_cut_in_half_are_refused(container):
+    data = written(tone(), RATE, container)
+    assert read_audio(data, field="src_audio").shape == (2, SECONDS * RATE)
+    assert "cut short" in refused(data[: len(data) // 2]).message
+
+
 def test_a_wav_from_a_pipe_has_no_length_and_is_read():
     data = bytearray(encode(tone(), RATE, "wav"))
     data[4:8] = data[40:44] = b"\xff" * 4
