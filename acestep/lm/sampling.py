@@ -131,6 +131,11 @@ def _draw(probabilities: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     return block * BLOCK + (inside.log_() + noise[:, :BLOCK]).argmax(-1)
 
 
+def _mass(p: torch.Tensor) -> torch.Tensor:
+    """Row sums, block by block: several threads share the sum of one row that stands alone, and then its last bit is another."""
+    return p.view(len(p), -1, BLOCK).sum(-1).sum(-1)
+
+
 def _redraw_outside_nucleus(
     probabilities: torch.Tensor, key: torch.Tensor, drawn: torch.Tensor, rows: torch.Tensor, top_p: torch.Tensor
 ) -> None:
@@ -141,7 +146,7 @@ def _redraw_outside_nucleus(
     while True:
         threshold = p.gather(1, drawn[rows][:, None])
         likelier = p > threshold
-        above = (p * likelier).sum(-1)
+        above = _mass(p * likelier)
         outside = ((above >= limits) & (above > 0)).nonzero()[
             :, 0
         ]  # the best token is always inside, also if p rounds to 0

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from acestep.lm.sampling import gumbel, keys, penalise, sample
+from acestep.lm.sampling import _mass, gumbel, keys, penalise, sample
 
 WIDTHS = [3, 256, 1_000, 2_049]
 
@@ -97,6 +97,17 @@ def test_a_row_is_drawn_alike_alone_and_in_company() -> None:
         one = slice(row, row + 1)
         alone = sample(logits[one].clone(), seeds[one], steps[one], top_k[one], top_p[one], never[one])
         assert alone == together[row]
+
+
+def test_the_mass_of_a_row_does_not_depend_on_company_or_threads() -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for seed in range(20):
+            p = torch.softmax(torch.randn(3, 64_000, generator=torch.Generator().manual_seed(seed)), -1)
+            assert torch.equal(_mass(p)[1:2], _mass(p[1:2]))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_noise_is_a_function_of_seed_and_counter() -> None:
