@@ -7,7 +7,7 @@ from typing import Any
 
 from acestep.errors import LimitExceeded
 from acestep.gpu_config import Limits
-from acestep.plan import CODES_PER_SECOND, Plan
+from acestep.plan import CODES_PER_SECOND, Metadata, Plan
 from acestep.request import Adjustment, SongRequest
 
 
@@ -81,7 +81,12 @@ def _cut_plan(plan: Plan, limits: Limits, max_codes: int, cut: Any) -> Plan:
     changes: dict[str, Any] = {}
     if plan.metadata.duration is not None and plan.metadata.duration > limits.max_duration:
         cut("plan.metadata.duration", plan.metadata.duration, limits.max_duration)
-        changes["metadata"] = plan.metadata.model_copy(update={"duration": limits.max_duration})
+        changes["metadata"] = _cut_metadata(plan.metadata, limits)
+    if plan.item_metadata:
+        longest_s = max(metadata.duration or 0.0 for metadata in plan.item_metadata)
+        if longest_s > limits.max_duration:
+            cut("plan.item_metadata.duration", longest_s, limits.max_duration)
+        changes["item_metadata"] = tuple(_cut_metadata(m, limits) for m in plan.item_metadata[: limits.max_batch])
     if plan.codes:
         longest = max(len(codes) for codes in plan.codes)
         if longest > max_codes:
@@ -91,6 +96,12 @@ def _cut_plan(plan: Plan, limits: Limits, max_codes: int, cut: Any) -> Plan:
             changes["codes"] = tuple(codes[:max_codes] for codes in plan.codes[: limits.max_batch])
             changes["lm_seeds"] = plan.lm_seeds[: limits.max_batch]
     return plan.model_copy(update=changes) if changes else plan
+
+
+def _cut_metadata(metadata: Metadata, limits: Limits) -> Metadata:
+    if metadata.duration is None or metadata.duration <= limits.max_duration:
+        return metadata
+    return metadata.model_copy(update={"duration": limits.max_duration})
 
 
 def without_planner(request: SongRequest, reason: str) -> tuple[SongRequest, list[Adjustment]]:

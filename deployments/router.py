@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from fastapi import FastAPI
@@ -25,6 +26,7 @@ from deployments.storage import Storage
 
 log = logging.getLogger(__name__)
 BACKLOG_POLL_S = 1.0
+THREADS = 32
 LAST_LOOK_S = 4.0
 OPEN_WARNING = "THE SERVER LISTENS ON %s AND NEEDS NO KEY: everybody who reaches it can use it. Set ACESTEP_API_KEY, or http_options.host to 127.0.0.1."
 
@@ -34,6 +36,8 @@ class Router:
 
     async def __init__(self, args: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         join_serve()
+        # By default as few as the cores, and uploads or a slow file store could hold them all: leases must be renewed meanwhile.
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS, "router"))
         parsed = parse_args(RouterArgs, args, "router")
         store = JobStore(parsed.database_url)
         storage = Storage(parsed.files_url)

@@ -94,3 +94,12 @@ def test_a_fleet_without_planner_says_so() -> None:
         assert without_planner(untouched, "none") == (untouched, [])
     with pytest.raises(LimitExceeded, match="thinking"):
         without_planner(SongRequest(strict=True), "none")
+
+
+def test_a_plan_of_songs_of_their_own_is_cut_song_by_song() -> None:
+    plan = Plan(item_metadata=(Metadata(duration=500), Metadata(duration=30)), codes=((1,) * 2_500, (2,) * 150))
+    cut, changes = apply_limits(SongRequest(plan=plan, batch_size=2), SMALL)
+    assert cut.plan is not None
+    assert [m.duration for m in cut.plan.item_metadata] == [360]
+    assert {c.field for c in changes} == {"batch_size", "plan.item_metadata.duration", "plan.codes"}
+    assert SongRequest.model_validate(cut.model_dump()) == cut  # as the job store reads it back
