@@ -55,7 +55,8 @@ def load_renderer(checkpoint: Checkpoint, *, device: str | torch.device, dtype: 
     """Load all components of a renderer from safetensors.
 
     Raises:
-        ModelMissing: a file does not fit its config (missing, left-over or differently shaped keys are listed).
+        ModelMissing: a file does not fit its config (missing, left-over or differently shaped keys are listed), or the latent of
+            silence is nothing but zeros, as converters leave it that did not find it: songs would be drones.
     """
     begin = time.monotonic()
     path = checkpoint.path
@@ -65,6 +66,12 @@ def load_renderer(checkpoint: Checkpoint, *, device: str | torch.device, dtype: 
             "text_encoder", "condition_encoder", "transformer", "vae", "audio_tokenizer", "audio_token_detokenizer",
         )
     }  # fmt: skip
+    if not parts["condition_encoder"].silence_latent.any():
+        raise ModelMissing(
+            f"{path / 'condition_encoder'} holds zeros in place of the latent of silence: songs would turn into drones. "
+            "Convert the checkpoint again with its silence_latent.pt.",
+            path=str(path / "condition_encoder"),
+        )
     config = parts["transformer"].config
     encoder_width = config.encoder_hidden_size
     components = RendererComponents(

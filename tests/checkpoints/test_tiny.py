@@ -98,6 +98,15 @@ def test_codes_differ_with_the_sound(home):
     assert codes.max() < 64_000
 
 
+def test_silence_must_not_be_zeros(home, tmp_path):
+    folder = tmp_path / "edited"
+    shutil.copytree(home / "tiny-diffusers", folder)
+    weights = next((folder / "condition_encoder").glob("*.safetensors"))
+    edit_weights(weights, lambda state: state["silence_latent"].zero_())
+    with pytest.raises(ModelMissing, match="drones"):
+        load_renderer(resolve(str(folder), "renderer", root=tmp_path), device="cpu", dtype=torch.float32)
+
+
 @pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder"])
 def test_loading_is_strict(part, home, tmp_path):
     folder = tmp_path / "edited"
