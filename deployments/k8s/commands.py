@@ -21,7 +21,7 @@ from deployments.k8s.preflight import preflight
 from deployments.k8s.status import READY, describe, pending
 from deployments.k8s.status import wait as wait_for
 
-RAY = "ray.io/v1"
+RAY, DRA = "ray.io/v1", "resource.k8s.io/v1"
 app = typer.Typer(help="The fleet as a RayService on Kubernetes.", no_args_is_help=True, add_completion=False)
 render = typer.Typer(
     help="Write manifests from the tier table. Needs no cluster.", no_args_is_help=True, add_completion=False
@@ -55,12 +55,11 @@ def _k8s() -> None:
 def plan(context: Context = None) -> None:
     """Which cards the cluster has, by tier, and the fleet they make."""
     cluster = Cluster.connect(context=context)
-    slices = (
-        cluster.find("ResourceSlice", "resource.k8s.io/v1", everywhere=True)
-        if cluster.serves("ResourceSlice", "resource.k8s.io/v1")
-        else []
+    claimable = cluster.serves("ResourceSlice", DRA)
+    slices, claims = (
+        cluster.find(kind, DRA, everywhere=True) if claimable else [] for kind in ("ResourceSlice", "ResourceClaim")
     )
-    found = make_plan(cluster.find("Node", everywhere=True), cluster.find("Pod", everywhere=True), slices)
+    found = make_plan(cluster.find("Node", everywhere=True), cluster.find("Pod", everywhere=True), slices, claims)
     for tier in found.tiers:
         size = f"{tier.mib[0]}" if tier.mib[0] == tier.mib[1] else f"{tier.mib[0]}-{tier.mib[1]}"
         _out.print(
@@ -69,6 +68,8 @@ def plan(context: Context = None) -> None:
     for warning in found.warnings:
         _out.print(f"warning: {warning}")
     if found.tiers:
+        if found.without:
+            _out.print(f"no cards of {', '.join(found.without)}")
         _out.print(f"acestep k8s render fleet k8s/overlays/mixed-fleet/fleet {found.arguments()}")
 
 
@@ -118,6 +119,9 @@ def fleet(
     existing = renderer.read_sizes(folder)
     sizes = renderer.merged_sizes(existing, dict(map(renderer.parse_group, group)))
     chosen: Source = "dra" if source == "dra" else "plugin"
+    paths = [components_folder / renderer.component_path(name, chosen) for name in sizes]
+    if missing := [str(path) for path in paths if not path.is_dir()]:
+        raise InvalidRequest(f"there is no {', '.join(missing)}: say --components", field="components")
     files = renderer.fleet(
         sizes, components=os.path.relpath(components_folder, folder), source=chosen, model=model, planner=planner,
         database_url=database_url, files_url=files_url, routers=routers,

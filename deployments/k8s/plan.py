@@ -45,6 +45,11 @@ class FleetPlan:
     warnings: tuple[str, ...]
     claims: bool = False
 
+    @property
+    def without(self) -> tuple[str, ...]:
+        """Tiers of which there is no card: a group of these would wait for nodes that somebody must add."""
+        return tuple(t for t in TIERS if t not in {found.tier for found in self.tiers})
+
     def arguments(self) -> str:
         """The arguments of `acestep k8s render fleet` for all cards there are."""
         groups = " ".join(f"--group {t.tier}={t.cards}" for t in self.tiers)
@@ -55,17 +60,19 @@ def plan(
     nodes: Iterable[Mapping[str, Any]],
     pods: Iterable[Mapping[str, Any]] = (),
     slices: Iterable[Mapping[str, Any]] = (),
+    claims: Iterable[Mapping[str, Any]] = (),
 ) -> FleetPlan:
     """What a fleet on these nodes could be.
 
     Args:
         nodes, pods: Objects of `v1`, as dicts.
         slices: ResourceSlices, where a DRA driver offers the cards; they name each card and win over a node's labels.
+        claims: ResourceClaims, which say whose cards are taken.
     """
     used = _requested(pods)
     tiers: dict[str, TierCards] = {}
     warnings: list[str] = []
-    by_slice = _cards_of_slices(slices)
+    by_slice = _cards_of_slices(slices, _allocated(claims))
     for node in nodes:
         name = str(mapping(node, "metadata").get("name"))
         if mapping(node, "spec").get("unschedulable"):
@@ -106,18 +113,26 @@ def _add_labelled(tiers: dict[str, TierCards], node: Mapping[str, Any], name: st
     tiers.setdefault(tier, TierCards(tier)).add(name, product, int(text), cards, max(0, cards - used))
 
 
-def _add_slice(tiers: dict[str, TierCards], name: str, cards: list[tuple[str, int]]) -> Iterator[str]:
-    found = {get_tier_of_mib(mib) for _, mib in cards}
+def _add_slice(tiers: dict[str, TierCards], name: str, cards: list[tuple[str, int, bool]]) -> Iterator[str]:
+    found = {get_tier_of_mib(mib) for _, mib, _ in cards}
     if len(found) > 1:
         yield f"node {name} has cards of {', '.join(t for t in TIERS if t in found)}: only the DRA groups (--source dra) tell them apart"
-    for product, mib in cards:
+    for product, mib, free in cards:
         tier = get_tier_of_mib(mib)
-        tiers.setdefault(tier, TierCards(tier)).add(name, product, mib, 1, 1)
+        tiers.setdefault(tier, TierCards(tier)).add(name, product, mib, 1, int(free))
 
 
-def _cards_of_slices(slices: Iterable[Mapping[str, Any]]) -> dict[str, list[tuple[str, int]]]:
-    """Node → (product, MiB) of each whole card that the DRA driver offers."""
-    found: dict[str, list[tuple[str, int]]] = {}
+def _allocated(claims: Iterable[Mapping[str, Any]]) -> set[tuple[str, str]]:
+    """(pool, device) of the DRA driver's devices that claims hold."""
+    results = [r for c in claims for r in map(mapping, items(c, "status", "allocation", "devices", "results"))]
+    return {(str(r.get("pool")), str(r.get("device"))) for r in results if r.get("driver") == DRA_DRIVER}
+
+
+def _cards_of_slices(
+    slices: Iterable[Mapping[str, Any]], allocated: set[tuple[str, str]]
+) -> dict[str, list[tuple[str, int, bool]]]:
+    """Node → (product, MiB, whether it is free) of each whole card that the DRA driver offers."""
+    found: dict[str, list[tuple[str, int, bool]]] = {}
     for part in slices:
         spec = mapping(part, "spec")
         if spec.get("driver") != DRA_DRIVER:
@@ -128,7 +143,8 @@ def _cards_of_slices(slices: Iterable[Mapping[str, Any]]) -> dict[str, list[tupl
                 continue
             memory = mib_of(str(mapping(device, "capacity", "memory").get("value", "0")))
             product = str(mapping(attributes, "productName").get("string", "unknown"))
-            found.setdefault(str(spec.get("nodeName")), []).append((product, memory))
+            free = (str(mapping(spec, "pool").get("name")), str(device.get("name"))) not in allocated
+            found.setdefault(str(spec.get("nodeName")), []).append((product, memory, free))
     return found
 
 

@@ -36,6 +36,8 @@ KINDS = {
     "PodDisruptionBudget": ("policy/v1", "poddisruptionbudgets", True),
     "NetworkPolicy": ("networking.k8s.io/v1", "networkpolicies", True),
     "StorageClass": ("storage.k8s.io/v1", "storageclasses", False),
+    "ResourceSlice": ("resource.k8s.io/v1", "resourceslices", False),
+    "ResourceClaim": ("resource.k8s.io/v1", "resourceclaims", True),
     "CustomResourceDefinition": ("apiextensions.k8s.io/v1", "customresourcedefinitions", False),
     "SelfSubjectAccessReview": ("authorization.k8s.io/v1", "selfsubjectaccessreviews", False),
 }

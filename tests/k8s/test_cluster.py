@@ -589,14 +589,20 @@ def test_the_documented_roles_are_enough(
 
 
 def test_rendering(run: Callable[..., Done], tmp_path: Path) -> None:
+    astray = run("render", "fleet", "mine/fleet", "-g", "tier5=2")
+    assert astray.code == 1
+    assert "there is no k8s/components/gpu-tier5: say --components" in astray.err
+    assert not (tmp_path / "mine").exists()
+    (tmp_path / "k8s").symlink_to(K8S)
     where = ("render", "fleet", "mine/fleet", "--components", "k8s/components")
     assert run(*where, "-g", "tier5=2").code == 0
     assert yaml.safe_load((tmp_path / "mine/fleet/kustomization.yaml").read_text())["components"] == [
         "../../k8s/components/gpu-tier5"
     ]
     assert "gpu-tier5 stays with size 0" in run(*where, "-g", "tier6=1").out
-    stale = run("render", "components", "--check", str(tmp_path))
+    other = str(tmp_path / "other")
+    stale = run("render", "components", "--check", other)
     assert stale.code == 1
     assert "not as rendered" in stale.err
-    assert run("render", "components", str(tmp_path)).code == 0
-    assert run("render", "components", "--check", str(tmp_path)).code == 0
+    assert run("render", "components", other).code == 0
+    assert run("render", "components", "--check", other).code == 0

@@ -32,7 +32,9 @@ def slice_of(node_name: str, *sizes: str) -> dict[str, Any]:
         {"name": f"gpu-{i}", "attributes": {"productName": {"string": "card"}, "type": {"string": "gpu"}}, "capacity": {"memory": {"value": size}}}
         for i, size in enumerate(sizes)
     ]  # fmt: skip
-    return {"spec": {"driver": "gpu.nvidia.com", "nodeName": node_name, "devices": devices}}
+    return {
+        "spec": {"driver": "gpu.nvidia.com", "nodeName": node_name, "pool": {"name": node_name}, "devices": devices}
+    }
 
 
 def test_cards_by_tier_with_what_is_free() -> None:
@@ -47,6 +49,7 @@ def test_cards_by_tier_with_what_is_free() -> None:
     tier6 = found.tiers[1]
     assert (tier6.nodes, tier6.products, tier6.mib) == ({"b", "c"}, {"L4", "A10G"}, (23034, 23034))
     assert found.warnings == ()
+    assert found.without == ("tier1", "tier2", "tier3", "tier5")
     assert found.arguments() == "--group tier4=1 --group tier6=6 --group unlimited=8"
 
 
@@ -82,6 +85,13 @@ def test_slices_of_dra_tell_unequal_cards_of_one_node_apart() -> None:
     assert [(t.tier, t.cards) for t in found.tiers] == [("tier4", 1), ("unlimited", 1)]
     assert "only the DRA groups" in found.warnings[0]
     assert found.arguments() == "--group tier4=1 --group unlimited=1 --source dra"
+
+
+def test_cards_that_claims_hold_are_not_free() -> None:
+    result = {"driver": "gpu.nvidia.com", "pool": "a", "device": "gpu-1", "request": "gpu"}
+    held = {"status": {"allocation": {"devices": {"results": [result]}}}}
+    found = plan([node("a", 24564, 2)], slices=[slice_of("a", "24564Mi", "24564Mi")], claims=[held, {"spec": {}}])
+    assert [(t.tier, t.cards, t.free) for t in found.tiers] == [("unlimited", 2, 1)]
 
 
 def test_slices_of_other_drivers_do_not_count() -> None:
