@@ -87,7 +87,7 @@ async def accept(
 
 def wait_seconds(prefer: str | None, most: float) -> float | None:
     """The n of `Prefer: wait=n`, at most `most`; None where it is not asked for."""
-    found = re.search(r"(?:^|[,;])\s*wait\s*=\s*\"?(\d{1,6})\"?\s*(?:$|[,;])", prefer or "", re.IGNORECASE)
+    found = re.search(r"(?:^|[,;])\s*wait\s*=\s*\"?(\d{1,9})\"?\s*(?:$|[,;])", prefer or "", re.IGNORECASE)
     return min(float(found.group(1)), most) if found else None
 
 

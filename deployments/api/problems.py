@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import uuid
 from collections.abc import Sequence
 from typing import Any
@@ -171,7 +172,7 @@ def from_error(error: AceStepError) -> JSONResponse:
     message = redact(error.message)
     headers = {}
     if (retry := details.pop("retry_after", None)) is not None:
-        headers["Retry-After"] = str(max(1, round(retry)))
+        headers["Retry-After"] = str(max(1, math.ceil(retry)))
     if "field" in details:
         entry = {"field": details["field"], "message": message, "limit": details.get("limit")}
         details["errors"] = [{name: value for name, value in entry.items() if value is not None}]

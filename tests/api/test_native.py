@@ -14,7 +14,7 @@ from sqlalchemy.exc import OperationalError
 
 from acestep.errors import StoragePermission
 from acestep.lm.work import Sample
-from deployments.api import examples, plans
+from deployments.api import examples, native, plans
 from deployments.api.redact import redact
 
 from .conftest import Build, Site, fleet_view
@@ -211,6 +211,17 @@ async def test_prefer_wait_answers_with_the_result(site: Site) -> None:
     assert answer.headers["preference-applied"] == "wait=30"
     still = await site.client.post("/v1/music", json=SONG, headers={"Prefer": "wait=0"})
     assert still.status_code == 202
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [
+        (None, None), ("respond-async", None), ("wait=5", 5.0), ('Wait = "5"; x=1, respond-async', 5.0), ("wait=100000000", 60.0),
+        ("wait=-1", None), ("wait=abc", None), ("await=5", None), ("wait=5.5", None),
+    ],
+)  # fmt: skip
+def test_how_long_a_request_may_wait(header: str | None, seconds: float | None) -> None:
+    assert native.wait_seconds(header, 60.0) == seconds
 
 
 async def test_jobs_are_paged_and_filtered(site: Site) -> None:

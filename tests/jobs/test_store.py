@@ -279,6 +279,15 @@ def test_ids_that_no_database_can_hold_are_not_there(store: JobStore) -> None:
     assert FileRecords(store.engine).get("\x00") is None
 
 
+def test_the_latest_of_many_jobs_at_once(store: JobStore) -> None:
+    waiting, ended = add(store), add(store)
+    store.request_cancel(ended.id)
+    latest = store.latest([waiting.id, "none", ended.id])
+    newest = {job.id: store.events_after(job.id, 0)[-1].seq for job in (waiting, ended)}
+    assert latest == {waiting.id: (newest[waiting.id], False), "none": None, ended.id: (newest[ended.id], True)}
+    assert store.latest([]) == {}
+
+
 def test_only_ended_jobs_are_forgotten(store: JobStore) -> None:
     ended, waiting = add(store), add(store)
     store.request_cancel(ended.id)
