@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -23,6 +24,11 @@ def card() -> MakeCard:
         return Device(total_bytes=size, free_bytes=size, capability=capability, **values)  # type: ignore[arg-type]
 
     return make
+
+
+def shared_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the whole run keeps its tiny checkpoints. To be read, not changed."""
+    return tmp_path_factory.getbasetemp() / "acestep-home" / "checkpoints"
 
 
 @pytest.fixture(autouse=True)

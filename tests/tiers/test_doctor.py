@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
 import socket
-import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
 from acestep import paths, probes
 from acestep.cards import Device, cpu_device
 from acestep.checkpoints import resolve
+from acestep.commands import doctor as command
 from acestep.doctor import Report, build_mismatches, misspelt, report
 from acestep.doctor_view import print_report
 from acestep.probes import Finding
-from tests.tiers.conftest import MakeCard
+from tests.tiers.conftest import MakeCard, shared_checkpoints
 
 
 @pytest.fixture(autouse=True)
@@ -102,9 +101,10 @@ def test_real_checkpoint_that_is_not_here(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert probes.checkpoint(str(tmp_path / "nothing"), "renderer").level == "error"
 
 
-def test_checkpoint_folder_of_an_upstream_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    home = tmp_path / "checkpoints"
-    made = resolve("tiny", "renderer", root=home)
+def test_checkpoint_folder_of_an_upstream_user(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    shared = resolve("tiny", "renderer", root=shared_checkpoints(tmp_path_factory)).path.parent
+    shutil.copytree(shared, tmp_path / "checkpoints" / shared.name)
+    made = resolve("tiny", "renderer", root=tmp_path / "checkpoints")
     found = probes.checkpoint(str(made.path), "renderer")
     assert (found.level, str(made.path) in found.text) == ("ok", True)
     both = probes.checkpoint(str(made.path.parent / "tiny"), "renderer")
@@ -269,14 +269,26 @@ def test_codec_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(("size", "code"), [("8", 0), ("abc", 1)])
-def test_command_line(size: str, code: int) -> None:
-    run = "import sys; from acestep.doctor import doctor; sys.exit(doctor(json_output=True))"
-    env = {**os.environ, "MAX_CUDA_VRAM": size, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True, env=env, check=False)
-    assert done.returncode == code, done.stderr
+@pytest.mark.parametrize(
+    ("arguments", "size", "code"),
+    [
+        ((), "8", 0),
+        ((), "abc", 1),
+        (("--role", "plan"), "4", 1),  # no planner for that tier
+        (("--role", "plan", "--set", "init_llm=true"), "4", 0),
+        (("--set", "no_such_setting=1"), "8", 1),
+    ],
+)
+def test_command_line(monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], size: str, code: int) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("MAX_CUDA_VRAM", size)
+    done = CliRunner().invoke(command.app, ["--json", *arguments])
+    assert done.exit_code == code, done.output
     made = json.loads(done.stdout)
     assert made["ok"] is (code == 0)
-    if code == 0:
+    if size == "8" and code == 0:
         assert made["settings"]["tier"] == "tier4"
         assert made["cards"][0]["tier"] == "tier4"
+    if code:
+        assert [f["text"] for f in made["findings"] if f["level"] == "error"]
+    assert CliRunner().invoke(command.app, list(arguments)).exit_code == code

@@ -37,6 +37,7 @@ from acestep.memory import (
     render_need,
 )
 from acestep.settings import PlannerSettings, RendererSettings
+from tests.tiers.conftest import shared_checkpoints
 
 torch.set_num_threads(1)  # tiny products: a second thread only waits
 CPU = torch.device("cpu")
@@ -146,9 +147,7 @@ def test_vae(channels: int, frames: int) -> None:
 
 @pytest.fixture(scope="module", params=["tiny", "tiny-xl"])
 def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    root = tmp_path_factory.getbasetemp() / "tiers-checkpoints"
-    root.mkdir(exist_ok=True)
-    return resolve(request.param, "renderer", root=root)
+    return resolve(request.param, "renderer", root=shared_checkpoints(tmp_path_factory))
 
 
 def test_whole_renderer_from_its_own_config_files(tiny: Checkpoint) -> None:
