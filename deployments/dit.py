@@ -24,7 +24,7 @@ from deployments.replica import start_replica
 from deployments.replica_metrics import ReplicaMeter
 from deployments.sources import local_files
 from deployments.storage import Storage
-from deployments.streaming import TALK_PRIORITY, ProgressMailbox, failure, follow, ticket_id
+from deployments.streaming import FIRST_S, TALK_PRIORITY, ProgressMailbox, failure, follow, ticket_id
 from deployments.tracing import parts, span
 
 if TYPE_CHECKING:
@@ -108,9 +108,10 @@ class RendererDeployment:
                     took = item.timings
                     engine = {"conditions": took.conditions_s, "denoise": took.denoise_s, "decode": took.decode_s}
                     parts(engine, job_id=job_id)
-                    yield {"progress": Progress(stage="encoding", total=len(item.items)).model_dump()}
-                    with span("encode", job_id=job_id, items=len(item.items)):
-                        song = await asyncio.to_thread(self._store, job_id, parsed, made, item)
+                    storing = asyncio.ensure_future(self._store(job_id, parsed, made, item))
+                    if not (await asyncio.wait({storing}, timeout=FIRST_S))[0]:
+                        yield {"progress": Progress(stage="encoding", total=len(item.items)).model_dump()}
+                    song = await storing
                     log.info(
                         "job %s: %d item(s) rendered in %.2f s after %.2f s in the queue, encoded in %.2f s",
                         job_id,
@@ -137,9 +138,12 @@ class RendererDeployment:
         except AceStepError as error:
             return failure(error)
 
-    def _store(self, job_id: str, request: SongRequest, plan: Plan, rendered: Rendered) -> Song:
+    async def _store(self, job_id: str, request: SongRequest, plan: Plan, rendered: Rendered) -> Song:
         maker = Maker(self.info.model, self.info.model_hash, self.info.device, self.info.notice)
-        return finish(request, plan, rendered, maker, self.storage.put, prefix=f"songs/{job_id}/")
+        with span("encode", job_id=job_id, items=len(rendered.items)):
+            return await asyncio.to_thread(
+                finish, request, plan, rendered, maker, self.storage.put, prefix=f"songs/{job_id}/"
+            )
 
     async def describe(self) -> dict[str, Any]:
         return {**self.info.to_dict(), "stats": self.renderer.stats()}

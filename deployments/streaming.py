@@ -18,6 +18,7 @@ from acestep.song import Progress
 
 log = logging.getLogger(__name__)
 INTERVAL_S = 0.2
+FIRST_S = 0.1  # what is over sooner tells no progress: each message costs as much as a short stage
 TALK_PRIORITY = -1.0  # short questions: somebody looks at a screen, so before songs
 
 
@@ -44,10 +45,11 @@ class ProgressMailbox:
 async def follow(
     ticket: Ticket[Any, Any], mailbox: ProgressMailbox, cancel: Callable[[Ticket[Any, Any]], None]
 ) -> AsyncIterator[Progress | Any]:
-    """Progress of a ticket, at most one per `INTERVAL_S`, then its result. Leaving early cancels the work."""
+    """Progress of a ticket, after `FIRST_S` and at most one per `INTERVAL_S`, then its result. Leaving early cancels the work."""
     done = asyncio.wrap_future(ticket.future)
     done.add_done_callback(lambda f: f.cancelled() or f.exception())  # retrieved, also where nobody waits any more
     try:
+        await asyncio.wait({done}, timeout=FIRST_S)
         while True:
             waiter = asyncio.ensure_future(mailbox.next())
             await asyncio.wait({done, waiter}, return_when=asyncio.FIRST_COMPLETED)

@@ -17,8 +17,11 @@ from ray._common.logging_constants import LogKey
 from rich.console import Console
 
 from acestep.commands.status import table
+from acestep.engine import Ticket
+from acestep.song import Progress
 from deployments import tracing
 from deployments.logs import about, join_serve
+from deployments.streaming import ProgressMailbox, follow
 
 FIELD = "acestep_job_id"
 
@@ -135,3 +138,17 @@ def test_the_status_table_is_whole_in_eighty_columns() -> None:
         assert cell in text
     assert "dit-tier4: no replica yet" in text
     assert "missing  no planner is running" in text
+
+
+async def test_a_stage_that_is_over_at_once_sends_its_result_alone() -> None:
+    """Each message of a stream costs milliseconds in three processes."""
+
+    async def messages(took_s: float) -> list[object]:
+        mailbox = ProgressMailbox()
+        ticket: Ticket[None, str] = Ticket(None, on_progress=mailbox.put)
+        ticket.progress(Progress(stage="rendering", done=1, total=2))
+        asyncio.get_running_loop().call_later(took_s, ticket.finish, "made")
+        return [message async for message in follow(ticket, mailbox, Ticket.cancel)]
+
+    assert await messages(0.0) == ["made"]
+    assert await messages(0.15) == [Progress(stage="rendering", done=1, total=2), "made"]
