@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,8 +12,9 @@ from acestep.errors import InvalidRequest
 from deployments.api.auth import Keyring, environment_keys
 from deployments.api.service import is_loopback
 from deployments.config import RouterArgs, parse_args
+from deployments.router import Router
 
-from .conftest import Build
+from .conftest import Build, fleet_view
 
 SONG = {"prompt": "quiet piano", "duration": 20}
 
@@ -80,6 +82,17 @@ async def test_a_wrong_key_is_neither_shown_nor_logged(
         assert "key-1234" not in answer.text
     assert "key-1234" not in caplog.text
     assert "the-right-key" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("host", "keys", "warned"), [("0.0.0.0", [], True), ("0.0.0.0", [key("a")], False), ("127.0.0.1", [], False)]
+)
+async def test_an_open_server_beyond_this_machine_says_so_loudly(
+    build: Build, caplog: pytest.LogCaptureFixture, host: str, keys: list[object], warned: bool
+) -> None:
+    service = build(view=fleet_view(http_host=host), api_keys=keys).service
+    await Router._tell_when_ready(SimpleNamespace(service=service))  # type: ignore[arg-type]
+    assert ("NEEDS NO KEY" in caplog.text) == warned
 
 
 def test_which_addresses_only_this_machine_reaches() -> None:
