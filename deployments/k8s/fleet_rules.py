@@ -34,6 +34,7 @@ from deployments.validate import BUILDERS, problems
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 SERVE_PORT = 8000
+KUBERAYS_LABELS = {"ray.io/cluster", "ray.io/group", "ray.io/node-type"}
 HEAD_RESOURCE = "node:__internal_head__"
 _GROUP_NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 
@@ -297,6 +298,9 @@ def _cluster(where: str, service: Manifest) -> Iterator[Finding]:
         yield warning(
             f"{where} authOptions", "without mode: token, whoever reaches port 8265 can run code in the cluster"
         )
+    for name, template in pod_templates(service):
+        for key in sorted(KUBERAYS_LABELS & mapping(template, "metadata", "labels").keys()):
+            yield warning(f"{where} {name}", f"label {key} is KubeRay's own: what is said here is not taken over")
     overridden = {n: "app.kubernetes.io/name" in mapping(t, "metadata", "labels") for n, t in pod_templates(service)}
     if len(set(overridden.values())) > 1:
         yield error(

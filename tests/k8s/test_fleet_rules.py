@@ -95,6 +95,7 @@ BROKEN: list[tuple[str, Edit, str, str]] = [
     ("no autoscaler version", lambda s: cluster(s)["autoscalerOptions"].pop("version"), "error", "v1 ignores labels"),
     ("no token", lambda s: cluster(s).pop("authOptions"), "warning", "can run code"),
     ("name label on workers only", lambda s: gpu_group(s)["template"]["metadata"]["labels"].update({"app.kubernetes.io/name": "x"}), "error", "would not find its pods"),
+    ("KubeRay's own label", lambda s: gpu_group(s)["template"]["metadata"]["labels"].update({"ray.io/group": "x"}), "warning", "label ray.io/group is KubeRay's own"),
     ("typing mistake in the Serve config", config(lambda c: c["applications"][0].update(route_prefx="/")), "error", "route_prefx"),
     ("unknown argument", config(lambda c: args_of(c, "router").update(replicas=2)), "error", "args.replicas"),
     ("no Serve config", lambda s: s["spec"].update(serveConfigV2=""), "error", "is not a Serve config"),
