@@ -183,32 +183,29 @@ async def test_audio_parts_take_their_roles(site: Site, wav: bytes) -> None:
         )
 
 
-@pytest.mark.parametrize(
-    ("body", "detail"),
-    [
-        ({}, "Invalid request format: messages"),
-        ({"messages": []}, "Invalid request format: messages"),
-        ({"messages": [{"role": "user", "content": None}]}, "Invalid request format: messages"),
-        ({"messages": [{"role": "robot", "content": "x"}]}, "Invalid request format: messages"),
-        ({"messages": [{"role": "user", "content": "x"}], "temperature": 3}, "Invalid request format: temperature"),
-        ({"messages": [{"role": "user", "content": " "}]}, "No valid prompt, lyrics"),
-        ({"messages": [{"role": "assistant", "content": "x"}]}, "No valid prompt, lyrics"),
-        ({"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "%"}}]}]}, "input_audio: "),
-        ({"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "eA=="}}]}]}, "input_audio: "),
-        ({"messages": [{"role": "user", "content": "x"}], "task_type": "sing"}, "task_type must be one of"),
-    ],
-)  # fmt: skip
-async def test_bad_chats_are_refused(site: Site, body: dict[str, Any], detail: str) -> None:
-    answer = await site.client.post("/v1/chat/completions", json=body)
-    assert answer.status_code == 400, answer.text
-    refused = answer.json()
-    assert refused["detail"].startswith(detail)
-    assert refused["error"] == {
-        "message": refused["detail"],
-        "type": "invalid_request_error",
-        "param": None,
-        "code": None,
-    }
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({}, "Invalid request format: messages"),
+    ({"messages": []}, "Invalid request format: messages"),
+    ({"messages": [{"role": "user", "content": None}]}, "Invalid request format: messages"),
+    ({"messages": [{"role": "robot", "content": "x"}]}, "Invalid request format: messages"),
+    ({"messages": [{"role": "user", "content": "x"}], "temperature": 3}, "Invalid request format: temperature"),
+    ({"messages": [{"role": "user", "content": " "}]}, "No valid prompt, lyrics"),
+    ({"messages": [{"role": "assistant", "content": "x"}]}, "No valid prompt, lyrics"),
+    ({"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "%"}}]}]}, "input_audio: "),
+    ({"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "eA=="}}]}]}, "input_audio: "),
+    ({"messages": [{"role": "user", "content": "x"}], "task_type": "sing"}, "task_type must be one of"),
+]  # fmt: skip
+
+
+async def test_bad_chats_are_refused(site: Site, subtests: pytest.Subtests) -> None:
+    for body, detail in BAD:
+        with subtests.test(detail):
+            answer = await site.client.post("/v1/chat/completions", json=body)
+            assert answer.status_code == 400, answer.text
+            refused = answer.json()
+            assert refused["detail"].startswith(detail)
+            told = {"message": refused["detail"], "type": "invalid_request_error", "param": None, "code": None}
+            assert refused["error"] == told
 
 
 async def test_a_chat_that_takes_too_long_ends_with_504(build: Build) -> None:

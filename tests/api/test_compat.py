@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote, urlencode, urlsplit
@@ -93,14 +94,16 @@ CORPUS: list[tuple[dict[str, Any], dict[str, Any]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("fields", "expected"), CORPUS, ids=lambda v: "-".join(map(str, v))[:40])
-async def test_the_same_request_in_every_encoding(site: Site, fields: dict[str, Any], expected: dict[str, Any]) -> None:
-    for kwargs in encodings(fields):
-        job = site.job((await release(site, **kwargs))["task_id"])
-        found = {name: getattr(job.request, name) for name in expected}
-        if "seed" not in expected:
-            assert isinstance(job.request.seed, int)
-        assert found == expected, kwargs
+async def test_the_same_request_in_every_encoding(build: Build, subtests: pytest.Subtests) -> None:
+    site = build(max_queue=1000, max_backlog_s=1e9)
+    for fields, expected in CORPUS:
+        with subtests.test(str(fields)):
+            for kwargs in encodings(fields):
+                job = site.job((await release(site, **kwargs))["task_id"])
+                found = {name: getattr(job.request, name) for name in expected}
+                if "seed" not in expected:
+                    assert isinstance(job.request.seed, int)
+                assert found == expected, kwargs
 
 
 async def test_sources_and_empty_texts(site: Site) -> None:
@@ -135,34 +138,41 @@ async def test_what_cannot_be_honoured_is_said(site: Site) -> None:
     assert "warnings" not in await release(site, {"prompt": "x", "audio_duration": 20, "batch_size": 1})
 
 
-@pytest.mark.parametrize(
-    ("fields", "said"),
-    [
-        ({"seed": 42}, {"seed": 42}),
-        ({"seed": 42, "use_random_seed": "true"}, {"seed": 42}),
-        ({"seed": "a,1,b", "use_random_seed": False}, {"seed": "a,b"}),
-        ({"bpm": "fast", "audio_duration": "long", "inference_steps": 8.5}, {"bpm": "fast", "audio_duration": "long", "inference_steps": 8.5}),
-        ({"format": "mp3", "thinking": "maybe"}, {"use_format": "mp3", "thinking": "maybe"}),
-        ({"lm_top_p": 1}, {"lm_top_p": 1.0}),
-        ({"get_lrc": False, "lm_batch_chunk_size": 8}, {"get_lrc": False, "lm_batch_chunk_size": 8}),
-        ({"metas": "bpm=120", "param_obj": [1]}, {"metas": "bpm=120", "param_obj": "[1]"}),
-        ({"sample_query": "x", "bpm": 90, "lyrics": "la"}, {"prompt": "x", "bpm": 90, "lyrics": "la"}),
-        ({"thinking": True, "audio_codes": "1,2,3"}, {"thinking": True}),
-        ({"thinking": True, "analysis_only": True}, {"thinking": True}),
-        ({"repaint_mode": "aggressive", "chunk_mask_mode": "explicit"}, {"repaint_mode": "aggressive", "chunk_mask_mode": "explicit"}),
-        ({"audio_cover_strength": 0.5, "lora_scale": 2}, {"audio_cover_strength": 0.5, "lora_scale": 2.0}),
-        ({"prompt": "", "use_format": True}, {"use_format": True}),
-        ({"audio_cover_strength": 0.5, "thinking": True, "repaint_strength": 0.5, "use_format": True}, {}),
-        ({"bpm": "N/A", "key": "auto", "metas": "{}", "seed": -1, "other": None, "use_cot_caption": "off", "batch_size": ""}, {}),
-    ],
-)  # fmt: skip
-async def test_nothing_is_dropped_without_a_word(site: Site, fields: dict[str, Any], said: dict[str, Any]) -> None:
-    data = await release(site, {"prompt": "x", **fields})
-    assert {w["field"]: w["asked"] for w in data.get("warnings", ())} == said
-    if "analysis_only" not in fields:
-        site.succeed(data["task_id"])
-        entry = json.loads((await poll(site, data["task_id"]))[0]["result"])[0]
-        assert entry.get("warnings", []) == data.get("warnings", [])
+SAID: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"seed": 42}, {"seed": 42}),
+    ({"seed": 42, "use_random_seed": "true"}, {"seed": 42}),
+    ({"seed": "a,1,b", "use_random_seed": False}, {"seed": "a,b"}),
+    ({"bpm": "fast", "audio_duration": "long", "inference_steps": 8.5}, {"bpm": "fast", "audio_duration": "long", "inference_steps": 8.5}),
+    ({"format": "mp3", "thinking": "maybe"}, {"use_format": "mp3", "thinking": "maybe"}),
+    ({"lm_top_p": 1}, {"lm_top_p": 1.0}),
+    ({"get_lrc": False, "lm_batch_chunk_size": 8}, {"get_lrc": False, "lm_batch_chunk_size": 8}),
+    ({"metas": "bpm=120", "param_obj": [1]}, {"metas": "bpm=120", "param_obj": "[1]"}),
+    ({"sample_query": "x", "bpm": 90, "lyrics": "la"}, {"prompt": "x", "bpm": 90, "lyrics": "la"}),
+    ({"thinking": True, "audio_codes": "1,2,3"}, {"thinking": True}),
+    ({"thinking": True, "analysis_only": True}, {"thinking": True}),
+    ({"repaint_mode": "aggressive", "chunk_mask_mode": "explicit"}, {"repaint_mode": "aggressive", "chunk_mask_mode": "explicit"}),
+    ({"audio_cover_strength": 0.5, "lora_scale": 2}, {"audio_cover_strength": 0.5, "lora_scale": 2.0}),
+    ({"prompt": "", "use_format": True}, {"use_format": True}),
+    ({"audio_cover_strength": 0.5, "thinking": True, "repaint_strength": 0.5, "use_format": True}, {}),
+    ({"bpm": "N/A", "key": "auto", "metas": "{}", "seed": -1, "other": None, "use_cot_caption": "off", "batch_size": ""}, {}),
+]  # fmt: skip
+
+
+async def test_nothing_is_dropped_without_a_word(site: Site, subtests: pytest.Subtests) -> None:
+    for fields, said in SAID:
+        with subtests.test(str(fields)):
+            data = await release(site, {"prompt": "x", **fields})
+            assert {w["field"]: w["asked"] for w in data.get("warnings", ())} == said
+            if "analysis_only" not in fields:
+                site.succeed(data["task_id"])
+                entry = json.loads((await poll(site, data["task_id"]))[0]["result"])[0]
+                assert entry.get("warnings", []) == data.get("warnings", [])
+
+
+async def test_a_model_that_nobody_knows_yet_is_said(build: Build) -> None:
+    pools = tuple(replace(pool, info=None) for pool in fleet_view().pools)
+    data = await release(build(view=fleet_view(pools=pools)), {"prompt": "x", "model": "acestep-v15-turbo"})
+    assert [w["field"] for w in data["warnings"]] == ["model"]
 
 
 async def test_a_thousand_unknown_fields_are_one_word_for_most(site: Site) -> None:
@@ -187,58 +197,56 @@ async def test_repainting_says_which_strength_has_no_use(site: Site, wav: bytes)
         assert [w["field"] for w in data.get("warnings", ())] == said
 
 
-@pytest.mark.parametrize(
-    "text", ["drums,bass", '["drums", "bass"]', "['drums', 'bass']", "DRUMS | Bass", ["drums", "bass"]]
-)
-async def test_tracks_come_as_a_list_or_its_text(build: Build, wav: bytes, text: Any) -> None:
+async def test_tracks_come_as_a_list_or_its_text(build: Build, wav: bytes) -> None:
     site = build(view=fleet_view(model="acestep-v15-base"))
-    fields = {"prompt": "x", "task_type": "complete", "instruments": text}
-    data = await release(site, data=fields, files={"src_audio": ("a.wav", wav)})
-    assert site.job(data["task_id"]).request.track_classes == ("drums", "bass")
+    texts = ("drums,bass", '["drums", "bass"]', "['drums', 'bass']", "DRUMS | Bass", ["drums", "bass"])
+    for text in texts:
+        fields: dict[str, Any] = {"prompt": "x", "task_type": "complete", "instruments": text}
+        data = await release(site, data=fields, files={"src_audio": ("a.wav", wav)})
+        assert site.job(data["task_id"]).request.track_classes == ("drums", "bass"), text
 
 
-@pytest.mark.parametrize(
-    ("kwargs", "status", "detail"),
-    [
-        ({"json": [1]}, 400, "JSON payload must be an object"),
-        ({"content": "{", "headers": {"content-type": "application/json"}}, 400, "Malformed JSON payload"),
-        ({"content": "{", "headers": {"content-type": ""}}, 400, "Invalid JSON body (hint: set 'Content-Type: application/json')"),
-        ({"content": "hello", "headers": {"content-type": "text/x"}}, 415, "Unsupported Content-Type: text/x; use application/json"),
-        ({"content": ""}, 415, "Unsupported Content-Type: (missing); use"),
-        ({"content": b'{"prompt": "\\ud800"}', "headers": {"content-type": "application/json"}}, 400, "Malformed JSON payload"),
-        ({"content": b"[" * 100_000, "headers": {"content-type": "application/json"}}, 400, "Malformed JSON payload"),
-        ({"content": b"\xff{", "headers": {"content-type": "application/json"}}, 400, "Malformed JSON payload"),
-        ({"content": b"x", "headers": {"content-type": "multipart/form-data"}}, 400, "Malformed form payload"),
-        ({"content": b"--b\r\nbroken", "headers": {"content-type": "multipart/form-data; boundary=b"}}, 400, "Malformed form payload"),
-        ({"json": {"prompt": "x", "lm_backend": "cuda"}}, 400, "lm_backend must be one of vllm, pt, mlx"),
-        ({"json": {"prompt": "x", "chunk_mask_mode": "no"}}, 400, "chunk_mask_mode must be one of explicit, auto"),
-        ({"json": {"prompt": "x", "repaint_strength": 2}}, 400, "repaint_strength must be between 0 and 1"),
-        ({"json": {"prompt": "x", "audio_format": "mp5"}}, 400, "audio_format must be one of"),
-        ({"json": {"prompt": "x", "task_type": "sing"}}, 400, "task_type must be one of"),
-        ({"json": {"prompt": "x" * 5000}}, 400, "prompt: "),
-        ({"json": {"prompt": "a\x00b"}}, 400, "prompt: "),
-        ({"json": {"prompt": "x", "extract_codes_only": True}}, 400, "src_audio_path: this analysis needs source audio"),
-        ({"json": {"prompt": "x", "src_audio_path": "/etc/passwd"}}, 400, "absolute audio file paths are not allowed"),
-        ({"json": {"prompt": "x", "refAudioPath": "../" * 20 + "etc/passwd"}}, 400, "path traversal in audio file paths is not allowed"),
-        ({"data": {"prompt": "x", "ctxAudioPath": "/etc/passwd"}}, 400, "absolute audio file paths are not allowed"),
-        ({"json": {"prompt": "x", "src_audio_path": "nothing.wav"}}, 400, "audio file not found"),
-        ({"json": {"prompt": "x", "param_obj": {"src_audio_path": "/etc/passwd"}}}, 400, "absolute audio file paths are not allowed"),
-        ({"json": {"prompt": "x", "src_audio_path": "\\\\host\\share\\x.wav"}}, 400, "absolute audio file paths are not allowed"),
-        ({"json": {"prompt": "x", "src_audio_path": "a\x00b"}}, 400, "audio file not found"),
-        ({"json": {"prompt": "x", "task_type": "extract", "src_audio_path": "file-" + "0" * 32}}, 400, "src_audio_path: there is no"),
-        ({"files": {"src_audio": ("song.wav", b"no audio at all")}, "data": {"prompt": "x"}}, 400, "src_audio_path: "),
-    ],
-)  # fmt: skip
-async def test_refusals_have_a_detail_and_no_record(
-    site: Site, kwargs: dict[str, Any], status: int, detail: str
-) -> None:
-    answer = await site.client.post("/release_task", **kwargs)
-    assert answer.status_code == status, answer.text
-    body = answer.json()
-    assert list(body) == ["detail"]
-    assert body["detail"].startswith(detail)
-    assert "Traceback" not in answer.text
-    assert site.service.store.counts()["queued"] == 0
+REFUSALS: list[tuple[dict[str, Any], int, str]] = [
+    ({"json": [1]}, 400, "JSON payload must be an object"),
+    ({"content": "{", "headers": {"content-type": "application/json"}}, 400, "Malformed JSON payload"),
+    ({"content": "{", "headers": {"content-type": ""}}, 400, "Invalid JSON body (hint: set 'Content-Type: application/json')"),
+    ({"content": "hello", "headers": {"content-type": "text/x"}}, 415, "Unsupported Content-Type: text/x; use application/json"),
+    ({"content": ""}, 415, "Unsupported Content-Type: (missing); use"),
+    ({"content": b'{"prompt": "\\ud800"}', "headers": {"content-type": "application/json"}}, 400, "Malformed JSON payload"),
+    ({"content": b"[" * 100_000, "headers": {"content-type": "application/json"}}, 400, "Malformed JSON payload"),
+    ({"content": b"\xff{", "headers": {"content-type": "application/json"}}, 400, "Malformed JSON payload"),
+    ({"content": b"x", "headers": {"content-type": "multipart/form-data"}}, 400, "Malformed form payload"),
+    ({"content": b"--b\r\nbroken", "headers": {"content-type": "multipart/form-data; boundary=b"}}, 400, "Malformed form payload"),
+    ({"json": {"prompt": "x", "lm_backend": "cuda"}}, 400, "lm_backend must be one of vllm, pt, mlx"),
+    ({"json": {"prompt": "x", "chunk_mask_mode": "no"}}, 400, "chunk_mask_mode must be one of explicit, auto"),
+    ({"json": {"prompt": "x", "repaint_strength": 2}}, 400, "repaint_strength must be between 0 and 1"),
+    ({"json": {"prompt": "x", "audio_format": "mp5"}}, 400, "audio_format must be one of"),
+    ({"json": {"prompt": "x", "task_type": "sing"}}, 400, "task_type must be one of"),
+    ({"json": {"prompt": "x" * 5000}}, 400, "prompt: "),
+    ({"json": {"prompt": "a\x00b"}}, 400, "prompt: "),
+    ({"json": {"prompt": "x", "extract_codes_only": True}}, 400, "src_audio_path: this analysis needs source audio"),
+    ({"json": {"prompt": "x", "src_audio_path": "/etc/passwd"}}, 400, "absolute audio file paths are not allowed"),
+    ({"json": {"prompt": "x", "refAudioPath": "../" * 20 + "etc/passwd"}}, 400, "path traversal in audio file paths is not allowed"),
+    ({"data": {"prompt": "x", "ctxAudioPath": "/etc/passwd"}}, 400, "absolute audio file paths are not allowed"),
+    ({"json": {"prompt": "x", "src_audio_path": "nothing.wav"}}, 400, "audio file not found"),
+    ({"json": {"prompt": "x", "param_obj": {"src_audio_path": "/etc/passwd"}}}, 400, "absolute audio file paths are not allowed"),
+    ({"json": {"prompt": "x", "src_audio_path": "\\\\host\\share\\x.wav"}}, 400, "absolute audio file paths are not allowed"),
+    ({"json": {"prompt": "x", "src_audio_path": "a\x00b"}}, 400, "audio file not found"),
+    ({"json": {"prompt": "x", "task_type": "extract", "src_audio_path": "file-" + "0" * 32}}, 400, "src_audio_path: there is no"),
+    ({"files": {"src_audio": ("song.wav", b"no audio at all")}, "data": {"prompt": "x"}}, 400, "src_audio_path: "),
+]  # fmt: skip
+
+
+async def test_refusals_have_a_detail_and_no_record(site: Site, subtests: pytest.Subtests) -> None:
+    for kwargs, status, detail in REFUSALS:
+        with subtests.test(detail):
+            answer = await site.client.post("/release_task", **kwargs)
+            assert answer.status_code == status, answer.text
+            body = answer.json()
+            assert list(body) == ["detail"]
+            assert body["detail"].startswith(detail)
+            assert "Traceback" not in answer.text
+            assert site.service.store.counts()["queued"] == 0
 
 
 def test_fields_survive_nonsense_of_every_type() -> None:
@@ -369,20 +377,18 @@ async def test_unknown_ids_end_or_wait_as_configured(build: Build) -> None:
     assert await poll(build(unknown_task="queued"), "x") == [{"task_id": "x", "result": "[]", "status": 0}]
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
-        lambda i: {"json": {"task_id_list": [i]}},
-        lambda i: {"json": {"task_id_list": json.dumps([i])}},
-        lambda i: {"data": {"task_id_list": json.dumps([i])}},
-        lambda i: {"files": {"task_id_list": (None, json.dumps([i]))}},
-        lambda i: {"json": {"task_id_list": i}},
-    ],
-)
-async def test_ids_come_in_every_shape(site: Site, body: Any) -> None:
+async def test_ids_come_in_every_shape(site: Site) -> None:
     task_id = (await release(site, {"prompt": "x"}))["task_id"]
-    answer = await site.client.post("/query_result", **body(task_id))
-    assert [item["task_id"] for item in answer.json()["data"]] == [task_id]
+    bodies: list[dict[str, Any]] = [
+        {"json": {"task_id_list": [task_id]}},
+        {"json": {"task_id_list": json.dumps([task_id])}},
+        {"data": {"task_id_list": json.dumps([task_id])}},
+        {"files": {"task_id_list": (None, json.dumps([task_id]))}},
+        {"json": {"task_id_list": task_id}},
+    ]
+    for body in bodies:
+        answer = await site.client.post("/query_result", **body)
+        assert [item["task_id"] for item in answer.json()["data"]] == [task_id], body
 
 
 async def test_odd_polls_are_empty_or_refused(site: Site) -> None:

@@ -213,12 +213,13 @@ def _renderer(v: Values, served: Served, kind: str) -> dict[str, Any]:
 
 def _model(v: Values, served: Served) -> str | None:
     asked = (v["model"] or "").strip().rstrip("/").rpartition("/")[2]
-    if not asked or not served.renderers:
+    if not asked:
         return None
     for name in served.renderers:
         if _same(asked, name):
             return name
-    v.warn("model", v["model"], served.renderers[0], "not served here")
+    default = next(iter(served.renderers), None)
+    v.warn("model", v["model"], default, "not served here" if default else "no renderer has said yet what it serves")
     return None
 
 
