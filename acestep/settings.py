@@ -14,11 +14,19 @@ from acestep.activations import CONTEXT_BYTES
 from acestep.cards import Device, cpu_device, pick, tier_row
 from acestep.devices import list_devices
 from acestep.errors import OutOfMemory
-from acestep.gpu_config import GIB, GPUConfig, Limits, Role, get_limits
+from acestep.gpu_config import GIB, GPUConfig, Limits, Role, get_limits, get_lm_model_size, is_tiny
+from acestep.memory import plan_need
 from acestep.options import Attention, Book, Value, read_overrides
 from acestep.settings_fit import fit_renderer
-from acestep.settings_planner import PlannerSettings, choose_planner, planner_settings, smaller_planner
+from acestep.settings_planner import (
+    PROMPT_ALLOWANCE,
+    PlannerSettings,
+    choose_planner,
+    planner_settings,
+    smaller_planner,
+)
 from acestep.settings_renderer import RendererSettings, renderer_settings
+from acestep.weights import PLANNERS
 
 DEFAULT_RENDERER = "tiny"
 CROWDED = 0.8  # of a card that should be free when a replica starts alone on it
@@ -115,7 +123,7 @@ def resolve(
                 lm_row = tier_row(lm_main, profile)
                 planner = planner_settings(book, role, lm_main, lm_row, planner_model, renderer_model)
             if role != "plan":
-                taken = planner.memory_bytes + CONTEXT_BYTES if beside and planner and planner.memory_bytes else 0
+                taken = _planner_bytes(planner, str(planner_model), limits) if beside and planner else 0
                 renderer = renderer_settings(book, main, row, renderer_model, taken)
                 renderer, limits = fit_renderer(book, renderer, main, renderer_model, limits, shorten=not beside)
             break
@@ -127,6 +135,16 @@ def resolve(
         role, main, lm_main, row, limits, planner, renderer, planner_model, None if role == "plan" else renderer_model,
         planner is not None, lm_reason, tuple(book.values.values()), tuple(dict.fromkeys(book.warnings)),
     )  # fmt: skip
+
+
+def _planner_bytes(planner: PlannerSettings, model: str, limits: Limits) -> int:
+    """What a planner leaves less for the renderer beside it: its share of a card; in host memory, which nobody divides, one song."""
+    if planner.memory_bytes:
+        return planner.memory_bytes + CONTEXT_BYTES
+    if is_tiny(model):
+        return 0
+    config = PLANNERS[get_lm_model_size(model)]
+    return plan_need(limits.max_duration, 1, True, PROMPT_ALLOWANCE, config, planner).peak
 
 
 def _look(book: Book, env: Mapping[str, str] | None) -> list[Device]:
@@ -156,7 +174,7 @@ def _give_way(
         book.note("lm_model", smaller, why)
         return smaller, device, reason
     insisted = "init_llm" in book.overrides or "lm_model" in book.overrides
-    if role == "plan" or device.kind == "cpu":
+    if role == "plan" or (insisted and device.kind == "cpu"):
         raise error
     if insisted:
         book.note("lm_device", "cpu", why)

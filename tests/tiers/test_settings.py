@@ -206,6 +206,32 @@ def test_cpu_with_too_little_memory_for_real_weights() -> None:
     assert (roomy.limits.max_duration, roomy.warnings) == (180, ())
 
 
+def test_both_stages_share_the_hosts_memory() -> None:
+    """A process that runs both on the CPU must not promise the same gigabytes twice."""
+
+    def host(gib: float) -> Device:
+        return Device(0, "cpu", "host", int(gib * GIB), int(gib * GIB), usable=True)
+
+    def simulated(gib: float) -> Device:
+        return replace(host(gib), total_bytes=12 * GIB, physical_bytes=int(gib * GIB), simulated=True)
+
+    def peak(r: Resolved) -> int:
+        assert r.renderer is not None
+        assert r.renderer.memory_bytes is not None
+        return admit_render(
+            RenderTask(r.limits.max_duration, r.limits.max_batch), known_configs("2B"), r.renderer, 1 << 60
+        ).need.peak
+
+    roomy = resolve("both", {**TURBO, "init_llm": True}, devices=[host(24)], env={})
+    assert (roomy.limits.max_duration, roomy.planner_model) == (180, "acestep-5Hz-lm-0.6B")
+    assert peak(roomy) <= roomy.renderer.memory_bytes < 21 * GIB  # type: ignore[union-attr, operator]
+    with pytest.raises(OutOfMemory, match="denoise|decode|conditions"):
+        resolve("both", {**TURBO, "init_llm": True}, devices=[host(15)], env={})
+    assert [resolve("both", TURBO, devices=[simulated(g)], env={}).planner_model for g in (30, 18, 15)] == [
+        "acestep-5Hz-lm-1.7B", "acestep-5Hz-lm-0.6B", None,
+    ]  # fmt: skip
+
+
 def test_arguments_win_over_environment_over_defaults() -> None:
     env = {
         "ACESTEP_VAE_TILE_FRAMES": "128",
