@@ -23,7 +23,7 @@ from deployments.api.problems import PROBLEMS, Conflict, NotFound
 from deployments.api.service import Service, Svc, check_idempotency_key, hash_of
 from deployments.api.views import audio_path, job_view
 from deployments.api.waiting import wait_for_end
-from deployments.jobs.store import SUCCEEDED, TERMINAL, Job
+from deployments.jobs.store import CANCELLED, SUCCEEDED, TERMINAL, Job
 from deployments.jobs.webhooks import check_url
 
 router = APIRouter(prefix="/v1", tags=["songs"], responses=PROBLEMS)
@@ -197,8 +197,10 @@ async def get_audio(
         raise NotFound(f"there is no job {job_id[:64]!r}")
     if job.state != SUCCEEDED or job.result is None:
         if job.ended:
+            why = f": {error_from_dict(job.error).message}" if job.error else ""
             raise Conflict(
-                f"the job {job.state} and has no audio: {error_from_dict(job.error or {}).message}", state=job.state
+                f"the job has {'been ' if job.state == CANCELLED else ''}{job.state} and has no audio{why}",
+                state=job.state,
             )
         raise Conflict(f"the job is {job.state}; its audio is not there yet", state=job.state)
     item = next((i for i in job.result.items if i.index == index), None)
