@@ -225,7 +225,7 @@ def test_both_stages_share_the_hosts_memory() -> None:
     roomy = resolve("both", {**TURBO, "init_llm": True}, devices=[host(24)], env={})
     assert (roomy.limits.max_duration, roomy.planner_model) == (180, "acestep-5Hz-lm-0.6B")
     assert peak(roomy) <= roomy.renderer.memory_bytes < 21 * GIB  # type: ignore[union-attr, operator]
-    with pytest.raises(OutOfMemory, match="denoise|decode|conditions"):
+    with pytest.raises(OutOfMemory, match=r"denoise|decode|conditions"):
         resolve("both", {**TURBO, "init_llm": True}, devices=[host(15)], env={})
     assert [resolve("both", TURBO, devices=[simulated(g)], env={}).planner_model for g in (30, 18, 15)] == [
         "acestep-5Hz-lm-1.7B", "acestep-5Hz-lm-0.6B", None,
