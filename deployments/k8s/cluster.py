@@ -19,6 +19,7 @@ from deployments.k8s.extra import needs
 from deployments.k8s.findings import items, mapping
 from deployments.k8s.groups import NAME
 
+RAY = "ray.io/v1"
 FIELD_MANAGER = "acestep-serve"
 Document = dict[str, Any]
 TIMEOUT_S = (10.0, 30.0)  # to connect, and for an answer

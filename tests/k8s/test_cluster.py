@@ -19,10 +19,11 @@ from kubernetes import client
 
 from acestep import cli
 from acestep.errors import AceStepError, InvalidRequest, Unavailable
+from deployments.k8s.apply import apply_all
 from deployments.k8s.changes import Effect
 from deployments.k8s.check import rayservice_of
 from deployments.k8s.cluster import TIMEOUT_S, Cluster
-from deployments.k8s.commands import apply_all, scale_groups
+from deployments.k8s.commands import scale_groups
 from deployments.k8s.preflight import preflight
 from tests.k8s.conftest import K8S, Document, build
 from tests.k8s.fake_api import FakeApi

@@ -17,10 +17,11 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from kubernetes import client
 
 from acestep.errors import AceStepError, InvalidRequest
+from deployments.k8s.apply import apply_all
 from deployments.k8s.changes import Effect
 from deployments.k8s.check import rayservice_of
 from deployments.k8s.cluster import Cluster
-from deployments.k8s.commands import apply_all, scale_groups
+from deployments.k8s.commands import scale_groups
 from deployments.k8s.schema import find_crd, load_crd
 from tests.k8s.conftest import Document
 from tests.server import free_port
