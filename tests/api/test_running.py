@@ -1,0 +1,200 @@
+"""Whole jobs through the real dispatcher and store, with stages that answer at once or hang: no replica, no model."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from ray.exceptions import RayActorError
+
+from acestep.errors import OutOfMemory
+from acestep.plan import Metadata, Plan
+from acestep.request import SongRequest
+from acestep.song import Progress, RenderTimings, Song, SongItem
+from deployments import dispatch
+from deployments.dispatch import Dispatcher
+
+from .conftest import Site
+
+SONG = {"prompt": "quiet piano", "duration": 20, "seed": 7}
+HANG = "hang"
+
+
+@dataclass
+class Stage:
+    """Stands for the handles of both pools. `plan` and `render` hold what the next calls do: an exception, `HANG`, or (empty) succeed."""
+
+    plan: list[Any] = field(default_factory=list)
+    render: list[Any] = field(default_factory=list)
+    calls: list[str] = field(default_factory=list)
+    left: int = 0  # calls that were broken off
+
+    def handle(self, app: str, role: str) -> Any:
+        return _Handle(self)
+
+
+@dataclass
+class _Handle:
+    stage: Stage
+
+    def options(self, **_: Any) -> _Handle:
+        return self
+
+    def __getattr__(self, method: str) -> Any:
+        stage = self.stage
+
+        class Call:
+            @staticmethod
+            def remote(*arguments: Any) -> _Stream:
+                stage.calls.append(method)
+                todo = getattr(stage, method)
+                return _Stream(stage, method, arguments, todo.pop(0) if todo else None)
+
+        return Call
+
+
+@dataclass
+class _Stream:
+    stage: Stage
+    method: str
+    arguments: tuple[Any, ...]
+    todo: Any
+    done: bool = False
+
+    async def __aiter__(self) -> AsyncIterator[dict[str, Any]]:
+        name = "planning" if self.method == "plan" else "rendering"
+        yield {"progress": Progress(stage=name, done=1, total=4).model_dump()}
+        if self.todo == HANG:
+            await asyncio.Event().wait()
+        if isinstance(self.todo, OutOfMemory):
+            yield {"error": self.todo.to_dict()}
+        elif self.todo is not None:
+            raise self.todo
+        self.done = True
+        if self.method == "plan":
+            yield {"result": Plan(metadata=Metadata(duration=20.0), codes=((1,) * 100,)).model_dump(mode="json")}
+        else:
+            _, request, plan, items, *_ = self.arguments
+            seeds = SongRequest.model_validate(request).seeds
+            made = tuple(SongItem(index=i, seed=seeds[i], duration=20.0, samples=960_000) for i in items)
+            song = Song(items=made, plan=Plan.model_validate(plan), renderer="turbo", timings=RenderTimings())
+            yield {"result": song.model_dump(mode="json")}
+
+    def cancel(self) -> None:
+        self.stage.left += not self.done
+
+
+@pytest.fixture
+def stage(site: Site, monkeypatch: pytest.MonkeyPatch) -> Stage:
+    made = Stage()
+    monkeypatch.setattr(site.service.fleet, "handle", made.handle)
+    monkeypatch.setattr(dispatch, "BACKOFF_S", 0.01)
+    monkeypatch.setattr(dispatch, "POLL_S", 0.05)
+    return made
+
+
+@contextlib.asynccontextmanager
+async def running(dispatcher: Dispatcher) -> AsyncIterator[None]:
+    task = asyncio.create_task(dispatcher.run())
+    yield
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
+async def submit(site: Site, path: str = "/v1/music", **fields: Any) -> str:
+    answer = await site.client.post(path, json={**SONG, **fields})
+    assert answer.status_code == 202, answer.text
+    return str(answer.json()["id"])
+
+
+async def until(what: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not what():
+            await asyncio.sleep(0.01)
+
+
+async def test_a_song_and_a_plan(site: Site, stage: Stage) -> None:
+    song, plan = await submit(site, batch_size=2), await submit(site, "/v1/plans")
+    async with running(site.service.dispatcher):
+        done = (await site.client.get(f"/v1/jobs/{song}", headers={"Prefer": "wait=10"})).json()
+        planned = (await site.client.get(f"/v1/jobs/{plan}", headers={"Prefer": "wait=10"})).json()
+    assert [item["seed"] for item in done["result"]["items"]] == [7, 8]
+    assert (planned["state"], planned["result"]) == ("succeeded", None)
+    assert len(planned["plan"]["codes"][0]) == 100
+    events = [e.type for e in site.service.store.events_after(song, 0)]
+    assert [e for e in events if e != "progress"] == ["queued", "started", "planned", "succeeded"]
+
+
+@pytest.mark.parametrize("where", ["plan", "render"])
+async def test_cancelled_in_a_stage_frees_it(site: Site, stage: Stage, where: str) -> None:
+    getattr(stage, where).append(HANG)
+    async with running(site.service.dispatcher):
+        job_id = await submit(site)
+        await until(lambda: where in stage.calls)
+        await site.client.delete(f"/v1/jobs/{job_id}")
+        view = (await site.client.get(f"/v1/jobs/{job_id}", headers={"Prefer": "wait=10"})).json()
+        assert (view["state"], view["error"]["type"]) == ("cancelled", "cancelled")
+        await until(lambda: stage.left == 1)
+        await until(lambda: not site.service.dispatcher._tasks)
+    assert (await site.client.delete(f"/v1/jobs/{job_id}")).json()["state"] == "cancelled"
+
+
+async def test_cancelled_through_another_router(site: Site, stage: Stage) -> None:
+    stage.render.append(HANG)
+    async with running(site.service.dispatcher):
+        job_id = await submit(site)
+        await until(lambda: "render" in stage.calls)
+        site.service.store.request_cancel(job_id)  # this router learns of it as it renews its lease
+        await until(lambda: site.job(job_id).ended)
+    assert site.job(job_id).state == "cancelled"
+    assert stage.left == 1
+
+
+async def test_a_router_that_stops_hands_its_job_on_with_its_plan(site: Site, stage: Stage) -> None:
+    stage.render.append(HANG)
+    first = site.service.dispatcher
+    async with running(first):
+        job_id = await submit(site)
+        await until(lambda: "render" in stage.calls)
+    assert (site.job(job_id).state, site.job(job_id).attempts) == ("queued", 0)
+    second = Dispatcher(first.store, first.fleet, first.routing, lease_s=15)
+    async with running(second):
+        await until(lambda: site.job(job_id).ended)
+    assert site.job(job_id).state == "succeeded"
+    assert stage.calls == ["plan", "render", "render"]
+
+
+@pytest.mark.parametrize("where", ["plan", "render"])
+async def test_a_lost_replica_costs_its_stage_once(site: Site, stage: Stage, where: str) -> None:
+    getattr(stage, where).append(RayActorError())
+    async with running(site.service.dispatcher):
+        job_id = await submit(site)
+        await until(lambda: site.job(job_id).ended)
+    assert (site.job(job_id).state, site.job(job_id).attempts) == ("succeeded", 1)
+    assert sorted(stage.calls) == sorted(["plan", "render", where])
+
+
+async def test_failures_end_the_job_with_their_type(site: Site, stage: Stage) -> None:
+    stage.render += [OutOfMemory("too much", needed_bytes=9), ValueError("/srv/secret/file is odd")]
+    async with running(site.service.dispatcher):
+        for kind, text in (("out_of_memory", "too much"), ("internal", "unexpected ValueError")):
+            job_id = await submit(site)
+            view = (await site.client.get(f"/v1/jobs/{job_id}", headers={"Prefer": "wait=10"})).json()
+            assert (view["state"], view["error"]["type"]) == ("failed", kind)
+            assert text in view["error"]["message"]
+            assert "/srv" not in str(view)
+
+
+async def test_a_song_that_runs_for_too_long_is_stopped(site: Site, stage: Stage) -> None:
+    stage.render.append(HANG)
+    site.service.dispatcher.max_run_s = 0.3
+    async with running(site.service.dispatcher):
+        job_id = await submit(site)
+        await until(lambda: site.job(job_id).ended)
+    assert site.job(job_id).error["type"] == "deadline_exceeded"  # type: ignore[index]
+    assert stage.left == 1
