@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from acestep.commands import output as out
 from acestep.errors import AceStepError, InvalidRequest
 from acestep.paths import home, writable
 from deployments.config import PlannerArgs, PoolArgs, RendererArgs, parse_args
@@ -75,7 +76,8 @@ def build(
     if output is None:
         typer.echo(text, nl=False)
     else:
-        output.write_text(text)
+        out.check(output)
+        out.write(output, text.encode())
         typer.echo(f"{output}: {len(data['applications']) - 1} pools", err=True)
 
 

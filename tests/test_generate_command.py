@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from acestep.commands import generate
+from acestep.commands import calibrate, generate
 from acestep.errors import AceStepError, InvalidRequest, StoragePermission
 from acestep.settings import resolve
+from deployments import commands as service
 
 
 def run(*arguments: str) -> AceStepError:
@@ -56,6 +57,20 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path
     assert isinstance(error, StoragePermission)
     assert error.details["uid"] == os.getuid()
     assert "--output" in error.message
+
+
+@pytest.mark.parametrize(
+    ("app", "arguments"),
+    [(calibrate.app, ()), (service.config, ("build", "--tiers", "tier4"))],
+    ids=["calibrate", "config build"],
+)
+def test_other_commands_refuse_such_a_file_too(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, app: Any, arguments: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr("acestep.local.Studio", lambda *_: pytest.fail("a model was loaded"))
+    result = CliRunner().invoke(app, [*arguments, "-o", str(tmp_path / "no" / "file")])
+    assert isinstance(result.exception, InvalidRequest)
+    assert "--output: there is no folder" in result.exception.message
 
 
 def job(*formats: str, items: int = 1) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from acestep.commands import output as out
 from acestep.commands.settings import SetOption, given
 from acestep.errors import InvalidRequest
 from acestep.gpu_config import GIB
@@ -38,6 +39,11 @@ def calibrate(
 
     if role not in ROLES:
         raise InvalidRequest(f"--role: {role!r} is not one of {', '.join(ROLES)}.", field="role", asked=role)
+    if not print_only:
+        if output is None:
+            writable(measured_dir())
+        else:
+            out.check(output)
     with Studio(given(settings)) as studio:
         stages: dict[str, Any] = {}
         if role != "render":
@@ -59,6 +65,6 @@ def calibrate(
     if print_only:
         typer.echo(text)
         return
-    path = output or writable(measured_dir()) / f"{profile.name}.json"
-    path.write_text(text + "\n", encoding="utf-8")
+    path = output or measured_dir() / f"{profile.name}.json"
+    out.write(path, (text + "\n").encode())
     typer.echo(f"wrote {path}")

@@ -14,9 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from acestep.audio.formats import FORMATS
 from acestep.client import Client
+from acestep.commands import output as out
 from acestep.commands.settings import SetOption, given
 from acestep.errors import InvalidRequest
-from acestep.paths import refusal, writable
 from acestep.request import AudioFormat, SongRequest
 
 app = typer.Typer(add_completion=False)
@@ -29,7 +29,6 @@ _SUFFIX_FORMAT: dict[str, AudioFormat] = {
     ".m4a": "aac",
     ".aac": "aac",
 }
-_ELSEWHERE = "name another file with --output"
 _UNITS = {"planning": "codes", "rendering": "steps", "decoding": "frames", "encoding": "songs"}
 _err = Console(stderr=True)
 
@@ -72,7 +71,7 @@ def generate(
     request = _validated(fields)
     if settings and not local:
         raise InvalidRequest("--set: a server has settings of its own; this needs --local", field="set")
-    _check_output(output)
+    out.check(output)
     job = _local(request, output, given(settings)) if local else _served(fields, output, url)
     if json_output:
         typer.echo(json.dumps(job, indent=1, ensure_ascii=False))
@@ -120,22 +119,6 @@ def _local(request: SongRequest, output: Path, settings: dict[str, str]) -> dict
     return job
 
 
-def _check_output(output: Path) -> None:
-    """Refuse, before any work, a file that could not be written after it."""
-    if not output.parent.is_dir():
-        raise InvalidRequest(f"--output: there is no folder {output.parent}", field="output")
-    if output.is_dir():
-        raise InvalidRequest(f"--output: {output} is a folder", field="output")
-    if not output.exists():
-        writable(output.parent, _ELSEWHERE)
-        return
-    try:
-        with output.open("ab"):
-            pass
-    except OSError as error:
-        raise refusal(output, error, _ELSEWHERE) from error
-
-
 def _write(job: dict[str, Any], output: Path, read: Callable[[dict[str, Any], dict[str, Any]], bytes]) -> None:
     """Write every file of a job and note in it where: `song.wav`; `song-1.wav` for further items. A suffix that says something else than
     what the file holds gives way to the format's own."""
@@ -147,11 +130,7 @@ def _write(job: dict[str, Any], output: Path, read: Callable[[dict[str, Any], di
             if path in taken:
                 path = path.with_stem(f"{stem}-{audio['format']}")
             taken.add(path)
-            data = read(item, audio)
-            try:
-                path.write_bytes(data)
-            except OSError as error:
-                raise refusal(path, error, _ELSEWHERE) from error
+            out.write(path, read(item, audio))
             audio["file"] = str(path)
 
 
@@ -195,10 +174,10 @@ class _Bars:
 
 
 def _report(job: dict[str, Any]) -> None:
-    out = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True)
 
     def line(text: str) -> None:  # a caption is model output: no control character of it may reach the terminal
-        out.print("".join(c if c.isprintable() else "\ufffd" for c in text), markup=False)
+        console.print("".join(c if c.isprintable() else "\ufffd" for c in text), markup=False)
 
     plan, result = job["plan"] or {}, job["result"]
     facts = {k: v for k, v in (plan.get("metadata") or {}).items() if v is not None}
