@@ -26,6 +26,8 @@ CODES_TASKS = ("text2music",)
 UNDERSTAND_TOKENS, WRITE_TOKENS = 4_096, 2_048  # most new tokens of understand, and of inspire and format
 
 CODES_STREAM, METADATA_STREAM = 0, 1  # noise streams, so that both phases can share a seed
+_LEAST_CAPTION_TOKENS = 32  # a shorter one is not worth a refusal less
+_BLOCK_TOKENS = 17  # tags and line ends around the fields, and the end of the turn
 _RENDER_GROWTH = 1.3  # a caption rendered as YAML has more tokens than as it was drawn: folds and quotes
 
 
@@ -120,18 +122,21 @@ class FlowBuilder:
     def _caption_room(
         self, request: SongRequest, prompt: int, duration: float | None, limit: float
     ) -> tuple[int, float]:
-        """Caption tokens and seconds that leave room for the codes in `max_len`."""
+        """Caption tokens and seconds that leave room for the codes in `max_len`. A `duration` of None is the planner's to decide."""
         fields = self.grammar.plan({}, max_duration=int(MAX_DURATION_S), caption_tokens=0).max_tokens
-        room = self.max_len - 1 - prompt - fields - 16
         wanted = MAX_CAPTION_TOKENS if request.use_cot_caption else 0
-        if duration is None:  # the planner decides: only on what fits
-            limit = min(limit, (room - int(wanted * _RENDER_GROWTH)) // CODES_PER_SECOND)
-            duration = MIN_DURATION_S
-        room -= int(duration * CODES_PER_SECOND)
-        caption = min(wanted, int(room / _RENDER_GROWTH))
-        if caption < min(wanted, 32) or room < 0 or limit < MIN_DURATION_S:
-            raise self._too_long(prompt + fields + int(duration * CODES_PER_SECOND) + 1, prompt, duration)
-        return caption, limit
+        least = int(min(wanted, _LEAST_CAPTION_TOKENS) * _RENDER_GROWTH)
+        codes = int((MIN_DURATION_S if duration is None else duration) * CODES_PER_SECOND)
+        fixed = prompt + fields + _BLOCK_TOKENS
+        if fixed + least + codes > self.max_len:
+            raise self._too_long(fixed + least + codes, prompt, codes / CODES_PER_SECOND)
+        room = self.max_len - fixed
+        if duration is None:  # where there is little, a caption takes no more than half of it
+            caption = min(int(wanted * _RENDER_GROWTH), max(least, min(room // 2, room - codes)))
+            limit = min(limit, (room - caption) // CODES_PER_SECOND)
+        else:
+            caption = room - codes
+        return min(wanted, int(caption / _RENDER_GROWTH)), limit
 
     def _codes(
         self,

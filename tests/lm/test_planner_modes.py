@@ -294,6 +294,25 @@ def test_the_planner_decides_only_on_what_fits(grammar: Grammar) -> None:
     assert max(job.sizes()) <= 1_024
 
 
+@pytest.mark.parametrize("caption", [True, False])
+def test_a_prompt_is_refused_only_where_the_shortest_song_does_not_fit(grammar: Grammar, caption: bool) -> None:
+    flows = FlowBuilder(grammar, PromptBuilder(grammar.tokenizer), 1_024, 2, 4_096)
+    for length in range(700, 960):
+        flow = flows.flow(PlanWork(SongRequest(prompt="~" * length, seed=5, use_cot_caption=caption)))
+        try:
+            (job,) = next(flow)
+        except LimitExceeded as error:
+            refused = error
+            break
+        program = job.outputs[0].program
+        longest = max(int(d) for d in _values(program._tries["duration"]))
+        assert longest >= 10
+        assert not caption or program._caption_tokens >= 31
+        assert max(job.sizes()) + 5 * longest <= 1_024 + 60
+    assert refused.details["asked"] == 1_025
+    assert longest == 10
+
+
 def test_a_caption_that_grows_in_yaml_does_not_fail_its_song(grammar: Grammar) -> None:
     flows = FlowBuilder(grammar, PromptBuilder(grammar.tokenizer), 700, 2, 4_096)
     flow = flows.flow(PlanWork(SongRequest(prompt="a calm piano", seed=5, **GIVEN | {"bpm": None}, duration=60)))
