@@ -15,8 +15,7 @@ from acestep.errors import AceStepError, InvalidRequest
 from acestep.paths import home, writable
 from deployments.config import PlannerArgs, PoolArgs, RendererArgs, parse_args
 from deployments.jobs.database import engine_for
-from deployments.models import checkpoint_for
-from deployments.replica import Role
+from deployments.replica import Role, settle
 from deployments.validate import problems, read_config
 
 config = typer.Typer(help="Check and write Serve config files.", no_args_is_help=True, add_completion=False)
@@ -131,9 +130,12 @@ def _prepare_pool(application: dict[str, Any], role: Role, model: type[PoolArgs]
     args = parse_args(model, application.get("args"), application["name"])
     if args.tiers:
         return f"on nodes of {', '.join(args.tiers)}, which load their own checkpoint"
-    checkpoint = checkpoint_for(role, args)
-    if checkpoint is None:
-        return "off on this machine"
+    start = settle(role, args)
+    for warning in start.settings.warnings:
+        typer.echo(f"{application['name']}: {warning}", err=True)
+    if role == "plan" and not start.settings.lm_enabled:
+        return f"off on this machine: {start.settings.lm_reason}"
+    checkpoint = start.checkpoint()
     return checkpoint.name + (f" ({checkpoint.notice})" if checkpoint.notice else "")
 
 

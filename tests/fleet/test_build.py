@@ -17,7 +17,7 @@ from acestep.gpu_config import TIERS, get_gpu_config, get_limits
 from acestep.profiles import find
 from acestep.request import SongRequest
 from deployments.build import CPU, Cards, as_text, build_config, cards_of_nodes, parse_tiers
-from deployments.commands import _folders_writable
+from deployments.commands import STAGES, _folders_writable, _prepare_pool
 from deployments.config import PlannerArgs, PoolArgs, RendererArgs
 from deployments.pools import deployment_options, gpu_share, label_selector, settled
 from deployments.replica import settle
@@ -190,3 +190,15 @@ def test_settings_of_a_pool_are_checked_with_the_config(settings: dict[str, Any]
     (found,) = problems(config)
     assert "args.settings" in found
     assert words in found
+
+
+def test_prepare_says_why_a_planner_is_off_and_what_cannot_hold(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("ACESTEP_LM_BACKEND", "vllm")
+    application = {"name": "lm", "import_path": "deployments.app:lm"}
+    assert _prepare_pool(application, *STAGES["lm"]).startswith("tiny-lm (tiny checkpoint")
+    assert "lm: lm_backend=vllm (ACESTEP_LM_BACKEND) cannot hold" in capsys.readouterr().err
+    monkeypatch.setenv("ACESTEP_INIT_LLM", "false")
+    assert _prepare_pool(application, *STAGES["lm"]).startswith("off on this machine: switched off by ACESTEP_INIT_LLM")
