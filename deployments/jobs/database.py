@@ -16,6 +16,7 @@ from acestep.errors import InvalidRequest
 from acestep.paths import home, writable
 from deployments.jobs.urls import driver_url
 
+POOL_SIZE, POOL_OVERFLOW = 8, 24  # together, one connection for each of the router's threads
 _MIGRATION_LOCK = 0x0ACE57E9  # PostgreSQL advisory lock: routers that start together migrate one after another
 
 
@@ -80,7 +81,7 @@ def engine_for(url: str) -> Engine:
             "database_url: PostgreSQL needs the extra: pip install 'acestep-serve[postgres]'", field="database_url"
         )
     if backend != "sqlite":
-        engine = sa.create_engine(parsed, pool_pre_ping=True, pool_size=8, max_overflow=24)
+        engine = sa.create_engine(parsed, pool_pre_ping=True, pool_size=POOL_SIZE, max_overflow=POOL_OVERFLOW)
         if backend == "postgresql":
 
             @sa.event.listens_for(engine, "begin")
@@ -89,9 +90,13 @@ def engine_for(url: str) -> Engine:
                     connection.exec_driver_sql("SET LOCAL synchronous_commit TO off")
 
         return engine
-    if parsed.database:
-        writable(Path(parsed.database).parent)
-    engine = sa.create_engine(parsed, connect_args={"timeout": 30.0, "check_same_thread": False})
+    if parsed.database in (None, "", ":memory:"):
+        raise InvalidRequest(
+            "database_url: SQLite needs a file, such as sqlite:////var/lib/acestep/jobs.sqlite3", field="database_url"
+        )
+    writable(Path(parsed.database).parent)
+    connect_args = {"timeout": 30.0, "check_same_thread": False}
+    engine = sa.create_engine(parsed, pool_size=POOL_SIZE, max_overflow=POOL_OVERFLOW, connect_args=connect_args)
 
     @sa.event.listens_for(engine, "connect")
     def _pragmas(connection: Any, _: Any) -> None:

@@ -11,7 +11,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import create_engine, inspect
 
-from acestep.errors import Cancelled, OutOfMemory
+from acestep.errors import Cancelled, InvalidRequest, OutOfMemory
 from acestep.plan import Metadata, Plan
 from acestep.request import SongRequest
 from acestep.song import Progress, Song, SongItem
@@ -36,6 +36,12 @@ def add(store: JobStore, **columns: object) -> Job:
 def test_migrations_make_exactly_the_tables_of_the_schema(store: JobStore) -> None:
     with store.engine.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+
+
+@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:", "no url", "sqlite"])
+def test_what_is_no_place_for_jobs_is_refused(url: str) -> None:
+    with pytest.raises(InvalidRequest, match="database_url"):
+        JobStore(url)
 
 
 def test_opening_again_keeps_what_is_there(store: JobStore, database_url: str) -> None:
