@@ -107,6 +107,7 @@ class _Refused(Exception):
 class _Handler(BaseHTTPRequestHandler):
     api: FakeApi
     protocol_version = "HTTP/1.1"
+    wbufsize = 1 << 16  # headers and body in one packet: two would wait 40 ms for each other
 
     def log_message(self, *_: Any) -> None:
         pass

@@ -56,6 +56,7 @@ def test_the_object_store_is_found_by_the_variables_of_the_secret(
         "AWS_SECRET_ACCESS_KEY": "secret",
         "AWS_ENDPOINT_URL": "http://127.0.0.1:9",
         "AWS_DEFAULT_REGION": "x",
+        "AWS_MAX_ATTEMPTS": "1",
     }
     for name, value in values.items():
         monkeypatch.setenv(name, value)
