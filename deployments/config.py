@@ -121,9 +121,7 @@ class RouterArgs(_Args):
     open_models_and_chat: bool = Field(
         False, description="/v1/models and /v1/chat/completions need no key, as on ACE-Step's own server."
     )
-    requests_per_minute: int | None = Field(
-        None, ge=1, description="Per key, counted by each router on its own. Null: no limit."
-    )
+    requests_per_minute: int | None = Field(None, ge=1, description="Per key. Null: no limit.")
     concurrent_jobs: int | None = Field(None, ge=1, description="Per key, queued and running. Null: no limit.")
     audio_seconds_per_day: float | None = Field(None, gt=0, description="Per key, in any 24 hours. Null: no limit.")
     cors_origins: tuple[str, ...] = Field(

@@ -6,10 +6,10 @@ key the server is open to everybody, as ACE-Step's own.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import os
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated
@@ -18,6 +18,7 @@ from fastapi import Depends, Request
 
 from deployments.api.problems import Unauthorized
 from deployments.config import RouterArgs
+from deployments.jobs.rates import Rates
 from deployments.jobs.store import Busy, Caps
 
 MISSING, WRONG = "Missing Authorization header", "Invalid API key"
@@ -99,37 +100,30 @@ def header_key(request: Request) -> str | None:
 
 
 class RateLimit:
-    """Requests per minute of each caller, as a bucket that refills steadily. Counts what comes through this router."""
+    """Requests per minute of each caller."""
 
-    def __init__(self) -> None:
-        self._buckets: dict[str, tuple[float, float]] = {}  # caller: (requests left, at)
+    def __init__(self, rates: Rates) -> None:
+        self._rates = rates
 
-    def take(self, caller: Caller) -> None:
+    async def take(self, caller: Caller) -> None:
         """Count one request.
 
         Raises:
-            Busy: the bucket is empty; `retry_after` says until when.
+            Busy: beyond the limit; `retry_after` says until when.
         """
         limit = caller.requests_per_minute
         if limit is None:
             return
-        now = time.monotonic()
-        left, at = self._buckets.get(caller.name, (float(limit), now))
-        left = min(float(limit), left + (now - at) * limit / 60.0)
-        if left < 1.0:
-            raise Busy(
-                f"more than {limit} requests per minute with this key",
-                limit=limit,
-                retry_after=(1.0 - left) * 60.0 / limit,
-            )
-        self._buckets[caller.name] = (left - 1.0, now)
+        wait_s = await asyncio.to_thread(self._rates.take, caller.name, limit)
+        if wait_s is not None:
+            raise Busy(f"more than {limit} requests per minute with this key", limit=limit, retry_after=wait_s)
 
 
-def caller_of(request: Request) -> Caller:
+async def caller_of(request: Request) -> Caller:
     """FastAPI dependency: the caller by the Authorization header, counted against its rate."""
     service = request.app.state.service
     caller: Caller = service.keys.check(header_key(request))
-    service.rates.take(caller)
+    await service.rates.take(caller)
     return caller
 
 

@@ -78,7 +78,7 @@ async def chat_completions(request: Request, service: Svc) -> Any:
     if service.args.open_models_and_chat and not request.headers.get("authorization"):
         caller = Caller()
     else:
-        caller = caller_by_header(request, service)
+        caller = await caller_by_header(request, service)
     body = await read_body(request)
     try:
         chat = ChatRequest.model_validate(body.fields)

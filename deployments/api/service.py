@@ -26,6 +26,7 @@ from deployments.eta import Stage, remaining_s
 from deployments.fleet import Fleet
 from deployments.jobs.files import FileRecords
 from deployments.jobs.queue import Line, Place
+from deployments.jobs.rates import Rates
 from deployments.jobs.secrets import shared_secret
 from deployments.jobs.store import QUEUED, RUNNING, Busy, Caps, Job, JobStore
 from deployments.jobs.webhooks import Outbox
@@ -59,7 +60,7 @@ class Service:
 
     def __post_init__(self) -> None:
         self.keys = Keyring(self.args, environment_keys())
-        self.rates = RateLimit()
+        self.rates = RateLimit(Rates(self.store.engine))
         self.signer = Signer(shared_secret(self.store.engine, "url", "ACESTEP_URL_SECRET"), self.args.url_lifetime_s)
         self.sources = Sources(self.args, self.storage, FileRecords(self.store.engine), self._may_use)
         self.line = Line(self.store.engine)

@@ -91,6 +91,13 @@ webhooks = sa.Table(  # an outbox: written in the transaction that ends the job,
     sa.Index("webhooks_by_job", "job_id"),
 )
 
+rates = sa.Table(  # one bucket of requests for each caller that has a limit
+    "rates",
+    metadata,
+    sa.Column("caller", sa.String(64), primary_key=True),
+    sa.Column("full_at", sa.Float, nullable=False),  # when all of its requests will be there again
+)
+
 secrets = sa.Table(
     "secrets",
     metadata,

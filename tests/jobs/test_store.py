@@ -15,10 +15,12 @@ from acestep.errors import Cancelled, InvalidRequest, OutOfMemory
 from acestep.plan import Metadata, Plan
 from acestep.request import SongRequest
 from acestep.song import Progress, Song, SongItem
+from deployments.jobs import rates
 from deployments.jobs.backlog import read_backlogs
 from deployments.jobs.database import migrate
 from deployments.jobs.files import FileRecords
 from deployments.jobs.queue import Line, read_queue
+from deployments.jobs.rates import Rates
 from deployments.jobs.schema import metadata
 from deployments.jobs.secrets import shared_secret
 from deployments.jobs.store import Busy, Caps, IdempotencyConflict, Job, JobStore, LeaseLost
@@ -36,6 +38,35 @@ def add(store: JobStore, **columns: object) -> Job:
 def test_migrations_make_exactly_the_tables_of_the_schema(store: JobStore) -> None:
     with store.engine.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+
+
+def test_routers_count_requests_together(store: JobStore, database_url: str) -> None:
+    other = JobStore(database_url)
+    answers: list[float | None] = []
+    both = [Rates(store.engine), Rates(other.engine)]
+    threads = [threading.Thread(target=lambda r=r: answers.append(r.take("a", 5))) for r in both * 6]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    waits = [wait for wait in answers if wait is not None]
+    assert (len(answers), len(waits)) == (12, 7)
+    assert all(0 < wait <= 12 for wait in waits)
+    assert both[0].take("b", 5) is None
+    other.close()
+
+
+def test_a_minute_s_requests_come_back_one_by_one(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, counted = time.time(), Rates(store.engine)
+    monkeypatch.setattr(rates.time, "time", lambda: now)
+    assert [counted.take("a", 2) for _ in range(3)] == [None, None, pytest.approx(30.0)]
+    now += 29
+    assert counted.take("a", 2) == pytest.approx(1.0)
+    now += 1.001
+    assert counted.take("a", 2) is None
+    assert counted.take("a", 2) is not None
+    now += 1_000
+    assert [counted.take("a", 2) is None for _ in range(3)] == [True, True, False]  # no more than a minute's
 
 
 @pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:", "no url", "sqlite"])

@@ -88,23 +88,23 @@ def _entry(error: Any) -> dict[str, Any]:
     return entry
 
 
-def caller_by_header(request: Request, service: Service) -> Caller:
+async def caller_by_header(request: Request, service: Service) -> Caller:
     """The key in the header.
 
     Raises:
         Unauthorized: with ACE-Step's texts.
     """
     caller = service.keys.check(header_key(request))
-    service.rates.take(caller)
+    await service.rates.take(caller)
     return caller
 
 
-def caller_by_body(request: Request, service: Service, body: Body) -> Caller:
+async def caller_by_body(request: Request, service: Service, body: Body) -> Caller:
     """The key in `ai_token`, which goes first, or in the header."""
     token = body.fields.get("ai_token")
     if token is not None and token != "":
         caller = service.keys.check(str(token), wrong="Invalid ai_token")
     else:
         caller = service.keys.check(header_key(request), missing="Missing ai_token or Authorization header")
-    service.rates.take(caller)
+    await service.rates.take(caller)
     return caller

@@ -22,7 +22,7 @@ NO_LORA = (
 
 @router.get("/v1/stats", summary="Counts of jobs")
 async def stats(request: Request, service: Svc) -> Any:
-    caller_by_header(request, service)
+    await caller_by_header(request, service)
     counts = await asyncio.to_thread(service.store.counts)
     failed = counts["failed"] + counts["cancelled"]
     return envelope(
@@ -44,7 +44,7 @@ async def stats(request: Request, service: Svc) -> Any:
 @router.get("/v1/models", summary="Models, as OpenRouter lists them")
 async def models(request: Request, service: Svc) -> Any:
     if not service.args.open_models_and_chat:
-        caller_by_header(request, service)
+        await caller_by_header(request, service)
     created = int(time.time()) - MONTH_S
     return {
         "object": "list",
@@ -105,7 +105,7 @@ def inventory(service: Service) -> dict[str, Any]:
 
 @router.get("/v1/model_inventory", summary="Models and what they can do")
 async def model_inventory(request: Request, service: Svc) -> Any:
-    caller_by_header(request, service)
+    await caller_by_header(request, service)
     return envelope(inventory(service))
 
 
@@ -118,7 +118,7 @@ class InitBody(BaseModel):
 
 @router.post("/v1/init", summary="Check that a model is loaded; models are chosen when the service starts")
 async def init(request: Request, service: Svc, body: InitBody | None = None) -> Any:
-    caller_by_header(request, service)
+    await caller_by_header(request, service)
     asked = body or InitBody()
     stock = inventory(service)
     names = [entry["name"] for entry in stock["models"]]
@@ -157,7 +157,7 @@ async def init(request: Request, service: Svc, body: InitBody | None = None) -> 
 
 @router.post("/v1/reinitialize", summary="Not needed here: unhealthy replicas are replaced by Ray Serve")
 async def reinitialize(request: Request, service: Svc) -> Any:
-    caller_by_header(request, service)
+    await caller_by_header(request, service)
     return soft_error(
         400, "not supported: Ray Serve replaces replicas that are not healthy; restart the service to load others"
     )
@@ -165,7 +165,7 @@ async def reinitialize(request: Request, service: Svc) -> Any:
 
 @router.get("/v1/lora/status", summary="No adapter is ever loaded for everybody")
 async def lora_status(request: Request, service: Svc) -> Any:
-    caller_by_header(request, service)
+    await caller_by_header(request, service)
     return envelope(
         {
             "lora_loaded": False,
@@ -182,7 +182,7 @@ async def lora_status(request: Request, service: Svc) -> Any:
 
 @router.post("/v1/lora/{action}", summary="Refused with a hint: adapters are chosen by request")
 async def lora(request: Request, action: str, service: Svc) -> Any:
-    caller_by_header(request, service)
+    await caller_by_header(request, service)
     if action not in ("load", "unload", "toggle", "scale"):
         raise HTTPException(404, "Not Found")
     return soft_error(400, NO_LORA)

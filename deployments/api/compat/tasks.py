@@ -52,7 +52,7 @@ CONTENT_TYPES = {
 @router.post("/release_task", summary="Submit a song", openapi_extra=release_body())
 async def release_task(request: Request, service: Svc) -> Any:
     body = await read_body(request)
-    caller = caller_by_body(request, service, body)
+    caller = await caller_by_body(request, service, body)
     key = check_idempotency_key(request.headers.get("idempotency-key"))
     try:
         job = await submit(service, caller, body, idempotency_key=key)
@@ -133,7 +133,7 @@ def _part(body: Body, names: tuple[str, ...]) -> UploadFile | None:
 @router.post("/query_result", summary="States and results of jobs", openapi_extra=query_body())
 async def query_result(request: Request, service: Svc) -> Any:
     body = await read_body(request, optional=True)
-    caller = caller_by_body(request, service, body)
+    caller = await caller_by_body(request, service, body)
     ids = task_ids(body.fields.get("task_id_list"))
     found = await asyncio.to_thread(service.store.many, list(dict.fromkeys(ids)))
     items = []
@@ -166,7 +166,7 @@ def task_ids(value: Any) -> list[str]:
 
 @router.get("/v1/audio", summary="A song's file", response_class=Response)
 async def audio(request: Request, service: Svc, path: Annotated[str, Query(max_length=4096)]) -> Response:
-    caller = caller_by_header(request, service)
+    caller = await caller_by_header(request, service)
     name = stored_name(service, path)
     job = await service.job(name.split("/")[1], caller)
     content_type = CONTENT_TYPES.get(posixpath.splitext(name)[1].lower())
@@ -209,7 +209,7 @@ def stored_name(service: Service, path: str) -> str:
 @router.post("/v1/cancel", summary="Cancel a job", openapi_extra=cancel_body())
 async def cancel(request: Request, service: Svc) -> Any:
     body = await read_body(request)
-    caller = caller_by_body(request, service, body)
+    caller = await caller_by_body(request, service, body)
     task_id = body.fields.get("task_id")
     if not isinstance(task_id, str) or not task_id:
         raise InvalidRequest("task_id is missing", field="task_id")
@@ -218,7 +218,7 @@ async def cancel(request: Request, service: Svc) -> Any:
 
 @router.delete("/v1/tasks/{task_id}", summary="Cancel a job")
 async def delete_task(request: Request, task_id: str, service: Svc) -> Any:
-    return await _cancel(service, caller_by_header(request, service), task_id)
+    return await _cancel(service, await caller_by_header(request, service), task_id)
 
 
 async def _cancel(service: Service, caller: Caller, task_id: str) -> Any:

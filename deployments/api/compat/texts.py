@@ -53,7 +53,7 @@ NO_PLANNER = "LLM not initialized. Set ACESTEP_INIT_LLM=true in .env to enable."
 @router.post("/format_input", summary="Rewrite caption and lyrics", openapi_extra=format_body())
 async def format_input(request: Request, service: Svc) -> Any:
     body = await read_body(request, optional=True)
-    caller_by_body(request, service, body)
+    await caller_by_body(request, service, body)
     caption, lyrics = _text(body, "prompt", MAX_PROMPT_CHARS), _text(body, "lyrics", MAX_LYRICS_CHARS)
     given = as_object(body.fields.get("param_obj"))
     unread = unreadable_objects(body.fields, ["param_obj"])
@@ -93,7 +93,7 @@ async def format_input(request: Request, service: Svc) -> Any:
 @router.post("/v1/create_sample", summary="Write a song description for a wish", openapi_extra=sample_body())
 async def create_sample(request: Request, service: Svc) -> Any:
     body = await read_body(request, optional=True)
-    caller_by_body(request, service, body)
+    await caller_by_body(request, service, body)
     said = _Said(unknown_fields(body.fields, SAMPLE_FIELDS))
     language = said.word("vocal_language", body.fields.get("vocal_language"), _language)
     temperature = said.temperature(body)
@@ -125,7 +125,7 @@ async def create_sample(request: Request, service: Svc) -> Any:
 @router.post("/create_random_sample", summary="One of the shipped examples", openapi_extra=random_body())
 async def create_random_sample(request: Request, service: Svc) -> Any:
     body = await read_body(request, optional=True)
-    caller_by_body(request, service, body)
+    await caller_by_body(request, service, body)
     kind = str(body.fields.get("sample_type") or "simple_mode")
     return envelope(random.choice(samples("simple_mode" if kind == "simple_mode" else "custom_mode")))
 
