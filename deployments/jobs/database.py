@@ -10,6 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 from alembic.command import upgrade
 from alembic.config import Config
+from alembic.util import CommandError
 from sqlalchemy.engine import Connection, Engine
 
 from acestep.errors import InvalidRequest
@@ -52,14 +53,24 @@ def storable(text: str) -> bool:
 
 
 def migrate(engine: Engine, revision: str = "head") -> None:
-    """Run the missing migrations, in one transaction under a lock."""
+    """Run the missing migrations, in one transaction under a lock.
+
+    Raises:
+        InvalidRequest: the database is newer than this code.
+    """
     config = Config()
     config.set_main_option("script_location", str(resources.files("deployments.jobs") / "migrations"))
     with writer(engine).begin() as connection:
         if connection.dialect.name == "postgresql":
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
         config.attributes["connection"] = connection
-        upgrade(config, revision)
+        try:
+            upgrade(config, revision)
+        except CommandError as error:
+            raise InvalidRequest(
+                f"database_url: the job database was brought up to date by a newer version of this software ({error})",
+                field="database_url",
+            ) from error
 
 
 def engine_for(url: str) -> Engine:

@@ -112,6 +112,13 @@ def test_an_older_database_is_brought_up_to_date(database_url: str) -> None:
     newer.close()
 
 
+def test_a_newer_database_is_left_alone(store: JobStore, database_url: str) -> None:
+    with store.engine.begin() as db:
+        db.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
+    with pytest.raises(InvalidRequest, match="newer version"):
+        JobStore(database_url)
+
+
 def test_backlog_and_queue_are_read_from_the_same_url(store: JobStore, database_url: str) -> None:
     job = add(store, render_pool="dit", est_render_s=4.0)
     assert read_backlogs(database_url)["dit"].waiting_s == 4.0
