@@ -10,7 +10,7 @@ from acestep.cost import expected_duration
 from acestep.plan import Plan
 from acestep.request import SongRequest
 from deployments.placement import plan_option, render_option
-from deployments.waits import FleetState, PoolState
+from deployments.waits import FleetState, PoolState, handed_over
 
 Stage = Literal["queued", "planning", "planned", "rendering"]
 LEAST_LEFT = 0.1  # of a stage's time: what is not done yet takes some time still, however long it took already
@@ -27,6 +27,7 @@ def remaining_s(
     done: float | None = None,
     plan: Plan | None = None,
     ahead: Mapping[str, float] | None = None,
+    unplanned: Mapping[str, tuple[float, int]] | None = None,
 ) -> float | None:
     """Seconds until the job's files are there; None where that depends on a card that is not there.
 
@@ -37,10 +38,11 @@ def remaining_s(
         done: The share of it that is done, where its progress says so; better than `elapsed_s`.
         plan: What the planner decided, once it did.
         ahead: Seconds of work that go before this job, by pool; None takes all that wait.
+        unplanned: The part of those that waits for its plan, and of how many jobs that is.
     """
     if plan is not None:
         request = request.model_copy(update={"plan": plan})
-    pools = {p.name: _before(p, ahead) for p in fleet.pools}
+    pools = {p.name: p for p in fleet.pools} if ahead is None else _before(fleet, ahead, unplanned or {})
     if renderer is not None and (renderer not in pools or not pools[renderer].can_run):
         return None
     seconds, _ = expected_duration(request)
@@ -58,8 +60,17 @@ def remaining_s(
     return planned_s + render_option(pools[renderer], request, seconds, planned_s).finish_s
 
 
-def _before(pool: PoolState, ahead: Mapping[str, float] | None) -> PoolState:
-    return pool if ahead is None else replace(pool, waiting_s=ahead.get(pool.name, 0.0))
+def _before(
+    fleet: FleetState, ahead: Mapping[str, float], unplanned: Mapping[str, tuple[float, int]]
+) -> dict[str, PoolState]:
+    """The pools with only what goes before the job."""
+    planned_in = max((ahead.get(p.name, 0.0) / max(1, p.running) for p in fleet.of("plan")), default=0.0)
+    pools = {}
+    for pool in fleet.pools:
+        later_s, jobs = unplanned.get(pool.name, (0.0, 0))
+        waiting_s = max(0.0, ahead.get(pool.name, 0.0) - later_s)
+        pools[pool.name] = replace(pool, waiting_s=waiting_s, coming=handed_over(later_s, jobs, planned_in))
+    return pools
 
 
 def _left(wall_s: float, elapsed_s: float, done: float | None) -> float:

@@ -31,6 +31,7 @@ from deployments.jobs.store import Job
 from deployments.metrics import Meter
 from deployments.placement import Decision, FleetState, PoolState, Promise, choose
 from deployments.pools import node_labels
+from deployments.waits import handed_over
 
 LEAST_LEFT = 0.1  # of its time: what is not done yet takes some time still, however long it took already
 
@@ -100,6 +101,7 @@ class Routing:
         self._load: dict[str, Load] = defaultdict(Load)
         self.backlogs: Mapping[str, Backlog] = {}
         self._admitted: dict[str, float] = defaultdict(float)  # since the backlogs were read
+        self._unplanned: dict[str, float] = defaultdict(float)  # of that, what waits for its plan
         self._view = FleetView()
         self.corrections = Corrections()
 
@@ -107,6 +109,7 @@ class Routing:
         """What waits and runs in the whole fleet, as the store says."""
         self.backlogs = backlogs
         self._admitted.clear()
+        self._unplanned.clear()
 
     def admit(self, view: FleetView, request: SongRequest) -> Decision | None:
         """Where a new request would go, cut to what the fleet can do. None while a pool's abilities are not known yet.
@@ -128,7 +131,8 @@ class Routing:
         if decision.planner is not None:
             self._admitted[decision.planner] += decision.est_plan_s
         if decision.renderer is not None and not only_plan:
-            self._admitted[decision.renderer] += decision.est_render_s
+            later = self._admitted if decision.planner is None else self._unplanned
+            later[decision.renderer] += decision.est_render_s
 
     def choose(self, view: FleetView, job: Job, request: SongRequest, plan: Plan | None) -> Decision:
         """Pools for what is left to do of a job; the outcome is `run` or `wait`.
@@ -245,6 +249,16 @@ class Routing:
         self._view = view
         return FleetState(tuple(state for p in view.pools if (state := self._pool_state(p, view, newcomer))))
 
+    def _planning(self, view: FleetView) -> tuple[int, float]:
+        """How many songs are with the planners or wait for them, and until when all of those are planned."""
+        songs, seconds = 1, 0.0
+        for pool in view.of("plan"):
+            backlog = self.backlogs.get(pool.app, Backlog())
+            songs += backlog.waiting_jobs + backlog.running_jobs
+            work_s = backlog.waiting_s + backlog.running_s + self._admitted[pool.app]
+            seconds = max(seconds, work_s / max(1, pool.running))
+        return songs, seconds
+
     def _pool_state(self, pool: Pool, view: FleetView, newcomer: bool) -> PoolState | None:
         limits = pool_limits(pool)
         info = pool.info or {}
@@ -257,10 +271,13 @@ class Routing:
         # The store tells what other routers run, up to a second late; this router knows its own work to the moment.
         others = backlog.running_jobs > load.in_flight
         free = None if others else load.free_in_s(slots, now)
+        coming: tuple[tuple[float, float, bool], ...] = ()
         behind = backlog.held_s if others else load.behind_s(slots)
         if newcomer:
-            queued = backlog.waiting_s - backlog.held_s + self._admitted[pool.app]
-            behind += queued + backlog.upcoming_s + backlog.later_s
+            behind += backlog.waiting_s - backlog.held_s + self._admitted[pool.app]
+            coming = handed_over(
+                backlog.upcoming_s + backlog.later_s + self._unplanned[pool.app], *self._planning(view)
+            )
         fixed = args.num_replicas is not None or args.min_replicas == args.max_replicas
         return PoolState(
             name=pool.app,
@@ -276,6 +293,7 @@ class Routing:
             slots=_slots(pool),
             busy=backlog.running_jobs if free is None else sum(at > 0 for at in free),
             waiting_s=behind,
+            coming=coming,
             running_s=backlog.running_s if free is None else sum(free) / _slots(pool),
             free_in_s=free,
             correction=self.corrections.factor(pool.app, pool.role),

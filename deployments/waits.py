@@ -130,6 +130,11 @@ def _spaced(pool: PoolState) -> list[float]:
     return [0.0] * (slots - busy) + [2.0 * mean * (i + 1) / (busy + 1) for i in range(busy)]
 
 
+def handed_over(work_s: float, pieces: int, within_s: float) -> tuple[tuple[float, float, bool], ...]:
+    """Work that planners hand over piece by piece, evenly until `within_s`, as `PoolState.coming`; all of it goes before us."""
+    return tuple((within_s * (i + 1) / pieces, work_s / pieces, True) for i in range(pieces)) if work_s > 0 else ()
+
+
 def starts(free: list[float], coming: Sequence[tuple[float, float, bool]], ours_at: float, pieces: int) -> list[float]:
     """When our first, second, ... piece would begin, each on a replica of its own, if they are ready at `ours_at`.
 

@@ -210,6 +210,7 @@ class Service:
             done=known.done / known.total if known and known.total else None,
             plan=job.plan,
             ahead=place.ahead,
+            unplanned=place.unplanned,
         )
 
     @property

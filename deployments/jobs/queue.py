@@ -43,10 +43,17 @@ def read_queue(engine: Engine, limit: int = LIMIT) -> list[Waiting]:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a job stands: 1-based, 0 once it runs; and seconds of work that go before it and have not begun, by pool."""
+    """Where a job stands.
+
+    Attributes:
+        position: 1-based, 0 once it runs.
+        ahead: Seconds of work that go before it and have not begun, by pool.
+        unplanned: The part of those that waits for its plan, and of how many jobs that is, by renderer pool.
+    """
 
     position: int = 0
     ahead: Mapping[str, float] = field(default_factory=dict)
+    unplanned: Mapping[str, tuple[float, int]] = field(default_factory=dict)
 
 
 class Line:
@@ -74,14 +81,15 @@ class Line:
         with self._engine.connect() as db:
             rows = {row.id: row for row in db.execute(query.limit(LIMIT))}
         ahead: dict[str, float] = defaultdict(float)
+        unplanned: dict[str, tuple[float, int]] = {}
         for row in rows.values():
             if row.state == "running" and not (row.planned_at and row.stage in RENDER_STAGES):
-                _add(ahead, row, planning=row.stage != "planning")
+                _add(ahead, unplanned, row, planning=row.stage != "planning")
         self._places = {}
         waiting = (_waiting(row) for row in rows.values() if row.state == "queued")
         for position, job in enumerate(next_jobs(waiting, usage, time.time()), 1):
-            self._places[job.id] = Place(position, dict(ahead))
-            _add(ahead, rows[job.id], planning=True)
+            self._places[job.id] = Place(position, dict(ahead), dict(unplanned))
+            _add(ahead, unplanned, rows[job.id], planning=True)
         self._read_at = time.monotonic()
 
 
@@ -96,8 +104,12 @@ def _waiting(row: Any) -> Waiting:
     )
 
 
-def _add(work: dict[str, float], row: Any, *, planning: bool) -> None:
-    if planning and row.plan_pool and not row.planned_at:
+def _add(work: dict[str, float], unplanned: dict[str, tuple[float, int]], row: Any, *, planning: bool) -> None:
+    to_plan = bool(row.plan_pool and not row.planned_at)
+    if planning and to_plan:
         work[row.plan_pool] += row.est_plan_s
     if row.render_pool:
         work[row.render_pool] += row.est_render_s
+        if to_plan:
+            seconds, jobs_before = unplanned.get(row.render_pool, (0.0, 0))
+            unplanned[row.render_pool] = (seconds + row.est_render_s, jobs_before + 1)

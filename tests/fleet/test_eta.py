@@ -65,6 +65,18 @@ def test_without_the_card_there_is_no_answer() -> None:
     assert remaining_s(REQUEST, fleet(), stage="planned", plan=PLAN, **POOLS) is not None
 
 
+def test_who_needs_no_plan_does_not_wait_for_the_plans_of_others() -> None:
+    before = {"ahead": {"lm": 60.0, "dit": 100.0}, "unplanned": {"dit": (100.0, 10)}}
+    given = REQUEST.model_copy(update={"thinking": False, "use_cot_metas": False})
+    alone = remaining_s(given, fleet(), stage="queued", planner=None, renderer="dit", ahead={})
+    told = remaining_s(given, fleet(), stage="queued", planner=None, renderer="dit", **before)
+    assert told == alone
+    planned = remaining_s(REQUEST, fleet(), stage="queued", **POOLS, **before)
+    assert planned is not None
+    assert alone is not None
+    assert planned > 100.0 > alone
+
+
 def test_a_fleet_without_planner_tells_when_songs_are_done() -> None:
     """Such a song may lack tempo and key: there is nobody to ask, so it is rendered as it is."""
     state = FleetState(fleet().of("render"))

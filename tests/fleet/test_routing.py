@@ -172,8 +172,10 @@ async def test_what_runs_here_is_known_to_the_moment_and_what_follows_waits() ->
 def test_a_newcomer_waits_for_everything_and_a_job_whose_turn_has_come_for_nothing() -> None:
     routing = Routing()
     routing.set_backlogs({"dit": Backlog(waiting_s=100.0, upcoming_s=20.0, later_s=300.0)})
-    assert placed(routing, newcomer=True).waiting_s == 420.0
-    assert placed(routing).waiting_s == 0.0
+    found = placed(routing, newcomer=True)
+    assert found.waiting_s == 100.0
+    assert sum(work for _, work, _ in found.coming) == pytest.approx(320.0)
+    assert (placed(routing).waiting_s, placed(routing).coming) == (0.0, ())
 
 
 def test_growth_is_foreseen_only_where_the_pool_scales() -> None:
