@@ -2,7 +2,7 @@
 
 The way of a song: `renderer` takes it, `tasks` refuses what makes no sense, `preparation` turns it into contexts and conditions
 (`prompts`, `conditions`, `window`, `lora`), `engine` lets `sampler` ask for velocities and answers many songs with one evaluation of
-`denoiser` (`attention`), and `vae` decodes what comes out, piece by piece. `admission` and `budget` decide what fits and what shares a
+`denoiser` (`layer`, `attention`), and `vae` decodes what comes out, piece by piece. `admission` and `budget` decide what fits and what shares a
 step, `residency` what is on the card.
 
 Where diffusers 0.42.1 and ACE-Step's own code disagree, or neither is right for a service, the renderer does this:
