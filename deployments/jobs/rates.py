@@ -21,19 +21,18 @@ class Rates:
 
     def take(self, caller: str, per_minute: int) -> float | None:
         """Count one request. None where it is within the limit, else in how many seconds the next one is. Blocks."""
-        now, step = time.time(), WINDOW_S / per_minute
-        full_at = sa.case((rates.c.full_at > now, rates.c.full_at), else_=now) + step
-        mine = rates.c.caller == caller
+        step, mine = WINDOW_S / per_minute, rates.c.caller == caller
         try:
             with self._writer.begin() as db:
-                if db.execute(
-                    rates.update().where(mine, full_at <= now + WINDOW_S + 1e-6).values(full_at=full_at)
-                ).rowcount:
+                now = time.time()  # not before: who waited for the lock asks about the time when it has it
+                full_at = sa.case((rates.c.full_at > now, rates.c.full_at), else_=now) + step
+                within = rates.update().where(mine, full_at <= now + WINDOW_S + 1e-6).values(full_at=full_at)
+                if db.execute(within).rowcount:
                     return None
                 known: float | None = db.execute(sa.select(rates.c.full_at).where(mine)).scalar()
                 if known is None:
                     db.execute(rates.insert().values(caller=caller, full_at=now + step))
                     return None
+                return known + step - now - WINDOW_S
         except sa.exc.IntegrityError:  # another router met this caller for the first time at the same moment
             return self.take(caller, per_minute)
-        return known + step - now - WINDOW_S

@@ -51,7 +51,7 @@ def test_routers_count_requests_together(store: JobStore, database_url: str) -> 
         thread.join()
     waits = [wait for wait in answers if wait is not None]
     assert (len(answers), len(waits)) == (12, 7)
-    assert all(0 < wait <= 12 for wait in waits)
+    assert all(wait > 0 for wait in waits)
     assert both[0].take("b", 5) is None
     other.close()
 
