@@ -33,6 +33,8 @@ class Rates:
                 if known is None:
                     db.execute(rates.insert().values(caller=caller, full_at=now + step))
                     return None
-                return known + step - now - WINDOW_S
-        except sa.exc.IntegrityError:  # another router met this caller for the first time at the same moment
-            return self.take(caller, per_minute)
+            if (wait_s := known + step - now - WINDOW_S) > 0:
+                return wait_s
+        except sa.exc.IntegrityError:
+            pass
+        return self.take(caller, per_minute)  # another router met this caller for the first time at the same moment
