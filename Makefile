@@ -40,7 +40,7 @@ $(VENV)/.test-installed: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $(VENV)/.run-installed $@
 
 constraints: # renews the pins from what .venv holds now
-	@(echo "# Pinned versions of everything that \`make run\` and \`make test\` install. Renew with \`make constraints\`."; \
+	@(echo "# Pinned versions of everything that \`make run\`, \`make test\` and the image install. Renew with \`make constraints\`."; \
 	  $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//') > constraints.txt
 
 clean:

@@ -20,7 +20,6 @@ from typing import Any
 from benchmarks.fleet_policies import OURS, Delays, RequestCount, SecondsOfWork
 from benchmarks.fleet_simulator import PoolSpec, Result, Scaler, Simulator, quantile
 from benchmarks.fleet_traffic import RERENDERS, Arrival, day, request_of
-from benchmarks.svg import scatter
 
 SMALL_LM, LM = "acestep-5Hz-lm-0.6B", "acestep-5Hz-lm-1.7B"
 DIT = "acestep-v15-turbo"
@@ -146,14 +145,31 @@ def routing(jobs: int, scale: int, *, hours: float) -> dict[str, Any]:
     return {"jobs": len(arrivals), "cards": sum(s.max_replicas for s in specs), **rows}
 
 
-def plot(result: dict[str, Any]) -> str:
-    """Late jobs over GPU hours, as SVG."""
-    series: dict[str, list[tuple[float, float, str]]] = {}
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Late jobs over GPU hours, as a picture of the kind that the path's suffix names."""
+    from matplotlib.figure import Figure  # of the extra `dev`, for this option alone
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    series: dict[str, list[tuple[float, int, str]]] = {}
     for row in result["rows"]:
         series.setdefault(row["policy"], []).append((row["gpu_hours"], row["late"], row["setting"]))
-    return scatter(
-        series, title=f"One simulated day, {result['jobs']} jobs: late jobs by GPU hours", x="GPU hours", y="late jobs"
+    for policy, points in series.items():
+        hours, late, settings = zip(*sorted(points), strict=True)
+        axes.plot(hours, late, "o-", label=policy)
+        for point in zip(hours, late, settings, strict=True):
+            axes.annotate(point[2], point[:2], textcoords="offset points", xytext=(6, 6), fontsize="small")
+    axes.set(
+        title=f"One simulated day, {result['jobs']} jobs: late jobs by GPU hours",
+        xlabel="GPU hours",
+        ylabel="late jobs",
     )
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.margins(0.15)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, metadata={"Date": None})
 
 
 def table(results: dict[str, Any]) -> str:
@@ -203,11 +219,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a smaller day, within 50 s")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
-    parser.add_argument("--plot", type=Path, help="write late jobs over GPU hours to this SVG file")
+    parser.add_argument("--plot", type=Path, help="draw late jobs over GPU hours into this file (.svg, .png)")
     options = parser.parse_args(arguments)
     results = run(quick=options.quick)
     if options.plot:
-        options.plot.write_text(plot(results["autoscaling"]), encoding="utf-8")
+        plot(results["autoscaling"], options.plot)
     print(json.dumps(results) if options.json else table(results))
     return 0
 
