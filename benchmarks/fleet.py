@@ -164,9 +164,9 @@ def plot(result: dict[str, Any], path: Path) -> None:
         xlabel="GPU hours",
         ylabel="late jobs",
     )
+    axes.margins(0.15)
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
-    axes.margins(0.15)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, metadata={"Date": None})
