@@ -30,6 +30,7 @@ _SUFFIX_FORMAT: dict[str, AudioFormat] = {
     ".aac": "aac",
 }
 _UNITS = {"planning": "codes", "rendering": "steps", "decoding": "frames", "encoding": "songs"}
+SHOWN_CAPTION = 240  # characters
 _err = Console(stderr=True)
 
 
@@ -181,12 +182,17 @@ def _report(job: dict[str, Any]) -> None:
 
     plan, result = job["plan"] or {}, job["result"]
     facts = {k: v for k, v in (plan.get("metadata") or {}).items() if v is not None}
+    caption = str(facts.pop("caption", ""))
     codes = sum(len(c) for c in plan.get("codes") or [])
     line(
         "plan     "
         + (", ".join(f"{k} {v}" for k, v in facts.items()) or "none")
         + (f", {codes} codes" if codes else "")
     )
+    if caption:
+        line(
+            "caption  " + (caption if len(caption) <= SHOWN_CAPTION else caption[:SHOWN_CAPTION] + " ... (--json: all)")
+        )
     for item in result["items"]:
         names = ", ".join(a["file"] for a in item["audio"])
         line(f"song     {names}: {item['duration']:.2f} s, {item['sample_rate']} Hz, seed {item['seed']}")
