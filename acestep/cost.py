@@ -16,6 +16,7 @@ from typing import Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from acestep.checkpoints.published import VariantDefaults, variant_defaults
+from acestep.dit.tasks import source_song_s
 from acestep.plan import CODES_PER_SECOND, Plan
 from acestep.request import SongRequest
 from acestep.song import LATENT_FPS
@@ -168,6 +169,8 @@ def needs_planner(request: SongRequest) -> bool:
 
 def expected_duration(request: SongRequest, plan: Plan | None = None) -> tuple[float, bool]:
     """(seconds of audio per item, whether that is known and not a guess)."""
+    if (source_s := source_song_s(request)) is not None:
+        return source_s, True
     plan = plan or request.plan
     if plan is not None and plan.codes:
         return max(map(len, plan.codes)) / CODES_PER_SECOND, True

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from acestep.dit.tasks import RULES, source_song_s
 from acestep.errors import LimitExceeded
 from acestep.gpu_config import Limits
 from acestep.plan import CODES_PER_SECOND, Metadata, Plan
@@ -17,7 +18,9 @@ def fits(request: SongRequest, limits: Limits) -> bool:
 
 
 def asked_seconds(request: SongRequest) -> float:
-    """Longest song that the request names: its duration, its plan's, or the length of its codes; 0 where it names none."""
+    """Longest song that the request names: its source's length, else its duration, its plan's, or that of its codes; 0 where it names none."""
+    if (seconds := source_song_s(request)) is not None:
+        return seconds
     plan = request.plan or Plan()
     codes = [len(c) for c in (request.audio_codes or (), *(plan.codes or ()))]
     return max(request.duration or 0.0, plan.metadata.duration or 0.0, *(n / CODES_PER_SECOND for n in codes))
@@ -41,11 +44,12 @@ def best_limits(request: SongRequest, offers: Sequence[Limits]) -> Limits:
 def apply_limits(request: SongRequest, limits: Limits) -> tuple[SongRequest, list[Adjustment]]:
     """The request within `limits`, and what was changed for that.
 
-    Duration, batch size (with its seeds and code lists) and given codes are cut. A duration that the planner is to choose is not
-    touched here: the planner decodes it under the same `limits.max_duration`.
+    Duration, batch size (with its seeds and code lists), given codes and source audio are cut. A duration that the planner is to choose is
+    not touched here: the planner decodes it under the same `limits.max_duration`.
 
     Raises:
-        LimitExceeded: something is beyond the limits and `request.strict` is set; `field`, `asked` and `limit` say what.
+        LimitExceeded: something is beyond the limits and `request.strict` is set, or it is a source that must stay whole around a window;
+            `field`, `asked` and `limit` say what.
     """
     changes: dict[str, Any] = {}
     adjustments: list[Adjustment] = []
@@ -66,6 +70,15 @@ def apply_limits(request: SongRequest, limits: Limits) -> tuple[SongRequest, lis
         changes["batch_size"] = limits.max_batch
         if isinstance(request.seed, tuple):
             changes["seed"] = request.seed[: limits.max_batch]
+    if (seconds := source_song_s(request)) is not None and seconds > limits.max_duration:
+        if RULES[request.task].window:
+            raise LimitExceeded(
+                f"src_audio: {request.task} keeps its source, and the song of {seconds:g} s is above {limits.max_duration:g} s: "
+                f"{limits.reason}. Send a shorter part of it.",
+                field="src_audio", asked=seconds, limit=limits.max_duration, tier=limits.tier,
+            )  # fmt: skip
+        cut("src_audio", round(seconds, 3), limits.max_duration)
+        changes["source_s"] = limits.max_duration
     max_codes = int(limits.max_duration * CODES_PER_SECOND)
     if request.audio_codes is not None and len(request.audio_codes) > max_codes:
         cut("audio_codes", len(request.audio_codes), max_codes)

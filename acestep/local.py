@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from acestep.audio.reading import audio_seconds
 from acestep.checkpoints import resolve as resolve_checkpoint
 from acestep.cost import needs_planner
 from acestep.devices import cap_process_memory
@@ -50,7 +51,7 @@ class Made:
         timings = {"plan": song.plan.timings.model_dump(), "render": song.timings.model_dump()}
         return {
             "state": "succeeded",
-            "request": self.request.model_dump(mode="json", exclude_defaults=True),
+            "request": self.request.model_dump(mode="json", exclude_defaults=True, exclude={"source_s"}),
             "seeds": list(self.request.seeds),
             "warnings": [a.model_dump(mode="json") for a in self.adjustments],
             "plan": song.plan.model_dump(mode="json"),
@@ -94,6 +95,10 @@ class Studio:
             AceStepError: as the service would answer.
         """
         began = time.monotonic()
+        source = _existing("src_audio", request.src_audio)
+        references = tuple(p for r in request.reference_audio if (p := _existing("reference_audio", r)))
+        if source is not None:
+            request = request.model_copy(update={"source_s": audio_seconds(source, field="src_audio")})
         request, adjustments = apply_limits(request.with_seeds(), self.settings.limits)
         plan = request.own_plan()
         if needs_planner(request):
@@ -106,8 +111,6 @@ class Studio:
         renderer.check(request)
         from acestep.dit.work import RenderWork
 
-        source = _existing("src_audio", request.src_audio)
-        references = tuple(p for r in request.reference_audio if (p := _existing("reference_audio", r)))
         parts: list[tuple[tuple[int, ...] | None, Plan]] = [(None, plan)]
         if plan.item_metadata:  # songs of their own: each is rendered by its own metadata
             parts = [((i,), plan.for_item(i)) for i in range(request.batch_size)]

@@ -10,6 +10,7 @@ import secrets
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic.json_schema import SkipJsonSchema
 
 from acestep.audio.formats import check_formats
 from acestep.errors import InvalidRequest
@@ -186,6 +187,9 @@ class SongRequest(BaseModel):
 
     # Source audio: ids of uploaded files or allow-listed paths, resolved by the API before a stage sees them.
     src_audio: Text | None = Field(None, max_length=1024)
+    source_s: SkipJsonSchema[float | None] = Field(
+        None, ge=0.0, description="Seconds of src_audio; measured, not asked."
+    )
     reference_audio: tuple[Text, ...] = Field((), max_length=4)
     repainting_start: float = Field(0.0, ge=-MAX_DURATION_S, le=MAX_DURATION_S, description="Seconds; < 0 outpaints.")
     repainting_end: float | None = Field(None, ge=0.0, le=2 * MAX_DURATION_S, description="Seconds; null = to the end.")

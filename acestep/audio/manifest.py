@@ -17,7 +17,7 @@ from acestep.request import SongRequest
 SCHEMA = 1
 _PACKAGES = ("acestep-serve", "torch", "diffusers", "transformers")
 # Ids of uploads and paths on this machine say nothing elsewhere; plan and codes have their own places.
-_LEFT_OUT = {"seed", "plan", "audio_codes", "src_audio", "reference_audio", "lora"}
+_LEFT_OUT = {"seed", "plan", "audio_codes", "src_audio", "source_s", "reference_audio", "lora"}
 
 
 def manifest(

@@ -195,6 +195,10 @@ class Preparation:
     def _source(self, work: RenderWork) -> Steps[_Source]:
         assert work.src_audio is not None
         audio = yield from self.read(work.src_audio, "src_audio")
+        if (seconds := work.request.source_s) is not None and audio.shape[
+            1
+        ] - seconds * SAMPLE_RATE > SAMPLES_PER_FRAME:
+            audio = audio[:, : round(seconds * SAMPLE_RATE)]  # cut to a limit; what was measured may differ by a little
         window = None
         if RULES[work.request.task].window:
             window = window_of(work.request, audio.shape[1])

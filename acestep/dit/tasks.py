@@ -66,6 +66,15 @@ def follows_source(request: SongRequest, *, codes: bool) -> bool:
     return RULES[request.task].cover or codes
 
 
+def source_song_s(request: SongRequest) -> float | None:
+    """Seconds of the song where source audio decides its length, with what a window adds on both sides; None where none does."""
+    if request.source_s is None:
+        return None
+    if not RULES[request.task].window:
+        return request.source_s
+    return max(0.0, -request.repainting_start) + max(request.source_s, request.repainting_end or 0.0)
+
+
 def check(request: SongRequest, defaults: VariantDefaults, name: str) -> None:
     """Refuse what the checkpoint `name` cannot do or what makes no sense together.
 

@@ -130,6 +130,6 @@ async def understand(
 ) -> Sample:
     codes = question.codes
     if codes is None:
-        name = await service.source(question.src_audio or "", caller, "src_audio")
+        name = (await service.source(question.src_audio or "", caller, "src_audio")).path
         codes = await service.talk.codes(name)
     return await service.talk.understand(codes, **question.model_dump(exclude={"codes", "src_audio"}))

@@ -24,7 +24,7 @@ from deployments.config import RouterArgs
 from deployments.dispatch import Dispatcher
 from deployments.eta import Stage, remaining_s
 from deployments.fleet import Fleet
-from deployments.jobs.files import FileRecords
+from deployments.jobs.files import FileRecord, FileRecords
 from deployments.jobs.queue import Line, Place
 from deployments.jobs.rates import Rates
 from deployments.jobs.secrets import shared_secret
@@ -146,16 +146,19 @@ class Service:
             )  # fmt: skip
 
     async def with_sources(self, request: SongRequest, caller: Caller) -> SongRequest:
-        """The request with every source audio it names taken into the file store."""
+        """The request with every source audio it names taken into the file store, and measured."""
+        if request.source_s is not None:
+            raise InvalidRequest("source_s: is measured, not asked", field="source_s")
         changes: dict[str, Any] = {}
         if request.src_audio is not None:
-            changes["src_audio"] = await self.source(request.src_audio, caller, "src_audio")
+            record = await self.source(request.src_audio, caller, "src_audio")
+            changes |= {"src_audio": record.path, "source_s": record.duration}
         if request.reference_audio:
-            names = [await self.source(name, caller, "reference_audio") for name in request.reference_audio]
-            changes["reference_audio"] = tuple(names)
+            files = [await self.source(name, caller, "reference_audio") for name in request.reference_audio]
+            changes["reference_audio"] = tuple(file.path for file in files)
         return request.model_copy(update=changes) if changes else request
 
-    async def source(self, value: str, caller: Caller, field: str) -> str:
+    async def source(self, value: str, caller: Caller, field: str) -> FileRecord:
         return await self.sources.admit(value, caller, field=field, loopback=self.loopback)
 
     async def job(self, job_id: str, caller: Caller | None = None) -> Job | None:

@@ -65,8 +65,8 @@ class Sources:
             data = file if isinstance(file, bytes) else await file.read()
             return await asyncio.to_thread(self._keep, data, name, caller, field)
 
-    async def admit(self, value: str, caller: Caller, *, field: str, loopback: bool) -> str:
-        """The name in the file store for what a request calls its source: a file id, a song's URL or path, or an allowed path.
+    async def admit(self, value: str, caller: Caller, *, field: str, loopback: bool) -> FileRecord:
+        """The stored copy of what a request calls its source: a file id, a song's URL or path, or an allowed path.
 
         Args:
             loopback: The server can be reached from this machine only, so the temporary folder counts as allowed.
@@ -84,7 +84,7 @@ class Sources:
             folders = (tempfile.gettempdir(),) if loopback else ()
         return [Path(os.path.realpath(folder)) for folder in folders]
 
-    def _admit(self, value: str, caller: Caller, field: str, loopback: bool) -> str:
+    def _admit(self, value: str, caller: Caller, field: str, loopback: bool) -> FileRecord:
         value = _path_of_url(value.strip())
         if not value or "\0" in value or len(value) > MAX_PATH:
             raise InvalidRequest(NOT_FOUND, field=field)
@@ -94,14 +94,14 @@ class Sources:
             record = self.records.get(file_id)
             if record is None or record.owner_key != caller.name or self.storage.size(record.path) is None:
                 raise InvalidRequest(f"{field}: there is no uploaded file {file_id}", field=field)
-            return record.path
+            return record
         if song := _SONG_FILE.fullmatch(name):
             if not self.may_use(caller, song.group(1)) or self.storage.size(name) is None:
                 raise InvalidRequest(NOT_FOUND, field=field)
             data = self.storage.read(name)
         else:
             data = self._read(find_file(value, self.roots(loopback), field), field)
-        return self._keep(data, Path(value).name, caller, field).path
+        return self._keep(data, Path(value).name, caller, field)
 
     def _stored(self, value: str) -> str:
         """The name in the file store of what a path leads to, links resolved; empty where it leads elsewhere."""

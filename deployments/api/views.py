@@ -87,7 +87,7 @@ def usage(job: Job) -> dict[str, Any] | None:
 
 def request_view(request: SongRequest) -> dict[str, Any]:
     """A request as it can be sent again; stored source audio by its file id."""
-    shown = request.model_dump(mode="json", exclude_defaults=True)
+    shown = request.model_dump(mode="json", exclude_defaults=True, exclude={"source_s"})
     if "src_audio" in shown:
         shown["src_audio"] = shown["src_audio"].removeprefix(FOLDER)
     if "reference_audio" in shown:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import sqlite3
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
+import soundfile
 from sqlalchemy.exc import OperationalError
 
 from acestep.errors import StoragePermission
@@ -338,10 +341,28 @@ async def test_a_full_queue_is_told_before_a_record_is_made(build: Build) -> Non
     assert site.service.store.counts()["queued"] == 1
 
 
+async def test_a_source_longer_than_any_card_can_do_is_cut_or_refused(site: Site) -> None:
+    file = io.BytesIO()
+    soundfile.write(file, np.full(490 * 8000, 0.1, np.float32), 8000, format="WAV")
+    sent = await site.client.post("/v1/files", files={"file": ("long.wav", file.getvalue())})
+    cover = {"prompt": "x", "task": "cover", "src_audio": sent.json()["id"]}
+    job = (await site.client.post("/v1/music", json=cover)).json()
+    (warning,) = job["warnings"]
+    assert (warning["field"], warning["asked"], warning["given"]) == ("src_audio", 490.0, 480.0)
+    assert job["cost"]["audio_s"] == 480.0
+    assert job["request"]["src_audio"] == sent.json()["id"]
+    assert "source_s" not in job["request"]
+    for body in ({**cover, "strict": True}, {**cover, "task": "repaint"}):
+        refused = await site.client.post("/v1/music", json=body)
+        assert (refused.status_code, refused.json()["type"]) == (422, "urn:acestep:limit_exceeded")
+        assert "480 s" in refused.json()["detail"] or "480:" in refused.json()["detail"]
+
+
 @pytest.mark.parametrize(
     ("method", "path", "body", "status"),
     [
         ("POST", "/v1/music", {"prompt": ""}, 422),
+        ("POST", "/v1/music", {"prompt": "x", "source_s": 1.0}, 422),
         ("POST", "/v1/music", {"prompt": "x", "nonsense": 1}, 422),
         ("POST", "/v1/music", {"prompt": "x", "task": "extract", "src_audio": "/etc/passwd"}, 422),
         ("POST", "/v1/music", {"prompt": "x", "steps": 50}, 422),

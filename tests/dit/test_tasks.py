@@ -106,6 +106,18 @@ def test_sources_of_any_shape(
     assert audio.shape == (2, round(seconds * 48_000))
 
 
+def test_a_source_cut_to_a_limit_is_its_beginning(renderers: dict[str, Renderer], song_file: SongFile) -> None:
+    source = song_file(3.0, 48_000, 2)
+    cut = audio_of(renderers["tiny"], source, task="cover", source_s=2.0)
+    assert cut.shape == (2, 96_000)
+    beginning = soundfile.read(source, frames=96_000, dtype="float32")[0]
+    shorter = source.with_name("beginning.wav")
+    soundfile.write(shorter, beginning, 48_000, subtype="FLOAT")
+    torch.testing.assert_close(cut, audio_of(renderers["tiny"], shorter, task="cover"))
+    measured = audio_of(renderers["tiny"], source, task="cover", source_s=2.999)  # a rounded measure cuts nothing
+    assert measured.shape == (2, 144_000)
+
+
 def test_sources_do_not_depend_on_global_randomness(renderers: dict[str, Renderer], song_file: SongFile) -> None:
     # diffusers draws from the VAE's posterior with the global generator, so a seed does not give the same song again.
     results = []

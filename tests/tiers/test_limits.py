@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from acestep.cost import expected_duration
 from acestep.errors import LimitExceeded
 from acestep.gpu_config import PROFILES, Limits, get_gpu_config, get_limits
 from acestep.limits import apply_limits, asked_seconds, best_limits, fits, without_planner
@@ -38,6 +39,22 @@ def test_strict_refuses(field: str, value: float, limit: float) -> None:
     assert caught.value.details["field"] == field
     assert caught.value.details["limit"] == limit
     assert "tier2" in caught.value.message
+
+
+def test_source_audio_is_cut_where_nothing_of_it_must_stay() -> None:
+    """It decides the song's length, whatever duration was asked for."""
+    cover = SongRequest(task="cover", src_audio="a", source_s=400.0, duration=20)
+    cut, changes = apply_limits(cover, SMALL)
+    assert cut.source_s == 360
+    assert [(c.field, c.asked, c.given) for c in changes] == [("src_audio", 400.0, 360)]
+    with pytest.raises(LimitExceeded, match="src_audio 400"):
+        apply_limits(cover.model_copy(update={"strict": True}), SMALL)
+    repaint = SongRequest(task="repaint", src_audio="a", source_s=350.0, repainting_start=-20, repainting_end=30)
+    with pytest.raises(LimitExceeded, match="the song of 370 s"):
+        apply_limits(repaint, SMALL)
+    longer = SongRequest(task="repaint", src_audio="a", source_s=350.0, repainting_start=340, repainting_end=360)
+    assert apply_limits(longer, SMALL) == (longer, [])
+    assert expected_duration(longer) == (360.0, True)
 
 
 def test_given_codes_and_plans_are_cut_too() -> None:

@@ -114,7 +114,7 @@ async def resolved(service: Service, caller: Caller, values: Values) -> Any:
     """The submission, with its source audio taken in under the rules for paths before anything else looks at them."""
     for field in ("src_audio_path", "reference_audio_path"):
         if values[field]:
-            values.values[field] = await service.source(values[field], caller, field)
+            values.values[field] = (await service.source(values[field], caller, field)).path
     return build(values, served(service))
 
 
