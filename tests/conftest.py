@@ -24,9 +24,9 @@ def _own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     return home
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def s3() -> Iterator[str]:
-    """A file store URL in a bucket of a real S3 endpoint."""
+    """A file store URL in a bucket of a real S3 endpoint, known to the environment as long as a module's tests need it."""
     from tests.s3 import endpoint
 
     with endpoint() as url:

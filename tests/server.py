@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +69,13 @@ class Server:
             "HF_HUB_OFFLINE": "1",
             **(env or {}),
         }
+        if not self.home.exists():  # as `make run` does before it starts the server
+            shutil.copytree(tiny_checkpoints(), self.home / "checkpoints")
         self.process: subprocess.Popen[bytes] | None = None
         self.prefix: list[str] = []
         if uid is not None:
             self.prefix = as_user(uid)
-            for path in (self.folder, self.config):
+            for path in (self.folder, self.config, self.home, *self.home.rglob("*")):
                 os.chown(path, uid, uid)
             self.env = {k: v for k, v in self.env.items() if k not in ("HOME", "USER", "LOGNAME")}
 
@@ -143,6 +147,17 @@ class Server:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+
+@cache
+def tiny_checkpoints() -> Path:
+    """A folder of tiny checkpoints, made once: writing them takes longer than loading them."""
+    folder = Path(tempfile.mkdtemp(prefix="ace-tiny-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    env = {k: v for k, v in os.environ.items() if not k.startswith("ACESTEP_")} | {"ACESTEP_CHECKPOINTS": str(folder)}
+    make = "from acestep.checkpoints import resolve; resolve('tiny', 'renderer'); resolve('tiny-lm', 'planner')"
+    subprocess.run([sys.executable, "-c", make], check=True, env=env | {"ACESTEP_HOME": str(folder)})
+    return folder
 
 
 def as_user(uid: int) -> list[str]:
