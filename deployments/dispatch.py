@@ -224,7 +224,7 @@ class Dispatcher:
         await self._count(job.id, error.type, 0.0)
 
     async def _count(self, job_id: str, outcome: str, audio_s: float) -> None:
-        self.notices.tell()
+        self.notices.ended(job_id)
         if (job := await asyncio.to_thread(self.store.get, job_id)) is not None:
             self.meter.ended(job, outcome, audio_s)
 

@@ -38,6 +38,14 @@ class Notices:
         """Something happened here: look now."""
         self._look.set()
 
+    def ended(self, job_id: str) -> None:
+        """A job that runs here has ended, and that is written down: who waits for its end need not look."""
+        if topic := self._topics.get(job_id):
+            topic.ended = True
+            topic.changed.set()
+            topic.changed = asyncio.Event()
+        self.tell()
+
     async def news(self, job_id: str, after: int, timeout_s: float) -> bool:
         """Wait until the job has an event with a number above `after`; False where it has none within the time.
 
