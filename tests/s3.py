@@ -21,7 +21,9 @@ def endpoint() -> Iterator[str]:
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    httpx.post(f"http://{host}:{port}/moto-api/reset").raise_for_status()  # its buckets belong to the process, not to it
+    httpx.post(
+        f"http://{host}:{port}/moto-api/reset"
+    ).raise_for_status()  # its buckets belong to the process, not to it
     values = {
         "AWS_ENDPOINT_URL_S3": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret",
         "AWS_DEFAULT_REGION": "us-east-1",
