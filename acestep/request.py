@@ -230,13 +230,11 @@ class SongRequest(BaseModel):
             raise ValueError(f"src_audio: task {self.task} needs source audio")
         if self.plan is not None and self.plan.codes and len(self.plan.codes) not in (1, self.batch_size):
             raise ValueError(f"plan: {len(self.plan.codes)} code lists for batch_size {self.batch_size}")
-        if self.plan is not None and 0 < len(self.plan.item_metadata) < self.batch_size:
-            raise ValueError(f"plan: metadata of {len(self.plan.item_metadata)} items for batch_size {self.batch_size}")
         if self.plan is not None and self.plan.codes and not all(self.plan.codes):
             raise ValueError("plan: a code list is empty")
         if self.plan is not None and len(self.plan.item_metadata) not in (0, self.batch_size):
             raise ValueError(
-                f"plan: item_metadata has {len(self.plan.item_metadata)} entries for batch_size {self.batch_size}"
+                f"plan: item_metadata of {len(self.plan.item_metadata)} items for batch_size {self.batch_size}"
             )
         try:
             check_formats(self.formats, self.bitrate_kbps)
