@@ -18,6 +18,7 @@ from acestep.cost import (
     RendererCost,
     expected_duration,
     needs_codes,
+    plan_rows,
     plan_seconds,
     render_seconds,
 )
@@ -34,47 +35,68 @@ NOTICE = "simulated engine: no model ran"
 @dataclass
 class _Running:
     ticket: Ticket[Any, Any]
-    seconds: float
+    seconds: float  # alone
     began: float
+    done: float = 0.0
+    pace: float = 1.0  # seconds of it per second, others beside it
 
 
 class SimulatedEngine:
-    """Holds each ticket for its seconds of work; `slots` at once."""
+    """Holds each ticket for its seconds of work, longer where others share the device; `slots` rows at once."""
 
     def __init__(self, slots: int, stage: str) -> None:
         self.slots = slots
         self.stage = stage
         self._running: dict[str, _Running] = {}
+        self._at = time.monotonic()
 
     def has_room(self, ticket: Ticket[Any, Any]) -> bool:
-        return len(self._running) < self.slots
+        return self._rows() + ticket.work.rows <= self.slots
 
     def add(self, ticket: Ticket[Any, Any]) -> None:
-        self._running[ticket.id] = _Running(ticket, ticket.work.seconds(), time.monotonic())
+        self._work_off()
+        self._running[ticket.id] = _Running(ticket, ticket.work.seconds(), self._at)
+        self._share()
 
     def step(self) -> bool:
         if not self._running:
             return False
-        now = time.monotonic()
-        time.sleep(max(0.0, min(TICK_S, min(r.began + r.seconds for r in self._running.values()) - now)))
-        now = time.monotonic()
+        next_s = min((r.seconds - r.done) / r.pace for r in self._running.values())
+        time.sleep(max(0.0, min(TICK_S, next_s)))
+        self._work_off()
         for running in list(self._running.values()):
-            share = 1.0 if running.seconds <= 0 else min(1.0, (now - running.began) / running.seconds)
+            share = 1.0 if running.seconds <= 0 else min(1.0, running.done / running.seconds)
             total = running.ticket.work.units()
             running.ticket.progress(Progress(stage=self.stage, done=int(share * total), total=total))
             if share >= 1.0:
-                del self._running[running.ticket.id]
-                running.ticket.finish(running.ticket.work.result(running.seconds))
+                self.remove(running.ticket)
+                running.ticket.finish(running.ticket.work.result(self._at - running.began))
         return True
 
+    def _rows(self) -> int:
+        return sum(r.ticket.work.rows for r in self._running.values())
+
+    def _work_off(self) -> None:
+        now = time.monotonic()
+        for running in self._running.values():
+            running.done += (now - self._at) * running.pace
+        self._at = now
+
+    def _share(self) -> None:
+        rows = self._rows()
+        for running in self._running.values():
+            running.pace = running.seconds / max(1e-9, running.ticket.work.seconds(rows)) or 1.0
+
     def remove(self, ticket: Ticket[Any, Any]) -> None:
+        self._work_off()
         self._running.pop(ticket.id, None)
+        self._share()
 
     def reset(self) -> None:
         self._running.clear()
 
     def stats(self) -> dict[str, Any]:
-        return {"slots": self.slots, "slots_used": len(self._running)}
+        return {"slots": self.slots, "slots_used": self._rows()}
 
 
 @dataclass(frozen=True)
@@ -86,8 +108,14 @@ class SimulatedPlan:
     cost: PlannerCost
     slots: int
 
-    def seconds(self) -> float:
-        return plan_seconds(self.request, self.cost, self._duration(), slots=self.slots, busy_rows=0).wall_s
+    @property
+    def rows(self) -> int:
+        return min(self.slots, plan_rows(self.request, self.slots))
+
+    def seconds(self, rows: int = 0) -> float:
+        """With so many rows in use, its own included."""
+        others = max(0, rows - self.rows)
+        return plan_seconds(self.request, self.cost, self._duration(), slots=self.slots, busy_rows=others).wall_s
 
     def units(self) -> int:
         return int(self._duration() * CODES_PER_SECOND) * self.request.batch_size if needs_codes(self.request) else 0
@@ -122,8 +150,9 @@ class SimulatedRender:
     items: tuple[int, ...]
     cost: RendererCost
     model: str
+    rows: int = 1
 
-    def seconds(self) -> float:
+    def seconds(self, rows: int = 1) -> float:
         return render_seconds(self.request, self.cost, self._duration(), model=self.model, items=len(self.items)).wall_s
 
     def units(self) -> int:
