@@ -2,7 +2,8 @@
 
 Callers (API keys) are kept level in seconds of work, so one that sends 1,000 jobs gets no more of the fleet than one that sends ten. Among
 the callers that are within `SLACK_S` of the least served one, the most urgent job goes first. A job without a deadline counts as due some
-time after it came, less for short work than for long: that keeps short songs from standing behind albums, and makes every job age. Pure functions: the store says what waits, the dispatcher takes the answer.
+time after it came, the same for all short work and later for long: that keeps short songs from standing behind albums, songs of a kind in
+the order in which they came, and makes every job age. Pure functions: the store says what waits, the dispatcher takes the answer.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Waiting:
 
 def patience_of(work_s: float) -> float:
     """Within what time a job of that much work should be done."""
-    return PATIENCE_S + PATIENCE_FACTOR * work_s
+    return max(PATIENCE_S, PATIENCE_FACTOR * work_s)
 
 
 def next_jobs(
