@@ -24,13 +24,14 @@ from acestep.request import Adjustment, SongRequest
 from acestep.song import Progress, Song
 from deployments.errands import ANSWER, Errands
 from deployments.fleet import Capacity, Fleet
-from deployments.jobs.queue import read_queue
+from deployments.jobs.queue import read_queue, turn_of
 from deployments.jobs.store import UNREACHABLE, Job, JobStore, LeaseLost
 from deployments.logs import about
 from deployments.metrics import Meter
 from deployments.notices import Notices
-from deployments.ordering import Usage, next_jobs
+from deployments.ordering import next_jobs
 from deployments.placement import Decision
+from deployments.places import Place
 from deployments.progress import ProgressWriter
 from deployments.routing import NoPool, Routing
 from deployments.talk import Talk
@@ -80,9 +81,13 @@ class Dispatcher:
         self.errands = Errands(store, Talk(fleet, routing, patient=True), self.owner)
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._cancelled: set[str] = set()  # those among them whose caller wants no more
-        self.usage = Usage()
         self._blocked: dict[str, Capacity] = {}  # jobs no pool can take, by the fleet they were told so by
         self._wake = asyncio.Event()
+
+    @property
+    def running(self) -> frozenset[str]:
+        """Ids of the jobs that run here."""
+        return frozenset(self._tasks)
 
     def wake(self) -> None:
         """A job was added or a pool changed: look now."""
@@ -137,10 +142,11 @@ class Dispatcher:
         waiting = await asyncio.to_thread(read_queue, self.store.engine)
         self._blocked = {w.id: seen for w in waiting if (seen := self._blocked.get(w.id)) is not None}
         free = [w for w in waiting if self._blocked.get(w.id) != capacity and w.id not in self._tasks]
-        for chosen in next_jobs(free, self.usage.at(now), now, limit=room):
+        for chosen in next_jobs(free, self.routing.usage.at(now), now, limit=room):
             job = await asyncio.to_thread(self.store.claim, chosen.id, self.owner, self.lease_s)
             if job is not None:
-                self.usage.add(job.owner_key, chosen.work_s, now)
+                self.routing.usage.add(job.owner_key, chosen.work_s, now)
+                self.routing.claimed(job)
                 self._start(job)
 
     def _start(self, job: Job) -> None:
@@ -260,14 +266,12 @@ class Dispatcher:
                 return request, adjustments, request.own_plan()
             arguments = (job.id, request.model_dump(mode="json"), choice.max_duration, job.priority, _left(job))
             try:
-                rows = self.routing.plan_rows(choice.planner, request)
-                async with self.routing.occupy(
-                    choice.planner, "plan", choice.est_plan_s, choice.plan_wall_s, rows
-                ) as place:
+                place = self._plan_place(job, choice, choice.planner)
+                async with self.routing.occupy(choice.planner, "plan", place):
                     handle = self.fleet.handle(choice.planner, "plan")
                     async with ProgressWriter(self.store, job.id, self.owner) as report:
                         with span("plan", pool=choice.planner, job_id=job.id):
-                            result = await self._follow(job, handle, "plan", arguments, report)
+                            result = await self._follow(place, handle, "plan", arguments, report)
                 plan = Plan.model_validate(result)
                 if place.alone:
                     self.routing.learn_plan(choice.planner, choice.plan_profile_s, plan)
@@ -275,6 +279,12 @@ class Dispatcher:
             except _REPLICA_LOST as error:
                 await self._lost(job, choice.planner, error, attempt)
         raise AssertionError("unreachable: the last attempt raises")
+
+    def _plan_place(self, job: Job, choice: Decision, planner: str) -> Place:
+        rows, slots = self.routing.plan_rows(planner, choice.request)
+        then = (choice.renderer, choice.est_render_s) if choice.renderer and job.kind == "song" else None
+        turn = turn_of(job)
+        return Place(turn, choice.est_plan_s, choice.plan_wall_s, slots=rows, share=rows / slots, then=then)
 
     async def _render(self, job: Job, request: SongRequest, adjustments: tuple[Adjustment, ...], plan: Plan) -> Song:
         done: dict[tuple[int, ...], Song] = {}
@@ -317,10 +327,18 @@ class Dispatcher:
             job.id, request.model_dump(mode="json"), plan.model_dump(mode="json"), items, job.priority, _left(job)
         )  # fmt: skip
         work_s = choice.est_render_s * len(items) / request.batch_size
-        async with self.routing.occupy(pool, "render", work_s, choice.render_wall_s) as place:
+        share = self.routing.share(pool, request.model_copy(update={"plan": plan}), len(items))
+        place = Place(turn_of(job), work_s, choice.render_wall_s, share=share)
+
+        async def watch(progress: Progress) -> None:
+            if progress.stage == "encoding":
+                self.routing.leave(pool, place)
+            await report(progress)
+
+        async with self.routing.occupy(pool, "render", place):
             handle = self.fleet.handle(pool, "render")
             with span("render", pool=pool, job_id=job.id, items=len(items)):
-                song = Song.model_validate(await self._follow(job, handle, "render", arguments, report))
+                song = Song.model_validate(await self._follow(place, handle, "render", arguments, watch))
         if place.alone:
             self.routing.learn_render(pool, request, plan, song)
         return song
@@ -358,10 +376,11 @@ class Dispatcher:
         return decision, adjustments
 
     async def _follow(
-        self, job: Job, handle: DeploymentHandle[Any], method: str, arguments: tuple[Any, ...], report: Report
+        self, place: Place, handle: DeploymentHandle[Any], method: str, arguments: tuple[Any, ...], report: Report
     ) -> dict[str, Any]:
         """Consume a stage's stream: report progress, return the result. Leaving early cancels the replica's work."""
         stream = getattr(handle.options(stream=True), method).remote(*arguments)
+        place.call = stream.request_id
         try:
             async for message in stream:
                 if "progress" in message:

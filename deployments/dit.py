@@ -24,7 +24,7 @@ from deployments.replica import start_replica
 from deployments.replica_metrics import ReplicaMeter
 from deployments.sources import local_files
 from deployments.storage import Storage
-from deployments.streaming import FIRST_S, TALK_PRIORITY, ProgressMailbox, failure, follow, ticket_id
+from deployments.streaming import TALK_PRIORITY, ProgressMailbox, failure, follow, ticket_id
 from deployments.tracing import parts, span
 
 if TYPE_CHECKING:
@@ -109,8 +109,8 @@ class RendererDeployment:
                     engine = {"conditions": took.conditions_s, "denoise": took.denoise_s, "decode": took.decode_s}
                     parts(engine, job_id=job_id)
                     storing = asyncio.ensure_future(self._store(job_id, parsed, made, item))
-                    if not (await asyncio.wait({storing}, timeout=FIRST_S))[0]:
-                        yield {"progress": Progress(stage="encoding", total=len(item.items)).model_dump()}
+                    # Said at once: the router sends the next song for the device, which is free from here on.
+                    yield {"progress": Progress(stage="encoding", total=len(item.items)).model_dump()}
                     song = await storing
                     log.info(
                         "job %s: %d item(s) rendered in %.2f s after %.2f s in the queue, encoded in %.2f s",

@@ -13,6 +13,8 @@ from typing import Any
 
 from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
+from deployments import leaving
+
 
 class LeastBusy(FIFOMixin, RequestRouter):
     """A Serve request router, set by `request_router_config` of every pool. One lives in each handle."""
@@ -20,27 +22,37 @@ class LeastBusy(FIFOMixin, RequestRouter):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]
         self._held: Counter[ReplicaID] = Counter()
+        self._routed: dict[str, tuple[str, ReplicaID]] = {}  # by internal id
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """All candidates, ranked by how much we have sent them and not got back; equals in random order."""
+        """All candidates, ranked by how much we have sent them that keeps them busy; equals in random order."""
         if pending_request is not None:
             pending_request.routing_context.should_backoff = (
                 True  # else Serve asks again without a pause while all are full
             )
         shuffled = random.sample(candidate_replicas, len(candidate_replicas))
-        return ranked(shuffled, {r.replica_id: self._held[r.replica_id] for r in shuffled})
+        ending = Counter(replica for request, replica in self._routed.values() if leaving.is_leaving(request))
+        return ranked(shuffled, {r.replica_id: self._held[r.replica_id] - ending[r.replica_id] for r in shuffled})
 
     def on_send_request(self, replica_id: ReplicaID) -> None:
         super().on_send_request(replica_id)
         self._held[replica_id] += 1
 
+    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
+        super().on_request_routed(pending_request, replica_id, result)
+        metadata = pending_request.metadata
+        self._routed[metadata.internal_request_id] = (metadata.request_id, replica_id)
+
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
         super().on_request_completed(replica_id, internal_request_id)
+        self._routed.pop(internal_request_id, None)
         self._held[replica_id] -= 1
         if self._held[replica_id] <= 0:
             del self._held[replica_id]
+            # A short call may be over before Serve says where it went.
+            self._routed = {k: (request, at) for k, (request, at) in self._routed.items() if at != replica_id}
 
 
 def ranked(replicas: list[RunningReplica], held: dict[ReplicaID, int]) -> list[list[RunningReplica]]:

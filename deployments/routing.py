@@ -6,91 +6,42 @@ state a router has: what it gave to each pool and did not get back, and how far 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import itertools
 import math
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
-from acestep.cost import Corrections, Profile, expected_duration, plan_rows, render_seconds
+from acestep.cost import Corrections, Profile, expected_duration, needs_planner, plan_rows, plan_seconds, render_seconds
 from acestep.errors import InvalidRequest
 from acestep.gpu_config import Limits, get_gpu_config, get_limits
 from acestep.plan import Plan
 from acestep.profiles import find, named
 from acestep.request import SongRequest
-from acestep.song import Song
+from acestep.song import LATENT_FPS, Song
 from deployments.autoscaling import desired
 from deployments.config import PoolArgs
 from deployments.fleet import FleetView, Pool
 from deployments.jobs.backlog import Backlog
+from deployments.jobs.queue import Place as LinePlace
+from deployments.jobs.queue import turn_of
 from deployments.jobs.store import Job
 from deployments.metrics import Meter
+from deployments.ordering import Usage, Waiting
 from deployments.placement import Decision, FleetState, PoolState, Promise, choose
+from deployments.places import Load, Place
 from deployments.pools import node_labels
 from deployments.waits import handed_over
 
-LEAST_LEFT = 0.1  # of its time: what is not done yet takes some time still, however long it took already
+ROWS = 2  # of a planner, that most songs take: one with the guidance and one without
+OTHERS = 8  # pieces in which what other routers have planned is thought to come
+CLIP_FRAMES = 500  # 20 s of audio: as many of them as a renderer takes together fill it
 
 
 class NoPool(Exception):
     """No pool can take the work now; the text says what is missing."""
-
-
-@dataclass(eq=False)
-class Place:
-    """One piece of this router's work on a pool.
-
-    Attributes:
-        slots: Batch rows that it takes.
-        work_s: Seconds of one replica that it takes.
-        wall_s: How long it will take once it runs.
-        alone: It waits for nobody and shares its slots with nobody, so its time is its own.
-        since: `time.monotonic()` at which it had slots of its own; None while it waits inside a replica.
-    """
-
-    slots: int
-    work_s: float
-    wall_s: float
-    alone: bool = True
-    since: float | None = None
-
-    def left_s(self, now: float) -> float:
-        return max(LEAST_LEFT * self.wall_s, self.wall_s - (now - (self.since or now)))
-
-
-@dataclass
-class Load:
-    """Work of this router on one pool, in the order in which it came; `waiting_s` has no place yet."""
-
-    places: list[Place] = field(default_factory=list)
-    waiting_s: float = 0.0
-    freed: asyncio.Event = field(default_factory=asyncio.Event)
-
-    @property
-    def in_flight(self) -> int:
-        return len(self.places)
-
-    def run(self, slots: int, now: float) -> None:
-        """Note who has slots now, as replicas with that many in all take work in order."""
-        for place in self._first(slots):
-            place.since = place.since or now
-
-    def free_in_s(self, slots: int, now: float) -> tuple[float, ...]:
-        """When each of that many slots is free of what runs in it."""
-        times = [left for place in self._first(slots) for left in [place.left_s(now)] * place.slots]
-        return (*times, *[0.0] * (slots - len(times)))
-
-    def behind_s(self, slots: int) -> float:
-        """Seconds of work beyond what runs on that many slots."""
-        return self.waiting_s + sum(p.work_s for p in self.places) - sum(p.work_s for p in self._first(slots))
-
-    def _first(self, slots: int) -> list[Place]:
-        used = itertools.accumulate(p.slots for p in self.places)
-        return [place for place, total in zip(self.places, used, strict=True) if total <= slots]
 
 
 class Routing:
@@ -98,21 +49,23 @@ class Routing:
 
     def __init__(self, meter: Meter | None = None) -> None:
         self.meter = meter or Meter()
-        self._load: dict[str, Load] = defaultdict(Load)
+        self.usage = Usage()
+        self._load: dict[str, Load] = {}
         self.backlogs: Mapping[str, Backlog] = {}
-        self._admitted: dict[str, float] = defaultdict(float)  # since the backlogs were read
-        self._unplanned: dict[str, float] = defaultdict(float)  # of that, what waits for its plan
+        self._since = _Queued()  # what came into the queue, and left it, since the backlogs were read
         self._view = FleetView()
         self.corrections = Corrections()
 
     def set_backlogs(self, backlogs: Mapping[str, Backlog]) -> None:
         """What waits and runs in the whole fleet, as the store says."""
         self.backlogs = backlogs
-        self._admitted.clear()
-        self._unplanned.clear()
+        self._since = _Queued()
 
-    def admit(self, view: FleetView, request: SongRequest) -> Decision | None:
+    def admit(self, view: FleetView, request: SongRequest, key: str = "") -> Decision | None:
         """Where a new request would go, cut to what the fleet can do. None while a pool's abilities are not known yet.
+
+        Args:
+            key: Whose request it is.
 
         Raises:
             LimitExceeded: beyond the fleet, and strict.
@@ -120,19 +73,23 @@ class Routing:
         """
         if not view.pools or any(pool_limits(p) is None for p in view.pools):
             return None
-        state = self.state(view, newcomer=True)
-        decision = _say_why_off(view, choose(request, state))
+        me = Waiting("", key, _work_s(request, self.state(view)), time.time())
+        decision = _say_why_off(view, choose(request, self.state(view, me, newcomer=True)))
         if decision.outcome == "never":
             raise InvalidRequest(decision.reason, field="task" if request.task != "text2music" else "model")
         return decision
 
     def admitted(self, decision: Decision, *, only_plan: bool = False) -> None:
         """A job was written down: what comes next waits behind it, also before the backlogs are read again."""
-        if decision.planner is not None:
-            self._admitted[decision.planner] += decision.est_plan_s
-        if decision.renderer is not None and not only_plan:
-            later = self._admitted if decision.planner is None else self._unplanned
-            later[decision.renderer] += decision.est_render_s
+        self._since.add(
+            decision.planner, decision.est_plan_s, None if only_plan else decision.renderer, decision.est_render_s
+        )
+
+    def claimed(self, job: Job) -> None:
+        """A job left the queue for this router: from now on it is known by its places."""
+        self._since.add(
+            None if job.planned_at else job.plan_pool, job.est_plan_s, job.render_pool, job.est_render_s, sign=-1
+        )
 
     def choose(self, view: FleetView, job: Job, request: SongRequest, plan: Plan | None) -> Decision:
         """Pools for what is left to do of a job; the outcome is `run` or `wait`.
@@ -141,7 +98,7 @@ class Routing:
             NoPool: nothing is known of any renderer yet.
             LimitExceeded, InvalidRequest: no pool ever can.
         """
-        state = self.state(view)
+        state = self.state(view, turn_of(job))
         if not state.of("render"):
             raise NoPool(_missing(view))
         accepted_as_is = job.render_pool is not None  # it was cut at submit; from then on it waits for its card
@@ -155,47 +112,72 @@ class Routing:
 
     def window(self, view: FleetView) -> int:
         """How many jobs this router may hold: what the running replicas can work on, and some to follow."""
+        self._look(view)
         planners = sum(p.running * _slots(p) for p in view.of("plan"))
         renderers = sum(p.running for p in view.of("render"))
         return max(2, planners + 2 * renderers)
 
     @contextlib.asynccontextmanager
-    async def occupy(self, pool: str, stage: str, work_s: float, wall_s: float, slots: int = 1) -> AsyncIterator[Place]:
-        """Take a place on a pool, waiting for one: work that is not yet inside a replica can still go to a new one.
-
-        Args:
-            work_s: Seconds of one replica that the work takes.
-            wall_s: How long it takes from its start.
-            slots: Batch rows that it takes at once.
-        """
-        load = self._load[pool]
-        load.waiting_s += work_s
+    async def occupy(self, pool: str, stage: str, place: Place) -> AsyncIterator[Place]:
+        """Take a place on a pool, waiting for one until it is the job's turn and a replica can begin with it."""
+        load = self._load_of(pool)
         try:
-            while load.in_flight >= self._places(pool):
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(load.freed.wait(), 0.5)  # replicas come and go without telling us
-                load.freed.clear()
-        finally:
-            load.waiting_s = max(0.0, load.waiting_s - work_s)
-        place = Place(slots, work_s, wall_s)
-        load.places.append(place)
-        load.run(self._running_slots(pool), time.monotonic())
-        if sum(p.slots for p in load.places) > self._undisturbed(pool):
-            for other in load.places if stage == "render" else (place,):  # who plans already keeps its rows
-                other.alone = False
-        began = time.monotonic()
-        try:
+            await load.enter(place)
+            # Songs that share steps take each other's time; who plans has rows of its own.
+            if stage == "render" and self._together(pool) > 1 and len(load.places) > load.replicas:
+                for other in load.places:
+                    other.alone = False
+            began = time.monotonic()
             yield place
             self.meter.stage(pool, stage, time.monotonic() - began)
         finally:
-            load.places.remove(place)
-            load.run(self._running_slots(pool), time.monotonic())
-            load.freed.set()
+            load.close(place)
 
-    def plan_rows(self, pool: str, request: SongRequest) -> int:
-        """Batch rows that planning a request takes on a pool."""
+    def leave(self, pool: str, place: Place) -> None:
+        """The device is done with it; what is left is not the replica's."""
+        self._load_of(pool).leave(place)
+
+    def share(self, pool: str, request: SongRequest, items: int) -> float:
+        """The part of one replica that rendering so many items keeps from others."""
+        clips = math.ceil(items * expected_duration(request)[0] * LATENT_FPS / CLIP_FRAMES)
+        return min(1.0, clips / self._together(pool))
+
+    def whereabouts(self, job_id: str) -> tuple[Literal["planning", "planned", "rendering"], float] | None:
+        """The stage in which this router has a job and what is left of it, in seconds; None where it has none of it in a stage."""
+        now = time.monotonic()
+        for pool in self._view.pools:
+            load = self._load.get(pool.app)
+            mine = [p for p in (*load.places, *load.waiting) if p.turn.id == job_id] if load else []
+            if not mine or load is None:
+                continue
+            if any(p in load.waiting for p in mine):
+                return ("planned", 0.0) if pool.role == "render" else None
+            return "planning" if pool.role == "plan" else "rendering", max(p.left_s(now) for p in mine)
+        return None
+
+    def _load_of(self, app: str) -> Load:
+        if app not in self._load:
+            pool = self._view.get(app)
+            self._load[app] = Load(lambda: self.usage.at(time.time()), hand_off=bool(pool and pool.role == "render"))
+            self._look(self._view)
+        return self._load[app]
+
+    def _look(self, view: FleetView) -> None:
+        """Take a new picture of the fleet in."""
+        self._view = view
+        for app, load in self._load.items():
+            if pool := view.get(app):
+                load.resize(pool.running, pool.running * _slots(pool))
+
+    def _together(self, app: str) -> int:
+        pool = self._view.get(app)
+        return _together(pool) if pool else 1
+
+    def plan_rows(self, pool: str, request: SongRequest) -> tuple[int, int]:
+        """Batch rows that planning a request takes on a pool, of how many that one replica has."""
         known = self._view.get(pool)
-        return plan_rows(request, _slots(known) if known else 1)
+        slots = _slots(known) if known else 1
+        return min(slots, plan_rows(request, slots)), slots
 
     def learn_plan(self, pool: str, foretold_s: float, plan: Plan) -> None:
         """Take in how long planning took inside the planner.
@@ -222,62 +204,91 @@ class Routing:
             pool, "render", foretold.wall_s, took.conditions_s + took.denoise_s + took.decode_s + took.encode_s
         )
 
-    def _undisturbed(self, app: str) -> float:
-        """Slots that may be in use on a pool before one piece of work is slower for another."""
-        pool = self._view.get(app)
-        if pool is None:
-            return 0
-        return math.inf if pool.role == "render" and _together(pool) == 1 else self._running_slots(app)
-
-    def _running_slots(self, app: str) -> int:
-        pool = self._view.get(app)
-        return pool.running * _slots(pool) if pool else 0
-
-    def _places(self, app: str) -> int:
-        """What the running replicas work on at once, and one more each, so that none waits for us."""
-        pool = self._view.get(app)
-        if pool is None:
-            return 1
-        return max(1, pool.running * (max(_slots(pool), _together(pool)) + 1))
-
-    def state(self, view: FleetView, *, newcomer: bool = False) -> FleetState:
-        """The fleet as `placement` wants it: pools whose abilities are known.
+    def state(
+        self, view: FleetView, me: Waiting | None = None, *, newcomer: bool = False, line: LinePlace | None = None
+    ) -> FleetState:
+        """The fleet as `placement` wants it: pools whose abilities are known, and of what waits there what goes before one job.
 
         Args:
-            newcomer: As a job finds it that comes behind all others; else as one whose turn has come.
+            me: The job; None: one behind all others.
+            newcomer: It comes behind everything that is queued; else its turn has come, or it has a place in the queue.
+            line: That place.
         """
-        self._view = view
-        return FleetState(tuple(state for p in view.pools if (state := self._pool_state(p, view, newcomer))))
+        self._look(view)
+        queued = self._queued(line) if line is not None else _Queued()
+        if newcomer:
+            queued = self._everything_queued(view)
+        comes_in = self._handover(view, queued)
+        return FleetState(tuple(s for p in view.pools if (s := self._pool_state(p, view, me, queued, comes_in))))
 
-    def _planning(self, view: FleetView) -> tuple[int, float]:
-        """How many songs are with the planners or wait for them, and until when all of those are planned."""
-        songs, seconds = 1, 0.0
-        for pool in view.of("plan"):
+    def _queued(self, line: LinePlace) -> _Queued:
+        found = _Queued()
+        for pool, work_s in line.ahead.items():
+            later_s, jobs = line.unplanned.get(pool, (0.0, 0))
+            found.ready[pool] = work_s - later_s
+            found.later[pool], found.jobs = later_s, found.jobs + jobs
+        return found
+
+    def _everything_queued(self, view: FleetView) -> _Queued:
+        found = _Queued()
+        for pool in view.pools:
             backlog = self.backlogs.get(pool.app, Backlog())
-            songs += backlog.waiting_jobs + backlog.running_jobs
-            work_s = backlog.waiting_s + backlog.running_s + self._admitted[pool.app]
-            seconds = max(seconds, work_s / max(1, pool.running))
-        return songs, seconds
+            found.ready[pool.app] = max(0.0, backlog.waiting_s - backlog.held_s + self._since.ready[pool.app])
+            found.later[pool.app] = max(0.0, backlog.later_s + self._since.later[pool.app])
+            if pool.role == "plan":
+                found.jobs += backlog.waiting_jobs
+        found.jobs = max(0, found.jobs + self._since.jobs)
+        return found
 
-    def _pool_state(self, pool: Pool, view: FleetView, newcomer: bool) -> PoolState | None:
+    def _handover(self, view: FleetView, queued: _Queued) -> tuple[float, float]:
+        """When planners will have planned the first and the last of what is queued."""
+        first_s, last_s, now = 0.0, 0.0, time.monotonic()
+        for pool in view.of("plan"):
+            if not (work_s := queued.ready[pool.app]) or not queued.jobs:
+                continue
+            load, replicas = self._load_of(pool.app), max(1, pool.running)
+            begins = min(load.free_in_s(replicas * _slots(pool), now)) + sum(p.work_s for p in load.behind()) / replicas
+            wall_s = work_s / queued.jobs * _slots(pool) / ROWS
+            first_s, last_s = begins + wall_s, max(last_s, begins + wall_s + work_s / replicas)
+        return first_s, last_s
+
+    def _pool_state(
+        self,
+        pool: Pool,
+        view: FleetView,
+        me: Waiting | None,
+        queued: _Queued,
+        comes_in: tuple[float, float],
+    ) -> PoolState | None:
         limits = pool_limits(pool)
         info = pool.info or {}
         if limits is None or info.get("disabled"):
             return None
-        load, backlog, args = self._load[pool.app], self.backlogs.get(pool.app, Backlog()), pool.args
+        load, backlog, args = self._load_of(pool.app), self.backlogs.get(pool.app, Backlog()), pool.args
         reachable = view.reachable(pool)
         running = pool.running if pool.info else 0
         slots, now = running * _slots(pool), time.monotonic()
         # The store tells what other routers run, up to a second late; this router knows its own work to the moment.
         others = backlog.running_jobs > load.in_flight
         free = None if others else load.free_in_s(slots, now)
-        coming: tuple[tuple[float, float, bool], ...] = ()
-        behind = backlog.held_s if others else load.behind_s(slots)
-        if newcomer:
-            behind += backlog.waiting_s - backlog.held_s + self._admitted[pool.app]
-            coming = handed_over(
-                backlog.upcoming_s + backlog.later_s + self._unplanned[pool.app], *self._planning(view)
-            )
+        waiting_s = queued.ready[pool.app]
+        coming = list(handed_over(queued.later[pool.app], queued.jobs, *comes_in))
+        for place in load.behind(slots):
+            if me is None or (place.turn.id != me.id and place.turn.due < me.due):
+                waiting_s += place.work_s
+            elif place.turn.id != me.id and pool.role == "render":
+                coming.append((0.0, place.work_s, False))
+        planning_s = 0.0
+        for place, ends_in in self._planning(view, now):
+            renderer, work_s = place.then or ("", 0.0)
+            if renderer == pool.app:
+                planning_s += work_s
+                if me is None or place.turn.id != me.id:
+                    coming.append((ends_in, work_s, me is None or place.turn.due < me.due))
+        if others:
+            waiting_s += max(0.0, backlog.held_s - load.held_s())
+        if self._others_plan(view):
+            coming += handed_over(backlog.upcoming_s - planning_s, OTHERS, 0.0, comes_in[0])
         fixed = args.num_replicas is not None or args.min_replicas == args.max_replicas
         return PoolState(
             name=pool.app,
@@ -292,8 +303,8 @@ class Routing:
             reachable=reachable,
             slots=_slots(pool),
             busy=backlog.running_jobs if free is None else sum(at > 0 for at in free),
-            waiting_s=behind,
-            coming=coming,
+            waiting_s=waiting_s,
+            coming=tuple(coming),
             running_s=backlog.running_s if free is None else sum(free) / _slots(pool),
             free_in_s=free,
             correction=self.corrections.factor(pool.app, pool.role),
@@ -301,6 +312,32 @@ class Routing:
             target=0 if fixed else _wanted(args, backlog, running),
             needs=node_labels(args),
         )
+
+    def _others_plan(self, view: FleetView) -> bool:
+        """Whether other routers have jobs with the planners."""
+        pools = (p.app for p in view.of("plan") if p.app in self.backlogs)
+        return any(self.backlogs[app].running_jobs > self._load_of(app).in_flight for app in pools)
+
+    def _planning(self, view: FleetView, now: float) -> list[tuple[Place, float]]:
+        """This router's jobs that planners have or will have, and in how many seconds each is planned."""
+        loads = (load for p in view.of("plan") if (load := self._load.get(p.app)))
+        return [found for load in loads for found in load.ends(now)]
+
+
+@dataclass
+class _Queued:
+    """Seconds of work in the queue by pool: what could begin now, and what renderers get once it is planned; and how many jobs that is."""
+
+    ready: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    later: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    jobs: int = 0
+
+    def add(self, planner: str | None, plan_s: float, renderer: str | None, render_s: float, sign: int = 1) -> None:
+        if planner is not None:
+            self.ready[planner] += sign * plan_s
+            self.jobs += sign
+        if renderer is not None:
+            (self.ready if planner is None else self.later)[renderer] += sign * render_s
 
 
 def pool_limits(pool: Pool) -> Limits | None:
@@ -349,6 +386,20 @@ def _promise(job: Job) -> Promise | None:
     if job.render_pool is None or told is None:
         return None
     return Promise(job.render_pool, job.created_at + float(told) - time.time())
+
+
+def _work_s(request: SongRequest, fleet: FleetState) -> float:
+    """About how much work a request is, all stages, on the first pool of each."""
+    duration, _ = expected_duration(request)
+    planner = next(iter(fleet.of("plan")), None)
+    renderer = next(iter(fleet.of("render")), None)
+    work_s = 0.0
+    if planner is not None and needs_planner(request):
+        work_s += plan_seconds(request, planner.profile.planner(planner.model), duration, slots=planner.slots).work_s
+    if renderer is not None:
+        cost = renderer.profile.renderer(renderer.model)
+        work_s += render_seconds(request, cost, duration, model=renderer.model, items=request.batch_size).work_s
+    return work_s
 
 
 def _slots(pool: Pool) -> int:

@@ -16,6 +16,7 @@ from acestep.cost import Profile
 from acestep.gpu_config import Limits
 
 Role = Literal["plan", "render"]
+MOST_LUMPS = 64  # a longer line is played forward in as many steps
 
 
 @dataclass(frozen=True)
@@ -130,9 +131,13 @@ def _spaced(pool: PoolState) -> list[float]:
     return [0.0] * (slots - busy) + [2.0 * mean * (i + 1) / (busy + 1) for i in range(busy)]
 
 
-def handed_over(work_s: float, pieces: int, within_s: float) -> tuple[tuple[float, float, bool], ...]:
-    """Work that planners hand over piece by piece, evenly until `within_s`, as `PoolState.coming`; all of it goes before us."""
-    return tuple((within_s * (i + 1) / pieces, work_s / pieces, True) for i in range(pieces)) if work_s > 0 else ()
+def handed_over(work_s: float, pieces: int, first_s: float, last_s: float) -> tuple[tuple[float, float, bool], ...]:
+    """Work that planners hand over piece by piece, evenly from `first_s` to `last_s`, as `PoolState.coming`; all of it goes before us."""
+    if work_s <= 0:
+        return ()
+    lumps = max(1, min(pieces, MOST_LUMPS))
+    step = (last_s - first_s) / max(1, lumps - 1)
+    return tuple((first_s + step * i, work_s / lumps, True) for i in range(lumps))
 
 
 def starts(free: list[float], coming: Sequence[tuple[float, float, bool]], ours_at: float, pieces: int) -> list[float]:

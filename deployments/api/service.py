@@ -25,7 +25,7 @@ from deployments.dispatch import Dispatcher
 from deployments.eta import Stage, remaining_s
 from deployments.fleet import Fleet
 from deployments.jobs.files import FileRecord, FileRecords
-from deployments.jobs.queue import Line, Place
+from deployments.jobs.queue import Line, Place, turn_of
 from deployments.jobs.rates import Rates
 from deployments.jobs.secrets import shared_secret
 from deployments.jobs.store import QUEUED, RUNNING, Busy, Caps, Job, JobStore
@@ -103,7 +103,7 @@ class Service:
                 return known, False
         request = await self.with_sources(request, caller)
         columns: dict[str, Any] = {}
-        decision = self.routing.admit(self.fleet.view, request) if kind in ("song", "plan") else None
+        decision = self.routing.admit(self.fleet.view, request, caller.name) if kind in ("song", "plan") else None
         if decision is not None:
             request = decision.request
             if kind == "song" and (pool := self.fleet.view.get(decision.renderer or "")) and pool.info:
@@ -190,30 +190,33 @@ class Service:
         """What goes before a job, in the order in which this router will serve."""
         if job.state != QUEUED:
             return Place()
-        return await asyncio.to_thread(self.line.place, job.id, self.dispatcher.usage.at(time.time()))
+        usage = self.routing.usage.at(time.time())
+        return await asyncio.to_thread(self.line.place, job.id, usage, self.dispatcher.running)
 
     def _remaining(self, job: Job, place: Place) -> float | None:
         if job.plan_pool is None and job.render_pool is None:
             return None
         stage: Stage = "planned" if job.planned_at else "queued"
+        left_s = None
         if job.state == RUNNING:
             if job.stage == "planning":
                 stage = "planning"
             elif job.stage in ("rendering", "decoding", "encoding"):
                 stage = "rendering"
+            if here := self.routing.whereabouts(job.id):
+                stage, left_s = here
         known = job.progress if job.progress and job.progress.stage == stage == "planning" else None
         since = (job.planned_at if stage == "rendering" else None) or job.started_at
         return remaining_s(
             job.request,
-            self.routing.state(self.fleet.view),
+            self.routing.state(self.fleet.view, turn_of(job), line=place if job.state == QUEUED else None),
             planner=job.plan_pool,
             renderer=job.render_pool,
             stage=stage,
+            left_s=left_s,
             elapsed_s=time.time() - since if since else 0.0,
             done=known.done / known.total if known and known.total else None,
             plan=job.plan,
-            ahead=place.ahead,
-            unplanned=place.unplanned,
         )
 
     @property

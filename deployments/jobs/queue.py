@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from sqlalchemy.engine import Engine
 
 from deployments.jobs.backlog import RENDER_STAGES
 from deployments.jobs.schema import jobs
-from deployments.ordering import Waiting, next_jobs
+from deployments.ordering import Waiting, next_jobs, patience_of
 
 LIMIT = 5_000
 FRESH_S = 0.5
@@ -38,7 +38,7 @@ def read_queue(engine: Engine, limit: int = LIMIT) -> list[Waiting]:
     )
     with engine.connect() as db:
         rows = db.execute(query).all()
-    return [_waiting(row) for row in rows]
+    return [turn_of(row) for row in rows]
 
 
 @dataclass(frozen=True)
@@ -65,42 +65,45 @@ class Line:
         self._read_at = float("-inf")
         self._places: dict[str, Place] = {}
 
-    def place(self, job_id: str, usage: Mapping[str, float]) -> Place:
+    def place(self, job_id: str, usage: Mapping[str, float], known: Collection[str] = ()) -> Place:
         """The place of a waiting job. Blocks.
 
         Args:
             usage: Seconds of work that each caller had lately; see `deployments.ordering`.
+            known: Running jobs that are not to be counted: who asks knows better how far they are.
         """
         with self._lock:
             if job_id not in self._places or time.monotonic() - self._read_at > FRESH_S:
-                self._read(usage)
+                self._read(usage, known)
             return self._places.get(job_id, Place())
 
-    def _read(self, usage: Mapping[str, float]) -> None:
+    def _read(self, usage: Mapping[str, float], known: Collection[str]) -> None:
         query = sa.select(*_COLUMNS).where(jobs.c.state.in_(("queued", "running"))).order_by(jobs.c.created_at)
         with self._engine.connect() as db:
             rows = {row.id: row for row in db.execute(query.limit(LIMIT))}
         ahead: dict[str, float] = defaultdict(float)
         unplanned: dict[str, tuple[float, int]] = {}
         for row in rows.values():
-            if row.state == "running" and not (row.planned_at and row.stage in RENDER_STAGES):
+            if row.state == "running" and row.id not in known and not (row.planned_at and row.stage in RENDER_STAGES):
                 _add(ahead, unplanned, row, planning=row.stage != "planning")
         self._places = {}
-        waiting = (_waiting(row) for row in rows.values() if row.state == "queued")
+        waiting = (turn_of(row) for row in rows.values() if row.state == "queued")
         for position, job in enumerate(next_jobs(waiting, usage, time.time()), 1):
             self._places[job.id] = Place(position, dict(ahead), dict(unplanned))
             _add(ahead, unplanned, rows[job.id], planning=True)
         self._read_at = time.monotonic()
 
 
-def _waiting(row: Any) -> Waiting:
+def turn_of(job: Any) -> Waiting:
+    """A job, or a row of its table, as the fair order sees it: due at the same time all its way long."""
     return Waiting(
-        id=row.id,
-        key=row.owner_key,
-        work_s=row.est_render_s + (0.0 if row.planned_at else row.est_plan_s),
-        submitted=row.created_at,
-        deadline=row.deadline,
-        priority=row.priority,
+        id=job.id,
+        key=job.owner_key,
+        work_s=job.est_render_s + (0.0 if job.planned_at else job.est_plan_s),
+        submitted=job.created_at,
+        deadline=job.deadline,
+        priority=job.priority,
+        patience_s=patience_of(job.est_plan_s + job.est_render_s),
     )
 
 

@@ -19,6 +19,8 @@ from acestep.request import SongRequest
 from deployments import dispatch
 from deployments.dispatch import Dispatcher
 from deployments.jobs.store import Job, JobStore
+from deployments.ordering import Waiting
+from deployments.places import Place
 
 from .conftest import Site
 
@@ -186,7 +188,7 @@ async def test_a_job_that_goes_where_it_was_told_at_submit_is_not_written_again(
 class Stream:
     """A stage's answer as a handle gives it: one progress, then nothing for ever."""
 
-    cancelled = False
+    cancelled, request_id = False, "request"
 
     async def __aiter__(self) -> AsyncIterator[dict[str, object]]:
         yield {"progress": {"stage": "rendering"}}
@@ -200,14 +202,14 @@ async def test_who_leaves_a_stage_cancels_its_stream(site: Site) -> None:
     """Serve does not tell the replica that nobody listens any more; it would render to the end."""
     stream, told = Stream(), asyncio.Event()
     handle = SimpleNamespace(options=lambda **_: handle, render=SimpleNamespace(remote=lambda *_: stream))
-    dispatcher, store = site.service.dispatcher, site.service.store
-    job, _ = store.add(str(uuid.uuid4()), SongRequest(prompt="x", seed=1))
+    place = Place(Waiting("job", "", 1.0, 0.0), 1.0, 1.0)
 
     async def report(progress: object) -> None:
         told.set()
 
-    following = asyncio.create_task(dispatcher._follow(job, handle, "render", (), report))  # type: ignore[arg-type]
+    following = asyncio.create_task(site.service.dispatcher._follow(place, handle, "render", (), report))  # type: ignore[arg-type]
     await told.wait()
+    assert place.call == stream.request_id
     following.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await following

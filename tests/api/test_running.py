@@ -64,6 +64,7 @@ class _Stream:
     arguments: tuple[Any, ...]
     todo: Any
     done: bool = False
+    request_id: str = "request"
 
     async def __aiter__(self) -> AsyncIterator[dict[str, Any]]:
         name = "planning" if self.method == "plan" else "rendering"

@@ -9,7 +9,8 @@ import pytest
 from acestep.plan import Metadata, Plan
 from acestep.request import SongRequest
 from deployments.eta import remaining_s
-from deployments.placement import FleetState, choose
+from deployments.placement import FleetState, PoolState, choose
+from deployments.waits import handed_over
 from tests.fleet.conftest import make_pool
 
 REQUEST = SongRequest(prompt="folk", duration=120)
@@ -17,13 +18,12 @@ PLAN = Plan(metadata=Metadata(duration=120), codes=((1,) * 600,))
 POOLS = {"planner": "lm", "renderer": "dit"}
 
 
+def planner(**fields: object) -> PoolState:
+    return make_pool("lm", "plan", "rtx-4080", "tier6", **fields)
+
+
 def fleet(**renderer: object) -> FleetState:
-    return FleetState(
-        (
-            make_pool("lm", "plan", "rtx-4080", "tier6"),
-            make_pool("dit", "render", "rtx-3060-12", "tier5", **renderer),
-        )
-    )
+    return FleetState((planner(), make_pool("dit", "render", "rtx-3060-12", "tier5", **renderer)))
 
 
 def test_at_submit_it_is_what_the_decision_said() -> None:
@@ -44,17 +44,20 @@ def test_it_falls_from_stage_to_stage() -> None:
     assert left == sorted(left, key=lambda x: -(x or 0.0))
 
 
-def test_only_what_goes_before_counts() -> None:
+def test_others_queues_do_not_touch_a_song_that_is_being_rendered() -> None:
     crowded = fleet(waiting_s=500.0)
-    everyone = remaining_s(REQUEST, crowded, stage="queued", **POOLS)
-    first = remaining_s(REQUEST, crowded, stage="queued", ahead={"dit": 0.0}, **POOLS)
-    assert everyone is not None
-    assert first is not None
-    assert first < everyone - 400
-    # Others' queues do not touch a song that is being rendered.
     assert remaining_s(REQUEST, crowded, stage="rendering", plan=PLAN, **POOLS) == remaining_s(
         REQUEST, fleet(), stage="rendering", plan=PLAN, **POOLS
     )
+
+
+def test_what_the_router_knows_of_a_running_stage_counts_and_progress_counts_more() -> None:
+    told = [
+        remaining_s(REQUEST, fleet(), stage="planning", **POOLS, **known)
+        for known in ({"left_s": 100.0}, {"left_s": 1.0}, {"left_s": 100.0, "done": 1.0})
+    ]
+    assert told[0] == pytest.approx((told[1] or 0.0) + 99.0)
+    assert told[2] == pytest.approx((told[1] or 0.0) - 1.0)
 
 
 def test_without_the_card_there_is_no_answer() -> None:
@@ -66,15 +69,16 @@ def test_without_the_card_there_is_no_answer() -> None:
 
 
 def test_who_needs_no_plan_does_not_wait_for_the_plans_of_others() -> None:
-    before = {"ahead": {"lm": 60.0, "dit": 100.0}, "unplanned": {"dit": (100.0, 10)}}
+    others = fleet(coming=handed_over(100.0, 10, 60.0, 80.0))
     given = REQUEST.model_copy(update={"thinking": False, "use_cot_metas": False})
-    alone = remaining_s(given, fleet(), stage="queued", planner=None, renderer="dit", ahead={})
-    told = remaining_s(given, fleet(), stage="queued", planner=None, renderer="dit", **before)
-    assert told == alone
-    planned = remaining_s(REQUEST, fleet(), stage="queued", **POOLS, **before)
+    alone = remaining_s(given, fleet(), stage="queued", planner=None, renderer="dit")
+    assert remaining_s(given, others, stage="queued", planner=None, renderer="dit") == alone
+    planned = remaining_s(
+        REQUEST, replace(others, pools=(planner(waiting_s=70.0), others.pools[1])), stage="queued", **POOLS
+    )
     assert planned is not None
     assert alone is not None
-    assert planned > 100.0 > alone
+    assert planned > 160.0 > alone
 
 
 def test_a_fleet_without_planner_tells_when_songs_are_done() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import AsyncIterator
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 from typing import Any
@@ -16,13 +18,17 @@ from acestep.profiles import find
 from acestep.request import SongRequest
 from acestep.song import RenderTimings, Song, SongItem
 from deployments import fleet as fleet_module
+from deployments import leaving
 from deployments.api.health import readiness
 from deployments.build import build_config, parse_tiers
 from deployments.config import PlannerArgs, PoolArgs, RendererArgs
 from deployments.fleet import Fleet, FleetView, Node, Pool
 from deployments.jobs.backlog import Backlog
+from deployments.jobs.queue import Place as LinePlace
 from deployments.least_busy import ranked
+from deployments.ordering import Waiting
 from deployments.placement import PoolState
+from deployments.places import Place
 from deployments.routing import Routing, pool_limits
 
 GPU = {"acestep/role": "gpu"}
@@ -38,6 +44,11 @@ def renderer(tier: str = "tier4", running: int = 1, **fields: Any) -> Pool:
         "profile": find(tier=tier).model_dump(mode="json"),
     }  # fmt: skip
     return Pool("dit", "render", RendererArgs(), status="RUNNING", running=running, info={**info, **fields})
+
+
+PLANNER = Pool(
+    "lm", "plan", PlannerArgs(), status="RUNNING", running=1, info={**(renderer().info or {}), "capacity": 4}
+)
 
 
 # -- what pools can do
@@ -132,50 +143,192 @@ async def test_other_replicas_are_asked_at_once_what_they_can_do(monkeypatch: py
 # -- places
 
 
-async def test_each_part_of_a_spread_batch_holds_a_place_of_its_own() -> None:
-    routing = Routing()
-    routing.state(FleetView((renderer(running=2),)))
-    entered = 0
+def piece(name: str = "job", work_s: float = 1.0, *, submitted: float = 0.0, key: str = "", **fields: Any) -> Place:
+    return Place(Waiting(name, key, work_s, submitted), work_s, work_s, **fields)
 
-    async def part() -> None:
-        nonlocal entered
-        async with routing.occupy("dit", "render", 1.0, 1.0):
-            entered += 1
+
+class Held:
+    """Pieces that hold their places until told to go; `entered` says in which order they came in."""
+
+    def __init__(self, routing: Routing) -> None:
+        self.routing = routing
+        self.entered: list[str] = []
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+
+    async def add(self, *places: Place, pool: str = "dit") -> None:
+        for place in places:
+            self._tasks[place.turn.id] = asyncio.create_task(self._hold(place, pool))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+
+    async def end(self, name: str) -> None:
+        self._tasks[name].cancel()
+        await asyncio.wait({self._tasks[name]})
+        await asyncio.sleep(0)
+
+    async def _hold(self, place: Place, pool: str) -> None:
+        async with self.routing.occupy(pool, "render", place):
+            self.entered.append(place.turn.id)
             await asyncio.sleep(3600)
 
-    tasks = [asyncio.create_task(part()) for _ in range(6)]
-    await asyncio.sleep(0.01)
-    assert entered == 4  # two replicas: one song each, and one to follow
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-    async with asyncio.timeout(1), routing.occupy("dit", "render", 1.0, 1.0):
-        pass
+
+@pytest.fixture
+async def held() -> AsyncIterator[Held]:
+    held = Held(Routing())
+    placed(held.routing)
+    yield held
+    for name in held._tasks:
+        await held.end(name)
 
 
-def placed(routing: Routing, *, newcomer: bool = False) -> PoolState:
-    return routing.state(FleetView((renderer(running=2),)), newcomer=newcomer).pools[0]
+async def test_what_no_replica_can_begin_with_is_held_back_and_the_most_urgent_comes_next(held: Held) -> None:
+    await held.add(piece("a"), piece("b"), piece("late", submitted=60.0), piece("early", submitted=10.0))
+    assert held.entered == ["a", "b"]  # two replicas
+    await held.end("a")
+    assert held.entered[2:] == ["early"]
+    await held.end("late")  # whoever gives up while it waits takes nothing along
+    await held.end("b")
+    await held.add(piece("c"))
+    assert held.entered[3:] == ["c"]
 
 
-async def test_what_runs_here_is_known_to_the_moment_and_what_follows_waits() -> None:
+async def test_a_caller_that_had_much_waits_behind_one_that_had_nothing(held: Held) -> None:
+    held.routing.usage.add("many", 500.0, time.time())
+    now = time.time()
+    await held.add(
+        piece("a"),
+        piece("b"),
+        *(piece(n, submitted=now - 9, key="many") for n in "cd"),
+        piece("e", submitted=now, key="one"),
+    )
+    await held.end("a")
+    assert held.entered[2:] == ["e"]
+
+
+async def test_more_replicas_let_more_in(held: Held) -> None:
+    await held.add(*(piece(n) for n in "abcd"))
+    assert held.entered == ["a", "b"]
+    held.routing.window(FleetView((renderer(running=3),)))
+    await asyncio.sleep(0)
+    assert held.entered == ["a", "b", "c"]
+
+
+async def test_a_device_that_is_free_gets_the_next_song_while_the_last_is_stored(held: Held) -> None:
+    first = piece("a", call="request-a")
+    await held.add(first, piece("b"), piece("c"))
+    held.routing.leave("dit", first)
+    await asyncio.sleep(0)
+    assert held.entered == ["a", "b", "c"]
+    assert leaving.is_leaving("request-a")
+    await held.end("a")
+    assert not leaving.is_leaving("request-a")
+    await held.add(piece("d"))
+    assert held.entered == ["a", "b", "c"]  # it left one place, not two
+
+
+async def test_a_song_that_is_about_to_end_makes_room_but_one_that_is_overdue_draws_no_crowd(held: Held) -> None:
+    await held.add(*(piece(n, 0.15) for n in "ab"), *(piece(n, 0.15) for n in "cdefgh"))
+    assert held.entered == ["a", "b"]
+    await asyncio.sleep(0.5)
+    assert held.entered == ["a", "b", "c", "d", "e"]
+
+
+async def test_short_songs_share_a_renderer_that_takes_several(held: Held) -> None:
+    routing = held.routing
+    routing.state(FleetView((renderer(running=1, together=4),)))
+    clip, song = (SongRequest(prompt="x", duration=d) for d in (10.0, 300.0))
+    assert (routing.share("dit", clip, 1), routing.share("dit", clip, 4), routing.share("dit", song, 1)) == (
+        0.25,
+        0.5,
+        1.0,
+    )
+    await held.add(*(piece(n, share=0.25) for n in "abcd"), piece("e", share=0.25))
+    assert held.entered == ["a", "b", "c", "d"]
+
+
+async def test_where_a_job_is_and_what_is_left_of_that(held: Held) -> None:
+    await held.add(piece("a", 30.0), piece("b", 10.0), piece("c", 7.0))
+    where = held.routing.whereabouts
+    assert where("a") == ("rendering", pytest.approx(30.0, abs=0.5))
+    assert where("c") == ("planned", 0.0)
+    assert where("elsewhere") is None
+
+
+def placed(routing: Routing, me: Waiting | None = None, *, newcomer: bool = False) -> PoolState:
+    return routing.state(FleetView((renderer(running=2),)), me, newcomer=newcomer).pools[0]
+
+
+async def test_what_runs_here_is_known_to_the_moment_and_what_is_more_urgent_goes_before(held: Held) -> None:
+    await held.add(piece("a", 30.0), piece("b", 10.0), piece("c", 7.0, submitted=100.0))
+    both = placed(held.routing)
+    assert both.free_in_s == pytest.approx((30.0, 10.0), abs=0.5)
+    assert (both.busy, both.waiting_s) == (2, 7.0)
+    assert placed(held.routing, piece("d", submitted=200.0).turn).waiting_s == 7.0
+    before = placed(held.routing, piece("d", submitted=50.0).turn)
+    assert (before.waiting_s, before.coming) == (0.0, ((0.0, 7.0, False),))
+    itself = placed(held.routing, piece("c", submitted=100.0).turn)
+    assert (itself.waiting_s, itself.coming) == (0.0, ())
+    for name in "abc":
+        await held.end(name)
+    assert placed(held.routing).free_in_s == (0.0, 0.0)
+
+
+async def test_what_is_being_planned_comes_when_it_is_planned() -> None:
+    """The third waits for the rows of the first: it is planned after that one."""
+    view = FleetView((renderer(), PLANNER))
+    held = Held(Routing())
+    held.routing.state(view)
+    rows = {"slots": 2, "share": 0.5}
+    for name, wall_s in (("a", 20.0), ("b", 30.0), ("c", 5.0)):
+        place = Place(Waiting(name, "", 3.0, 50.0), 1.0, wall_s, then=("dit", wall_s / 10), **rows)
+        await held.add(place, pool="lm")
+    assert held.entered == ["a", "b"]
+    late, early = (held.routing.state(view, Waiting("d", "", 3.0, at)).pools[0].coming for at in (99.0, 1.0))
+    assert sorted(late) == [
+        (pytest.approx(20.0, abs=0.5), 2.0, True), (pytest.approx(25.0, abs=0.5), 0.5, True), (pytest.approx(30.0, abs=0.5), 3.0, True)
+    ]  # fmt: skip
+    assert [first for _, _, first in early] == [False] * 3
+    for name in "abc":
+        await held.end(name)
+
+
+def test_a_newcomer_waits_for_all_that_is_queued_and_a_job_whose_turn_has_come_for_what_others_do() -> None:
     routing = Routing()
-    placed(routing)
-    async with routing.occupy("dit", "render", 30.0, 30.0), routing.occupy("dit", "render", 10.0, 10.0):
-        both = placed(routing)
-        assert both.free_in_s == pytest.approx((30.0, 10.0), abs=0.5)
-        assert (both.busy, both.waiting_s) == (2, 0.0)
-        async with routing.occupy("dit", "render", 7.0, 7.0):
-            assert placed(routing).waiting_s == 7.0
-    assert placed(routing).free_in_s == (0.0, 0.0)
+    view = FleetView((renderer(), PLANNER))
+    backlog = Backlog(waiting_s=100.0, upcoming_s=20.0, later_s=300.0)
+    routing.set_backlogs({"dit": backlog, "lm": Backlog(running_jobs=2)})
+    newcomer, turn = routing.state(view, newcomer=True).pools[0], routing.state(view).pools[0]
+    assert newcomer.waiting_s == 100.0
+    assert sum(work for _, work, _ in newcomer.coming) == pytest.approx(320.0)
+    assert turn.waiting_s == 0.0
+    assert sum(work for _, work, _ in turn.coming) == pytest.approx(
+        20.0
+    )  # another router's songs: this one has none there
+    routing.set_backlogs({"dit": backlog})
+    assert routing.state(view).pools[0].coming == ()
 
 
-def test_a_newcomer_waits_for_everything_and_a_job_whose_turn_has_come_for_nothing() -> None:
+def test_what_was_queued_and_claimed_since_the_last_look_counts_once() -> None:
     routing = Routing()
-    routing.set_backlogs({"dit": Backlog(waiting_s=100.0, upcoming_s=20.0, later_s=300.0)})
-    found = placed(routing, newcomer=True)
-    assert found.waiting_s == 100.0
-    assert sum(work for _, work, _ in found.coming) == pytest.approx(320.0)
-    assert (placed(routing).waiting_s, placed(routing).coming) == (0.0, ())
+    view = FleetView((renderer(running=2),))
+    decision = routing.admit(view, SongRequest(prompt="x", duration=60, thinking=False, use_cot_metas=False))
+    assert decision is not None
+    routing.admitted(decision)
+    assert placed(routing, newcomer=True).waiting_s == decision.est_render_s > 0
+    job = SimpleNamespace(
+        planned_at=None, plan_pool=None, est_plan_s=0.0, render_pool="dit", est_render_s=decision.est_render_s
+    )
+    routing.claimed(job)  # type: ignore[arg-type]
+    assert placed(routing, newcomer=True).waiting_s == 0.0
+
+
+def test_a_job_in_the_queue_waits_for_its_place_alone() -> None:
+    routing = Routing()
+    routing.set_backlogs({"dit": Backlog(waiting_s=1_000.0)})
+    line = LinePlace(3, {"lm": 4.0, "dit": 50.0}, {"dit": (20.0, 2)})
+    (found,) = routing.state(FleetView((renderer(running=2),)), piece("me").turn, line=line).pools
+    assert found.waiting_s == 30.0
+    assert [work for _, work, _ in found.coming] == [10.0, 10.0]
 
 
 def test_growth_is_foreseen_only_where_the_pool_scales() -> None:
@@ -212,8 +365,15 @@ async def test_what_a_song_took_is_learnt_under_load_but_not_from_shared_steps(t
     song = Song(
         items=(item,), plan=plan, renderer="x", timings=RenderTimings(denoise_s=3 * foretold.wall_s, queued_s=900.0)
     )
-    async with routing.occupy("dit", "render", 1.0, 1.0) as first, routing.occupy("dit", "render", 1.0, 1.0) as second:
-        pass
+    share = routing.share("dit", SongRequest(prompt="x", duration=10), 1) if together > 1 else 1.0
+    entered = [piece("a", share=share), piece("b", share=share)]
+    async with routing.occupy("dit", "render", entered[0]) as first:
+        if together > 1:
+            async with routing.occupy("dit", "render", entered[1]) as second:
+                pass
+    if together == 1:
+        async with routing.occupy("dit", "render", entered[1]) as second:
+            pass
     assert first.alone == second.alone == (together == 1)
     routing.learn_render("dit", request, plan, song)
     assert routing.corrections.factor("dit", "render") == pytest.approx(3.0, rel=0.02)
