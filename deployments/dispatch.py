@@ -83,11 +83,40 @@ class Dispatcher:
         self._cancelled: set[str] = set()  # those among them whose caller wants no more
         self._blocked: dict[str, Capacity] = {}  # jobs no pool can take, by the fleet they were told so by
         self._wake = asyncio.Event()
+        self._takes = False  # new jobs at once: it runs, and nothing waits that it could see
+        self._taking = 0
 
     @property
     def running(self) -> frozenset[str]:
         """Ids of the jobs that run here."""
         return frozenset(self._tasks)
+
+    async def add(self, *, at_once: bool, **job: Any) -> tuple[Job, bool]:
+        """Write a new job down, and begin with it where nothing waits before it. Takes what `JobStore.add` takes, and returns that.
+
+        Args:
+            at_once: Whether replicas are there for it.
+        """
+        adding = asyncio.create_task(self._add(at_once, job))
+        adding.add_done_callback(lambda task: task.cancelled() or task.exception())  # retrieved, whoever waits
+        return await asyncio.shield(adding)  # what is written down is begun with, also where its caller has gone
+
+    async def _add(self, at_once: bool, values: dict[str, Any]) -> tuple[Job, bool]:
+        mine = at_once and self._takes and self.routing.window(self.fleet.view) > len(self._tasks) + self._taking
+        if mine:
+            values |= {"owner": self.owner, "lease_s": self.lease_s}
+            self._taking += 1
+        try:
+            job, created = await asyncio.to_thread(self.store.add, **values)
+        finally:
+            self._taking -= mine
+        if created and mine:
+            self.routing.usage.add(job.owner_key, job.est_plan_s + job.est_render_s, job.created_at)
+            self._start(job)
+        elif created:
+            self._takes = False
+            self.wake()
+        return job, created
 
     def wake(self) -> None:
         """A job was added or a pool changed: look now."""
@@ -113,6 +142,7 @@ class Dispatcher:
         try:
             await asyncio.gather(self._claim_loop(), self._lease_loop())
         finally:
+            self._takes = False
             await self.drain()
 
     async def drain(self) -> None:
@@ -135,8 +165,9 @@ class Dispatcher:
                 await asyncio.wait_for(self._wake.wait(), POLL_S)
 
     async def _claim_some(self) -> None:
-        room = self.routing.window(self.fleet.view) - len(self._tasks)
+        room = self.routing.window(self.fleet.view) - len(self._tasks) - self._taking
         if room <= 0:
+            self._takes = False
             return
         now, capacity = time.time(), self.fleet.view.capacity
         waiting = await asyncio.to_thread(read_queue, self.store.engine)
@@ -148,6 +179,7 @@ class Dispatcher:
                 self.routing.usage.add(job.owner_key, chosen.work_s, now)
                 self.routing.claimed(job)
                 self._start(job)
+        self._takes = len(free) < room
 
     def _start(self, job: Job) -> None:
         def ended(_: asyncio.Task[None]) -> None:
@@ -204,9 +236,9 @@ class Dispatcher:
         try:
             made = await self._with_deadline(job)
             song, extra = (made, None) if isinstance(made, Song) else (None, made)
-            await asyncio.to_thread(self.store.succeed, job.id, self.owner, song, extra)
+            ended = await asyncio.to_thread(self.store.succeed, job.id, self.owner, song, extra)
             log.info("job %s succeeded", job.id)
-            await self._count(job.id, "succeeded", sum(i.duration for i in song.items) if song else 0.0)
+            self._count(ended, "succeeded", sum(i.duration for i in song.items) if song else 0.0)
             return
         except asyncio.CancelledError:
             if job.id not in self._cancelled:  # the router stops, or could not renew the lease
@@ -226,13 +258,11 @@ class Dispatcher:
             log.exception("job %s failed unexpectedly", job.id)
             error = Internal(f"unexpected {type(failure).__name__}; the server's log of job {job.id} has the details")
         log.info("job %s ended: %s: %s", job.id, error.type, error.message)
-        await asyncio.to_thread(self.store.fail, job.id, self.owner, error)
-        await self._count(job.id, error.type, 0.0)
+        self._count(await asyncio.to_thread(self.store.fail, job.id, self.owner, error), error.type, 0.0)
 
-    async def _count(self, job_id: str, outcome: str, audio_s: float) -> None:
-        self.notices.ended(job_id)
-        if (job := await asyncio.to_thread(self.store.get, job_id)) is not None:
-            self.meter.ended(job, outcome, audio_s)
+    def _count(self, ended: Job, outcome: str, audio_s: float) -> None:
+        self.notices.ended(ended)
+        self.meter.ended(ended, outcome, audio_s)
 
     async def _with_deadline(self, job: Job) -> Song | dict[str, Any] | None:
         late = (job.started_at or time.time()) + self.max_run_s
@@ -255,8 +285,18 @@ class Dispatcher:
         request, adjustments, plan = job.request, job.adjustments, job.plan
         if plan is None:
             request, adjustments, plan = await self._plan(job)
-            await asyncio.to_thread(self.store.save_plan, job.id, self.owner, plan)
-        return None if job.kind == "plan" else await self._render(job, request, adjustments, plan)
+            saving = asyncio.create_task(asyncio.to_thread(self.store.save_plan, job.id, self.owner, plan))
+            try:
+                made = None if job.kind == "plan" else await self._render(job, request, adjustments, plan)
+            except BaseException:
+                await asyncio.gather(saving, return_exceptions=True)
+                raise
+            try:  # not waited for before: a plan that is lost with this process is made again, the same
+                await saving
+            except UNREACHABLE:
+                await asyncio.to_thread(self.store.save_plan, job.id, self.owner, plan)
+            return made
+        return await self._render(job, request, adjustments, plan)
 
     async def _plan(self, job: Job) -> tuple[SongRequest, tuple[Adjustment, ...], Plan]:
         for attempt in range(STAGE_ATTEMPTS):

@@ -8,7 +8,7 @@ import logging
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 
-from deployments.jobs.store import JobStore
+from deployments.jobs.store import Job, JobStore
 
 log = logging.getLogger(__name__)
 POLL_S = 0.25
@@ -21,6 +21,7 @@ class _Topic:
     listeners: int = 0
     latest: int = 0
     ended: bool = False
+    job: Job | None = None  # as it ended, where that was here
     gone: bool = False
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -38,10 +39,10 @@ class Notices:
         """Something happened here: look now."""
         self._look.set()
 
-    def ended(self, job_id: str) -> None:
-        """A job that runs here has ended, and that is written down: who waits for its end need not look."""
-        if topic := self._topics.get(job_id):
-            topic.ended = True
+    def ended(self, job: Job) -> None:
+        """A job that ran here has ended, and that is written down: who waits for its end need not look."""
+        if topic := self._topics.get(job.id):
+            topic.ended, topic.job = True, job
             topic.changed.set()
             topic.changed = asyncio.Event()
         self.tell()
@@ -61,13 +62,14 @@ class Notices:
                 raise KeyError(job_id)
             return topic.latest > after
 
-    async def end(self, job_id: str, timeout_s: float) -> None:
-        """Return when the job has ended or is gone, or after the time."""
+    async def end(self, job_id: str, timeout_s: float) -> Job | None:
+        """Return when the job has ended or is gone, or after the time; the job where that is known without a look at the store."""
         async with self._listening(job_id) as topic:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(timeout_s):
                     while not (topic.ended or topic.gone):
                         await topic.changed.wait()
+            return topic.job
 
     @contextlib.asynccontextmanager
     async def _listening(self, job_id: str) -> AsyncIterator[_Topic]:

@@ -151,6 +151,8 @@ class JobStore:
         render_pool: str | None = None,
         audio_s: float = 0.0,
         caps: Caps | None = None,
+        owner: str | None = None,
+        lease_s: float = 0.0,
     ) -> tuple[Job, bool]:
         """Write a new job down. Returns (job, created); with a known idempotency key the earlier job and False.
 
@@ -158,6 +160,7 @@ class JobStore:
             extra: What an API needs later. `webhook` in it is the URL that hears of the job's end.
             audio_s: Seconds of audio asked for, over all items.
             caps: Checked in the same transaction, so that two requests cannot both take the last place.
+            owner, lease_s: Who takes it at once, as by `claim`; None leaves it to the queue.
 
         Raises:
             IdempotencyConflict: the key was used with another body.
@@ -171,6 +174,14 @@ class JobStore:
             "est_plan_s": est_plan_s, "est_render_s": est_render_s, "plan_pool": plan_pool, "render_pool": render_pool,
             "audio_s": audio_s, "attempts": 0, "cancel_requested": False, "created_at": now,
         }  # fmt: skip
+        if owner is not None:
+            values |= {
+                "state": RUNNING,
+                "lease_owner": owner,
+                "lease_until": now + lease_s,
+                "attempts": 1,
+                "started_at": now,
+            }
         with self._writer.begin() as db:
             _alone(db)
             if idempotency_key is not None and (known := _earlier(db, owner_key, idempotency_key, body_hash)):
@@ -179,6 +190,8 @@ class JobStore:
                 _check(db, caps, owner_key, audio_s, now)
             row = db.execute(jobs.insert().values(**values).returning(jobs)).mappings().one()
             _event(db, job_id, "queued", {})
+            if owner is not None:
+                _event(db, job_id, "started", {"attempt": 1})
         return _job(row), True
 
     def request_cancel(self, job_id: str) -> Job | None:
@@ -298,19 +311,19 @@ class JobStore:
             self._fenced(db, job_id, owner, plan=plan.model_dump(mode="json"), planned_at=time.time())
             _event(db, job_id, "planned", plan.metadata.model_dump(mode="json"))
 
-    def succeed(self, job_id: str, owner: str, song: Song | None = None, extra: dict[str, Any] | None = None) -> None:
-        values: dict[str, Any] = {"result": song.model_dump(mode="json") if song else None}
+    def succeed(self, job_id: str, owner: str, song: Song | None = None, extra: dict[str, Any] | None = None) -> Job:
+        """The job has its result. Returns it as it is now."""
+        values: dict[str, Any] = {"result": song.model_dump(mode="json") if song else None, "error": None}
         if extra is not None:
             values["extra"] = extra
         with self._writer.begin() as db:
-            self._fenced(db, job_id, owner, error=None, **values)
-            _close(db, job_id, SUCCEEDED)
+            return _close(db, job_id, SUCCEEDED, owner=owner, **values)
 
-    def fail(self, job_id: str, owner: str, error: AceStepError) -> None:
+    def fail(self, job_id: str, owner: str, error: AceStepError) -> Job:
+        """The job ends without. Returns it as it is now."""
         state = CANCELLED if error.type == "cancelled" else FAILED
         with self._writer.begin() as db:
-            self._fenced(db, job_id, owner)
-            _close(db, job_id, state, error=error.to_dict())
+            return _close(db, job_id, state, owner=owner, error=error.to_dict())
 
     # -- reading
 
@@ -426,7 +439,6 @@ class JobStore:
 
     @staticmethod
     def _fenced(db: Connection, job_id: str, owner: str, **values: Any) -> None:
-        values = values or {"lease_owner": owner}
         if db.execute(_mine(job_id, owner).values(**values)).rowcount == 0:
             raise LeaseLost(job_id)
 
@@ -446,22 +458,28 @@ def _mine(job_id: str, owner: str) -> sa.Update:
     return jobs.update().where(jobs.c.id == job_id, jobs.c.lease_owner == owner, jobs.c.state == RUNNING)
 
 
-def _close(db: Connection, job_id: str, state: str, error: dict[str, Any] | None = None) -> None:
+def _close(db: Connection, job_id: str, state: str, *, owner: str | None = None, **values: Any) -> Job:
+    """End a job, and return it.
+
+    Raises:
+        LeaseLost: it is not `owner`'s.
+    """
     now = time.time()
-    values: dict[str, Any] = {"state": state, "finished_at": now, "lease_owner": None, "lease_until": None}
-    if error is not None:
-        values["error"] = error
-    row = db.execute(
-        jobs.update().where(jobs.c.id == job_id).values(**values).returning(jobs.c.extra, jobs.c.owner_key)
-    ).one()
+    ending = jobs.update().where(jobs.c.id == job_id) if owner is None else _mine(job_id, owner)
+    values |= {"state": state, "finished_at": now, "lease_owner": None, "lease_until": None}
+    row = db.execute(ending.values(**values).returning(jobs)).mappings().first()
+    if row is None:
+        raise LeaseLost(job_id)
+    error = values.get("error")
     _event(db, job_id, state, {"error": error} if error else {})
-    if url := row.extra.get("webhook"):
+    if url := row["extra"].get("webhook"):
         db.execute(
             webhooks.insert().values(
-                id=f"msg_{uuid.uuid4().hex}", job_id=job_id, owner_key=row.owner_key, url=url, type=f"job.{state}",
+                id=f"msg_{uuid.uuid4().hex}", job_id=job_id, owner_key=row["owner_key"], url=url, type=f"job.{state}",
                 state="pending", next_at=now, created_at=now,
             )
         )  # fmt: skip
+    return _job(row)
 
 
 def _alone(db: Connection) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sqlite3
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from ray.exceptions import RayActorError
 
 from acestep.errors import OutOfMemory
@@ -129,6 +132,57 @@ async def test_a_song_and_a_plan(site: Site, stage: Stage) -> None:
     assert len(planned["plan"]["codes"][0]) == 100
     events = [e.type for e in site.service.store.events_after(song, 0)]
     assert [e for e in events if e != "progress"] == ["queued", "started", "planned", "succeeded"]
+
+
+async def test_where_nothing_waits_a_song_begins_without_a_look_at_the_queue(
+    site: Site, stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And where something waits, or there is no room, it queues behind."""
+    waiting = ["somebody"]
+    read_queue = dispatch.read_queue
+    monkeypatch.setattr(dispatch, "read_queue", lambda engine: read_queue(engine) if waiting else [])
+    stage.render += [HANG] * 20
+    async with running(site.service.dispatcher):
+        await until(lambda: site.service.dispatcher._takes)
+        waiting.clear()
+        assert [site.job(await submit(site)).state for _ in range(12)] == ["running"] * 10 + ["queued"] * 2
+        waiting.append("somebody")
+        first = next(iter(site.service.dispatcher.running))
+        await site.client.delete(f"/v1/jobs/{first}")
+        await until(lambda: site.service.store.counts()["queued"] == 1)
+        assert site.job(await submit(site)).state == "queued"
+
+
+async def test_a_caller_who_leaves_while_its_song_is_written_down_leaves_no_orphan(
+    site: Site, stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = site.service.store.add
+    monkeypatch.setattr(site.service.store, "add", lambda **job: (time.sleep(0.1), original(**job))[1])
+    async with running(site.service.dispatcher):
+        await until(lambda: site.service.dispatcher._takes)
+        asking = asyncio.create_task(submit(site))
+        await asyncio.sleep(0.05)
+        asking.cancel()
+        await until(lambda: site.service.store.counts()["succeeded"] == 1)
+
+
+async def test_a_store_that_is_away_when_a_plan_is_saved_and_back_when_it_is_rendered_costs_nothing(
+    site: Site, stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away = sa.exc.OperationalError("UPDATE jobs", {}, sqlite3.OperationalError("database is locked"))
+    original, failures = site.service.store.save_plan, [away]
+
+    def save_plan(*arguments: Any) -> None:
+        if failures:
+            raise failures.pop()
+        original(*arguments)
+
+    monkeypatch.setattr(site.service.store, "save_plan", save_plan)
+    async with running(site.service.dispatcher):
+        job_id = await submit(site)
+        await until(lambda: site.job(job_id).ended)
+    assert (site.job(job_id).state, stage.calls) == ("succeeded", ["plan", "render"])
+    assert site.job(job_id).plan is not None
 
 
 @pytest.mark.parametrize("where", ["plan", "render"])

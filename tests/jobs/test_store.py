@@ -144,6 +144,15 @@ def test_a_job_goes_through_its_life_and_ends_once(store: JobStore) -> None:
     assert [e.type for e in store.events_after(job.id, 0)] == ["queued", "started", "progress", "planned", "succeeded"]
 
 
+def test_a_job_may_be_taken_as_it_is_written(store: JobStore) -> None:
+    job = add(store, owner="a", lease_s=10.0)
+    assert (job.state, job.attempts, job.lease_owner) == ("running", 1, "a")
+    assert store.claim(job.id, "b", 10) is None
+    assert store.renew([job.id], "a", 10) == ({job.id}, set())
+    assert store.succeed(job.id, "a", SONG) == store.get_existing(job.id)
+    assert [e.type for e in store.events_after(job.id, 0)] == ["queued", "started", "succeeded"]
+
+
 def test_whoever_lost_the_lease_cannot_write(store: JobStore) -> None:
     job = add(store)
     store.claim(job.id, "a", 0.01)
