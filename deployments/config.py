@@ -103,6 +103,7 @@ class KeyArgs(_Args):
     requests_per_minute: int | None = Field(None, ge=1, description="Null: the router's.")
     concurrent_jobs: int | None = Field(None, ge=1, description="Null: the router's.")
     audio_seconds_per_day: float | None = Field(None, gt=0, description="Null: the router's.")
+    work_seconds: float | None = Field(None, gt=0, description="Null: the router's.")
 
 
 class RouterArgs(_Args):
@@ -124,6 +125,9 @@ class RouterArgs(_Args):
     requests_per_minute: int | None = Field(None, ge=1, description="Per key. Null: no limit.")
     concurrent_jobs: int | None = Field(None, ge=1, description="Per key, queued and running. Null: no limit.")
     audio_seconds_per_day: float | None = Field(None, gt=0, description="Per key, in any 24 hours. Null: no limit.")
+    work_seconds: float | None = Field(
+        None, gt=0, description="Per key, seconds of planner and renderer work queued and running. Null: no limit."
+    )
     cors_origins: tuple[str, ...] = Field(
         ("null", "http://localhost", "http://127.0.0.1"), description="Browser origins; '*' allows all."
     )

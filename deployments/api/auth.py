@@ -32,10 +32,11 @@ class Caller:
     requests_per_minute: int | None = None
     concurrent_jobs: int | None = None
     audio_seconds_per_day: float | None = None
+    work_seconds: float | None = None
 
     @property
     def caps(self) -> Caps:
-        return Caps(active=self.concurrent_jobs, audio_s=self.audio_seconds_per_day)
+        return Caps(active=self.concurrent_jobs, audio_s=self.audio_seconds_per_day, work_s=self.work_seconds)
 
 
 def environment_keys(value: str | None = None) -> tuple[str, ...]:
@@ -53,14 +54,16 @@ class Keyring:
     """
 
     def __init__(self, args: RouterArgs, plain: Iterable[str] = ()) -> None:
-        common = (args.requests_per_minute, args.concurrent_jobs, args.audio_seconds_per_day)
+        common = (args.requests_per_minute, args.concurrent_jobs, args.audio_seconds_per_day, args.work_seconds)
         self.anonymous = Caller("", *common)
         self._callers: list[tuple[bytes, Caller]] = []
         for key in plain:
             digest = hashlib.sha256(key.encode()).digest()
             self._callers.append((digest, Caller(f"key-{digest.hex()[:12]}", *common)))
         for entry in args.api_keys:
-            own = (entry.requests_per_minute, entry.concurrent_jobs, entry.audio_seconds_per_day)
+            own = (
+                entry.requests_per_minute, entry.concurrent_jobs, entry.audio_seconds_per_day, entry.work_seconds
+            )  # fmt: skip
             limits = (given if given is not None else default for given, default in zip(own, common, strict=True))
             self._callers.append((bytes.fromhex(entry.sha256), Caller(entry.name, *limits)))  # type: ignore[arg-type]
 

@@ -8,7 +8,7 @@ import ipaddress
 import json
 import time
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
@@ -28,7 +28,7 @@ from deployments.jobs.files import FileRecord, FileRecords
 from deployments.jobs.queue import Line, Place, turn_of
 from deployments.jobs.rates import Rates
 from deployments.jobs.secrets import shared_secret
-from deployments.jobs.store import QUEUED, RUNNING, Busy, Caps, Job, JobStore
+from deployments.jobs.store import QUEUED, RUNNING, Busy, Job, JobStore
 from deployments.jobs.webhooks import Outbox
 from deployments.routing import Routing
 from deployments.storage import Storage
@@ -120,7 +120,8 @@ class Service:
                 extra = {**(extra or {}), "eta_s": round(eta_s, 3)}
         if trace := here():
             extra = {**(extra or {}), TRACE: trace}
-        caps = Caps(self.args.max_queue, caller.caps.active, caller.caps.audio_s)
+        replicas = sum(p.running for p in self.fleet.view.of("render"))
+        caps = replace(caller.caps, queued=self.args.max_queue, pace=max(1.0, float(replicas)))
         audio_s = expected_duration(request)[0] * request.batch_size if kind == "song" else 0.0
         try:
             job, created = await self.dispatcher.add(

@@ -58,11 +58,15 @@ class Caps:
         queued: Jobs of everybody that wait.
         active: Jobs of this owner, waiting and running.
         audio_s: Seconds of audio that this owner asked for within 24 hours.
+        work_s: Seconds of planner and renderer work of this owner, waiting and running.
+        pace: How many such seconds the fleet works off in a second, for the time after which to try again.
     """
 
     queued: int | None = None
     active: int | None = None
     audio_s: float | None = None
+    work_s: float | None = None
+    pace: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -187,7 +191,7 @@ class JobStore:
             if idempotency_key is not None and (known := _earlier(db, owner_key, idempotency_key, body_hash)):
                 return known, False
             if caps is not None:
-                _check(db, caps, owner_key, audio_s, now)
+                _check(db, caps, owner_key, audio_s, est_plan_s + est_render_s, now)
             row = db.execute(jobs.insert().values(**values).returning(jobs)).mappings().one()
             _event(db, job_id, "queued", {})
             if owner is not None:
@@ -500,13 +504,25 @@ def _earlier(db: Connection, owner_key: str, key: str, body_hash: str | None) ->
     return _job(row)
 
 
-def _check(db: Connection, caps: Caps, owner_key: str, audio_s: float, now: float) -> None:
+def _check(db: Connection, caps: Caps, owner_key: str, audio_s: float, work_s: float, now: float) -> None:
     if caps.queued is not None and _count(db, jobs.c.state == QUEUED) >= caps.queued:
         raise Busy(f"{caps.queued} jobs wait already", limit=caps.queued)
     if caps.active is not None:
         active = _count(db, jobs.c.owner_key == owner_key, jobs.c.state.in_((QUEUED, RUNNING)))
         if active >= caps.active:
             raise Busy(f"this key has {active} jobs under way; its limit is {caps.active}", limit=caps.active)
+    if caps.work_s is not None:
+        left = jobs.c.est_render_s + sa.case((jobs.c.planned_at.is_(None), jobs.c.est_plan_s), else_=0.0)
+        mine = sa.select(sa.func.coalesce(sa.func.sum(left), 0.0)).where(
+            jobs.c.owner_key == owner_key, jobs.c.state.in_((QUEUED, RUNNING))
+        )
+        under_way = float(db.execute(mine).scalar_one())
+        # A job that is beyond the limit by itself is taken when nothing else of its owner is under way: else it never would be.
+        if under_way > 0 and under_way + work_s > caps.work_s:
+            raise Busy(
+                f"this key has {under_way:.0f} s of work under way; with {work_s:.0f} s more it is above its limit of {caps.work_s:.0f} s",
+                limit=caps.work_s, retry_after=max(1.0, min(under_way, under_way + work_s - caps.work_s) / caps.pace),
+            )  # fmt: skip
     if caps.audio_s is not None:
         spent = sa.select(sa.func.coalesce(sa.func.sum(jobs.c.audio_s), 0.0), sa.func.min(jobs.c.created_at)).where(
             jobs.c.owner_key == owner_key, jobs.c.created_at > now - DAY_S, jobs.c.state.not_in((FAILED, CANCELLED)),

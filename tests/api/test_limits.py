@@ -51,6 +51,22 @@ async def test_jobs_at_once_and_audio_per_day(build: Build) -> None:
     assert (await site.client.post("/v1/music", json={**SONG, "duration": 10}, headers=headers)).status_code == 202
 
 
+async def test_work_under_way(build: Build) -> None:
+    """In the cost model's seconds; what is by itself beyond the limit is taken where its owner has nothing else."""
+    site = build(api_keys=[key("a"), key("b")], work_seconds=0.01)
+    mine, others = ({"Authorization": name} for name in ("a", "b"))
+    assert (await site.client.post("/v1/music", json=SONG, headers=mine)).status_code == 202
+    refused = await site.client.post("/v1/music", json=SONG, headers=mine)
+    (job,) = site.service.store.page(owner_key="a")
+    assert (refused.status_code, refused.json()["limit"]) == (429, 0.01)
+    work_s = job.est_plan_s + job.est_render_s
+    assert f"{work_s:.0f} s of work under way" in refused.json()["detail"]
+    assert int(refused.headers["retry-after"]) == pytest.approx(work_s, abs=1)
+    assert (await site.client.post("/v1/music", json=SONG, headers=others)).status_code == 202
+    site.succeed(job.id)
+    assert (await site.client.post("/v1/music", json=SONG, headers=mine)).status_code == 202
+
+
 def test_keys_are_compared_whole_and_by_hash() -> None:
     args = RouterArgs(api_keys=[key("first"), key("second")], requests_per_minute=7)
     ring = Keyring(args, environment_keys(" one, ,two ,"))
