@@ -32,6 +32,7 @@ METADATA_STEPS = 25  # sampled tokens of bpm, duration, key, language and time s
 CAPTION_STEPS = 120  # 60 to 250 seen; it is most of the reasoning block
 PROMPT_TOKENS = 39  # what every prompt holds besides the caller's text
 CHARS_PER_TOKEN = 3.0
+CLIP_FRAMES = 500  # 20 s of audio; songs up to this share a renderer's steps
 REFERENCE_FRAMES = 750  # three 10 s crops of one reference recording
 
 # Tasks that start from given audio: the planner has nothing to decide.

@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from acestep.cost import CLIP_FRAMES
 from acestep.errors import AceStepError
 from acestep.finish import Maker, finish
 from acestep.plan import Plan
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from acestep.dit.work import Rendered
 
 log = logging.getLogger(__name__)
-CLIP_FRAMES = 500  # 20 s
 MAX_TOGETHER = 4  # more would keep songs from replicas that are free sooner
 
 

@@ -27,9 +27,10 @@ from deployments.jobs.backlog import Backlog
 from deployments.jobs.queue import Place as LinePlace
 from deployments.least_busy import ranked
 from deployments.ordering import Waiting
+from deployments.outlook import pool_limits
 from deployments.placement import PoolState
 from deployments.places import Place
-from deployments.routing import Routing, pool_limits
+from deployments.routing import Routing
 
 GPU = {"acestep/role": "gpu"}
 
