@@ -77,6 +77,7 @@ class FleetView:
     apps: Mapping[str, str] = field(default_factory=dict)
     nodes: tuple[Node, ...] = ()
     http_host: str | None = None  # what the proxies listen on; None until Serve has said so
+    routers: int = 1
 
     def of(self, role: Role) -> tuple[Pool, ...]:
         return tuple(p for p in self.pools if p.role == role)
@@ -136,9 +137,14 @@ def parse_details(details: Mapping[str, Any]) -> FleetView:
     """Serve's own description of the cluster (`ServeInstanceDetails`) as pools."""
     pools = []
     apps = {}
+    routers = 0
     for app, facts in details.get("applications", {}).items():
         apps[app] = str(getattr(facts["status"], "value", facts["status"]))
         deployments = facts.get("deployments") or {}
+        if found := deployments.get("router"):
+            routers += sum(
+                str(getattr(r["state"], "value", r["state"])) == "RUNNING" for r in found.get("replicas", [])
+            )
         config = facts.get("deployed_app_config") or {}
         role = next((ROLE_OF_DEPLOYMENT[d] for d in deployments if d in ROLE_OF_DEPLOYMENT), None)
         if role is None:  # not built yet, or failed to: its import path still tells what it was to be
@@ -169,7 +175,9 @@ def parse_details(details: Mapping[str, Any]) -> FleetView:
         )
         pools.append(pool)
     host = (details.get("http_options") or {}).get("host")
-    return FleetView(tuple(sorted(pools, key=lambda p: p.app)), time.time(), apps, http_host=host)
+    return FleetView(
+        tuple(sorted(pools, key=lambda p: p.app)), time.time(), apps, http_host=host, routers=max(1, routers)
+    )
 
 
 def unplaced(details: Mapping[str, Any], state: str) -> dict[str, list[str]]:

@@ -1,7 +1,8 @@
 """Which replica of a pool gets a piece of work: one that holds the fewest of ours.
 
 Serve's own choice compares two replicas picked at random, from queue lengths that are up to ten seconds old. For requests of milliseconds
-that is enough; a song that is put behind another waits for all of it while a third replica idles.
+that is enough; a song that is put behind another waits for all of it while a third replica idles. Where other routers send songs, too, those
+that hold as few of ours are asked for their queues, a few milliseconds.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-from deployments import leaving
+from deployments import busy
 
 
 class LeastBusy(FIFOMixin, RequestRouter):
@@ -33,8 +34,12 @@ class LeastBusy(FIFOMixin, RequestRouter):
                 True  # else Serve asks again without a pause while all are full
             )
         shuffled = random.sample(candidate_replicas, len(candidate_replicas))
-        ending = Counter(replica for request, replica in self._routed.values() if leaving.is_leaving(request))
-        return ranked(shuffled, {r.replica_id: self._held[r.replica_id] - ending[r.replica_id] for r in shuffled})
+        ending = Counter(replica for request, replica in self._routed.values() if busy.is_leaving(request))
+        ranks = ranked(shuffled, {r.replica_id: self._held[r.replica_id] - ending[r.replica_id] for r in shuffled})
+        if busy.routers > 1 and ranks and len(ranks[0]) > 1:
+            for replica in ranks[0]:  # forgotten, so that Serve asks them how much they have from other routers
+                self.replica_queue_len_cache.invalidate_key(replica.replica_id)
+        return ranks
 
     def on_send_request(self, replica_id: ReplicaID) -> None:
         super().on_send_request(replica_id)

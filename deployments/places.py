@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from deployments import leaving
+from deployments import busy
 from deployments.ordering import Waiting, next_jobs
 
 LEAST_LEFT = 0.1  # of its time: what is not done yet takes some time still, however long it took already
@@ -90,7 +90,7 @@ class Load:
         if place in self.places:
             self.places.remove(place)
             if place.call is not None:
-                leaving.leaves(place.call)
+                busy.leaves(place.call)
             self._let_in()
 
     def close(self, place: Place) -> None:
@@ -101,7 +101,7 @@ class Load:
         elif place in self.places:
             self.places.remove(place)
         if place.call is not None:
-            leaving.forget(place.call)
+            busy.forget(place.call)
         self._let_in()
 
     def _let_in(self) -> None:

@@ -26,6 +26,7 @@ from acestep.errors import InvalidRequest
 from acestep.plan import Plan
 from acestep.request import SongRequest
 from acestep.song import LATENT_FPS, Song
+from deployments import busy
 from deployments.fleet import FleetView
 from deployments.jobs.backlog import Backlog
 from deployments.jobs.queue import Place as LinePlace
@@ -163,6 +164,7 @@ class Routing:
     def _look(self, view: FleetView) -> None:
         """Take a new picture of the fleet in."""
         self._view = view
+        busy.set_routers(view.routers)
         for app, load in self._loads.items():
             if pool := view.get(app):
                 load.resize(pool.running, pool.running * slots_of(pool))

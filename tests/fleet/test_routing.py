@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.serve._private.request_router.common import ReplicaQueueLengthCache
 
 from acestep.cost import render_seconds
 from acestep.gpu_config import get_gpu_config, get_limits
@@ -17,15 +19,15 @@ from acestep.plan import Metadata, Plan
 from acestep.profiles import find
 from acestep.request import SongRequest
 from acestep.song import RenderTimings, Song, SongItem
+from deployments import busy
 from deployments import fleet as fleet_module
-from deployments import leaving
 from deployments.api.health import readiness
 from deployments.build import build_config, parse_tiers
 from deployments.config import PlannerArgs, PoolArgs, RendererArgs
 from deployments.fleet import Fleet, FleetView, Node, Pool
 from deployments.jobs.backlog import Backlog
 from deployments.jobs.queue import Place as LinePlace
-from deployments.least_busy import ranked
+from deployments.least_busy import LeastBusy, ranked
 from deployments.ordering import Waiting
 from deployments.outlook import pool_limits
 from deployments.placement import PoolState
@@ -220,9 +222,9 @@ async def test_a_device_that_is_free_gets_the_next_song_while_the_last_is_stored
     held.routing.leave("dit", first)
     await asyncio.sleep(0)
     assert held.entered == ["a", "b", "c"]
-    assert leaving.is_leaving("request-a")
+    assert busy.is_leaving("request-a")
     await held.end("a")
-    assert not leaving.is_leaving("request-a")
+    assert not busy.is_leaving("request-a")
     await held.add(piece("d"))
     assert held.entered == ["a", "b", "c"]  # it left one place, not two
 
@@ -347,6 +349,24 @@ def test_the_least_busy_replica_comes_first() -> None:
     held: Any = {"a": 1, "b": 0, "c": 2, "d": 0}
     assert [[r.replica_id for r in rank] for rank in ranked(replicas, held)] == [["b", "d"], ["a"], ["c"]]
     assert ranked([], {}) == []
+
+
+async def test_replicas_are_asked_for_their_queues_where_other_routers_send_songs_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(busy, "_leaving", {"request"})
+    router: Any = object.__new__(LeastBusy)
+    router._held, router._routed = Counter(a=1, b=1), {"internal": ("request", "b")}
+    router._replica_queue_len_cache = ReplicaQueueLengthCache()
+    replicas: list[Any] = [SimpleNamespace(replica_id=name) for name in "abc"]
+    for routers, known in ((1, [5, 5, 5]), (2, [5, None, None])):
+        busy.set_routers(routers)
+        for name in "abc":
+            router._replica_queue_len_cache.update(name, 5)
+        first, second = await router.choose_replicas(replicas)
+        assert (sorted(r.replica_id for r in first), [r.replica_id for r in second]) == (["b", "c"], ["a"])
+        assert [router._replica_queue_len_cache.get(name) for name in "abc"] == known
+    busy.set_routers(1)
 
 
 # -- what is learnt
