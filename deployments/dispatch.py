@@ -12,6 +12,7 @@ import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ray.exceptions import RayActorError
@@ -85,24 +86,26 @@ class Dispatcher:
         self._wake = asyncio.Event()
         self._takes = False  # new jobs at once: it runs, and nothing waits that it could see
         self._taking = 0
+        self._fresh: dict[str, Decision] = {}  # of jobs that begin at once: nothing has changed since
 
     @property
     def running(self) -> frozenset[str]:
         """Ids of the jobs that run here."""
         return frozenset(self._tasks)
 
-    async def add(self, *, at_once: bool, **job: Any) -> tuple[Job, bool]:
+    async def add(self, decision: Decision | None, **job: Any) -> tuple[Job, bool]:
         """Write a new job down, and begin with it where nothing waits before it. Takes what `JobStore.add` takes, and returns that.
 
         Args:
-            at_once: Whether replicas are there for it.
+            decision: Where it goes as things are; None where that is not known.
         """
-        adding = asyncio.create_task(self._add(at_once, job))
+        adding = asyncio.create_task(self._add(decision, job))
         adding.add_done_callback(lambda task: task.cancelled() or task.exception())  # retrieved, whoever waits
         return await asyncio.shield(adding)  # what is written down is begun with, also where its caller has gone
 
-    async def _add(self, at_once: bool, values: dict[str, Any]) -> tuple[Job, bool]:
-        mine = at_once and self._takes and self.routing.window(self.fleet.view) > len(self._tasks) + self._taking
+    async def _add(self, decision: Decision | None, values: dict[str, Any]) -> tuple[Job, bool]:
+        room = self.routing.window(self.fleet.view) - len(self._tasks) - self._taking
+        mine = decision is not None and decision.outcome == "run" and self._takes and room > 0
         if mine:
             values |= {"owner": self.owner, "lease_s": self.lease_s}
             self._taking += 1
@@ -112,6 +115,8 @@ class Dispatcher:
             self._taking -= mine
         if created and mine:
             self.routing.usage.add(job.owner_key, job.est_plan_s + job.est_render_s, job.created_at)
+            if decision is not None and job.deadline is None:  # a deadline makes it another choice
+                self._fresh[job.id] = replace(decision, request=job.request, adjustments=())
             self._start(job)
         elif created:
             self._takes = False
@@ -185,6 +190,7 @@ class Dispatcher:
         def ended(_: asyncio.Task[None]) -> None:
             self._tasks.pop(job.id, None)
             self._placed.pop(job.id, None)
+            self._fresh.pop(job.id, None)
             self._cancelled.discard(job.id)
             self.wake()
 
@@ -398,7 +404,8 @@ class Dispatcher:
         Raises:
             NoPool: the pools that could serve have no replica now.
         """
-        decision = self.routing.choose(self.fleet.view, job, request, plan)
+        fresh = self._fresh.pop(job.id, None)
+        decision = fresh or self.routing.choose(self.fleet.view, job, request, plan)
         adjustments = (*adjustments, *decision.adjustments)
         columns: dict[str, Any] = {"render_pool": decision.renderer, "est_render_s": decision.est_render_s}
         if plan is None:
@@ -430,8 +437,9 @@ class Dispatcher:
                 else:
                     result: dict[str, Any] = message["result"]
                     return result
-        finally:
+        except BaseException:
             stream.cancel()
+            raise
         raise Internal(f"the stage's {method} stream ended without a result")
 
 

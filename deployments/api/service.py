@@ -125,10 +125,9 @@ class Service:
         audio_s = expected_duration(request)[0] * request.batch_size if kind == "song" else 0.0
         try:
             job, created = await self.dispatcher.add(
-                at_once=decision is not None and decision.outcome == "run", job_id=str(uuid.uuid4()),
-                request=request.with_seeds(), kind=kind, adjustments=adjustments, extra=extra, deadline=deadline,
-                owner_key=caller.name, idempotency_key=idempotency_key, body_hash=body_hash, audio_s=audio_s,
-                caps=caps, **columns,
+                decision, job_id=str(uuid.uuid4()), request=request.with_seeds(), kind=kind, adjustments=adjustments,
+                extra=extra, deadline=deadline, owner_key=caller.name, idempotency_key=idempotency_key,
+                body_hash=body_hash, audio_s=audio_s, caps=caps, **columns,
             )  # fmt: skip
         except Busy as error:
             error.details.setdefault("retry_after", await self.mean_seconds())
