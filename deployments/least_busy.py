@@ -8,6 +8,7 @@ that hold as few of ours are asked for their queues, a few milliseconds.
 from __future__ import annotations
 
 import random
+import time
 from collections import Counter
 from itertools import groupby
 from typing import Any
@@ -15,6 +16,8 @@ from typing import Any
 from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from deployments import busy
+
+PROMISE_S = 0.2  # a choice that was not sent by then was given up
 
 
 class LeastBusy(FIFOMixin, RequestRouter):
@@ -24,6 +27,7 @@ class LeastBusy(FIFOMixin, RequestRouter):
         super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]
         self._held: Counter[ReplicaID] = Counter()
         self._routed: dict[str, tuple[str, ReplicaID]] = {}  # by internal id
+        self._promised: list[tuple[ReplicaID, float]] = []  # chosen, with the time
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -35,15 +39,30 @@ class LeastBusy(FIFOMixin, RequestRouter):
             )
         shuffled = random.sample(candidate_replicas, len(candidate_replicas))
         ending = Counter(replica for request, replica in self._routed.values() if busy.is_leaving(request))
-        ranks = ranked(shuffled, {r.replica_id: self._held[r.replica_id] - ending[r.replica_id] for r in shuffled})
-        if busy.routers > 1 and ranks and len(ranks[0]) > 1:
-            for replica in ranks[0]:  # forgotten, so that Serve asks them how much they have from other routers
+        promised = self._promises()
+        load = {r: self._held[r] - ending[r] + promised[r] for r in (c.replica_id for c in shuffled)}
+        ranks = ranked(shuffled, load)
+        if busy.routers > 1:
+            for replica in ranks[0] if ranks and len(ranks[0]) > 1 else ():
+                # Forgotten, so that Serve asks them how much they have from other routers.
                 self.replica_queue_len_cache.invalidate_key(replica.replica_id)
-        return ranks
+            return ranks
+        if shuffled:  # two requests at once must not choose alike, and Serve tells only what was sent
+            self._promised.append((ranks[0][0].replica_id, time.monotonic()))
+        return [[replica] for rank in ranks for replica in rank]
+
+    def _promises(self) -> Counter[ReplicaID]:
+        """What was chosen a moment ago and is not sent yet."""
+        since = time.monotonic() - PROMISE_S
+        self._promised = [(replica, at) for replica, at in self._promised if at > since]
+        return Counter(replica for replica, _ in self._promised)
 
     def on_send_request(self, replica_id: ReplicaID) -> None:
         super().on_send_request(replica_id)
         self._held[replica_id] += 1
+        kept = next((promise for promise in self._promised if promise[0] == replica_id), None)
+        if kept is not None:
+            self._promised.remove(kept)
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         super().on_request_routed(pending_request, replica_id, result)

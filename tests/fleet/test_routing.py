@@ -355,18 +355,38 @@ async def test_replicas_are_asked_for_their_queues_where_other_routers_send_song
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(busy, "_leaving", {"request"})
-    router: Any = object.__new__(LeastBusy)
-    router._held, router._routed = Counter(a=1, b=1), {"internal": ("request", "b")}
-    router._replica_queue_len_cache = ReplicaQueueLengthCache()
+    router = least_busy(Counter(a=1, b=1), {"internal": ("request", "b")})
     replicas: list[Any] = [SimpleNamespace(replica_id=name) for name in "abc"]
     for routers, known in ((1, [5, 5, 5]), (2, [5, None, None])):
-        busy.set_routers(routers)
+        monkeypatch.setattr(busy, "routers", routers)
+        router._promised = []
         for name in "abc":
             router._replica_queue_len_cache.update(name, 5)
-        first, second = await router.choose_replicas(replicas)
-        assert (sorted(r.replica_id for r in first), [r.replica_id for r in second]) == (["b", "c"], ["a"])
+        ranks = [[r.replica_id for r in rank] for rank in await router.choose_replicas(replicas)]
         assert [router._replica_queue_len_cache.get(name) for name in "abc"] == known
-    busy.set_routers(1)
+        if routers == 1:
+            assert (sorted(ranks[0] + ranks[1]), ranks[2]) == (["b", "c"], ["a"])
+        else:
+            assert ranks[-1] == ["a"]
+
+
+async def test_two_requests_at_once_do_not_choose_the_same_replica() -> None:
+    router = least_busy(Counter(), {})
+    replicas: list[Any] = [SimpleNamespace(replica_id=name) for name in "abc"]
+    first = [(await router.choose_replicas(replicas))[0][0].replica_id for _ in range(3)]
+    assert sorted(first) == ["a", "b", "c"]
+    router.on_send_request("a")
+    assert (router._held["a"], sorted(name for name, _ in router._promised)) == (1, ["b", "c"])
+    router._promised = [(name, at - 1.0) for name, at in router._promised]  # they were given up
+    assert {(await router.choose_replicas(replicas))[0][0].replica_id for _ in range(2)} == {"b", "c"}
+
+
+def least_busy(held: Counter[str], routed: dict[str, tuple[str, str]]) -> Any:
+    router: Any = object.__new__(LeastBusy)
+    router._held, router._routed, router._promised = held, routed, []
+    router._replica_queue_len_cache = ReplicaQueueLengthCache()
+    router._use_replica_queue_len_cache = False
+    return router
 
 
 # -- what is learnt
