@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import logging
 import time
 import uuid
@@ -84,6 +85,7 @@ class Dispatcher:
         self._cancelled: set[str] = set()  # those among them whose caller wants no more
         self._blocked: dict[str, Capacity] = {}  # jobs no pool can take, by the fleet they were told so by
         self._wake = asyncio.Event()
+        self._context = contextvars.copy_context()
         self._takes = False  # new jobs at once: it runs, and nothing waits that it could see
         self._taking = 0
         self._fresh: dict[str, Decision] = {}  # of jobs that begin at once: nothing has changed since
@@ -194,7 +196,8 @@ class Dispatcher:
             self._cancelled.discard(job.id)
             self.wake()
 
-        task = asyncio.create_task(self._run(job), name=f"job-{job.id}")
+        # Not in the context of the request that brought it: Serve would take its calls for that request's and end them with it.
+        task = asyncio.create_task(self._run(job), name=f"job-{job.id}", context=self._context.copy())
         self._tasks[job.id] = task
         task.add_done_callback(ended)  # also where it was stopped before its first step: then the lease ends by itself
 

@@ -7,6 +7,7 @@ import contextlib
 import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,7 @@ from .conftest import Site
 
 SONG = {"prompt": "quiet piano", "duration": 20, "seed": 7}
 HANG = "hang"
+ASKING = ContextVar("ASKING", default="none")
 
 
 @dataclass
@@ -35,6 +37,7 @@ class Stage:
     render: list[Any] = field(default_factory=list)
     calls: list[str] = field(default_factory=list)
     left: int = 0  # calls that were broken off
+    seen: list[str] = field(default_factory=list)  # the request in whose context each call was made
 
     def handle(self, app: str, role: str) -> Any:
         return _Handle(self)
@@ -54,6 +57,7 @@ class _Handle:
             @staticmethod
             def remote(*arguments: Any) -> _Stream:
                 stage.calls.append(method)
+                stage.seen.append(ASKING.get())
                 todo = getattr(stage, method)
                 return _Stream(stage, method, arguments, todo.pop(0) if todo else None)
 
@@ -151,6 +155,17 @@ async def test_where_nothing_waits_a_song_begins_without_a_look_at_the_queue(
         await site.client.delete(f"/v1/jobs/{first}")
         await until(lambda: site.service.store.counts()["queued"] == 1)
         assert site.job(await submit(site)).state == "queued"
+
+
+async def test_a_song_s_calls_are_not_those_of_the_request_that_brought_it(site: Site, stage: Stage) -> None:
+    """Serve ends a request's calls with the request, and takes what is called in its context for them."""
+    async with running(site.service.dispatcher):
+        await until(lambda: site.service.dispatcher._takes)
+        ASKING.set("a request")
+        job_id = await submit(site)
+        assert site.job(job_id).attempts == 1
+        await until(lambda: site.job(job_id).ended)
+    assert (stage.calls, stage.seen) == (["plan", "render"], ["none", "none"])
 
 
 async def test_a_caller_who_leaves_while_its_song_is_written_down_leaves_no_orphan(
