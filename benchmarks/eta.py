@@ -9,9 +9,7 @@ router did not foresee of queues, batches and order.
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import random
 import statistics
 import sys
@@ -20,8 +18,7 @@ from typing import Any
 
 import httpx
 
-from benchmarks.replicas import wait_for
-from benchmarks.service import simulated_service
+from benchmarks.service import run, simulated_service, wait_for
 
 MARK = 0.2
 CARD = {"profile": "rtx-3060-12", "num_cpus": 0.1}
@@ -32,7 +29,7 @@ EVERY_S = 6.0
 KINDS = ("planned, length given", "not planned")
 
 
-def measure(songs: int) -> dict[str, dict[str, float]]:
+def measure(songs: int, _quick: bool = False) -> dict[str, Any]:
     """Median and 90th percentile of |foretold - taken| / taken, by kind of song."""
     dice = random.Random(5)
     told: dict[str, tuple[str, float]] = {}  # job id -> (kind, seconds foretold)
@@ -58,7 +55,7 @@ def measure(songs: int) -> dict[str, dict[str, float]]:
         taken = jobs[job_id]["finished_at"] - jobs[job_id]["created_at"]
         for where in (kind, "all"):
             errors[where].append(abs(foretold - taken) / taken)
-    return {kind: _summary(e) for kind, e in errors.items()}
+    return {"error": {kind: _summary(e) for kind, e in errors.items()}, "mark": MARK}
 
 
 def _submit(http: httpx.Client, duration: float, planned: bool) -> dict[str, Any]:
@@ -88,21 +85,13 @@ def _summary(errors: list[float]) -> dict[str, float]:
     }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--songs", type=int, default=48)
-    parser.add_argument("--quick", action="store_true", help="20 songs")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    options = parser.parse_args()
-    found = measure(20 if options.quick else options.songs)
-    if options.json:
-        print(json.dumps({"error": found, "mark": MARK}))
-    else:
-        for kind, e in found.items():
-            print(f"{kind:24} {e['songs']:3} songs: off by {e['p50']:.0%} (median), {e['p90']:.0%} (90th percentile)")
-        print(f"mark: {MARK:.0%} at the 90th percentile")
-    return 0
+def text(result: dict[str, Any]) -> str:
+    lines = [
+        f"{kind:24} {e['songs']:3} songs: off by {e['p50']:.0%} (median), {e['p90']:.0%} (90th percentile)"
+        for kind, e in result["error"].items()
+    ]
+    return "\n".join([*lines, f"mark: {MARK:.0%} at the 90th percentile"])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(__doc__, "songs", 48, 20, measure, text))

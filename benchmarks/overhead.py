@@ -8,20 +8,18 @@ renderer say they took. What is left is HTTP, the job store, dispatch, Serve's h
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import sys
 import time
 
 import httpx
 
-from benchmarks.service import simulated_service
+from benchmarks.service import run, simulated_service
 
 MARK_MS = 30.0
 
 
-def measure(jobs: int) -> dict[str, float]:
+def measure(jobs: int, _quick: bool = False) -> dict[str, float]:
     """p50 and p95 in milliseconds over `jobs` jobs, one after another."""
     with simulated_service() as url, httpx.Client(base_url=url) as http:
         for _ in range(5):
@@ -47,21 +45,12 @@ def _one(http: httpx.Client) -> float:
     return took - sum(v for part in timings.values() for k, v in part.items() if k.endswith("_s"))
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", type=int, default=200)
-    parser.add_argument("--quick", action="store_true", help="40 jobs: within 50 s")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    options = parser.parse_args()
-    result = measure(40 if options.quick else options.jobs)
-    if options.json:
-        print(json.dumps(result))
-    else:
-        print(
-            f"time outside the stages over {result['jobs']:.0f} jobs: p50 {result['p50_ms']:.1f} ms, p95 {result['p95_ms']:.1f} ms (mark: {MARK_MS:g} ms)"
-        )
-    return 0
+def text(result: dict[str, float]) -> str:
+    return (
+        f"time outside the stages over {result['jobs']:.0f} jobs: p50 {result['p50_ms']:.1f} ms, p95 {result['p95_ms']:.1f} ms "
+        f"(mark: {MARK_MS:g} ms)"
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(__doc__, "jobs", 200, 40, measure, text))

@@ -9,8 +9,6 @@ waiting between songs.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +16,7 @@ from typing import Any
 
 import httpx
 
-from benchmarks.service import simulated_service
+from benchmarks.service import run, simulated_service, wait_for
 
 REPLICAS = (1, 2, 4)
 MARK = 3.8
@@ -38,17 +36,6 @@ def songs_per_minute(replicas: int, songs: int) -> float:
         return 60.0 * songs / (max(j["finished_at"] for j in jobs) - min(j["created_at"] for j in jobs))
 
 
-def wait_for(http: httpx.Client, replicas: int) -> None:
-    """Until the renderer pool has all its replicas."""
-    until = time.monotonic() + 120
-    while time.monotonic() < until:
-        pool = next(p for p in http.get("/v1/cluster").json()["pools"] if p["name"] == "dit")
-        if pool["replicas"]["running"] == replicas:
-            return
-        time.sleep(0.2)
-    raise SystemExit(f"{replicas} replicas did not start")
-
-
 def _make(http: httpx.Client, seed: int) -> dict[str, Any]:
     job: dict[str, Any] = http.post("/v1/music", json={**SONG, "seed": seed}).json()
     while job["state"] in ("queued", "running"):
@@ -59,24 +46,24 @@ def _make(http: httpx.Client, seed: int) -> dict[str, Any]:
     return job
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--songs", type=int, default=32)
-    parser.add_argument("--quick", action="store_true", help="16 songs, and only 1 and 4 replicas")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    options = parser.parse_args()
-    counts, songs = ((1, 4), 16) if options.quick else (REPLICAS, options.songs)
-    rates = {n: songs_per_minute(n, songs) for n in counts}
-    speedup = {str(n): round(rate / rates[1], 2) for n, rate in rates.items()}
-    if options.json:
-        rounded = {str(n): round(rate, 2) for n, rate in rates.items()}
-        print(json.dumps({"songs": songs, "songs_per_minute": rounded, "speedup": speedup, "mark": MARK}))
-    else:
-        for n, rate in rates.items():
-            print(f"{n} replicas: {rate:6.1f} songs per minute, {speedup[str(n)]:.2f}x")
-        print(f"mark: {MARK}x with 4")
-    return 0
+def measure(songs: int, quick: bool) -> dict[str, Any]:
+    """Songs per minute by the number of replicas; quickly of 1 and 4 alone."""
+    rates = {n: songs_per_minute(n, songs) for n in ((1, 4) if quick else REPLICAS)}
+    return {
+        "songs": songs,
+        "songs_per_minute": {str(n): round(rate, 2) for n, rate in rates.items()},
+        "speedup": {str(n): round(rate / rates[1], 2) for n, rate in rates.items()},
+        "mark": MARK,
+    }
+
+
+def text(result: dict[str, Any]) -> str:
+    lines = [
+        f"{n} replicas: {rate:6.1f} songs per minute, {result['speedup'][n]:.2f}x"
+        for n, rate in result["songs_per_minute"].items()
+    ]
+    return "\n".join([*lines, f"mark: {MARK}x with 4"])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(__doc__, "songs", 32, 16, measure, text))

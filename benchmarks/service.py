@@ -2,22 +2,44 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import yaml
 
+T = TypeVar("T", bound=Mapping[str, Any])
 ROOT = Path(__file__).resolve().parents[1]
 START_TIMEOUT_S = 120.0
+
+
+def run(
+    doc: str | None, what: str, many: int, few: int, measure: Callable[[int, bool], T], text: Callable[[T], str]
+) -> int:
+    """The command line of a benchmark: `--WHAT N`, `--quick` for `few` of them, `--json` for one JSON object instead of text.
+
+    Args:
+        measure: Of how many, and whether quickly.
+        text: The result for people.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(f"--{what}", type=int, default=many, dest="number")
+    parser.add_argument("--quick", action="store_true", help=f"{few} {what}")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args()
+    result = measure(few if options.quick else options.number, options.quick)
+    print(json.dumps(result) if options.json else text(result))
+    return 0
 
 
 @contextmanager
@@ -59,6 +81,17 @@ def simulated_service(dit: Mapping[str, Any] | None = None, lm: Mapping[str, Any
         finally:
             process.terminate()
             process.wait(60)
+
+
+def wait_for(http: httpx.Client, replicas: int) -> None:
+    """Until the renderer pool has all its replicas."""
+    until = time.monotonic() + 120
+    while time.monotonic() < until:
+        pool = next(p for p in http.get("/v1/cluster").json()["pools"] if p["name"] == "dit")
+        if pool["replicas"]["running"] == replicas:
+            return
+        time.sleep(0.2)
+    raise SystemExit(f"{replicas} replicas did not start")
 
 
 def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
