@@ -1,7 +1,8 @@
 """The dispatcher: takes jobs from the store under a lease and carries each through plan and render.
 
 One runs in every router replica. It claims no more than the pools can work on, so that what waits stays in the store, in order, where every
-router, the autoscaler and the next process see it. Each stage's result is written down before the next begins.
+router, the autoscaler and the next process see it. Each stage's result is written down as it comes: the plan while rendering begins, the song
+before anybody hears of it.
 """
 
 from __future__ import annotations

@@ -181,8 +181,9 @@ class Outlook:
                 if not self._is_me(place.turn):
                     coming.append((ends_in, work_s, self._goes_first(place.turn)))
         if self._others_plan:
-            upcoming_s = self._backlog(pool.app).upcoming_s - planned_s
-            coming += handed_over(upcoming_s, OTHERS, 0.0, self._handed_over[0])
+            backlog = self._backlog(pool.app)
+            upcoming_s = backlog.upcoming_s - planned_s
+            coming += handed_over(upcoming_s, OTHERS, 0.0, upcoming_s / backlog.handover)
         return waiting_s, coming
 
     def _is_me(self, turn: Waiting) -> bool:

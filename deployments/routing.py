@@ -60,11 +60,8 @@ class Routing:
         self.backlogs = backlogs
         self._since = Queued()
 
-    def admit(self, view: FleetView, request: SongRequest, key: str = "") -> Decision | None:
+    def admit(self, view: FleetView, request: SongRequest) -> Decision | None:
         """Where a new request would go, cut to what the fleet can do. None while a pool's abilities are not known yet.
-
-        Args:
-            key: Whose request it is.
 
         Raises:
             LimitExceeded: beyond the fleet, and strict.
@@ -72,7 +69,7 @@ class Routing:
         """
         if not view.pools or any(pool_limits(p) is None for p in view.pools):
             return None
-        me = Waiting("", key, _work_s(request, self.state(view)), time.time())
+        me = Waiting("", "", _work_s(request, self.state(view)), time.time())
         decision = _say_why_off(view, choose(request, self.state(view, me, newcomer=True)))
         if decision.outcome == "never":
             raise InvalidRequest(decision.reason, field="task" if request.task != "text2music" else "model")

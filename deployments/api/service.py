@@ -103,7 +103,7 @@ class Service:
                 return known, False
         request = await self.with_sources(request, caller)
         columns: dict[str, Any] = {}
-        decision = self.routing.admit(self.fleet.view, request, caller.name) if kind in ("song", "plan") else None
+        decision = self.routing.admit(self.fleet.view, request) if kind in ("song", "plan") else None
         if decision is not None:
             request = decision.request
             if kind == "song" and (pool := self.fleet.view.get(decision.renderer or "")) and pool.info:
