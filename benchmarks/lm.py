@@ -1,10 +1,11 @@
 """The planner's engine: many songs in one batch against one at a time, and what a step costs beside the model.
 
-    python -m benchmarks.lm [--quick] [--json] [--threads N] [--output FILE]
+    python -m benchmarks.lm [--quick] [--json] [--device cpu|cuda] [--threads N] [--output FILE]
 
 Weights are random at the sizes named; all ratios are of one run on one machine. Times are medians over steps, taken in turns. With one
 CPU thread, the default, they are seconds of that thread, so that a busy machine does not measure its neighbours; with more they are
-wall seconds. Where torch sees a GPU, the published sizes are measured, too, eagerly and with graphs.
+wall seconds. On a GPU, the default where torch sees one, the published sizes are measured, eagerly and as the service runs them: compiled
+and with graphs.
 """
 
 from __future__ import annotations
@@ -217,7 +218,7 @@ def on_gpu(*, quick: bool) -> dict[str, Any]:
             continue
         model = random_model(size, device, torch.bfloat16, max_len)
         read = model.weight_bytes - model.embedding.nbytes + grammar.tokenizer.num_codes * c.hidden_size * 2
-        modes: dict[str, Any] = {}
+        modes: dict[str, Any] = {"transformers": {"1": {"codes_per_s": 1 / transformers_seconds(model, grammar, 20)}}}
         for mode in ("eager", "graphs"):
             if mode == "graphs":
                 model.compile()
@@ -264,6 +265,8 @@ def machine() -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
+    if "gpu" in result:
+        return gpu_table(result["gpu"])
     cpu = result
     lines = ["songs in flight   codes/s   x one song   x transformers"]
     lines += [
@@ -277,12 +280,18 @@ def table(result: dict[str, Any]) -> str:
         f"keys and values, {m['songs']} songs: reserved {m['reserved_bytes']:,} bytes, used {m['used_bytes']:,}, left {m['left_bytes']}",
         f"growth of the process over {f['songs']} songs: {f['growth_bytes'] / 2**20:.1f} MiB",
     ]
-    for size, modes in result.get("gpu", {}).get("sizes", {}).items():
-        for mode, rows in modes.items():
+    return "\n".join(lines)
+
+
+def gpu_table(gpu: dict[str, Any]) -> str:
+    lines = [f"{gpu['device']}, {gpu['bandwidth_bytes_per_s'] / 1e12:.2f} TB/s"]
+    for size, modes in gpu["sizes"].items():
+        lines.append(f"{size} transformers generate(), one song: {modes['transformers']['1']['codes_per_s']:.0f} codes/s")
+        for mode in ("eager", "graphs"):
             lines += [
-                f"{size} {mode:<6} {songs:>2} pairs: {r['steps_per_s']:.0f} steps/s, {r['codes_per_s']:.0f} codes/s, "
-                f"{r['of_floor']:.0%} of the bandwidth floor"
-                for songs, r in rows.items()
+                f"{size} {mode:<6} {songs:>2} songs: {r['steps_per_s']:.0f} steps/s, {r['codes_per_s']:.0f} codes/s, "
+                f"{r['of_floor']:.0%} of what the bandwidth allows"
+                for songs, r in modes[mode].items()
             ]
     return "\n".join(lines)
 
@@ -291,14 +300,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer steps: below 50 s")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     parser.add_argument("--output", type=Path, help="write the JSON to this file, too")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     begin = time.monotonic()
-    result = {"machine": machine(), **on_cpu(quick=args.quick)}
-    if torch.cuda.is_available():
-        result["gpu"] = on_gpu(quick=args.quick)
+    measured = {"gpu": on_gpu(quick=args.quick)} if args.device == "cuda" else on_cpu(quick=args.quick)
+    result: dict[str, Any] = {"machine": machine(), **measured}
     result["seconds"] = time.monotonic() - begin
     if args.output:
         args.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

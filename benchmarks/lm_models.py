@@ -25,12 +25,17 @@ SIZES = {
 }
 
 
-def true_vocabulary() -> PlannerTokenizer:
-    """Ids as published; the text tokens beyond single bytes are fillers."""
+def true_tokens() -> tuple[dict[str, int], dict[str, int]]:
+    """Text tokens and added ones with their published ids; the text tokens beyond single bytes are fillers."""
     vocab = {char: i for i, char in enumerate(sorted(ByteLevel.alphabet()))}
     vocab |= {f"filler{i}": i for i in range(len(vocab), TEXT_SIZE)}
     names = [*SPECIAL_TOKENS, *(f"<|audio_code_{n}|>" for n in range(AUDIO_TOKENS))]
-    added = {name: TEXT_SIZE + i for i, name in enumerate(names)}
+    return vocab, {name: TEXT_SIZE + i for i, name in enumerate(names)}
+
+
+def true_vocabulary() -> PlannerTokenizer:
+    """A tokenizer of `true_tokens`."""
+    vocab, added = true_tokens()
     return PlannerTokenizer(byte_level_bpe(vocab, []), added, source="benchmark")
 
 

@@ -44,7 +44,7 @@ def write_tiny_planner(folder: Path, *, seed: int = 0) -> None:
     vocab, merges = _bpe()
     audio = [f"<|audio_code_{n}|>" for n in (*range(TINY_CODES), *TINY_PADDING_CODES)]
     added = {token: len(vocab) + i for i, token in enumerate((*SPECIAL_TOKENS, *audio))}
-    _write_tokenizer(folder, vocab, merges, added)
+    write_tokenizer(folder, vocab, merges, added)
     vocab_size = len(vocab) + len(added)
     config = {
         "architectures": ["Qwen3ForCausalLM"],
@@ -88,7 +88,8 @@ def _bpe() -> tuple[dict[str, int], list[tuple[str, str]]]:
     return vocab, merges
 
 
-def _write_tokenizer(folder: Path, vocab: dict[str, int], merges: list[tuple[str, str]], added: dict[str, int]) -> None:
+def write_tokenizer(folder: Path, vocab: dict[str, int], merges: list[tuple[str, str]], added: dict[str, int]) -> None:
+    """Write the tokenizer's files: byte-level BPE, and `added` tokens by name."""
     from acestep.lm.tokenizer import byte_level_bpe
 
     document = json.loads(byte_level_bpe(vocab, merges).to_str())
