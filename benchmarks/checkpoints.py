@@ -33,7 +33,9 @@ def write_renderer(root: Path, size: str, device: torch.device) -> Path:
     """Write a turbo renderer in diffusers layout, in bfloat16; gives its folder."""
     folder = root / RENDERERS[size]
     parts = build(size, device, torch.bfloat16)
-    silence = torch.randn(parts.condition_encoder.silence_latent.shape, generator=torch.Generator().manual_seed(0)) * 0.1
+    silence = (
+        torch.randn(parts.condition_encoder.silence_latent.shape, generator=torch.Generator().manual_seed(0)) * 0.1
+    )
     assert silence.shape[1] == SILENCE_FRAMES
     parts.condition_encoder.silence_latent.copy_(silence)
     with quiet():
@@ -59,7 +61,9 @@ def write_planner(root: Path, size: str, device: torch.device) -> Path:
 
 
 def _amend(path: Path, **fields: Any) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **fields}, indent=2) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps({**json.loads(path.read_text(encoding="utf-8")), **fields}, indent=2) + "\n", encoding="utf-8"
+    )
 
 
 def main() -> None:

@@ -286,7 +286,9 @@ def table(result: dict[str, Any]) -> str:
 def gpu_table(gpu: dict[str, Any]) -> str:
     lines = [f"{gpu['device']}, {gpu['bandwidth_bytes_per_s'] / 1e12:.2f} TB/s"]
     for size, modes in gpu["sizes"].items():
-        lines.append(f"{size} transformers generate(), one song: {modes['transformers']['1']['codes_per_s']:.0f} codes/s")
+        lines.append(
+            f"{size} transformers generate(), one song: {modes['transformers']['1']['codes_per_s']:.0f} codes/s"
+        )
         for mode in ("eager", "graphs"):
             lines += [
                 f"{size} {mode:<6} {songs:>2} songs: {r['steps_per_s']:.0f} steps/s, {r['codes_per_s']:.0f} codes/s, "

@@ -1,4 +1,4 @@
-"""What the choice of a replica (`deployments.least_busy`) has to know and cannot learn from Serve.
+"""What the choice of a replica (`deployments.least_busy`) has to know and cannot learn from Serve, and where it sent what.
 
 A module of its own because Serve copies the module of a request router by value: what it held in itself would be seen by nobody else.
 """
@@ -6,6 +6,7 @@ A module of its own because Serve copies the module of a request router by value
 from __future__ import annotations
 
 _leaving: set[str] = set()
+_nodes: dict[str, str] = {}  # of requests under way
 routers = 1  # that send work to the same replicas
 
 
@@ -21,6 +22,21 @@ def forget(request_id: str) -> None:
 
 def is_leaving(request_id: str) -> bool:
     return request_id in _leaving
+
+
+def sent(request_id: str, node: str) -> None:
+    """A request went to a replica on that node."""
+    _nodes[request_id] = node
+
+
+def answered(request_id: str) -> None:
+    """Nothing more comes from where it was sent."""
+    _nodes.pop(request_id, None)
+
+
+def node_of(request_id: str) -> str | None:
+    """Ray's id of the node that a request went to; None before it is sent and after it is over."""
+    return _nodes.get(request_id)
 
 
 def set_routers(number: int) -> None:

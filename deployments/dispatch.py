@@ -17,18 +17,17 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ray.exceptions import RayActorError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from acestep.errors import AceStepError, Cancelled, DeadlineExceeded, Internal, Unavailable, error_from_dict
 from acestep.plan import Plan
 from acestep.request import Adjustment, SongRequest
 from acestep.song import Progress, Song
-from deployments.errands import ANSWER, Errands
+from deployments.calls import REPLICA_LOST, Calls
+from deployments.errands import ANSWER, PREPARE, Errands
 from deployments.fleet import Capacity, Fleet
 from deployments.jobs.queue import read_queue, turn_of
-from deployments.jobs.store import UNREACHABLE, Job, JobStore, LeaseLost
+from deployments.jobs.store import UNREACHABLE, Job, JobStore, LeaseLost, draft
 from deployments.logs import about
 from deployments.metrics import Meter
 from deployments.notices import Notices
@@ -45,10 +44,14 @@ log = logging.getLogger(__name__)
 STAGE_ATTEMPTS = 3
 BACKOFF_S = 1.0
 POLL_S = 0.5
-_REPLICA_LOST = (RayActorError, BackPressureError, DeploymentUnavailableError)
+SAVE_AFTER_S = 0.02
 _STAGE_ORDER = ("queued", "planning", "rendering", "decoding", "encoding")
 
 Report = Callable[[Progress], Awaitable[None]]
+
+
+class NotWritten(Exception):
+    """A job that had begun already was refused by the store, or could not be written: who sent it hears why."""
 
 
 class Dispatcher:
@@ -76,6 +79,7 @@ class Dispatcher:
         self.fleet = fleet
         self.meter = meter or Meter()
         self.notices = Notices(store)
+        self.calls = Calls()
         self._placed: dict[str, dict[str, Any]] = {}  # columns of running jobs as the store has them by now
         self.routing = routing
         self.lease_s = lease_s
@@ -90,6 +94,9 @@ class Dispatcher:
         self._takes = False  # new jobs at once: it runs, and nothing waits that it could see
         self._taking = 0
         self._fresh: dict[str, Decision] = {}  # of jobs that begin at once: nothing has changed since
+        self._unwritten: dict[
+            str, asyncio.Task[tuple[Job, bool]]
+        ] = {}  # jobs planned already while they are written down
 
     @property
     def running(self) -> frozenset[str]:
@@ -109,22 +116,50 @@ class Dispatcher:
     async def _add(self, decision: Decision | None, values: dict[str, Any]) -> tuple[Job, bool]:
         room = self.routing.window(self.fleet.view) - len(self._tasks) - self._taking
         mine = decision is not None and decision.outcome == "run" and self._takes and room > 0
-        if mine:
-            values |= {"owner": self.owner, "lease_s": self.lease_s}
-            self._taking += 1
-        try:
+        if not mine or decision is None:
             job, created = await asyncio.to_thread(self.store.add, **values)
-        finally:
-            self._taking -= mine
-        if created and mine:
-            self.routing.usage.add(job.owner_key, job.est_plan_s + job.est_render_s, job.created_at)
-            if decision is not None and job.deadline is None:  # a deadline makes it another choice
-                self._fresh[job.id] = replace(decision, request=job.request, adjustments=())
+            if created:
+                self._takes = False
+                self.wake()
+            return job, created
+        values |= {"owner": self.owner, "lease_s": self.lease_s}
+        fresh = replace(decision, request=values["request"], adjustments=()) if values["deadline"] is None else None
+        writing = asyncio.create_task(asyncio.to_thread(self.store.add, **values))
+        if early := fresh is not None and decision.planner is not None and _only_planned(values):
+            job = draft(**values)
+            self._unwritten[job.id] = writing
+            self._fresh[job.id] = fresh
             self._start(job)
+        self._taking += not early
+        try:
+            job, created = await writing
+        except BaseException:
+            if early and job.id in self._tasks:
+                self._stop(job.id)
+            raise
+        finally:
+            self._taking -= not early
+        if created:
+            self.routing.usage.add(job.owner_key, job.est_plan_s + job.est_render_s, job.created_at)
+        if early:
+            self._unwritten.pop(job.id, None)
         elif created:
-            self._takes = False
-            self.wake()
+            if fresh is not None:  # a deadline makes it another choice
+                self._fresh[job.id] = fresh
+            self._start(job)
         return job, created
+
+    async def _written(self, job_id: str) -> None:
+        """Wait until a job that began at once is in the store: before that nothing about it can be written, and nobody knows of it.
+
+        Raises:
+            NotWritten: it never will be.
+        """
+        if writing := self._unwritten.get(job_id):
+            try:
+                await asyncio.shield(writing)
+            except Exception as error:
+                raise NotWritten(job_id) from error
 
     def wake(self) -> None:
         """A job was added or a pool changed: look now."""
@@ -148,7 +183,7 @@ class Dispatcher:
     async def run(self) -> None:
         """Claim and renew until cancelled, then hand unfinished jobs back."""
         try:
-            await asyncio.gather(self._claim_loop(), self._lease_loop())
+            await asyncio.gather(self._claim_loop(), self._lease_loop(), self._node_loop())
         finally:
             self._takes = False
             await self.drain()
@@ -194,6 +229,7 @@ class Dispatcher:
             self._tasks.pop(job.id, None)
             self._placed.pop(job.id, None)
             self._fresh.pop(job.id, None)
+            self._unwritten.pop(job.id, None)
             self._cancelled.discard(job.id)
             self.wake()
 
@@ -206,7 +242,8 @@ class Dispatcher:
         renewed = time.monotonic()
         while True:
             await asyncio.sleep(POLL_S)
-            tasks = dict(self._tasks)  # not those that are claimed while these are renewed: they hold a lease, too
+            # Not those that are claimed while these are renewed: they hold a lease, too.
+            tasks = {job_id: task for job_id, task in self._tasks.items() if job_id not in self._unwritten}
             if not tasks:
                 renewed = time.monotonic()
                 continue
@@ -224,6 +261,12 @@ class Dispatcher:
                         self._cancelled.add(job_id)
                     self._stop(job_id)
 
+    async def _node_loop(self) -> None:
+        while True:
+            changed = self.fleet.changed
+            self.calls.end_on(self.fleet.view.dead_nodes)
+            await changed.wait()
+
     # -- one job
 
     async def _run(self, job: Job) -> None:
@@ -232,6 +275,8 @@ class Dispatcher:
             with span("song", job.extra.get(TRACE), job_id=job.id, kind=job.kind, attempt=job.attempts):
                 parts({"queued": max(0.0, time.time() - job.created_at)} if job.attempts == 1 else {})
                 await self._carry(job)
+        except NotWritten:
+            log.info("job %s was not taken: its work ends", job.id)
         except LeaseLost:
             log.warning("job %s was taken over by another router, or has ended", job.id)
         except UNREACHABLE as failure:
@@ -252,6 +297,7 @@ class Dispatcher:
             return
         except asyncio.CancelledError:
             if job.id not in self._cancelled:  # the router stops, or could not renew the lease
+                await self._written(job.id)
                 await asyncio.to_thread(self.store.release, job.id, self.owner)
                 return
             error = Cancelled("cancelled by the caller")
@@ -260,7 +306,7 @@ class Dispatcher:
             self._blocked[job.id] = self.fleet.view.capacity
             await asyncio.to_thread(self.store.release, job.id, self.owner)
             return
-        except (LeaseLost, *UNREACHABLE):
+        except (LeaseLost, NotWritten, *UNREACHABLE):
             raise
         except AceStepError as failure:
             error = failure
@@ -295,7 +341,7 @@ class Dispatcher:
         request, adjustments, plan = job.request, job.adjustments, job.plan
         if plan is None:
             request, adjustments, plan = await self._plan(job)
-            saving = asyncio.create_task(asyncio.to_thread(self.store.save_plan, job.id, self.owner, plan))
+            saving = asyncio.create_task(self._save_plan(job, plan))
             try:
                 made = None if job.kind == "plan" else await self._render(job, request, adjustments, plan)
             except BaseException:
@@ -307,6 +353,10 @@ class Dispatcher:
                 await asyncio.to_thread(self.store.save_plan, job.id, self.owner, plan)
             return made
         return await self._render(job, request, adjustments, plan)
+
+    async def _save_plan(self, job: Job, plan: Plan) -> None:
+        await asyncio.sleep(SAVE_AFTER_S)  # the renderer first: its call would wait for the interpreter
+        await asyncio.to_thread(self.store.save_plan, job.id, self.owner, plan)
 
     async def _plan(self, job: Job) -> tuple[SongRequest, tuple[Adjustment, ...], Plan]:
         for attempt in range(STAGE_ATTEMPTS):
@@ -326,7 +376,7 @@ class Dispatcher:
                 if place.alone:
                     self.routing.learn_plan(choice.planner, choice.plan_profile_s, plan)
                 return request, adjustments, plan
-            except _REPLICA_LOST as error:
+            except REPLICA_LOST as error:
                 await self._lost(job, choice.planner, error, attempt)
         raise AssertionError("unreachable: the last attempt raises")
 
@@ -363,7 +413,7 @@ class Dispatcher:
                     await asyncio.to_thread(self.store.save_request, job.id, self.owner, request, changed)
                 return song
             for failure in failures:
-                if not isinstance(failure, _REPLICA_LOST):
+                if not isinstance(failure, REPLICA_LOST):
                     raise failure
             await self._lost(job, choice.renderer, failures[0], attempt)
         raise AssertionError("unreachable: the last attempt raises")
@@ -430,10 +480,10 @@ class Dispatcher:
         self, place: Place, handle: DeploymentHandle[Any], method: str, arguments: tuple[Any, ...], report: Report
     ) -> dict[str, Any]:
         """Consume a stage's stream: report progress, return the result. Leaving early cancels the replica's work."""
-        stream = getattr(handle.options(stream=True), method).remote(*arguments)
-        place.call = stream.request_id
-        try:
-            async for message in stream:
+        async with self.calls.call(handle, method, *arguments) as call:
+            place.call = call.id
+            await self._written(place.turn.id)
+            async for message in call:
                 if "progress" in message:
                     await report(Progress.model_validate(message["progress"]))
                 elif "error" in message:
@@ -441,9 +491,6 @@ class Dispatcher:
                 else:
                     result: dict[str, Any] = message["result"]
                     return result
-        except BaseException:
-            stream.cancel()
-            raise
         raise Internal(f"the stage's {method} stream ended without a result")
 
 
@@ -480,6 +527,15 @@ def merge_songs(songs: Sequence[Song]) -> Song:
     slowest = max(songs, key=lambda s: sum(s.timings.model_dump().values()))
     adjustments = tuple({a.model_dump_json(): a for s in songs for a in s.adjustments}.values())
     return slowest.model_copy(update={"items": items, "adjustments": adjustments})
+
+
+def _only_planned(values: dict[str, Any]) -> bool:
+    """Whether a new job, as `JobStore.add` takes it, is sure to be a new one and begins with its plan."""
+    return (
+        values["idempotency_key"] is None
+        and values["kind"] in ("song", "plan")
+        and PREPARE not in (values["extra"] or {})
+    )
 
 
 def _left(job: Job) -> float | None:

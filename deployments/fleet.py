@@ -76,6 +76,7 @@ class FleetView:
     at: float = 0.0
     apps: Mapping[str, str] = field(default_factory=dict)
     nodes: tuple[Node, ...] = ()
+    dead_nodes: frozenset[str] = frozenset()  # Ray's ids of those that died; none of them comes back
     http_host: str | None = None  # what the proxies listen on; None until Serve has said so
     routers: int = 1
 
@@ -217,8 +218,8 @@ class Fleet:
             await asyncio.sleep(POLL_S)
 
     async def refresh(self) -> None:
-        details, nodes = await asyncio.to_thread(_serve_details), await asyncio.to_thread(_live_nodes)
-        view = replace(parse_details(details), nodes=nodes)
+        details, (nodes, dead) = await asyncio.to_thread(_serve_details), await asyncio.to_thread(_nodes)
+        view = replace(parse_details(details), nodes=nodes, dead_nodes=dead)
         await asyncio.to_thread(_release, self._unplaced_leavers(details, view, time.monotonic()))
         for pool in view.pools:
             if pool.running:
@@ -260,7 +261,10 @@ class Fleet:
     def handle(self, app: str, role: Role) -> DeploymentHandle[Any]:
         if app not in self._handles:
             deployment = next(d for d, r in ROLE_OF_DEPLOYMENT.items() if r == role)
-            self._handles[app] = serve.get_deployment_handle(deployment, app_name=app)
+            handle = serve.get_deployment_handle(deployment, app_name=app)
+            # This one is asynchronous: another thread only costs time.
+            handle._init(_run_router_in_separate_loop=False)  # type: ignore[no-untyped-call]
+            self._handles[app] = handle
         return self._handles[app]
 
     def _describe_soon(self, pool: Pool, timeout_s: float) -> None:
@@ -305,15 +309,17 @@ def _release(actors: Iterable[str]) -> None:
         log.info("released %s, which had not started and is not needed any more", name)
 
 
-def _live_nodes() -> tuple[Node, ...]:
-    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-    return tuple(
+def _nodes() -> tuple[tuple[Node, ...], frozenset[str]]:
+    """The nodes of the cluster, and the ids of those that died."""
+    known: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    live = tuple(
         Node(
             name=str(node.get("NodeName") or node.get("NodeManagerAddress")),
             labels=node.get("Labels") or {},
             gpus=float((node.get("Resources") or {}).get("GPU", 0.0)),
             cpus=float((node.get("Resources") or {}).get("CPU", 0.0)),
         )
-        for node in nodes
+        for node in known
         if node.get("Alive")
     )
+    return live, frozenset(str(node["NodeID"]) for node in known if not node.get("Alive"))

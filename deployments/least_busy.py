@@ -68,15 +68,22 @@ class LeastBusy(FIFOMixin, RequestRouter):
         super().on_request_routed(pending_request, replica_id, result)
         metadata = pending_request.metadata
         self._routed[metadata.internal_request_id] = (metadata.request_id, replica_id)
+        if replica := self.curr_replicas.get(replica_id):
+            busy.sent(metadata.request_id, str(replica.node_id))
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
         super().on_request_completed(replica_id, internal_request_id)
-        self._routed.pop(internal_request_id, None)
+        self._over(internal_request_id)
         self._held[replica_id] -= 1
         if self._held[replica_id] <= 0:
             del self._held[replica_id]
             # A short call may be over before Serve says where it went.
-            self._routed = {k: (request, at) for k, (request, at) in self._routed.items() if at != replica_id}
+            for late in [k for k, (_, at) in self._routed.items() if at == replica_id]:
+                self._over(late)
+
+    def _over(self, internal_request_id: str) -> None:
+        if routed := self._routed.pop(internal_request_id, None):
+            busy.answered(routed[0])
 
 
 def ranked(replicas: list[RunningReplica], held: dict[ReplicaID, int]) -> list[list[RunningReplica]]:

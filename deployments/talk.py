@@ -6,19 +6,16 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
-from ray.exceptions import RayActorError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
-
 from acestep.errors import Unavailable, error_from_dict
 from acestep.lm.work import Sample
 from acestep.request import MAX_DURATION_S
+from deployments.calls import REPLICA_LOST
 from deployments.fleet import Fleet, Role
 from deployments.placement import choose_planner, fleet_limits, wait_s
 from deployments.routing import NoPool, Routing
 
 ATTEMPTS = 3
 BACKOFF_S = 1.0
-REPLICA_LOST = (RayActorError, BackPressureError, DeploymentUnavailableError)
 
 
 class Talk:

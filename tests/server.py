@@ -120,6 +120,20 @@ class Server:
     def output(self) -> str:
         return self.log.read_text(errors="replace")
 
+    def pids(self, title: str) -> list[int]:
+        """Processes of this server's Ray whose title begins with `title` (Ray names actors' processes after their class)."""
+        assert self.process is not None
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                session = int((folder / "stat").read_text().rpartition(")")[2].split()[3])
+                command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            except (OSError, ValueError, IndexError):
+                continue
+            if session == self.process.pid and command.startswith(title):
+                found.append(int(folder.name))
+        return found
+
     def interrupt(self, timeout_s: float = 60.0) -> float:
         """Ctrl-C, as a terminal sends it: to the whole process group. Returns the seconds until all of it had ended."""
         assert self.process is not None, "not started"

@@ -108,6 +108,15 @@ class Job:
         return self.state in TERMINAL
 
 
+def draft(job_id: str, request: SongRequest, *, owner: str, lease_s: float, caps: object = None, **columns: Any) -> Job:
+    """The job that `JobStore.add` writes, given the same, where its owner takes it at once."""
+    now = time.time()
+    return Job(
+        job_id, columns.pop("kind", "song"), RUNNING, "queued", request, now, attempts=1, lease_owner=owner,
+        lease_until=now + lease_s, started_at=now, **columns,
+    )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Event:
     seq: int

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sqlite3
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import grpc
 import pytest
 import sqlalchemy as sa
 from ray.exceptions import RayActorError
@@ -19,8 +21,9 @@ from acestep.errors import OutOfMemory
 from acestep.plan import Metadata, Plan
 from acestep.request import SongRequest
 from acestep.song import Progress, RenderTimings, Song, SongItem
-from deployments import dispatch
+from deployments import busy, dispatch
 from deployments.dispatch import Dispatcher
+from deployments.jobs.store import Busy
 
 from .conftest import Site
 
@@ -72,12 +75,14 @@ class _Stream:
     todo: Any
     done: bool = False
     request_id: str = "request"
+    broken_off: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def __aiter__(self) -> AsyncIterator[dict[str, Any]]:
         name = "planning" if self.method == "plan" else "rendering"
         yield {"progress": Progress(stage=name, done=1, total=4).model_dump()}
         if self.todo == HANG:
-            await asyncio.Event().wait()
+            await self.broken_off.wait()
+            raise asyncio.CancelledError  # as gRPC's streams do
         if isinstance(self.todo, OutOfMemory):
             yield {"error": self.todo.to_dict()}
         elif self.todo is not None:
@@ -93,7 +98,8 @@ class _Stream:
             yield {"result": song.model_dump(mode="json")}
 
     def cancel(self) -> None:
-        self.stage.left += not self.done
+        self.stage.left += not (self.done or self.broken_off.is_set())
+        self.broken_off.set()
 
 
 @pytest.fixture
@@ -179,6 +185,90 @@ async def test_a_caller_who_leaves_while_its_song_is_written_down_leaves_no_orph
         await asyncio.sleep(0.05)
         asking.cancel()
         await until(lambda: site.service.store.counts()["succeeded"] == 1)
+
+
+@pytest.fixture
+def slow_store(site: Site, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """A store that writes nothing new down until the event is set."""
+    open_, original = threading.Event(), site.service.store.add
+    monkeypatch.setattr(site.service.store, "add", lambda **job: (open_.wait(10), original(**job))[1])
+    return open_
+
+
+async def test_a_song_is_planned_while_it_is_written_down(
+    site: Site, stage: Stage, slow_store: threading.Event
+) -> None:
+    async with running(site.service.dispatcher):
+        await until(lambda: site.service.dispatcher._takes)
+        asking = asyncio.create_task(submit(site))
+        await until(lambda: stage.calls == ["plan"])
+        await asyncio.sleep(3 * dispatch.POLL_S)  # leases are renewed meanwhile, and this one is not there yet
+        assert not asking.done()
+        assert sum(site.service.store.counts().values()) == 0
+        slow_store.set()
+        job_id = await asking
+        await until(lambda: site.job(job_id).ended)
+    job = site.job(job_id)
+    assert (job.state, job.attempts, stage.calls, stage.left) == ("succeeded", 1, ["plan", "render"], 0)
+
+
+async def test_a_router_that_stops_while_a_song_is_written_down_hands_it_back(
+    site: Site, stage: Stage, slow_store: threading.Event
+) -> None:
+    async with running(site.service.dispatcher):
+        await until(lambda: site.service.dispatcher._takes)
+        asking = asyncio.create_task(submit(site))
+        await until(lambda: stage.calls == ["plan"])
+        asyncio.get_running_loop().call_later(0.1, slow_store.set)
+    job = site.job(await asking)
+    assert (job.state, job.attempts, job.lease_owner, stage.left) == ("queued", 0, None, 1)
+
+
+async def test_a_song_that_is_refused_after_it_began_leaves_nothing(
+    site: Site, stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**_: Any) -> None:
+        raise Busy("this key has 3 jobs under way; its limit is 3", limit=3)
+
+    stage.plan.append(HANG)
+    async with running(site.service.dispatcher):
+        await until(lambda: site.service.dispatcher._takes)
+        monkeypatch.setattr(site.service.store, "add", refuse)
+        answer = await site.client.post("/v1/music", json=SONG)
+        assert (answer.status_code, answer.json()["limit"]) == (429, 3)
+        await until(lambda: not site.service.dispatcher.running)
+    assert sum(site.service.store.counts().values()) == 0
+    assert stage.left == len(stage.calls)
+    assert not site.service.dispatcher._unwritten
+
+
+async def test_a_replica_that_breaks_a_call_off_is_one_that_was_lost(site: Site, stage: Stage) -> None:
+    stage.plan.append(
+        grpc.aio.AioRpcError(grpc.StatusCode.CANCELLED, grpc.aio.Metadata(), grpc.aio.Metadata(), "stopped")
+    )
+    async with running(site.service.dispatcher):
+        job_id = await submit(site)
+        await until(lambda: site.job(job_id).ended)
+    assert (site.job(job_id).state, stage.calls) == ("succeeded", ["plan", "plan", "render"])
+
+
+async def test_a_call_to_a_node_that_died_is_made_again(site: Site, stage: Stage) -> None:
+    """Its stream may stay open and silent for minutes."""
+    stage.render.append(HANG)
+    fleet = site.service.fleet
+    async with running(site.service.dispatcher):
+        job_id = await submit(site)
+        await until(lambda: stage.calls == ["plan", "render"])
+        busy.sent("request", "n1")
+        for dead in ({"n2"}, {"n1", "n2"}):
+            fleet.view = replace(fleet.view, dead_nodes=frozenset(dead))
+            fleet.changed.set()
+            fleet.changed = asyncio.Event()
+            await asyncio.sleep(0.05)
+            assert stage.left == ("n1" in dead)
+        busy.answered("request")
+        await until(lambda: site.job(job_id).ended)
+    assert (site.job(job_id).state, stage.calls) == ("succeeded", ["plan", "render", "render"])
 
 
 async def test_a_store_that_is_away_when_a_plan_is_saved_and_back_when_it_is_rendered_costs_nothing(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-from pathlib import Path
 
 import pytest
 
@@ -17,23 +16,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 JOBS = 50
 
 
-def pids(server: Server, title: str) -> list[int]:
-    """Processes of this server's Ray whose title begins with `title` (Ray names actors' processes after their class)."""
-    assert server.process is not None
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            session = int((folder / "stat").read_text().rpartition(")")[2].split()[3])
-            command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except (OSError, ValueError, IndexError):
-            continue
-        if session == server.process.pid and command.startswith(title):
-            found.append(int(folder.name))
-    return found
-
-
 def kill(server: Server, title: str) -> None:
-    victims = pids(server, title)
+    victims = server.pids(title)
     assert victims, f"no process {title}"
     for pid in victims:
         os.kill(pid, signal.SIGKILL)

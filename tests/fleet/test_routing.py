@@ -127,7 +127,7 @@ async def test_other_replicas_are_asked_at_once_what_they_can_do(monkeypatch: py
     watched = Fleet()
     monkeypatch.setattr(fleet_module, "_call", describe)
     monkeypatch.setattr(fleet_module, "_serve_details", details)
-    monkeypatch.setattr(fleet_module, "_live_nodes", tuple)
+    monkeypatch.setattr(fleet_module, "_nodes", lambda: ((), frozenset()))
     monkeypatch.setattr(watched, "handle", lambda *_: None)
 
     async def look() -> object:
