@@ -93,7 +93,7 @@ class Dispatcher:
         self._context = contextvars.copy_context()
         self._takes = False  # new jobs at once: it runs, and nothing waits that it could see
         self._taking = 0
-        self._fresh: dict[str, Decision] = {}  # of jobs that begin at once: nothing has changed since
+        self._fresh: dict[str, Decision] = {}  # of jobs that began at once: nothing has changed since
         self._unwritten: dict[
             str, asyncio.Task[tuple[Job, bool]]
         ] = {}  # jobs planned already while they are written down
@@ -115,38 +115,39 @@ class Dispatcher:
 
     async def _add(self, decision: Decision | None, values: dict[str, Any]) -> tuple[Job, bool]:
         room = self.routing.window(self.fleet.view) - len(self._tasks) - self._taking
-        mine = decision is not None and decision.outcome == "run" and self._takes and room > 0
-        if not mine or decision is None:
-            job, created = await asyncio.to_thread(self.store.add, **values)
-            if created:
-                self._takes = False
-                self.wake()
-            return job, created
+        if decision is not None and decision.outcome == "run" and self._takes and room > 0:
+            return await self._begin(decision, values)
+        job, created = await asyncio.to_thread(self.store.add, **values)
+        if created:
+            self._takes = False
+            self.wake()
+        return job, created
+
+    async def _begin(self, decision: Decision, values: dict[str, Any]) -> tuple[Job, bool]:
+        """Write a job down as ours and start it; where it is sure to be a new one that is planned first, its planning begins meanwhile."""
         values |= {"owner": self.owner, "lease_s": self.lease_s}
+        # A deadline makes it another choice.
         fresh = replace(decision, request=values["request"], adjustments=()) if values["deadline"] is None else None
         writing = asyncio.create_task(asyncio.to_thread(self.store.add, **values))
-        if early := fresh is not None and decision.planner is not None and _only_planned(values):
-            job = draft(**values)
-            self._unwritten[job.id] = writing
-            self._fresh[job.id] = fresh
-            self._start(job)
-        self._taking += not early
+        early = draft(**values) if fresh is not None and decision.planner and _only_planned(values) else None
+        if early is not None:
+            self._unwritten[early.id] = writing
+            self._start(early, fresh)
+        self._taking += early is None
         try:
             job, created = await writing
         except BaseException:
-            if early and job.id in self._tasks:
-                self._stop(job.id)
+            if early is not None and early.id in self._tasks:
+                self._stop(early.id)
             raise
         finally:
-            self._taking -= not early
+            self._taking -= early is None
         if created:
             self.routing.usage.add(job.owner_key, job.est_plan_s + job.est_render_s, job.created_at)
-        if early:
-            self._unwritten.pop(job.id, None)
+        if early is not None:
+            self._unwritten.pop(early.id, None)
         elif created:
-            if fresh is not None:  # a deadline makes it another choice
-                self._fresh[job.id] = fresh
-            self._start(job)
+            self._start(job, fresh)
         return job, created
 
     async def _written(self, job_id: str) -> None:
@@ -224,7 +225,15 @@ class Dispatcher:
                 self._start(job)
         self._takes = len(free) < room
 
-    def _start(self, job: Job) -> None:
+    def _start(self, job: Job, fresh: Decision | None = None) -> None:
+        """Run a job.
+
+        Args:
+            fresh: Where it goes, decided just now.
+        """
+        if fresh is not None:
+            self._fresh[job.id] = fresh
+
         def ended(_: asyncio.Task[None]) -> None:
             self._tasks.pop(job.id, None)
             self._placed.pop(job.id, None)
