@@ -16,8 +16,9 @@ run: $(VENV)/.run-installed
 	@$(BIN)/acestep prepare $(CONFIG)
 	@exec $(BIN)/serve run $(CONFIG)
 
+# Two processes: the tests that run servers, one after another, and beside them all others.
 test: $(VENV)/.test-installed
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff check .

@@ -94,9 +94,8 @@ class Dispatcher:
         self._takes = False  # new jobs at once: it runs, and nothing waits that it could see
         self._taking = 0
         self._fresh: dict[str, Decision] = {}  # of jobs that began at once: nothing has changed since
-        self._unwritten: dict[
-            str, asyncio.Task[tuple[Job, bool]]
-        ] = {}  # jobs planned already while they are written down
+        # Jobs that are planned already while they are written down.
+        self._unwritten: dict[str, asyncio.Task[tuple[Job, bool]]] = {}
 
     @property
     def running(self) -> frozenset[str]:
@@ -453,6 +452,7 @@ class Dispatcher:
         return song
 
     async def _lost(self, job: Job, pool: str, error: BaseException, attempt: int) -> None:
+        await self._written(job.id)
         log.warning("job %s: a replica of %s was lost (%s)", job.id, pool, type(error).__name__)
         self.meter.retry(pool)
         if attempt + 1 == STAGE_ATTEMPTS:
