@@ -94,12 +94,13 @@ def test_fused_kernels_compute_the_same_for_any_number_of_tokens(monkeypatch: py
         x, y = torch.randn(2, tokens, 64, generator=generator)
         qkv, angle = torch.randn(tokens, 8, 16, generator=generator), torch.randn(tokens, 1, 16, generator=generator)
         arguments = (qkv, qkv[0, :6], angle, angle.flip(0), 1e-6)
-        for written, made in zip(add_norm(x, y, x[0], 1e-6), fused.add_norm(x, y, x[0], 1e-6), strict=True):
-            assert torch.allclose(written, made, atol=1e-6)
-        assert torch.allclose(rotate_heads(*arguments), fused.rotate_heads(*arguments), atol=1e-6)
-        assert torch.allclose(gate(x), fused.gate(x), atol=1e-6)
         # From the second size on nothing is compiled again: that would stop a card's songs for seconds.
-        monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
+        with torch._dynamo.config.patch(error_on_recompile=tokens != 7):
+            added = zip(add_norm(x, y, x[0], 1e-6), fused.add_norm(x, y, x[0], 1e-6), strict=True)
+            rotated, gated = fused.rotate_heads(*arguments), fused.gate(x)
+        assert all(torch.allclose(written, made, atol=1e-6) for written, made in added)
+        assert torch.allclose(rotate_heads(*arguments), rotated, atol=1e-6)
+        assert torch.allclose(gate(x), gated, atol=1e-6)
 
 
 @pytest.mark.parametrize("change", [shard, without_prefix, with_head, untied])
