@@ -16,16 +16,8 @@ run: $(VENV)/.run-installed
 	@$(BIN)/acestep prepare $(CONFIG)
 	@exec $(BIN)/serve run $(CONFIG)
 
-# The tests that run servers, one after another, and beside them all others. With PYTEST_ARGS: one run of what they say.
 test: $(VENV)/.test-installed
-ifdef PYTEST_ARGS
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
-else
-	@log=$$(mktemp); trap 'rm -f "$$log"' EXIT; \
-	$(BIN)/python -m pytest -m 'not slow and not e2e' >"$$log" 2>&1 & others=$$!; \
-	$(BIN)/python -m pytest -m 'not slow and e2e' --durations 10; served=$$?; \
-	wait $$others; status=$$?; cat "$$log"; exit $$((served | status))
-endif
 
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 _leaving: set[str] = set()
 _nodes: dict[str, str] = {}  # of requests under way
+dead_nodes: frozenset[str] = frozenset()  # Ray's ids
 routers = 1  # that send work to the same replicas
 
 
@@ -37,6 +38,12 @@ def answered(request_id: str) -> None:
 def node_of(request_id: str) -> str | None:
     """Ray's id of the node that a request went to; None before it is sent and after it is over."""
     return _nodes.get(request_id)
+
+
+def set_dead_nodes(nodes: frozenset[str]) -> None:
+    """Say which nodes died: nothing is sent there, also before Serve knows."""
+    global dead_nodes
+    dead_nodes = nodes
 
 
 def set_routers(number: int) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Collection
+import os
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
@@ -50,9 +51,16 @@ class Call:
 
 
 class Calls:
-    """The stage calls under way. For one event loop."""
+    """The stage calls under way. For one event loop.
 
-    def __init__(self) -> None:
+    Args:
+        by_grpc: False sends them as Ray's actor calls, on Ray's own ports.
+    """
+
+    def __init__(self, *, by_grpc: bool = True) -> None:
+        self._by_grpc = by_grpc
+        # An HTTP proxy of this machine is not meant for the cluster; Ray keeps its own channels off it, Serve forgets to.
+        os.environ.setdefault("grpc_proxy", "")
         self._open: dict[str, Call] = {}
         self._ending: set[asyncio.Task[None]] = set()
 
@@ -63,8 +71,8 @@ class Calls:
         Raises:
             ReplicaGone, and others of `REPLICA_LOST`: another replica may do the work.
         """
-        by_value = handle.options(stream=True, _by_reference=False)
-        call = Call(getattr(by_value, method).remote(*arguments))
+        streaming = handle.options(stream=True, _by_reference=not self._by_grpc)
+        call = Call(getattr(streaming, method).remote(*arguments))
         self._open[call.id] = call
         try:
             yield call
@@ -93,10 +101,15 @@ class Calls:
         self._ending.add(task)
         task.add_done_callback(self._ending.discard)
 
-    def end_on(self, nodes: Collection[str]) -> None:
-        """End the calls whose replicas are on these nodes, by Ray's node ids: they are dead."""
+    def end_on(self, nodes: frozenset[str]) -> None:
+        """End the calls to these nodes, by Ray's node ids: they are dead. Nothing more is sent there.
+
+        A call that no replica has accepted yet may have been sent to one that died just now: it is made again, too.
+        """
+        news = nodes - busy.dead_nodes
+        busy.set_dead_nodes(nodes)
         for call_id, call in self._open.items():
             node = busy.node_of(call_id)
-            if call.gone is None and node is not None and node in nodes:
-                call.gone = f"its node {node} died"
+            if call.gone is None and (node in nodes or (node is None and news)):
+                call.gone = f"node {node or ' or '.join(sorted(news))} died"
                 call.stream.cancel()  # type: ignore[no-untyped-call]

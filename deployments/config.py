@@ -115,6 +115,11 @@ class RouterArgs(_Args):
     files_url: str | None = Field(None, description="The renderers' file store. Null: ACESTEP_HOME/files.")
     lease_s: float = Field(15.0, gt=0, description="A router that is silent for this long loses its jobs to another.")
 
+    stage_calls: Literal["grpc", "actor"] = Field(
+        "grpc",
+        description="grpc needs any TCP port between the nodes; actor takes Ray's own ports, some milliseconds slower. IPv6: actor.",
+    )
+
     # Who may call, and how much
     api_keys: tuple[KeyArgs, ...] = Field(
         (), description="Besides those in ACESTEP_API_KEY (comma-separated). No key at all: open to everybody."

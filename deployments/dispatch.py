@@ -63,6 +63,7 @@ class Dispatcher:
         routing: Which pools a job goes to.
         lease_s: How long a job stays ours without a renewal.
         max_run_s: A job that ran for longer than this is given up.
+        calls: How the stages are called; by default by gRPC.
     """
 
     def __init__(
@@ -74,12 +75,13 @@ class Dispatcher:
         lease_s: float,
         max_run_s: float = 3600.0,
         meter: Meter | None = None,
+        calls: Calls | None = None,
     ) -> None:
         self.store = store
         self.fleet = fleet
         self.meter = meter or Meter()
         self.notices = Notices(store)
-        self.calls = Calls()
+        self.calls = calls or Calls()
         self._placed: dict[str, dict[str, Any]] = {}  # columns of running jobs as the store has them by now
         self.routing = routing
         self.lease_s = lease_s

@@ -11,7 +11,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -134,8 +134,16 @@ def exception_text(message: str) -> str:
     return message.strip().splitlines()[-1] if message.strip() else ""
 
 
-def parse_details(details: Mapping[str, Any]) -> FleetView:
-    """Serve's own description of the cluster (`ServeInstanceDetails`) as pools."""
+def parse_details(details: Mapping[str, Any], dead: Collection[str] = ()) -> FleetView:
+    """Serve's own description of the cluster (`ServeInstanceDetails`) as pools.
+
+    Args:
+        dead: Ray's ids of nodes that died. Serve still calls their replicas running until it has asked for their health.
+    """
+
+    def state_of(replica: Mapping[str, Any]) -> str:
+        return "DEAD" if replica.get("node_id") in dead else str(getattr(replica["state"], "value", replica["state"]))
+
     pools = []
     apps = {}
     routers = 0
@@ -143,9 +151,7 @@ def parse_details(details: Mapping[str, Any]) -> FleetView:
         apps[app] = str(getattr(facts["status"], "value", facts["status"]))
         deployments = facts.get("deployments") or {}
         if found := deployments.get("router"):
-            routers += sum(
-                str(getattr(r["state"], "value", r["state"])) == "RUNNING" for r in found.get("replicas", [])
-            )
+            routers += sum(state_of(r) == "RUNNING" for r in found.get("replicas", []))
         config = facts.get("deployed_app_config") or {}
         role = next((ROLE_OF_DEPLOYMENT[d] for d in deployments if d in ROLE_OF_DEPLOYMENT), None)
         if role is None:  # not built yet, or failed to: its import path still tells what it was to be
@@ -158,7 +164,7 @@ def parse_details(details: Mapping[str, Any]) -> FleetView:
             args = ARGS_OF_ROLE[role]()  # the application fails with this very message; it is shown from there
         deployment: Mapping[str, Any] = next((v for k, v in deployments.items() if k in ROLE_OF_DEPLOYMENT), {})
         replicas = deployment.get("replicas", [])
-        states = [str(getattr(r["state"], "value", r["state"])) for r in replicas]
+        states = [state_of(r) for r in replicas]
         messages = [str(facts.get("message") or ""), str(deployment.get("message") or "")]
         pool = Pool(
             app=app,
@@ -219,7 +225,7 @@ class Fleet:
 
     async def refresh(self) -> None:
         details, (nodes, dead) = await asyncio.to_thread(_serve_details), await asyncio.to_thread(_nodes)
-        view = replace(parse_details(details), nodes=nodes, dead_nodes=dead)
+        view = replace(parse_details(details, dead), nodes=nodes, dead_nodes=dead)
         await asyncio.to_thread(_release, self._unplaced_leavers(details, view, time.monotonic()))
         for pool in view.pools:
             if pool.running:

@@ -32,12 +32,13 @@ class LeastBusy(FIFOMixin, RequestRouter):
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """All candidates, ranked by how much we have sent them that keeps them busy; equals in random order."""
+        """All candidates whose nodes live, ranked by how much we have sent them that keeps them busy; equals in random order."""
         if pending_request is not None:
             pending_request.routing_context.should_backoff = (
                 True  # else Serve asks again without a pause while all are full
             )
-        shuffled = random.sample(candidate_replicas, len(candidate_replicas))
+        alive = [r for r in candidate_replicas if r.node_id not in busy.dead_nodes]
+        shuffled = random.sample(alive, len(alive))
         ending = Counter(replica for request, replica in self._routed.values() if busy.is_leaving(request))
         promised = self._promises()
         load = {r: self._held[r] - ending[r] + promised[r] for r in (c.replica_id for c in shuffled)}

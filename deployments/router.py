@@ -8,11 +8,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import ray
 from fastapi import FastAPI
 
 from deployments.api.app import build_app
 from deployments.api.health import readiness
 from deployments.api.service import Service
+from deployments.calls import Calls
 from deployments.config import RouterArgs, parse_args
 from deployments.dispatch import Dispatcher
 from deployments.fleet import Fleet
@@ -44,8 +46,10 @@ class Router:
         fleet = Fleet()
         self._meter = RouterMeter()
         routing = Routing(self._meter)
+        # Serve's gRPC writes an address of IPv6 as if it were one of IPv4.
+        calls = Calls(by_grpc=parsed.stage_calls == "grpc" and ":" not in _own_address())
         dispatcher = Dispatcher(
-            store, fleet, routing, lease_s=parsed.lease_s, max_run_s=parsed.max_run_s, meter=self._meter
+            store, fleet, routing, lease_s=parsed.lease_s, max_run_s=parsed.max_run_s, meter=self._meter, calls=calls
         )
         self.service = Service(parsed, store, storage, fleet, routing, dispatcher, started=time.time())
         retention = Retention(
@@ -103,3 +107,8 @@ class Router:
             except Exception:
                 log.info("could not look at the fleet a last time", exc_info=True)
             service.store.close()
+
+
+def _own_address() -> str:
+    address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    return address

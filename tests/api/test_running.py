@@ -7,7 +7,7 @@ import contextlib
 import sqlite3
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,6 +23,7 @@ from acestep.request import SongRequest
 from acestep.song import Progress, RenderTimings, Song, SongItem
 from deployments import busy, dispatch
 from deployments.dispatch import Dispatcher
+from deployments.fleet import Fleet
 from deployments.jobs.store import Busy
 
 from .conftest import Site
@@ -252,6 +253,32 @@ async def test_a_replica_that_breaks_a_call_off_is_one_that_was_lost(site: Site,
     assert (site.job(job_id).state, stage.calls) == ("succeeded", ["plan", "plan", "render"])
 
 
+def tell_dead(fleet: Fleet, nodes: set[str]) -> None:
+    fleet.view = replace(fleet.view, dead_nodes=frozenset(nodes))
+    fleet.changed.set()
+    fleet.changed = asyncio.Event()
+
+
+@pytest.fixture
+def no_dead_nodes() -> Iterator[None]:
+    busy.set_dead_nodes(frozenset())
+    yield
+    busy.set_dead_nodes(frozenset())
+
+
+@pytest.mark.usefixtures("no_dead_nodes")
+async def test_a_call_that_nobody_has_accepted_when_a_node_dies_is_made_again(site: Site, stage: Stage) -> None:
+    """It may have been sent there, and Serve tells where only once it is accepted."""
+    stage.plan.append(HANG)
+    async with running(site.service.dispatcher):
+        job_id = await submit(site)
+        await until(lambda: stage.calls == ["plan"])
+        tell_dead(site.service.fleet, {"n3"})
+        await until(lambda: site.job(job_id).ended)
+    assert (site.job(job_id).state, stage.calls) == ("succeeded", ["plan", "plan", "render"])
+
+
+@pytest.mark.usefixtures("no_dead_nodes")
 async def test_a_call_to_a_node_that_died_is_made_again(site: Site, stage: Stage) -> None:
     """Its stream may stay open and silent for minutes."""
     stage.render.append(HANG)
@@ -261,9 +288,7 @@ async def test_a_call_to_a_node_that_died_is_made_again(site: Site, stage: Stage
         await until(lambda: stage.calls == ["plan", "render"])
         busy.sent("request", "n1")
         for dead in ({"n2"}, {"n1", "n2"}):
-            fleet.view = replace(fleet.view, dead_nodes=frozenset(dead))
-            fleet.changed.set()
-            fleet.changed = asyncio.Event()
+            tell_dead(fleet, dead)
             await asyncio.sleep(0.05)
             assert stage.left == ("n1" in dead)
         busy.answered("request")

@@ -100,7 +100,10 @@ def test_a_node_goes_limits_shrink_nothing_is_lost_it_comes_back(fleet: Cluster)
         assert "480" in strict.text
         assert make(fleet, duration=10)["placement"]["renderer"] == "dit-tier4"
         # The accepted one waits for its card and is made when that is back.
-        assert client.job(under_way["id"])["state"] == "queued"
+        end = time.monotonic() + 60
+        while client.job(under_way["id"])["state"] != "queued":
+            assert time.monotonic() < end, client.job(under_way["id"])
+            time.sleep(0.5)
         for pid in silent:
             os.kill(pid, signal.SIGKILL)
         fleet.tell("add large")

@@ -21,7 +21,12 @@ KEY = {"Authorization": "Bearer the-key"}
 @pytest.fixture(scope="module")
 def guarded() -> Iterator[Server]:
     def edit(config: dict[str, Any]) -> None:
-        config["applications"][0]["args"] = {"webhook_networks": ["127.0.0.0/8"], "max_run_s": 6.0, "num_replicas": 2}
+        config["applications"][0]["args"] = {
+            "webhook_networks": ["127.0.0.0/8"],
+            "max_run_s": 6.0,
+            "num_replicas": 2,
+            "stage_calls": "actor",
+        }
 
     with Server(edit, env={"ACESTEP_API_KEY": "the-key"}) as server:
         yield server

@@ -85,7 +85,9 @@ def test_prepare_says_that_the_port_is_taken(tmp_path: Path) -> None:
     os.geteuid() != 0 or not shutil.which("setpriv"), reason="only root can become another user, with setpriv"
 )
 def test_a_user_without_account_home_or_write_access_to_the_checkout_can_serve() -> None:
-    server = Server(uid=NOBODY)
+    """And on a machine that reaches the outside through an HTTP proxy, which is not for the cluster's own calls."""
+    nowhere = f"http://127.0.0.1:{free_port()}"
+    server = Server(uid=NOBODY, env={"http_proxy": nowhere, "https_proxy": nowhere})
     try:
         server.start()
         with Client(server.url) as client:

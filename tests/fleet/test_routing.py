@@ -24,7 +24,7 @@ from deployments import fleet as fleet_module
 from deployments.api.health import readiness
 from deployments.build import build_config, parse_tiers
 from deployments.config import PlannerArgs, PoolArgs, RendererArgs
-from deployments.fleet import Fleet, FleetView, Node, Pool
+from deployments.fleet import Fleet, FleetView, Node, Pool, parse_details
 from deployments.jobs.backlog import Backlog
 from deployments.jobs.queue import Place as LinePlace
 from deployments.least_busy import LeastBusy, ranked
@@ -345,7 +345,7 @@ def test_growth_is_foreseen_only_where_the_pool_scales() -> None:
 
 
 def test_the_least_busy_replica_comes_first() -> None:
-    replicas: list[Any] = [SimpleNamespace(replica_id=name) for name in "abcd"]
+    replicas: list[Any] = [SimpleNamespace(replica_id=name, node_id="n") for name in "abcd"]
     held: Any = {"a": 1, "b": 0, "c": 2, "d": 0}
     assert [[r.replica_id for r in rank] for rank in ranked(replicas, held)] == [["b", "d"], ["a"], ["c"]]
     assert ranked([], {}) == []
@@ -356,7 +356,7 @@ async def test_replicas_are_asked_for_their_queues_where_other_routers_send_song
 ) -> None:
     monkeypatch.setattr(busy, "_leaving", {"request"})
     router = least_busy(Counter(a=1, b=1), {"internal": ("request", "b")})
-    replicas: list[Any] = [SimpleNamespace(replica_id=name) for name in "abc"]
+    replicas: list[Any] = [SimpleNamespace(replica_id=name, node_id="n") for name in "abc"]
     for routers, known in ((1, [5, 5, 5]), (2, [5, None, None])):
         monkeypatch.setattr(busy, "routers", routers)
         router._promised = []
@@ -372,13 +372,29 @@ async def test_replicas_are_asked_for_their_queues_where_other_routers_send_song
 
 async def test_two_requests_at_once_do_not_choose_the_same_replica() -> None:
     router = least_busy(Counter(), {})
-    replicas: list[Any] = [SimpleNamespace(replica_id=name) for name in "abc"]
+    replicas: list[Any] = [SimpleNamespace(replica_id=name, node_id="n") for name in "abc"]
     first = [(await router.choose_replicas(replicas))[0][0].replica_id for _ in range(3)]
     assert sorted(first) == ["a", "b", "c"]
     router.on_send_request("a")
     assert (router._held["a"], sorted(name for name, _ in router._promised)) == (1, ["b", "c"])
     router._promised = [(name, at - 1.0) for name, at in router._promised]  # they were given up
     assert {(await router.choose_replicas(replicas))[0][0].replica_id for _ in range(2)} == {"b", "c"}
+
+
+async def test_nothing_is_sent_to_a_node_that_died(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serve offers its replicas until it has found out by itself."""
+    router = least_busy(Counter(), {})
+    replicas: list[Any] = [SimpleNamespace(replica_id=name, node_id=f"n{name}") for name in "ab"]
+    monkeypatch.setattr(busy, "dead_nodes", frozenset({"na"}))
+    assert await router.choose_replicas(replicas) == [[replicas[1]]]
+    assert await router.choose_replicas(replicas[:1]) == []
+
+
+def test_replicas_of_a_dead_node_do_not_run() -> None:
+    running = [{"state": "RUNNING", "replica_id": r, "node_id": f"n{r}"} for r in "ab"]
+    details = {"applications": {"dit": {"status": "RUNNING", "deployments": {"dit": {"replicas": running}}}}}
+    (pool,) = parse_details(details, {"na"}).pools
+    assert (pool.running, pool.replicas) == (1, ("b",))
 
 
 def least_busy(held: Counter[str], routed: dict[str, tuple[str, str]]) -> Any:
