@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from typing import Any
 
 import torch
 
+from acestep import host
 from acestep.lm.attention import decode_kernel
 from acestep.lm.decoder import Decoder
 from acestep.lm.grammar import CodesProgram, Grammar
@@ -253,15 +253,12 @@ def on_gpu(*, quick: bool) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    name = next(
-        (
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ),
-        platform.processor(),
-    )
-    return {"cpu": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    return {
+        "cpu": host.cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
 
 
 def table(result: dict[str, Any]) -> str:

@@ -196,13 +196,19 @@ def slow_store(site: Site, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     return open_
 
 
+async def begin(site: Site, stage: Stage) -> asyncio.Task[str]:
+    """A song under way to a store that is slow: its planning has begun, and its sender waits."""
+    await until(lambda: site.service.dispatcher._takes)
+    asking = asyncio.create_task(submit(site))
+    await until(lambda: stage.calls == ["plan"])
+    return asking
+
+
 async def test_a_song_is_planned_while_it_is_written_down(
     site: Site, stage: Stage, slow_store: threading.Event
 ) -> None:
     async with running(site.service.dispatcher):
-        await until(lambda: site.service.dispatcher._takes)
-        asking = asyncio.create_task(submit(site))
-        await until(lambda: stage.calls == ["plan"])
+        asking = await begin(site, stage)
         await asyncio.sleep(3 * dispatch.POLL_S)  # leases are renewed meanwhile, and this one is not there yet
         assert not asking.done()
         assert sum(site.service.store.counts().values()) == 0
@@ -217,9 +223,7 @@ async def test_a_router_that_stops_while_a_song_is_written_down_hands_it_back(
     site: Site, stage: Stage, slow_store: threading.Event
 ) -> None:
     async with running(site.service.dispatcher):
-        await until(lambda: site.service.dispatcher._takes)
-        asking = asyncio.create_task(submit(site))
-        await until(lambda: stage.calls == ["plan"])
+        asking = await begin(site, stage)
         asyncio.get_running_loop().call_later(0.1, slow_store.set)
     job = site.job(await asking)
     assert (job.state, job.attempts, job.lease_owner, stage.left) == ("queued", 0, None, 1)
