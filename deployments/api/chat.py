@@ -22,10 +22,14 @@ from deployments.api.compat.results import error_text, warnings_of
 from deployments.api.compat.tasks import QUEUE_FULL, submit
 from deployments.api.problems import AsciiJSONResponse, validation_problems
 from deployments.api.service import Service, Svc
+from deployments.api.views import audio_path
 from deployments.api.waiting import wait_for_end
 from deployments.jobs.store import SUCCEEDED, Busy, Job
 
 HEARTBEAT_S = 2.0
+MAX_INLINE_BYTES = (
+    16 << 20
+)  # of audio within an answer, which is held in memory several times; ten minutes of mp3 are 14 MB
 ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _OPENAPI: dict[str, Any] = {
     "requestBody": {
@@ -76,7 +80,8 @@ def add_schemas(document: dict[str, Any]) -> None:
 @router.post("/chat/completions", summary="A song as the answer of a chat", openapi_extra=_OPENAPI)
 async def chat_completions(request: Request, service: Svc) -> Any:
     if service.args.open_models_and_chat and not request.headers.get("authorization"):
-        caller = Caller()
+        caller = service.keys.anonymous
+        await service.rates.take(caller)
     else:
         caller = await caller_by_header(request, service)
     body = await read_body(request)
@@ -106,7 +111,7 @@ async def chat_completions(request: Request, service: Svc) -> Any:
     message = {
         "role": "assistant",
         "content": markdown(job),
-        "audio": await audio_parts(service, job),
+        "audio": await asyncio.to_thread(audio_parts, service, job),
         "audio_codes": None,
     }
     answer = {
@@ -117,7 +122,7 @@ async def chat_completions(request: Request, service: Svc) -> Any:
         "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
         "usage": {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0},
     }
-    return JSONResponse(answer | _warnings(job))
+    return await asyncio.to_thread(JSONResponse, answer | _warnings(job))  # writes megabytes of base64
 
 
 def _warnings(job: Job) -> dict[str, Any]:
@@ -155,7 +160,8 @@ async def _stream(service: Service, job: Job, chat: ChatRequest) -> AsyncIterato
             yield chunk({"content": "."})
         if job.state == SUCCEEDED:
             yield chunk({"content": f"\n\n{markdown(job)}"}, **_warnings(job))
-            yield chunk({"audio": await audio_parts(service, job)})
+            audio = await asyncio.to_thread(audio_parts, service, job)
+            yield await asyncio.to_thread(chunk, {"audio": audio})
             yield chunk({}, "stop")
         else:
             yield chunk({"content": f"\n\nError: {error_text(job)}"})
@@ -186,14 +192,21 @@ def markdown(job: Job) -> str:
     return text if request.instrumental else f"{text}\n\n## Lyrics\n{request.lyrics}"
 
 
-async def audio_parts(service: Service, job: Job) -> list[dict[str, Any]] | None:
-    """Every song of the batch as a data URL."""
+def audio_parts(service: Service, job: Job) -> list[dict[str, Any]] | None:
+    """Every song of the batch: as a data URL, or by its signed URL once the answer would hold more than `MAX_INLINE_BYTES` of audio.
+
+    Reads files, so it is for a thread.
+    """
     if job.result is None:
         return None
-    parts = []
+    parts, left = [], MAX_INLINE_BYTES
     for item in job.result.items:
         file = item.files[0]
-        data = await asyncio.to_thread(service.storage.read, file.path)
-        url = f"data:{file.content_type};base64,{base64.b64encode(data).decode()}"
+        if file.bytes > left:
+            url = service.signer.sign(audio_path(job.id, item.index, file.format))
+        else:
+            left -= file.bytes
+            data = base64.b64encode(service.storage.read(file.path)).decode("ascii")
+            url = f"data:{file.content_type};base64,{data}"
         parts.append({"type": "audio_url", "audio_url": {"url": url}})
     return parts

@@ -10,11 +10,15 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from acestep.request import Adjustment
+from acestep.request import MAX_LYRICS_CHARS, MAX_PROMPT_CHARS, Adjustment
 from deployments.api.compat.fields import adjustment, unknown_fields
 from deployments.api.compat.submission import NO_VOICE
 
-_TAG = {name: re.compile(rf"<{name}>(.*?)</{name}>", re.IGNORECASE | re.DOTALL) for name in ("prompt", "lyrics")}
+_TAGS = {
+    name: (re.compile(f"<{name}>", re.IGNORECASE), re.compile(f"</{name}>", re.IGNORECASE))
+    for name in ("prompt", "lyrics")
+}
+MAX_TEXT_CHARS = MAX_PROMPT_CHARS + MAX_LYRICS_CHARS + 100  # of a message: both texts and their tags
 _SECTIONS = (
     "[verse", "[chorus", "[bridge", "[intro", "[outro", "[hook", "[pre-chorus", "[refrain", "[inst"
 )  # fmt: skip
@@ -113,15 +117,16 @@ def read_messages(chat: ChatRequest) -> Meaning:
     """Tags first, then lyrics by their looks, else it is a description.
 
     Raises:
-        ValueError: there is nothing to make a song of, or audio that is not base64; the text is for the caller.
+        ValueError: there is nothing to make a song of, too much text, or audio that is not base64; the text is for the caller.
     """
     parts = _parts(chat)
     text = "\n".join(p.text for p in parts if p.type == "text" and p.text).strip()
+    if len(text) > MAX_TEXT_CHARS:  # before any pattern looks at it
+        raise ValueError(f"messages: a text of {len(text)} characters; at most {MAX_TEXT_CHARS} make a song")
     audio = tuple(decode_audio(p.input_audio.data) for p in parts if p.type == "input_audio" and p.input_audio)
-    caption, lyrics, query = _split(text)
+    caption, lyrics, query = _split(text, guess=not (chat.lyrics.strip() or chat.sample_mode))
     if chat.lyrics.strip():
         lyrics = chat.lyrics
-        caption = caption or (text if not _tagged(text) else "")
     elif chat.sample_mode:
         caption, lyrics, query = "", "", text
     if chat.audio_config and chat.audio_config.instrumental and not lyrics.strip():
@@ -146,17 +151,23 @@ def unused(chat: ChatRequest, meaning: Meaning) -> list[Adjustment]:
     return found
 
 
-def _tagged(text: str) -> bool:
-    return any(tag.search(text) for tag in _TAG.values())
+def _take(text: str, name: str) -> tuple[str | None, str]:
+    """What the first `<name>...</name>` holds, None without one, and the text without all of them."""
+    opening, closing = _TAGS[name]
+    first, rest, at = None, [], 0
+    while (start := opening.search(text, at)) and (end := closing.search(text, start.end())):
+        first = text[start.end() : end.start()].strip() if first is None else first
+        rest.append(text[at : start.start()])
+        at = end.end()
+    return first, "".join([*rest, text[at:]]).strip()
 
 
-def _split(text: str) -> tuple[str, str, str]:
-    if _tagged(text):
-        caption = _TAG["prompt"].search(text)
-        lyrics = _TAG["lyrics"].search(text)
-        rest = _TAG["lyrics"].sub("", _TAG["prompt"].sub("", text)).strip()
-        return (caption.group(1).strip() if caption else rest), (lyrics.group(1).strip() if lyrics else ""), ""
-    return ("", text, "") if looks_like_lyrics(text) else (text, "", "")
+def _split(text: str, *, guess: bool) -> tuple[str, str, str]:
+    caption, rest = _take(text, "prompt")
+    lyrics, rest = _take(rest, "lyrics")
+    if caption is not None or lyrics is not None:
+        return (rest if caption is None else caption), lyrics or "", ""
+    return ("", text, "") if guess and looks_like_lyrics(text) else (text, "", "")
 
 
 def looks_like_lyrics(text: str) -> bool:

@@ -208,6 +208,47 @@ async def test_bad_chats_are_refused(site: Site, subtests: pytest.Subtests) -> N
             assert refused["error"] == told
 
 
+async def test_a_long_text_is_refused_before_any_pattern_looks_at_it(site: Site) -> None:
+    for text in ("<prompt>" * 60_000, "<lyrics>" * 30_000 + "</prompt>" * 30_000, "x" * 20_000):
+        for content in (text, [{"type": "text", "text": part} for part in (text[:10_000], text[10_000:])]):
+            body = {"messages": [{"role": "user", "content": content}]}
+            answer = await site.client.post("/v1/chat/completions", json=body)
+            assert answer.status_code == 400, answer.text
+            assert answer.json()["detail"].startswith("messages: a text of ")
+    assert not site.service.store.page()
+
+
+async def test_open_chats_keep_the_limits_of_callers_without_a_key(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACESTEP_API_KEY", "k1")
+    site = build(open_models_and_chat=True, requests_per_minute=2, concurrent_jobs=1, chat_timeout_s=0.01)
+    body = {"messages": [{"role": "user", "content": "x"}]}
+    answers = [await site.client.post("/v1/chat/completions", json=body) for _ in range(3)]
+    assert [a.status_code for a in answers] == [504, 429, 429]
+    assert "jobs under way" in answers[1].json()["detail"]
+    assert "requests per minute" in answers[2].json()["detail"]
+    assert len(site.service.store.page()) == 1
+
+
+async def test_audio_beyond_the_cap_comes_by_its_url(site: Site, live: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat, "MAX_INLINE_BYTES", 20)
+    for stream in (False, True):
+        done = asyncio.create_task(finish(site, b"RIFF-twelve."))
+        body = {"messages": [{"role": "user", "content": "x"}], "batch_size": 2, "stream": stream}
+        async with httpx.AsyncClient() as client:
+            answer = await client.post(f"{live}/v1/chat/completions", json=body)
+            await done
+            if stream:
+                frames = [json.loads(f.removeprefix("data: ")) for f in answer.text.split("\n\n") if '"audio"' in f]
+                parts = frames[0]["choices"][0]["delta"]["audio"]
+            else:
+                parts = answer.json()["choices"][0]["message"]["audio"]
+            urls = [part["audio_url"]["url"] for part in parts]
+            assert urls[0] == f"data:audio/mpeg;base64,{base64.b64encode(b'RIFF-twelve.').decode()}"
+            assert (await client.get(f"{live}{urls[1]}")).content == b"RIFF-twelve."
+
+
 async def test_a_chat_that_takes_too_long_ends_with_504(build: Build) -> None:
     site = build(chat_timeout_s=0.05)
     body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 5, "stop": ["x"], "tools": []}
