@@ -1,14 +1,16 @@
-"""Who waits for a job hears of its news: one query a round for all who wait, however many, and whichever router runs their jobs."""
+"""Who waits for a job hears of its news: one query a round for all who wait, and one for each job that has news, however many listen and
+whichever router runs their jobs.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from deployments.jobs.store import Job, JobStore
+from deployments.jobs.store import Event, Job, JobStore
 
 log = logging.getLogger(__name__)
 POLL_S = 0.25
@@ -24,6 +26,12 @@ class _Topic:
     job: Job | None = None  # as it ended, where that was here
     gone: bool = False
     changed: asyncio.Event = field(default_factory=asyncio.Event)
+    reads: dict[int, asyncio.Task[list[Event]]] = field(default_factory=dict)  # by the number that they begin after
+
+    def wake(self) -> None:
+        self.changed.set()
+        self.changed = asyncio.Event()
+        self.reads = {}
 
 
 class Notices:
@@ -43,12 +51,11 @@ class Notices:
         """A job that ran here has ended, and that is written down: who waits for its end need not look."""
         if topic := self._topics.get(job.id):
             topic.ended, topic.job = True, job
-            topic.changed.set()
-            topic.changed = asyncio.Event()
+            topic.wake()
         self.tell()
 
-    async def news(self, job_id: str, after: int, timeout_s: float) -> bool:
-        """Wait until the job has an event with a number above `after`; False where it has none within the time.
+    async def news(self, job_id: str, after: int, timeout_s: float) -> Sequence[Event]:
+        """The job's events with a number above `after`, as soon as there are some; none where there are none within the time.
 
         Raises:
             KeyError: there is no such job any more.
@@ -60,7 +67,12 @@ class Notices:
                         await topic.changed.wait()
             if topic.gone:
                 raise KeyError(job_id)
-            return topic.latest > after
+            if topic.latest <= after:
+                return ()
+            if (read := topic.reads.get(after)) is None:  # the others who listen wait for the same
+                read = asyncio.create_task(asyncio.to_thread(self._store.events_after, job_id, after))
+                topic.reads[after] = read
+            return await asyncio.shield(read)
 
     async def end(self, job_id: str, timeout_s: float) -> Job | None:
         """Return when the job has ended or is gone, or after the time; the job where that is known without a look at the store."""
@@ -105,5 +117,4 @@ class Notices:
             seq, ended = found or (topic.latest, topic.ended)
             if (seq, ended, found is None) != (topic.latest, topic.ended, topic.gone):
                 topic.latest, topic.ended, topic.gone = seq, ended, found is None
-                topic.changed.set()
-                topic.changed = asyncio.Event()
+                topic.wake()

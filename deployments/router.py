@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ray
@@ -25,10 +24,10 @@ from deployments.logs import join_serve
 from deployments.metrics import RouterMeter
 from deployments.routing import Routing
 from deployments.storage import Storage
+from deployments.threads import store_pool
 
 log = logging.getLogger(__name__)
 BACKLOG_POLL_S = 1.0
-THREADS = 32
 LAST_LOOK_S = 4.0
 OPEN_WARNING = "THE SERVER LISTENS ON %s AND NEEDS NO KEY: everybody who reaches it can use it. Set ACESTEP_API_KEY, or http_options.host to 127.0.0.1."
 
@@ -38,8 +37,7 @@ class Router:
 
     async def __init__(self, args: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         join_serve()
-        # By default as few as the cores, and uploads or a slow file store could hold them all: leases must be renewed meanwhile.
-        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS, "router"))
+        asyncio.get_running_loop().set_default_executor(store_pool())
         parsed = parse_args(RouterArgs, args, "router")
         store = JobStore(parsed.database_url)
         storage = Storage(parsed.files_url)

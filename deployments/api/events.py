@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from deployments.api.redact import public_error
-from deployments.jobs.store import TERMINAL, JobStore
+from deployments.jobs.store import TERMINAL, Event, JobStore
 from deployments.notices import Notices
 
 HEARTBEAT_S = 15.0
@@ -22,8 +22,8 @@ async def stream(
 ) -> AsyncIterator[bytes]:
     """Frames of the events after number `after`, until the job has ended; a comment whenever it was silent for long."""
     yield b"retry: 2000\n\n"
+    events: Sequence[Event] = await asyncio.to_thread(store.events_after, job_id, after)
     while True:
-        events = await asyncio.to_thread(store.events_after, job_id, after)
         for event in events:
             after = event.seq
             data = json.dumps({"job_id": job_id, "at": event.at, **_shown(event.data)}, ensure_ascii=False)
@@ -31,7 +31,7 @@ async def stream(
             if event.type in TERMINAL:
                 return
         try:
-            while not await notices.news(job_id, after, heartbeat_s):
+            while not (events := await notices.news(job_id, after, heartbeat_s)):
                 yield b": still here\n\n"
         except KeyError:
             return  # it was cleaned up meanwhile

@@ -14,6 +14,7 @@ from deployments.api.problems import PROBLEMS, NotFound
 from deployments.api.service import Service, Svc
 from deployments.api.views import file_view
 from deployments.jobs.files import FileRecord
+from deployments.threads import with_files
 
 router = APIRouter(prefix="/v1", tags=["files"], responses=PROBLEMS)
 FileId = Annotated[str, Field(max_length=64)]
@@ -41,7 +42,7 @@ async def get_file(file_id: FileId, service: Svc, caller: Auth) -> dict[str, Any
 async def delete_file(file_id: FileId, service: Svc, caller: Auth) -> Response:
     record = await _existing(service, file_id, caller.name)
     await asyncio.to_thread(service.sources.records.delete, [record.id])
-    await asyncio.to_thread(service.storage.delete, record.path)
+    await with_files(service.storage.delete, record.path)
     return Response(status_code=204)
 
 

@@ -25,6 +25,7 @@ from deployments.api.views import audio_path, job_view
 from deployments.api.waiting import wait_for_end
 from deployments.jobs.store import CANCELLED, SUCCEEDED, TERMINAL, Job
 from deployments.jobs.webhooks import check_url
+from deployments.threads import with_files
 
 router = APIRouter(prefix="/v1", tags=["songs"], responses=PROBLEMS)
 State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
@@ -210,7 +211,7 @@ async def get_audio(
     if stored is None:
         raise NotFound(f"the job was made as {', '.join(f.format for f in item.files)}, not {format}")
     name = f"{job.id}-{index}.{stored.path.rpartition('.')[2]}"
-    return await asyncio.to_thread(send_file, request, service.storage, stored.path, stored.content_type, name)
+    return await with_files(send_file, request, service.storage, stored.path, stored.content_type, name)
 
 
 # A second route: one operation with two methods would get the same name twice in the OpenAPI document.

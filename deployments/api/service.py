@@ -256,8 +256,8 @@ def check_idempotency_key(value: str | None) -> str | None:
     return value
 
 
-def service_of(request: Request) -> Service:
-    """FastAPI dependency."""
+async def service_of(request: Request) -> Service:
+    """FastAPI dependency; a coroutine, since FastAPI runs all others in threads, which downloads may hold."""
     service: Service = request.app.state.service
     return service
 

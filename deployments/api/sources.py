@@ -25,6 +25,7 @@ from deployments.api.auth import Caller
 from deployments.config import RouterArgs
 from deployments.jobs.files import FOLDER, FileRecord, FileRecords, new_record
 from deployments.storage import Storage
+from deployments.threads import with_files
 
 ABSOLUTE = "absolute audio file paths are not allowed"
 TRAVERSAL = "path traversal in audio file paths is not allowed"
@@ -63,7 +64,7 @@ class Sources:
         """
         async with self._turn:  # until then a part of a form lies on the disk
             data = file if isinstance(file, bytes) else await file.read()
-            return await asyncio.to_thread(self._keep, data, name, caller, field)
+            return await with_files(self._keep, data, name, caller, field)
 
     async def admit(self, value: str, caller: Caller, *, field: str, loopback: bool) -> FileRecord:
         """The stored copy of what a request calls its source: a file id, a song's URL or path, or an allowed path.
@@ -75,7 +76,7 @@ class Sources:
             InvalidRequest: unknown, not allowed, or no audio.
         """
         async with self._turn:
-            return await asyncio.to_thread(self._admit, value, caller, field, loopback)
+            return await with_files(self._admit, value, caller, field, loopback)
 
     def roots(self, loopback: bool) -> list[Path]:
         """Folders whose files may be named, besides the caller's own songs and uploads."""

@@ -9,6 +9,7 @@ import time
 from deployments.jobs.files import FileRecords
 from deployments.jobs.store import JobStore
 from deployments.storage import Storage
+from deployments.threads import with_files
 
 log = logging.getLogger(__name__)
 CLEAN_EVERY_S = 300.0
@@ -41,7 +42,7 @@ class Retention:
                     log.info("%d jobs waited beyond their deadline", late)
                 if time.monotonic() - cleaned >= CLEAN_EVERY_S:
                     cleaned = time.monotonic()
-                    jobs, files = await asyncio.to_thread(self.clean)
+                    jobs, files = await with_files(self.clean)
                     if jobs or files:
                         log.info("forgot %d ended jobs and %d uploads", jobs, files)
             except Exception:

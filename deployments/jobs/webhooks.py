@@ -28,6 +28,7 @@ from sqlalchemy.engine import Engine
 from acestep.errors import InvalidRequest
 from deployments.jobs.database import storable, writer
 from deployments.jobs.schema import webhooks
+from deployments.threads import with_names
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +130,7 @@ async def resolve(host: str, port: int, networks: Sequence[str]) -> str:
         Refused: it has none, or one that is not allowed.
     """
     try:
-        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        found = await with_names(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):  # the second: no name at all, such as one with a label of 64 characters
         raise Refused("the host name cannot be resolved") from None
     addresses = [str(entry[4][0]).partition("%")[0] for entry in found]

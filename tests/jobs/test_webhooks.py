@@ -208,14 +208,13 @@ async def test_over_tls_the_certificate_must_be_the_hosts(
 async def test_a_name_is_looked_up_once_so_that_it_cannot_change(
     store: JobStore, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loop = asyncio.get_running_loop()
     asked: list[str] = []
 
-    async def look_up(host: str, port: int, **_: object) -> list[tuple[object, ...]]:
+    def look_up(host: str, port: int, **_: object) -> list[tuple[object, ...]]:
         asked.append(host)
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", receiver.port))]
 
-    monkeypatch.setattr(loop, "getaddrinfo", look_up)
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
     ended_job(store, f"http://hooks.example:{receiver.port}/hook")
     box = outbox(store)
     async with sending(box, monkeypatch):

@@ -34,6 +34,7 @@ from deployments.api.compat.submission import Served, build
 from deployments.api.problems import NotFound
 from deployments.api.service import Service, Svc, check_idempotency_key, hash_of
 from deployments.jobs.store import Busy, Job
+from deployments.threads import with_files
 
 router = APIRouter(tags=["ACE-Step's own API"], route_class=CompatRoute)
 
@@ -173,9 +174,7 @@ async def audio(request: Request, service: Svc, path: Annotated[str, Query(max_l
     if job is None or content_type is None:
         raise HTTPException(404, AUDIO_NOT_FOUND)
     try:
-        return await asyncio.to_thread(
-            send_file, request, service.storage, name, content_type, posixpath.basename(name)
-        )
+        return await with_files(send_file, request, service.storage, name, content_type, posixpath.basename(name))
     except NotFound:
         raise HTTPException(404, AUDIO_NOT_FOUND) from None
 
