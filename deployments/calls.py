@@ -25,6 +25,10 @@ class ReplicaGone(Exception):
     """The replica that worked on a call cannot be heard any more."""
 
 
+class NotAccepted(ReplicaGone):
+    """A call was taken back before any replica had accepted it: none has worked on it."""
+
+
 REPLICA_LOST = (RayActorError, BackPressureError, DeploymentUnavailableError, ReplicaGone)
 
 
@@ -38,7 +42,7 @@ class Call:
 
     def __init__(self, stream: DeploymentResponseGenerator[Any]) -> None:
         self.id = str(stream.request_id)
-        self.gone: str | None = None
+        self.gone: ReplicaGone | None = None
         self.stream = stream
         self.answered = False
 
@@ -79,7 +83,7 @@ class Calls:
         except (asyncio.CancelledError, RequestCancelledError):
             if call.gone is None:
                 raise
-            raise ReplicaGone(call.gone) from None
+            raise call.gone from None
         except grpc.aio.AioRpcError as error:  # such as a stream that the replica broke off while it was stopped
             raise ReplicaGone(f"{error.code().name}: {error.details()}") from error
         finally:
@@ -111,5 +115,5 @@ class Calls:
         for call_id, call in self._open.items():
             node = busy.node_of(call_id)
             if call.gone is None and (node in nodes or (node is None and news)):
-                call.gone = f"node {node or ' or '.join(sorted(news))} died"
+                call.gone = ReplicaGone(f"node {node} died") if node else NotAccepted(f"node {min(news)} died")
                 call.stream.cancel()  # type: ignore[no-untyped-call]

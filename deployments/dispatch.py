@@ -1,20 +1,20 @@
 """The dispatcher: takes jobs from the store under a lease and carries each through plan and render.
 
 One runs in every router replica. It claims no more than the pools can work on, so that what waits stays in the store, in order, where every
-router, the autoscaler and the next process see it. Each stage's result is written down as it comes: the plan while rendering begins, the song
-before anybody hears of it.
+router, the autoscaler and the next process see it. Each stage's result is written down before the next begins, the song before anybody hears
+of it; while the job store does not answer, what runs goes on, and what is to be written waits.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import contextvars
 import logging
+import math
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import replace
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ray.serve.handle import DeploymentHandle
@@ -23,11 +23,12 @@ from acestep.errors import AceStepError, Cancelled, DeadlineExceeded, Internal, 
 from acestep.plan import Plan
 from acestep.request import Adjustment, SongRequest
 from acestep.song import Progress, Song
-from deployments.calls import REPLICA_LOST, Calls
-from deployments.errands import ANSWER, PREPARE, Errands
+from deployments import busy, retry
+from deployments.calls import REPLICA_LOST, Calls, NotAccepted
+from deployments.errands import ANSWER, Errands
 from deployments.fleet import Capacity, Fleet
 from deployments.jobs.queue import read_queue, turn_of
-from deployments.jobs.store import UNREACHABLE, Job, JobStore, LeaseLost, draft
+from deployments.jobs.store import UNREACHABLE, Job, JobStore, LeaseLost
 from deployments.logs import about
 from deployments.metrics import Meter
 from deployments.notices import Notices
@@ -35,23 +36,31 @@ from deployments.ordering import next_jobs
 from deployments.placement import Decision
 from deployments.places import Place
 from deployments.progress import ProgressWriter
+from deployments.retry import written
 from deployments.routing import NoPool, Routing
 from deployments.talk import Talk
 from deployments.tracing import TRACE, parts, span
 
 log = logging.getLogger(__name__)
 
-STAGE_ATTEMPTS = 3
-BACKOFF_S = 1.0
 POLL_S = 0.5
-SAVE_AFTER_S = 0.02
+STUCK_S = 300.0  # without a word from the job store: then only a new process may help
 _STAGE_ORDER = ("queued", "planning", "rendering", "decoding", "encoding")
 
 Report = Callable[[Progress], Awaitable[None]]
 
 
-class NotWritten(Exception):
-    """A job that had begun already was refused by the store, or could not be written: who sent it hears why."""
+@dataclass
+class _Tries:
+    """What replicas did to one job since it was claimed.
+
+    Attributes:
+        failed: How many failed the stage that it is in.
+        lost: How many were lost under it.
+    """
+
+    failed: int = 0
+    lost: int = 0
 
 
 class Dispatcher:
@@ -62,7 +71,7 @@ class Dispatcher:
         fleet: The pools as seen by this router.
         routing: Which pools a job goes to.
         lease_s: How long a job stays ours without a renewal.
-        max_run_s: A job that ran for longer than this is given up.
+        max_run_s: A stage that runs for longer than this is given up, and its job with it. Waiting does not count.
         calls: How the stages are called; by default by gRPC.
     """
 
@@ -90,78 +99,27 @@ class Dispatcher:
         self.errands = Errands(store, Talk(fleet, routing, patient=True), self.owner)
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._cancelled: set[str] = set()  # those among them whose caller wants no more
+        self._tries: dict[str, _Tries] = {}
         self._blocked: dict[str, Capacity] = {}  # jobs no pool can take, by the fleet they were told so by
         self._wake = asyncio.Event()
-        self._context = contextvars.copy_context()
-        self._takes = False  # new jobs at once: it runs, and nothing waits that it could see
-        self._taking = 0
-        self._fresh: dict[str, Decision] = {}  # of jobs that began at once: nothing has changed since
-        # Jobs that are planned already while they are written down.
-        self._unwritten: dict[str, asyncio.Task[tuple[Job, bool]]] = {}
+        # `time.monotonic()` at which the store answered each loop last, and at which it failed one of them.
+        self._answered: dict[str, float] = {}
+        self._away_at = -math.inf
 
     @property
     def running(self) -> frozenset[str]:
         """Ids of the jobs that run here."""
         return frozenset(self._tasks)
 
-    async def add(self, decision: Decision | None, **job: Any) -> tuple[Job, bool]:
-        """Write a new job down, and begin with it where nothing waits before it. Takes what `JobStore.add` takes, and returns that.
+    @property
+    def silent_s(self) -> float:
+        """For how long the job store has not answered; a moment where all is well."""
+        return time.monotonic() - min(self._answered.values()) if self._answered else 0.0
 
-        Args:
-            decision: Where it goes as things are; None where that is not known.
-        """
-        adding = asyncio.create_task(self._add(decision, job))
-        adding.add_done_callback(lambda task: task.cancelled() or task.exception())  # retrieved, whoever waits
-        return await asyncio.shield(adding)  # what is written down is begun with, also where its caller has gone
-
-    async def _add(self, decision: Decision | None, values: dict[str, Any]) -> tuple[Job, bool]:
-        room = self.routing.window(self.fleet.view) - len(self._tasks) - self._taking
-        if decision is not None and decision.outcome == "run" and self._takes and room > 0:
-            return await self._begin(decision, values)
-        job, created = await asyncio.to_thread(self.store.add, **values)
-        if created:
-            self._takes = False
-            self.wake()
-        return job, created
-
-    async def _begin(self, decision: Decision, values: dict[str, Any]) -> tuple[Job, bool]:
-        """Write a job down as ours and start it; where it is sure to be a new one that is planned first, its planning begins meanwhile."""
-        values |= {"owner": self.owner, "lease_s": self.lease_s}
-        # A deadline makes it another choice.
-        fresh = replace(decision, request=values["request"], adjustments=()) if values["deadline"] is None else None
-        writing = asyncio.create_task(asyncio.to_thread(self.store.add, **values))
-        early = draft(**values) if fresh is not None and decision.planner and _only_planned(values) else None
-        if early is not None:
-            self._unwritten[early.id] = writing
-            self._start(early, fresh)
-        self._taking += early is None
-        try:
-            job, created = await writing
-        except BaseException:
-            if early is not None and early.id in self._tasks:
-                self._stop(early.id)
-            raise
-        finally:
-            self._taking -= early is None
-        if created:
-            self.routing.usage.add(job.owner_key, job.est_plan_s + job.est_render_s, job.created_at)
-        if early is not None:
-            self._unwritten.pop(early.id, None)
-        elif created:
-            self._start(job, fresh)
-        return job, created
-
-    async def _written(self, job_id: str) -> None:
-        """Wait until a job that began at once is in the store: before that nothing about it can be written, and nobody knows of it.
-
-        Raises:
-            NotWritten: it never will be.
-        """
-        if writing := self._unwritten.get(job_id):
-            try:
-                await asyncio.shield(writing)
-            except Exception as error:
-                raise NotWritten(job_id) from error
+    def check(self) -> None:
+        """Raise where the store has been silent for so long that this process may be the reason."""
+        if self.silent_s > STUCK_S:
+            raise RuntimeError(f"the job store has not answered for {self.silent_s:.0f} s")
 
     def wake(self) -> None:
         """A job was added or a pool changed: look now."""
@@ -184,10 +142,10 @@ class Dispatcher:
 
     async def run(self) -> None:
         """Claim and renew until cancelled, then hand unfinished jobs back."""
+        self._answered = dict.fromkeys(("claims", "leases"), time.monotonic())
         try:
             await asyncio.gather(self._claim_loop(), self._lease_loop(), self._node_loop())
         finally:
-            self._takes = False
             await self.drain()
 
     async def drain(self) -> None:
@@ -204,18 +162,22 @@ class Dispatcher:
             self._wake.clear()
             try:
                 await self._claim_some()
+                self._answered["claims"] = time.monotonic()
+            except UNREACHABLE as error:
+                self._is_away(error)
             except Exception:
                 log.exception("claiming failed; trying again")
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), POLL_S)
 
     async def _claim_some(self) -> None:
-        room = self.routing.window(self.fleet.view) - len(self._tasks) - self._taking
+        room = self.routing.window(self.fleet.view) - len(self._tasks)
         if room <= 0:
-            self._takes = False
             return
         now, capacity = time.time(), self.fleet.view.capacity
-        waiting = await asyncio.to_thread(read_queue, self.store.engine)
+        # Where the store was away, leases ran out whose routers are well and renew them in a moment.
+        steady = time.monotonic() - self._away_at > self.lease_s
+        waiting = await asyncio.to_thread(read_queue, self.store.engine, orphans=steady)
         self._blocked = {w.id: seen for w in waiting if (seen := self._blocked.get(w.id)) is not None}
         free = [w for w in waiting if self._blocked.get(w.id) != capacity and w.id not in self._tasks]
         for chosen in next_jobs(free, self.routing.usage.at(now), now, limit=room):
@@ -224,52 +186,46 @@ class Dispatcher:
                 self.routing.usage.add(job.owner_key, chosen.work_s, now)
                 self.routing.claimed(job)
                 self._start(job)
-        self._takes = len(free) < room
 
-    def _start(self, job: Job, fresh: Decision | None = None) -> None:
-        """Run a job.
-
-        Args:
-            fresh: Where it goes, decided just now.
-        """
-        if fresh is not None:
-            self._fresh[job.id] = fresh
-
+    def _start(self, job: Job) -> None:
         def ended(_: asyncio.Task[None]) -> None:
             self._tasks.pop(job.id, None)
             self._placed.pop(job.id, None)
-            self._fresh.pop(job.id, None)
-            self._unwritten.pop(job.id, None)
+            self._tries.pop(job.id, None)
+            busy.pardon(job.id)
             self._cancelled.discard(job.id)
             self.wake()
 
-        # Not in the context of the request that brought it: Serve would take its calls for that request's and end them with it.
-        task = asyncio.create_task(self._run(job), name=f"job-{job.id}", context=self._context.copy())
+        task = asyncio.create_task(self._run(job), name=f"job-{job.id}")
         self._tasks[job.id] = task
         task.add_done_callback(ended)  # also where it was stopped before its first step: then the lease ends by itself
 
     async def _lease_loop(self) -> None:
-        renewed = time.monotonic()
         while True:
             await asyncio.sleep(POLL_S)
             # Not those that are claimed while these are renewed: they hold a lease, too.
-            tasks = {job_id: task for job_id, task in self._tasks.items() if job_id not in self._unwritten}
-            if not tasks:
-                renewed = time.monotonic()
-                continue
-            try:
-                held, cancelled = await asyncio.to_thread(self.store.renew, list(tasks), self.owner, self.lease_s)
-                renewed = time.monotonic()
-            except Exception:
-                log.exception("cannot renew leases")
-                if time.monotonic() - renewed < self.lease_s:
+            tasks = dict(self._tasks)
+            held, cancelled = set[str](), set[str]()
+            if tasks:
+                try:
+                    held, cancelled = await asyncio.to_thread(self.store.renew, list(tasks), self.owner, self.lease_s)
+                except Exception as error:
+                    self._is_away(
+                        error
+                    )  # no reason to stop: nobody else may reach it either, and once it is back it says who holds what
                     continue
-                held, cancelled = set(), set()  # ours no longer: another router may have started them again
+            self._answered["leases"] = time.monotonic()
             for job_id, task in tasks.items():
                 if self._tasks.get(job_id) is task and (job_id in cancelled or job_id not in held):
                     if job_id in cancelled:
                         self._cancelled.add(job_id)
                     self._stop(job_id)
+
+    def _is_away(self, error: Exception) -> None:
+        now = time.monotonic()
+        if now - self._away_at > 2 * self.lease_s:  # once for each time that it is away
+            log.warning("the job store does not answer: %s; what runs goes on", getattr(error, "orig", None) or error)
+        self._away_at = now
 
     async def _node_loop(self) -> None:
         while True:
@@ -285,8 +241,6 @@ class Dispatcher:
             with span("song", job.extra.get(TRACE), job_id=job.id, kind=job.kind, attempt=job.attempts):
                 parts({"queued": max(0.0, time.time() - job.created_at)} if job.attempts == 1 else {})
                 await self._carry(job)
-        except NotWritten:
-            log.info("job %s was not taken: its work ends", job.id)
         except LeaseLost:
             log.warning("job %s was taken over by another router, or has ended", job.id)
         except UNREACHABLE as failure:
@@ -301,22 +255,22 @@ class Dispatcher:
         try:
             made = await self._with_deadline(job)
             song, extra = (made, None) if isinstance(made, Song) else (None, made)
-            ended = await asyncio.to_thread(self.store.succeed, job.id, self.owner, song, extra)
+            ended = await written(self.store.succeed, job.id, self.owner, song, extra)
             log.info("job %s succeeded", job.id)
             self._count(ended, "succeeded", sum(i.duration for i in song.items) if song else 0.0)
             return
         except asyncio.CancelledError:
-            if job.id not in self._cancelled:  # the router stops, or could not renew the lease
-                await self._written(job.id)
+            if job.id not in self._cancelled:  # the router stops, or the lease is another's
                 await asyncio.to_thread(self.store.release, job.id, self.owner)
                 return
             error = Cancelled("cancelled by the caller")
         except NoPool as reason:
             log.info("job %s waits: %s", job.id, reason)
             self._blocked[job.id] = self.fleet.view.capacity
-            await asyncio.to_thread(self.store.release, job.id, self.owner)
+            # A song that takes its process down must not do so again and again because the pool is empty after each time.
+            await written(self.store.release, job.id, self.owner, counted=self._tried(job).lost > 0)
             return
-        except (LeaseLost, NotWritten, *UNREACHABLE):
+        except (LeaseLost, *UNREACHABLE):
             raise
         except AceStepError as failure:
             error = failure
@@ -324,52 +278,36 @@ class Dispatcher:
             log.exception("job %s failed unexpectedly", job.id)
             error = Internal(f"unexpected {type(failure).__name__}; the server's log of job {job.id} has the details")
         log.info("job %s ended: %s: %s", job.id, error.type, error.message)
-        self._count(await asyncio.to_thread(self.store.fail, job.id, self.owner, error), error.type, 0.0)
+        self._count(await written(self.store.fail, job.id, self.owner, error), error.type, 0.0)
 
     def _count(self, ended: Job, outcome: str, audio_s: float) -> None:
         self.notices.ended(ended)
         self.meter.ended(ended, outcome, audio_s)
 
     async def _with_deadline(self, job: Job) -> Song | dict[str, Any] | None:
-        late = (job.started_at or time.time()) + self.max_run_s
-        first = late if job.deadline is None else min(late, job.deadline)
-        try:
-            return await asyncio.wait_for(self._make(job), max(0.0, first - time.time()))
-        except TimeoutError:
-            why = (
-                f"it ran for more than {self.max_run_s:g} s"
-                if first == late
-                else "its deadline passed before it was done"
-            )
-            raise DeadlineExceeded(f"the job was stopped: {why}") from None
+        left_s = None if job.deadline is None else job.deadline - time.time()
+        async with _within(left_s, "its deadline passed before it was done"):
+            return await self._make(job)
 
     async def _make(self, job: Job) -> Song | dict[str, Any] | None:
         """The song of a job; the new `extra` of a job that gives another answer; None of a job that only plans."""
-        job = await self.errands.prepare(job)
+        async with self._limited("writing its text"):
+            job = await self.errands.prepare(job)
         if job.kind in ("codes", "understand"):
-            return {**job.extra, ANSWER: await self.errands.answer(job)}
+            async with self._limited("reading its audio"):
+                return {**job.extra, ANSWER: await self.errands.answer(job)}
         request, adjustments, plan = job.request, job.adjustments, job.plan
         if plan is None:
             request, adjustments, plan = await self._plan(job)
-            saving = asyncio.create_task(self._save_plan(job, plan))
-            try:
-                made = None if job.kind == "plan" else await self._render(job, request, adjustments, plan)
-            except BaseException:
-                await asyncio.gather(saving, return_exceptions=True)
-                raise
-            try:  # not waited for before: a plan that is lost with this process is made again, the same
-                await saving
-            except UNREACHABLE:
-                await asyncio.to_thread(self.store.save_plan, job.id, self.owner, plan)
-            return made
-        return await self._render(job, request, adjustments, plan)
+            await written(self.store.save_plan, job.id, self.owner, plan)
+            self._tried(job).failed = 0
+        return None if job.kind == "plan" else await self._render(job, request, adjustments, plan)
 
-    async def _save_plan(self, job: Job, plan: Plan) -> None:
-        await asyncio.sleep(SAVE_AFTER_S)  # the renderer first: its call would wait for the interpreter
-        await asyncio.to_thread(self.store.save_plan, job.id, self.owner, plan)
+    def _limited(self, what: str) -> contextlib.AbstractAsyncContextManager[None]:
+        return _within(self.max_run_s, f"{what} took more than {self.max_run_s:g} s")
 
     async def _plan(self, job: Job) -> tuple[SongRequest, tuple[Adjustment, ...], Plan]:
-        for attempt in range(STAGE_ATTEMPTS):
+        while True:
             choice, adjustments = await self._choose(job, job.request, job.adjustments, None)
             request = choice.request
             if choice.planner is None:
@@ -386,22 +324,24 @@ class Dispatcher:
                 if place.alone:
                     self.routing.learn_plan(choice.planner, choice.plan_profile_s, plan)
                 return request, adjustments, plan
-            except REPLICA_LOST as error:
-                await self._lost(job, choice.planner, error, attempt)
-        raise AssertionError("unreachable: the last attempt raises")
+            except Exception as error:
+                await self._try_again(job, choice.planner, error)
 
     def _plan_place(self, job: Job, choice: Decision, planner: str) -> Place:
         rows, slots = self.routing.plan_rows(planner, choice.request)
         then = (choice.renderer, choice.est_render_s) if choice.renderer and job.kind == "song" else None
         turn = turn_of(job)
-        return Place(turn, choice.est_plan_s, choice.plan_wall_s, slots=rows, share=rows / slots, then=then)
+        share = 1.0 if self._suspect(job) else rows / slots
+        return Place(turn, choice.est_plan_s, choice.plan_wall_s, slots=rows, share=share, then=then)
 
     async def _render(self, job: Job, request: SongRequest, adjustments: tuple[Adjustment, ...], plan: Plan) -> Song:
-        done: dict[tuple[int, ...], Song] = {}
-        for attempt in range(STAGE_ATTEMPTS):
+        done: list[Song] = []
+        while True:
             choice, adjustments = await self._choose(job, request, adjustments, plan)
+            if choice.plan is not None and choice.plan != plan:  # cut to what its card can do
+                await written(self.store.save_plan, job.id, self.owner, choice.plan)
             request, plan = choice.request, choice.plan or plan
-            finished = {i for items in done for i in items}
+            finished = {item.index for song in done for item in song.items}
             wanted = choice.groups
             if plan.item_metadata:  # songs of their own: each is rendered by its own metadata
                 wanted = tuple((i,) for group in wanted for i in group)
@@ -409,24 +349,19 @@ class Dispatcher:
             assert choice.renderer is not None, "a decision to run names its renderer"
             async with ProgressWriter(self.store, job.id, self.owner) as write:
                 report = _JointProgress(write, len(groups))
-                parts = [
+                results = await _all_or_error(
                     self._render_group(job, choice, request, plan, items, report.part(n))
                     for n, items in enumerate(groups)
-                ]
-                results = await asyncio.gather(*parts, return_exceptions=True)
-            done |= {items: r for items, r in zip(groups, results, strict=True) if isinstance(r, Song)}
-            failures = [r for r in results if isinstance(r, BaseException)]
+                )
+            done += [r for r in results if isinstance(r, Song)]
+            failures = [r for r in results if isinstance(r, Exception)]
             if not failures:
-                song = merge_songs(list(done.values())).model_copy(update={"plan": plan})
+                song = merge_songs(done).model_copy(update={"plan": plan})
                 if song.adjustments:
                     changed = (*adjustments, *song.adjustments)
-                    await asyncio.to_thread(self.store.save_request, job.id, self.owner, request, changed)
+                    await written(self.store.save_request, job.id, self.owner, request, changed)
                 return song
-            for failure in failures:
-                if not isinstance(failure, REPLICA_LOST):
-                    raise failure
-            await self._lost(job, choice.renderer, failures[0], attempt)
-        raise AssertionError("unreachable: the last attempt raises")
+            await self._try_again(job, choice.renderer, failures[0])
 
     async def _render_group(
         self, job: Job, choice: Decision, request: SongRequest, plan: Plan, items: tuple[int, ...], report: Report
@@ -438,6 +373,7 @@ class Dispatcher:
         )  # fmt: skip
         work_s = choice.est_render_s * len(items) / request.batch_size
         share = self.routing.share(pool, request.model_copy(update={"plan": plan}), len(items))
+        share = 1.0 if self._suspect(job) else share
         place = Place(turn_of(job), work_s, choice.render_wall_s, share=share)
 
         async def watch(progress: Progress) -> None:
@@ -453,13 +389,33 @@ class Dispatcher:
             self.routing.learn_render(pool, request, plan, song)
         return song
 
-    async def _lost(self, job: Job, pool: str, error: BaseException, attempt: int) -> None:
-        await self._written(job.id)
-        log.warning("job %s: a replica of %s was lost (%s)", job.id, pool, type(error).__name__)
+    def _tried(self, job: Job) -> _Tries:
+        return self._tries.setdefault(job.id, _Tries())
+
+    def _suspect(self, job: Job) -> bool:
+        """Whether it may be what takes replicas down: then its last try is its own, so that no song beside it pays for that."""
+        return job.attempts - 1 + self._tried(job).lost >= retry.TRIES - 1
+
+    async def _try_again(self, job: Job, pool: str, error: Exception) -> None:
+        """A replica failed a stage: return when it is to be tried again.
+
+        Raises:
+            AceStepError: it is not; `error` itself, where that is no failure of the replica.
+        """
+        tries = self._tried(job)
+        if isinstance(error, NotAccepted):
+            return
+        if not _may_pass(error):
+            raise error
+        lost = isinstance(error, REPLICA_LOST)
+        tries.failed, tries.lost = tries.failed + 1, tries.lost + lost
+        log.warning("job %s: a replica of %s %s (%s)", job.id, pool, "was lost" if lost else "failed", error)
         self.meter.retry(pool)
-        if attempt + 1 == STAGE_ATTEMPTS:
-            raise Unavailable(f"pool {pool} lost its replica {STAGE_ATTEMPTS} times in a row") from error
-        await asyncio.sleep(BACKOFF_S * (attempt + 1))
+        if tries.failed >= retry.TRIES:
+            if isinstance(error, AceStepError) and not isinstance(error, Cancelled):
+                raise error
+            raise Unavailable(f"pool {pool} lost its replica {tries.failed} times in a row") from error
+        await asyncio.sleep(retry.STAGE.pause_s(tries.failed))
 
     async def _choose(
         self, job: Job, request: SongRequest, adjustments: Sequence[Adjustment], plan: Plan | None
@@ -469,17 +425,14 @@ class Dispatcher:
         Raises:
             NoPool: the pools that could serve have no replica now.
         """
-        fresh = self._fresh.pop(job.id, None)
-        decision = fresh or self.routing.choose(self.fleet.view, job, request, plan)
+        decision = self.routing.choose(self.fleet.view, job, request, plan)
         adjustments = (*adjustments, *decision.adjustments)
         columns: dict[str, Any] = {"render_pool": decision.renderer, "est_render_s": decision.est_render_s}
         if plan is None:
             columns |= {"plan_pool": decision.planner, "est_plan_s": decision.est_plan_s}
         known = self._placed.get(job.id) or {name: getattr(job, name) for name in columns}
         if decision.adjustments or any(_differs(known.get(name), value) for name, value in columns.items()):
-            await asyncio.to_thread(
-                self.store.save_request, job.id, self.owner, decision.request, adjustments, **columns
-            )
+            await written(self.store.save_request, job.id, self.owner, decision.request, adjustments, **columns)
             known |= columns
         self._placed[job.id] = known
         if decision.outcome == "wait":
@@ -491,18 +444,60 @@ class Dispatcher:
         self, place: Place, handle: DeploymentHandle[Any], method: str, arguments: tuple[Any, ...], report: Report
     ) -> dict[str, Any]:
         """Consume a stage's stream: report progress, return the result. Leaving early cancels the replica's work."""
-        async with self.calls.call(handle, method, *arguments) as call:
+        async with self._limited(f"its {method}"), self.calls.call(handle, method, *arguments) as call:
             place.call = call.id
-            await self._written(place.turn.id)
             async for message in call:
                 if "progress" in message:
                     await report(Progress.model_validate(message["progress"]))
                 elif "error" in message:
-                    raise error_from_dict(message["error"])
+                    error = error_from_dict(message["error"])
+                    if retry.elsewhere(error):
+                        busy.shun(place.turn.id, call.id)
+                    raise error
                 else:
                     result: dict[str, Any] = message["result"]
                     return result
         raise Internal(f"the stage's {method} stream ended without a result")
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether a stage that failed so is worth another try."""
+    return isinstance(error, REPLICA_LOST) or retry.elsewhere(error)
+
+
+async def _all_or_error(parts: Iterable[Awaitable[Song]]) -> list[Song | Exception]:
+    """What each part gave, or why it is to be tried again. One that fails for good ends the others, and is raised."""
+
+    async def outcome(part: Awaitable[Song]) -> Song | Exception:
+        try:
+            return await part
+        except Exception as error:
+            if _may_pass(error):
+                return error
+            raise
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(outcome(part)) for part in parts]
+    except ExceptionGroup as failed:
+        raise failed.exceptions[0] from None
+    return [task.result() for task in tasks]
+
+
+@contextlib.asynccontextmanager
+async def _within(seconds: float | None, why: str) -> AsyncIterator[None]:
+    """Limit what is done inside.
+
+    Raises:
+        DeadlineExceeded: it took longer.
+    """
+    try:
+        async with asyncio.timeout(None if seconds is None else max(0.0, seconds)) as clock:
+            yield
+    except TimeoutError:
+        if not clock.expired():
+            raise
+        raise DeadlineExceeded(f"the job was stopped: {why}") from None
 
 
 def _differs(known: Any, value: Any) -> bool:
@@ -538,15 +533,6 @@ def merge_songs(songs: Sequence[Song]) -> Song:
     slowest = max(songs, key=lambda s: sum(s.timings.model_dump().values()))
     adjustments = tuple({a.model_dump_json(): a for s in songs for a in s.adjustments}.values())
     return slowest.model_copy(update={"items": items, "adjustments": adjustments})
-
-
-def _only_planned(values: dict[str, Any]) -> bool:
-    """Whether a new job, as `JobStore.add` takes it, is sure to be a new one and begins with its plan."""
-    return (
-        values["idempotency_key"] is None
-        and values["kind"] in ("song", "plan")
-        and PREPARE not in (values["extra"] or {})
-    )
 
 
 def _left(job: Job) -> float | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from dataclasses import replace
 from typing import Any
@@ -22,6 +21,7 @@ from acestep.request import (
     normalise_time_signature,
 )
 from deployments.jobs.store import Job, JobStore
+from deployments.retry import written
 from deployments.talk import Talk
 
 log = logging.getLogger(__name__)
@@ -73,9 +73,7 @@ class Errands:
                 why = Adjustment(field="use_format", asked=True, given=False, reason=error.message)
                 adjustments = (*adjustments, why)
             extra = {**job.extra, PREPARE: steps[1:]}
-            await asyncio.to_thread(
-                self.store.save_request, job.id, self.owner, request, adjustments, extra=extra
-            )  # fmt: skip
+            await written(self.store.save_request, job.id, self.owner, request, adjustments, extra=extra)
             job = replace(job, request=request, adjustments=adjustments, extra=extra)
         return job
 

@@ -17,6 +17,7 @@ from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, Reque
 
 from deployments import busy
 
+LAST = 1_000_000  # pieces of work: more than a replica can hold
 PROMISE_S = 0.2  # a choice that was not sent by then was given up
 
 
@@ -41,7 +42,10 @@ class LeastBusy(FIFOMixin, RequestRouter):
         shuffled = random.sample(alive, len(alive))
         ending = Counter(replica for request, replica in self._routed.values() if busy.is_leaving(request))
         promised = self._promises()
-        load = {r: self._held[r] - ending[r] + promised[r] for r in (c.replica_id for c in shuffled)}
+        shunned = busy.shunned(pending_request.args[0]) if pending_request is not None and pending_request.args else ()
+        load = {
+            r: self._held[r] - ending[r] + promised[r] + LAST * (r in shunned) for r in (c.replica_id for c in shuffled)
+        }
         ranks = ranked(shuffled, load)
         if busy.routers > 1:
             for replica in ranks[0] if ranks and len(ranks[0]) > 1 else ():
@@ -70,7 +74,7 @@ class LeastBusy(FIFOMixin, RequestRouter):
         metadata = pending_request.metadata
         self._routed[metadata.internal_request_id] = (metadata.request_id, replica_id)
         if replica := self.curr_replicas.get(replica_id):
-            busy.sent(metadata.request_id, str(replica.node_id))
+            busy.sent(metadata.request_id, str(replica.node_id), replica_id)
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
         super().on_request_completed(replica_id, internal_request_id)

@@ -182,8 +182,8 @@ class Outlook:
                     coming.append((ends_in, work_s, self._goes_first(place.turn)))
         if self._others_plan:
             backlog = self._backlog(pool.app)
-            upcoming_s = backlog.upcoming_s - planned_s
-            coming += handed_over(upcoming_s, OTHERS, 0.0, upcoming_s / backlog.handover)
+            if (upcoming_s := backlog.upcoming_s - planned_s) > 0:
+                coming += handed_over(upcoming_s, OTHERS, 0.0, upcoming_s / backlog.handover)
         return waiting_s, coming
 
     def _is_me(self, turn: Waiting) -> bool:

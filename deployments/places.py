@@ -158,10 +158,11 @@ class Load:
         free = list(self.free_in_s(self.slots, now)) or [0.0]
         heapq.heapify(free)
         for place in sorted(self.behind(), key=lambda p: p.turn.due):
-            begins = max(heapq.heappop(free) for _ in range(min(place.slots, len(free))))
-            found.append((place, begins + place.wall_s))
-            for _ in range(min(place.slots, self.slots)):
-                heapq.heappush(free, begins + place.wall_s)
+            taken = [heapq.heappop(free) for _ in range(min(place.slots, len(free)))]
+            ends = max(taken) + place.wall_s
+            found.append((place, ends))
+            for _ in taken:
+                heapq.heappush(free, ends)
         return found
 
     def _first(self, slots: int | None = None) -> list[Place]:

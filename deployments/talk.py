@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 from acestep.errors import Unavailable, error_from_dict
 from acestep.lm.work import Sample
 from acestep.request import MAX_DURATION_S
+from deployments import retry
 from deployments.calls import REPLICA_LOST
 from deployments.fleet import Fleet, Role
 from deployments.placement import choose_planner, fleet_limits, wait_s
 from deployments.routing import NoPool, Routing
 
-ATTEMPTS = 3
-BACKOFF_S = 1.0
+log = logging.getLogger(__name__)
 
 
 class Talk:
@@ -54,25 +56,27 @@ class Talk:
         return Sample.model_validate(answer)
 
     async def _call(self, role: Role, method: str, *arguments: Any) -> Any:
-        for attempt in range(ATTEMPTS):
+        for tried in itertools.count(1):
             pool = await self._pool(role)
             response = getattr(self.fleet.handle(pool, role), method).remote(*arguments)
+            error: Exception
             try:
                 answer = await response
-            except REPLICA_LOST as error:
-                if attempt + 1 == ATTEMPTS:
-                    raise Unavailable(
-                        f"pool {pool} lost its replica {ATTEMPTS} times in a row", retry_after=5
-                    ) from error
-                await asyncio.sleep(BACKOFF_S * (attempt + 1))
-                continue
+                if "error" not in answer:
+                    return answer["result"]
+                error = error_from_dict(answer["error"])
+                if not retry.elsewhere(error) or tried == retry.TRIES:
+                    raise error
+            except REPLICA_LOST as lost:
+                if tried == retry.TRIES:
+                    raise Unavailable(f"pool {pool} lost its replica {tried} times in a row", retry_after=5) from lost
+                error = lost
             except asyncio.CancelledError:
                 response.cancel()
                 raise
-            if "error" in answer:
-                raise error_from_dict(answer["error"])
-            return answer["result"]
-        raise AssertionError("unreachable: the last attempt raises")
+            log.info("pool %s could not answer (%s); asking again", pool, error)
+            await asyncio.sleep(retry.ASK.pause_s(tried))
+        raise AssertionError("unreachable: the last try returns or raises")
 
     async def _pool(self, role: Role) -> str:
         """A pool with a running replica.

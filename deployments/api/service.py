@@ -124,16 +124,18 @@ class Service:
         caps = replace(caller.caps, queued=self.args.max_queue, pace=max(1.0, float(replicas)))
         audio_s = expected_duration(request)[0] * request.batch_size if kind == "song" else 0.0
         try:
-            job, created = await self.dispatcher.add(
-                decision, job_id=str(uuid.uuid4()), request=request.with_seeds(), kind=kind, adjustments=adjustments,
+            job, created = await asyncio.to_thread(
+                self.store.add, str(uuid.uuid4()), request.with_seeds(), kind=kind, adjustments=adjustments,
                 extra=extra, deadline=deadline, owner_key=caller.name, idempotency_key=idempotency_key,
                 body_hash=body_hash, audio_s=audio_s, caps=caps, **columns,
             )  # fmt: skip
         except Busy as error:
             error.details.setdefault("retry_after", await self.mean_seconds())
             raise
-        if created and decision is not None and job.state == QUEUED:
-            self.routing.admitted(decision, only_plan=kind == "plan")
+        if created:
+            self.dispatcher.wake()
+            if decision is not None:
+                self.routing.admitted(decision, only_plan=kind == "plan")
         return job, created
 
     def _check_wait(self, wait_s: float) -> None:

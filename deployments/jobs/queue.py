@@ -25,14 +25,14 @@ _COLUMNS = (
 )  # fmt: skip
 
 
-def read_queue(engine: Engine, limit: int = LIMIT) -> list[Waiting]:
-    """Jobs that may be claimed now: queued ones, and running ones whose router went silent. Oldest first."""
+def read_queue(engine: Engine, limit: int = LIMIT, *, orphans: bool = True) -> list[Waiting]:
+    """Jobs that may be claimed now: queued ones, and (`orphans`) running ones whose router went silent. Oldest first."""
     orphaned = sa.and_(
         jobs.c.state == "running", sa.or_(jobs.c.lease_until.is_(None), jobs.c.lease_until < time.time())
     )
     query = (
         sa.select(*_COLUMNS)
-        .where(sa.or_(jobs.c.state == "queued", orphaned))
+        .where(sa.or_(jobs.c.state == "queued", orphaned) if orphans else jobs.c.state == "queued")
         .order_by(jobs.c.priority, jobs.c.created_at)
         .limit(limit)
     )

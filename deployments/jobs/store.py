@@ -108,15 +108,6 @@ class Job:
         return self.state in TERMINAL
 
 
-def draft(job_id: str, request: SongRequest, *, owner: str, lease_s: float, caps: object = None, **columns: Any) -> Job:
-    """The job that `JobStore.add` writes, given the same, where its owner takes it at once."""
-    now = time.time()
-    return Job(
-        job_id, columns.pop("kind", "song"), RUNNING, "queued", request, now, attempts=1, lease_owner=owner,
-        lease_until=now + lease_s, started_at=now, **columns,
-    )  # fmt: skip
-
-
 @dataclass(frozen=True)
 class Event:
     seq: int
@@ -164,8 +155,6 @@ class JobStore:
         render_pool: str | None = None,
         audio_s: float = 0.0,
         caps: Caps | None = None,
-        owner: str | None = None,
-        lease_s: float = 0.0,
     ) -> tuple[Job, bool]:
         """Write a new job down. Returns (job, created); with a known idempotency key the earlier job and False.
 
@@ -173,7 +162,6 @@ class JobStore:
             extra: What an API needs later. `webhook` in it is the URL that hears of the job's end.
             audio_s: Seconds of audio asked for, over all items.
             caps: Checked in the same transaction, so that two requests cannot both take the last place.
-            owner, lease_s: Who takes it at once, as by `claim`; None leaves it to the queue.
 
         Raises:
             IdempotencyConflict: the key was used with another body.
@@ -187,14 +175,6 @@ class JobStore:
             "est_plan_s": est_plan_s, "est_render_s": est_render_s, "plan_pool": plan_pool, "render_pool": render_pool,
             "audio_s": audio_s, "attempts": 0, "cancel_requested": False, "created_at": now,
         }  # fmt: skip
-        if owner is not None:
-            values |= {
-                "state": RUNNING,
-                "lease_owner": owner,
-                "lease_until": now + lease_s,
-                "attempts": 1,
-                "started_at": now,
-            }
         with self._writer.begin() as db:
             _alone(db)
             if idempotency_key is not None and (known := _earlier(db, owner_key, idempotency_key, body_hash)):
@@ -203,8 +183,6 @@ class JobStore:
                 _check(db, caps, owner_key, audio_s, est_plan_s + est_render_s, now)
             row = db.execute(jobs.insert().values(**values).returning(jobs)).mappings().one()
             _event(db, job_id, "queued", {})
-            if owner is not None:
-                _event(db, job_id, "started", {"attempt": 1})
         return _job(row), True
 
     def request_cancel(self, job_id: str) -> Job | None:
@@ -289,11 +267,15 @@ class JobStore:
             ).all()
         return {r.id for r in rows}, {r.id for r in rows if r.cancel_requested}
 
-    def release(self, job_id: str, owner: str) -> None:
-        """Give the job back to the queue without counting the attempt (drain, no capacity). A job that is not ours stays as it is."""
+    def release(self, job_id: str, owner: str, *, counted: bool = False) -> None:
+        """Give the job back to the queue (drain, no capacity). A job that is not ours stays as it is.
+
+        Args:
+            counted: The attempt counts.
+        """
         values = {
             "state": QUEUED, "stage": "queued", "progress": None, "lease_owner": None, "lease_until": None,
-            "attempts": jobs.c.attempts - 1, "started_at": None,
+            "attempts": jobs.c.attempts - (0 if counted else 1), "started_at": None,
         }  # fmt: skip
         with self._passing.begin() as db:
             row = db.execute(_mine(job_id, owner).values(**values).returning(jobs.c.cancel_requested)).first()

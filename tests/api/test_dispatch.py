@@ -105,18 +105,34 @@ async def ended(dispatcher: Dispatcher) -> None:
             await asyncio.sleep(0.01)
 
 
-async def test_a_job_whose_lease_cannot_be_renewed_goes_back_to_the_queue(
+async def test_a_job_whose_lease_cannot_be_renewed_goes_on_until_it_is_another_s(
     leases: Dispatcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def down(*_: object) -> None:
-        raise DOWN
+    """Nobody else may reach the store either, and once it answers it says who holds what."""
+    original, asked, down = JobStore.renew, 0, True
 
-    job_id = start(leases)
-    leases.lease_s = 0.05
-    monkeypatch.setattr(leases.store, "renew", down)
-    await ended(leases)
-    job = leases.store.get_existing(job_id)
-    assert (job.state, job.error, job.attempts) == ("queued", None, 0)  # nobody asked to cancel it
+    def renew(self: JobStore, ids: Sequence[str], owner: str, lease_s: float) -> tuple[set[str], set[str]]:
+        nonlocal asked
+        asked += 1
+        if down:
+            raise DOWN
+        return original(self, ids, owner, lease_s)
+
+    async def asked_again() -> None:
+        before = asked
+        async with asyncio.timeout(5):
+            while asked < before + 2:
+                await asyncio.sleep(0.01)
+
+    monkeypatch.setattr(JobStore, "renew", renew)
+    kept, taken = start(leases), start(leases, lease_s=-1.0)
+    await asked_again()
+    assert leases.running == {kept, taken}
+    assert leases.store.claim(taken, "another", 60) is not None
+    down = False
+    await asked_again()
+    assert leases.running == {kept}
+    assert leases.store.get_existing(taken).lease_owner == "another"
 
 
 async def test_a_job_survives_that_the_store_is_away_for_a_while(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sqlite3
-import threading
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -17,14 +15,13 @@ import pytest
 import sqlalchemy as sa
 from ray.exceptions import RayActorError
 
-from acestep.errors import OutOfMemory
+from acestep.errors import AceStepError, DeviceUnavailable, InvalidOutput, OutOfMemory, Unavailable
 from acestep.plan import Metadata, Plan
 from acestep.request import SongRequest
 from acestep.song import Progress, RenderTimings, Song, SongItem
-from deployments import busy, dispatch
+from deployments import busy, dispatch, placement, retry
 from deployments.dispatch import Dispatcher
 from deployments.fleet import Fleet
-from deployments.jobs.store import Busy
 
 from .conftest import Site
 
@@ -75,8 +72,11 @@ class _Stream:
     arguments: tuple[Any, ...]
     todo: Any
     done: bool = False
-    request_id: str = "request"
+    request_id: str = ""
     broken_off: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.request_id = f"request {len(self.stage.calls)}"
 
     async def __aiter__(self) -> AsyncIterator[dict[str, Any]]:
         name = "planning" if self.method == "plan" else "rendering"
@@ -84,7 +84,7 @@ class _Stream:
         if self.todo == HANG:
             await self.broken_off.wait()
             raise asyncio.CancelledError  # as gRPC's streams do
-        if isinstance(self.todo, OutOfMemory):
+        if isinstance(self.todo, AceStepError):
             yield {"error": self.todo.to_dict()}
         elif self.todo is not None:
             raise self.todo
@@ -107,7 +107,7 @@ class _Stream:
 def stage(site: Site, monkeypatch: pytest.MonkeyPatch) -> Stage:
     made = Stage()
     monkeypatch.setattr(site.service.fleet, "handle", made.handle)
-    monkeypatch.setattr(dispatch, "BACKOFF_S", 0.01)
+    monkeypatch.setattr(retry, "STAGE", retry.Policy(first_s=0.01))
     monkeypatch.setattr(dispatch, "POLL_S", 0.05)
     return made
 
@@ -145,108 +145,6 @@ async def test_a_song_and_a_plan(site: Site, stage: Stage) -> None:
     assert [e for e in events if e != "progress"] == ["queued", "started", "planned", "succeeded"]
 
 
-async def test_where_nothing_waits_a_song_begins_without_a_look_at_the_queue(
-    site: Site, stage: Stage, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And where something waits, or there is no room, it queues behind."""
-    waiting = ["somebody"]
-    read_queue = dispatch.read_queue
-    monkeypatch.setattr(dispatch, "read_queue", lambda engine: read_queue(engine) if waiting else [])
-    stage.render += [HANG] * 20
-    async with running(site.service.dispatcher):
-        await until(lambda: site.service.dispatcher._takes)
-        waiting.clear()
-        assert [site.job(await submit(site)).state for _ in range(12)] == ["running"] * 10 + ["queued"] * 2
-        waiting.append("somebody")
-        first = next(iter(site.service.dispatcher.running))
-        await site.client.delete(f"/v1/jobs/{first}")
-        await until(lambda: site.service.store.counts()["queued"] == 1)
-        assert site.job(await submit(site)).state == "queued"
-
-
-async def test_a_song_s_calls_are_not_those_of_the_request_that_brought_it(site: Site, stage: Stage) -> None:
-    """Serve ends a request's calls with the request, and takes what is called in its context for them."""
-    async with running(site.service.dispatcher):
-        await until(lambda: site.service.dispatcher._takes)
-        ASKING.set("a request")
-        job_id = await submit(site)
-        assert site.job(job_id).attempts == 1
-        await until(lambda: site.job(job_id).ended)
-    assert (stage.calls, stage.seen) == (["plan", "render"], ["none", "none"])
-
-
-async def test_a_caller_who_leaves_while_its_song_is_written_down_leaves_no_orphan(
-    site: Site, stage: Stage, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    original = site.service.store.add
-    monkeypatch.setattr(site.service.store, "add", lambda **job: (time.sleep(0.1), original(**job))[1])
-    async with running(site.service.dispatcher):
-        await until(lambda: site.service.dispatcher._takes)
-        asking = asyncio.create_task(submit(site))
-        await asyncio.sleep(0.05)
-        asking.cancel()
-        await until(lambda: site.service.store.counts()["succeeded"] == 1)
-
-
-@pytest.fixture
-def slow_store(site: Site, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """A store that writes nothing new down until the event is set."""
-    open_, original = threading.Event(), site.service.store.add
-    monkeypatch.setattr(site.service.store, "add", lambda **job: (open_.wait(10), original(**job))[1])
-    return open_
-
-
-async def begin(site: Site, stage: Stage) -> asyncio.Task[str]:
-    """A song under way to a store that is slow: its planning has begun, and its sender waits."""
-    await until(lambda: site.service.dispatcher._takes)
-    asking = asyncio.create_task(submit(site))
-    await until(lambda: stage.calls == ["plan"])
-    return asking
-
-
-async def test_a_song_is_planned_while_it_is_written_down(
-    site: Site, stage: Stage, slow_store: threading.Event
-) -> None:
-    async with running(site.service.dispatcher):
-        asking = await begin(site, stage)
-        await asyncio.sleep(3 * dispatch.POLL_S)  # leases are renewed meanwhile, and this one is not there yet
-        assert not asking.done()
-        assert sum(site.service.store.counts().values()) == 0
-        slow_store.set()
-        job_id = await asking
-        await until(lambda: site.job(job_id).ended)
-    job = site.job(job_id)
-    assert (job.state, job.attempts, stage.calls, stage.left) == ("succeeded", 1, ["plan", "render"], 0)
-
-
-async def test_a_router_that_stops_while_a_song_is_written_down_hands_it_back(
-    site: Site, stage: Stage, slow_store: threading.Event
-) -> None:
-    async with running(site.service.dispatcher):
-        asking = await begin(site, stage)
-        asyncio.get_running_loop().call_later(0.1, slow_store.set)
-    job = site.job(await asking)
-    assert (job.state, job.attempts, job.lease_owner, stage.left) == ("queued", 0, None, 1)
-
-
-async def test_a_song_that_is_refused_after_it_began_leaves_nothing(
-    site: Site, stage: Stage, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(**_: Any) -> None:
-        raise Busy("this key has 3 jobs under way; its limit is 3", limit=3)
-
-    stage.plan.append(HANG)
-    async with running(site.service.dispatcher):
-        await until(lambda: site.service.dispatcher._takes)
-        monkeypatch.setattr(site.service.store, "add", refuse)
-        answer = await site.client.post("/v1/music", json=SONG)
-        assert (answer.status_code, answer.json()["limit"]) == (429, 3)
-        await until(lambda: not site.service.dispatcher.running)
-    assert sum(site.service.store.counts().values()) == 0
-    assert stage.left == len(stage.calls)
-    assert not site.service.dispatcher._unwritten
-
-
 async def test_a_replica_that_breaks_a_call_off_is_one_that_was_lost(site: Site, stage: Stage) -> None:
     stage.plan.append(
         grpc.aio.AioRpcError(grpc.StatusCode.CANCELLED, grpc.aio.Metadata(), grpc.aio.Metadata(), "stopped")
@@ -272,14 +170,15 @@ def no_dead_nodes() -> Iterator[None]:
 
 @pytest.mark.usefixtures("no_dead_nodes")
 async def test_a_call_that_nobody_has_accepted_when_a_node_dies_is_made_again(site: Site, stage: Stage) -> None:
-    """It may have been sent there, and Serve tells where only once it is accepted."""
-    stage.plan.append(HANG)
+    """It may have been sent there, and Serve tells where only once it is accepted. Nothing was lost by it, however often nodes go."""
+    stage.plan += [HANG] * 5
     async with running(site.service.dispatcher):
         job_id = await submit(site)
-        await until(lambda: stage.calls == ["plan"])
-        tell_dead(site.service.fleet, {"n3"})
+        for number in range(1, 6):
+            await until(lambda n=number: stage.calls == ["plan"] * n)
+            tell_dead(site.service.fleet, {f"n{n}" for n in range(number)})
         await until(lambda: site.job(job_id).ended)
-    assert (site.job(job_id).state, stage.calls) == ("succeeded", ["plan", "plan", "render"])
+    assert (site.job(job_id).state, stage.calls) == ("succeeded", [*["plan"] * 6, "render"])
 
 
 @pytest.mark.usefixtures("no_dead_nodes")
@@ -290,12 +189,12 @@ async def test_a_call_to_a_node_that_died_is_made_again(site: Site, stage: Stage
     async with running(site.service.dispatcher):
         job_id = await submit(site)
         await until(lambda: stage.calls == ["plan", "render"])
-        busy.sent("request", "n1")
+        busy.sent("request 2", "n1")
         for dead in ({"n2"}, {"n1", "n2"}):
             tell_dead(fleet, dead)
             await asyncio.sleep(0.05)
             assert stage.left == ("n1" in dead)
-        busy.answered("request")
+        busy.answered("request 2")
         await until(lambda: site.job(job_id).ended)
     assert (site.job(job_id).state, stage.calls) == ("succeeded", ["plan", "render", "render"])
 
@@ -368,8 +267,78 @@ async def test_a_lost_replica_costs_its_stage_once(site: Site, stage: Stage, whe
     assert sorted(stage.calls) == sorted(["plan", "render", where])
 
 
+@pytest.mark.parametrize("where", ["plan", "render"])
+@pytest.mark.parametrize("error", [Unavailable, DeviceUnavailable, OutOfMemory])
+async def test_what_one_replica_cannot_do_another_may(
+    site: Site, stage: Stage, where: str, error: type[AceStepError]
+) -> None:
+    getattr(stage, where).extend([error("not here"), RayActorError()])
+    async with running(site.service.dispatcher):
+        job_id = await submit(site)
+        await until(lambda: site.job(job_id).ended)
+    assert (site.job(job_id).state, site.job(job_id).attempts) == ("succeeded", 1)
+    assert stage.calls.count(where) == 3
+
+
+async def test_a_song_that_takes_the_only_replica_down_each_time_ends(
+    site: Site, stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two tries the pool has no replica, and the job is back in the queue."""
+    fleet, alive = site.service.fleet, site.service.fleet.view
+    empty = replace(alive, pools=tuple(replace(p, running=0) if p.role == "render" else p for p in alive.pools))
+
+    class Crash(RayActorError):
+        def __init__(self) -> None:
+            super().__init__()
+            fleet.view = empty
+            asyncio.get_running_loop().call_later(0.2, setattr, fleet, "view", alive)
+
+    original = stage.handle
+
+    def handle(app: str, role: str) -> Any:
+        stage.render[:] = [Crash()] if role == "render" else []
+        return original(app, role)
+
+    monkeypatch.setattr(fleet, "handle", handle)
+    async with running(site.service.dispatcher):
+        job_id = await submit(site)
+        await until(lambda: site.job(job_id).ended)
+    assert site.job(job_id).state == "failed"
+    assert "3 attempts" in str(site.job(job_id).error)
+    assert stage.calls == ["plan", *["render"] * 3]
+
+
+async def test_the_last_try_of_a_song_that_lost_its_replicas_has_one_for_itself(site: Site, stage: Stage) -> None:
+    """It may be what took them down, and no song beside it shall pay for that."""
+    stage.plan += [RayActorError(), RayActorError(), HANG]
+    shares = []
+    original = site.service.dispatcher._plan_place
+    site.service.dispatcher._plan_place = lambda *a: (shares.append(original(*a)), shares[-1])[1]  # type: ignore[method-assign]
+    async with running(site.service.dispatcher):
+        await submit(site)
+        await until(lambda: len(stage.calls) == 3)
+    assert [place.share < 1.0 for place in shares] == [True, True, False]
+
+
+async def test_a_part_that_fails_for_good_ends_the_others(
+    site: Site, stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("SPREAD_S", 0.0), ("SPREAD_SHARE", 1.0), ("SPREAD_WORK", 100.0)):
+        monkeypatch.setattr(placement, name, value)
+    view = site.service.fleet.view
+    many = tuple(replace(p, running=4) if p.role == "render" else p for p in view.pools)
+    site.service.fleet.view = replace(view, pools=many)
+    stage.render += [HANG, InvalidOutput("nothing but zeros"), HANG, HANG]
+    async with running(site.service.dispatcher):
+        job_id = await submit(site, batch_size=4)
+        await until(lambda: site.job(job_id).ended)
+    assert stage.calls.count("render") > 1, "the batch was not spread"
+    assert site.job(job_id).error["type"] == "invalid_output"  # type: ignore[index]
+    assert stage.left == stage.calls.count("render") - 1
+
+
 async def test_failures_end_the_job_with_their_type(site: Site, stage: Stage) -> None:
-    stage.render += [OutOfMemory("too much", needed_bytes=9), ValueError("/srv/secret/file is odd")]
+    stage.render += [*[OutOfMemory("too much", needed_bytes=9)] * 3, ValueError("/srv/secret/file is odd")]
     async with running(site.service.dispatcher):
         for kind, text in (("out_of_memory", "too much"), ("internal", "unexpected ValueError")):
             job_id = await submit(site)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import math
+import random
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -24,15 +27,18 @@ from deployments import fleet as fleet_module
 from deployments.api.health import readiness
 from deployments.build import build_config, parse_tiers
 from deployments.config import PlannerArgs, PoolArgs, RendererArgs
+from deployments.eta import remaining_s
 from deployments.fleet import Fleet, FleetView, Node, Pool, parse_details
-from deployments.jobs.backlog import Backlog
+from deployments.jobs.backlog import Backlog, handover_rate
 from deployments.jobs.queue import Place as LinePlace
+from deployments.jobs.queue import turn_of
+from deployments.jobs.store import Job
 from deployments.least_busy import LeastBusy, ranked
 from deployments.ordering import Waiting
 from deployments.outlook import pool_limits
 from deployments.placement import PoolState
 from deployments.places import Place
-from deployments.routing import Routing
+from deployments.routing import NoPool, Routing
 
 GPU = {"acestep/role": "gpu"}
 
@@ -216,6 +222,50 @@ async def test_more_replicas_let_more_in(held: Held) -> None:
     assert held.entered == ["a", "b", "c"]
 
 
+@pytest.mark.parametrize("seed", range(40))
+async def test_every_question_has_an_answer_however_pools_come_and_go_under_work(seed: int) -> None:
+    """Nothing runs, nothing is known, nothing waits: each may be so while a replica is being replaced."""
+    dice = random.Random(seed)
+    routing, held, now = Routing(), Held(Routing()), time.time()
+    held.routing = routing
+    for number in range(8):
+        running = dice.choice([0, 0, 1, 3])
+        known = dice.random() < 0.8
+        pools = []
+        for pool in (renderer(running=running), replace(PLANNER, running=dice.choice([0, 1, 2]))):
+            args = dice.choice([pool.args, type(pool.args)(pool=pool.app, min_replicas=0, max_replicas=4)])
+            size = dice.choice([pool.args, type(pool.args)(num_replicas=0), args])
+            pools.append(replace(pool, args=size, info=pool.info if known else None, starting=dice.choice([0, 2])))
+        fleet = FleetView(tuple(pools), routers=dice.choice([1, 2]))
+        work_s = dice.choice([0.0, 2.0])
+        pace = handover_rate(work_s, 1.0, dice.choice([0, 2]))
+        backlog = Backlog(
+            waiting_s=dice.choice([0.0, 3.0]), upcoming_s=work_s, handover=pace, running_jobs=dice.choice([0, 9])
+        )
+        routing.set_backlogs(dict.fromkeys(dice.choice([("dit", "lm"), ("dit",), ()]), backlog))
+        for app in ("dit", "lm"):
+            load = {"slots": dice.choice([1, 2, 9]), "then": ("dit", 1.0) if app == "lm" else None}
+            await held.add(piece(f"{app}{number}", **load), pool=app)
+        asked = SongRequest(prompt="x", duration=dice.choice([None, 30.0]), batch_size=dice.choice([1, 4]))
+        job = Job(f"lm{number}", "song", "running", "queued", asked, now, plan_pool="lm", render_pool="dit")
+        ahead = LinePlace(2, dice.choice([{}, {"lm": 3.0, "dit": 2.0}]), dice.choice([{}, {"dit": (1.0, 1)}]))
+        assert routing.window(fleet) >= 2
+        routing.admit(fleet, asked)
+        for line in (None, ahead):
+            state = routing.state(fleet, turn_of(job), line=line)
+            for stage in ("queued", "planning", "planned", "rendering"):
+                left = remaining_s(asked, state, planner="lm", renderer="dit", stage=stage)  # type: ignore[arg-type]
+                assert left is None or 0.0 <= left < math.inf
+        with contextlib.suppress(NoPool):
+            routing.choose(fleet, job, asked, None)
+        for app in ("dit", "lm"):
+            routing.whereabouts(f"{app}{number}")
+        if number > 4:
+            await held.end(dice.choice(sorted(held._tasks)))
+    for name in held._tasks:
+        await held.end(name)
+
+
 async def test_a_device_that_is_free_gets_the_next_song_while_the_last_is_stored(held: Held) -> None:
     first = piece("a", call="request-a")
     await held.add(first, piece("b"), piece("c"))
@@ -388,6 +438,20 @@ async def test_nothing_is_sent_to_a_node_that_died(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(busy, "dead_nodes", frozenset({"na"}))
     assert await router.choose_replicas(replicas) == [[replicas[1]]]
     assert await router.choose_replicas(replicas[:1]) == []
+
+
+async def test_a_replica_that_could_not_do_a_job_is_asked_last_for_it() -> None:
+    router = least_busy(Counter(b=3, c=3), {})
+    replicas: list[Any] = [SimpleNamespace(replica_id=name, node_id="n") for name in "abc"]
+    busy.sent("call", "n", "a")
+    busy.shun("job", "call")
+    busy.answered("call")
+    for work, first in (("job", "bc"), ("other", "a")):
+        asked: Any = SimpleNamespace(args=[work], routing_context=SimpleNamespace())
+        ranks = [rank[0].replica_id for rank in await router.choose_replicas(replicas, asked)]
+        assert (ranks[0] in first, sorted(ranks)) == (True, ["a", "b", "c"])
+    busy.pardon("job")
+    assert not busy.shunned("job")
 
 
 def test_replicas_of_a_dead_node_do_not_run() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from dataclasses import replace
 
 import pytest
 from alembic.autogenerate import compare_metadata
@@ -24,7 +23,7 @@ from deployments.jobs.queue import Line, read_queue
 from deployments.jobs.rates import Rates
 from deployments.jobs.schema import metadata
 from deployments.jobs.secrets import shared_secret
-from deployments.jobs.store import Busy, Caps, IdempotencyConflict, Job, JobStore, LeaseLost, draft
+from deployments.jobs.store import Busy, Caps, IdempotencyConflict, Job, JobStore, LeaseLost
 from deployments.jobs.urls import driver_url
 from deployments.ordering import next_jobs
 
@@ -143,29 +142,6 @@ def test_a_job_goes_through_its_life_and_ends_once(store: JobStore) -> None:
     store.request_cancel(job.id)
     assert store.get_existing(job.id).state == "succeeded"
     assert [e.type for e in store.events_after(job.id, 0)] == ["queued", "started", "progress", "planned", "succeeded"]
-
-
-def test_a_draft_is_the_job_that_is_written(store: JobStore) -> None:
-    columns = {
-        "kind": "plan", "extra": {"webhook": "https://a.example/"}, "priority": 1.0, "owner_key": "me", "body_hash": "h",
-        "est_plan_s": 1.0, "est_render_s": 2.0, "plan_pool": "lm", "render_pool": "dit", "audio_s": 10.0, "caps": Caps(queued=9),
-        "adjustments": (), "deadline": None, "idempotency_key": None, "owner": "a", "lease_s": 10.0,
-    }  # fmt: skip
-    job_id = str(uuid.uuid4())
-    drafted = draft(job_id, REQUEST, **dict(columns))  # type: ignore[arg-type]
-    written, _ = store.add(job_id, REQUEST, **columns)  # type: ignore[arg-type]
-    times = {"created_at": 0.0, "started_at": 0.0, "lease_until": 0.0}
-    assert replace(drafted, **times) == replace(written, **times)
-    assert 0 <= written.created_at - drafted.created_at < 10
-
-
-def test_a_job_may_be_taken_as_it_is_written(store: JobStore) -> None:
-    job = add(store, owner="a", lease_s=10.0)
-    assert (job.state, job.attempts, job.lease_owner) == ("running", 1, "a")
-    assert store.claim(job.id, "b", 10) is None
-    assert store.renew([job.id], "a", 10) == ({job.id}, set())
-    assert store.succeed(job.id, "a", SONG) == store.get_existing(job.id)
-    assert [e.type for e in store.events_after(job.id, 0)] == ["queued", "started", "succeeded"]
 
 
 def test_whoever_lost_the_lease_cannot_write(store: JobStore) -> None:
