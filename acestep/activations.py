@@ -14,6 +14,7 @@ CONTEXT_BYTES = 512 << 20  # a CUDA context with its libraries
 TILES = (512, 256, 128, 64)  # frames per VAE tile, largest first
 SMALLEST_CORE_FRAMES = 16  # of a VAE tile without its overlap
 SILENT_REFERENCE_FRAMES = 750
+CODED_FRAMES = 2_500  # latent frames that are turned into codes, or made of them, at once
 # Live copies of the widest activation, one of them the reordered input that convolution libraries make.
 _DECODE_WIDTHS = 6.0
 _ENCODE_WIDTHS = 6.5
@@ -77,11 +78,16 @@ def conditions_bytes(encoder: Config, text: Config, frames: int, lyric_tokens: i
     Args:
         frames: Latent frames whose 5 Hz codes are turned into latents; 0 where there are none.
         references: Reference recordings of 30 s; none still means one of silence.
+        dtype: Of the activations, which is float32 for weights in float16.
     """
     size, width = DTYPE_BYTES[dtype], encoder["hidden_size"]
     heads = encoder["num_attention_heads"] * encoder["head_dim"]
     per_token = (6 * width + 3 * encoder["intermediate_size"] + 4 * heads) * size
     timbre = max(1, references) * (SILENT_REFERENCE_FRAMES + 1)
     caption = 256 * (6 * text["hidden_size"] + 3 * text["intermediate_size"]) * size
-    masks = 2 * max(lyric_tokens, timbre) ** 2 * (size + 9)  # built from index grids of 8 bytes
-    return int(max(frames, lyric_tokens, timbre) * per_token + masks + caption)
+    # The windows of the sliding layers: keys and values three times over, and a mask per block.
+    window = encoder.get("sliding_window", 128)
+    windows = max(lyric_tokens, timbre) * (4 * heads * size + 2 * window * (size + 3))
+    widened = width * encoder["intermediate_size"] * 4  # one layer's weights in float32
+    kept = frames * encoder.get("timbre_hidden_dim", 64) * size * 3
+    return int(max(min(frames, CODED_FRAMES), lyric_tokens, timbre) * per_token + windows + widened + kept + caption)

@@ -117,6 +117,7 @@ def render_need(
     on_cpu = settings.device == "cpu"
     # Half precision on the CPU computes through float32 copies.
     working = "float32" if on_cpu else settings.dtype
+    encoding = "float32" if working == "float16" else working  # acestep.dit.conditions
     weights = renderer_bytes(configs, settings.dtype, int8=settings.int8)
     groups = {name: sum(weights[part] for part in parts) for name, parts in _GROUPS.items()}
     offloaded = {"conditions", "vae"} if settings.offload == "stage" else set()
@@ -133,7 +134,7 @@ def render_need(
     lyrics = min(task.condition_tokens, MAX_LYRIC_TOKENS)
     working_bytes = {
         "conditions": conditions_bytes(
-            configs["condition_encoder"], configs["text_encoder"], task.frames, lyrics, task.references, working
+            configs["condition_encoder"], configs["text_encoder"], task.frames, lyrics, task.references, encoding
         ),
         "denoise": denoise_bytes(dit, task.frames, rows, task.condition_tokens, working, settings.attention),
         "decode": decode_bytes(vae, tile, working),

@@ -183,7 +183,11 @@ def _dtype(book: Book, device: Device) -> str:
             "lm_dtype", "float32", f"bfloat16 is slow or missing on {'this card' if old else device.kind}"
         )
     else:
-        dtype = book.take("lm_dtype", "bfloat16", "the weights are trained in it; float16 overflows")
+        emulated = device.kind == "cuda" and device.capability is not None and device.capability < (8, 0)
+        reason = "the weights are trained in it; float16 overflows"
+        if emulated:
+            reason += "; this card emulates it, several times slower than newer ones compute it"
+        dtype = book.take("lm_dtype", "bfloat16", reason)
     if dtype == "bfloat16" and old:
         dtype = book.correct("lm_dtype", "float32", "cards below compute capability 7.0 have no bfloat16")
     return str(dtype)

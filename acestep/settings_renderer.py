@@ -81,7 +81,11 @@ def _dtype(book: Book, device: Device) -> Literal["float32", "bfloat16", "float1
     if device.kind == "cpu":
         dtype = book.take("dtype", "float32", "fastest and exact on the CPU")
     elif capability is not None and capability < (8, 0):
-        dtype = book.take("dtype", "float16", f"compute capability {_dots(capability)} has no bfloat16 units")
+        dtype = book.take(
+            "dtype",
+            "float16",
+            f"compute capability {_dots(capability)} has no bfloat16 units; encoders compute in float32",
+        )
     else:
         dtype = book.take("dtype", "bfloat16", "the weights are published in it")
     if dtype == "bfloat16" and is_old(device):
@@ -157,7 +161,7 @@ def _int8(book: Book, device: Device, row: GPUConfig, model: str) -> bool:
     small = row.int8_default and device.kind in ("cuda", "rocm", "xpu") and not is_tiny(model)
     missing = int8_missing(device)
     if small:
-        why = f"the tier table has it on for {device.gib:.4g} GiB ({row.label}): halves the DiT"
+        why = f"the tier table has it on for {device.gib:.4g} GiB ({row.label}): halves the DiT, at the same speed if compiled"
         int8 = book.take("int8", missing is None, missing or why)
     else:
         int8 = book.take("int8", False, "saves memory and no time, and there is enough")

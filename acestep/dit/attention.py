@@ -6,6 +6,7 @@ the queries, and finite, because a row that may see nothing must not become NaN 
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -140,15 +141,32 @@ class Attention:
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """PyTorch's fused attention. Keys and values are repeated for grouped heads where no fused kernel groups them itself."""
     groups = q.shape[1] // k.shape[1]
-    if groups > 1 and not (mask is None and _groups_heads(q)):
+    if groups > 1 and not (mask is None and groups_heads(q.device.type, q.dtype, _capability(q.device))):
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         groups = 1
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=groups > 1)
 
 
-def _groups_heads(q: Tensor) -> bool:
-    # On CUDA only the half-precision kernels do; any other would fall back to the one that holds all scores.
-    return q.device.type == "cpu" or (q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16))
+def groups_heads(device: str, dtype: torch.dtype, capability: tuple[int, int] | None) -> bool:
+    """Whether a fused kernel of PyTorch takes fewer heads of keys than of queries; any other would fall back to the one that holds all
+    scores in float32.
+
+    On NVIDIA cards that is flash attention, for half precision from compute capability 8.0 on; the memory-efficient kernel of older
+    ones groups none.
+
+    Args:
+        capability: Of an NVIDIA card; None for all else.
+    """
+    if device == "cpu":
+        return True
+    return capability is not None and capability >= (8, 0) and dtype in (torch.float16, torch.bfloat16)
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    return torch.cuda.get_device_capability(device)
 
 
 def eager_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -167,8 +185,18 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Ten
     return torch.cat(out, dim=2)
 
 
-class EagerProcessor(AceStepAttnProcessor2_0):
-    """For diffusers' own attention modules (condition encoder, tokenizer): the eager kernel in place of the fused one."""
+class EncoderProcessor(AceStepAttnProcessor2_0):
+    """For diffusers' own attention modules (condition encoder, tokenizer, detokenizer), which here never see padding.
+
+    The sliding layers get blocks in place of a mask over all pairs, so that scores are never held whole.
+    """
+
+    # What makes diffusers build no masks: windows are the kernel's business here, too.
+    _attention_backend: Any = "flash"
+
+    def __init__(self, attention: Attention) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._attention = attention
 
     def __call__(
         self,
@@ -183,7 +211,13 @@ class EagerProcessor(AceStepAttnProcessor2_0):
         v = attn.to_v(hidden_states).unflatten(-1, (attn.kv_heads, attn.head_dim))
         if image_rotary_emb is not None:
             q, k = (rotate(x, image_rotary_emb) for x in (q, k))
-        out = eager_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attention_mask)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        rows, width, window = q.shape[0], q.shape[2], attn.sliding_window
+        if window is None or width <= window + 1:
+            out = self._attention.full(q, k, v, None)
+        else:
+            layout = window_layout([width] * rows, width, window, q.device, q.dtype)
+            out = self._attention.sliding(q, k, v, layout, padded=False)
         projected: Tensor = attn.to_out[0](out.transpose(1, 2).flatten(2))
         return projected
 

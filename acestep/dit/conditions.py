@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from acestep.activations import CODED_FRAMES
 from acestep.checkpoints.load import RendererComponents
+from acestep.dit.precision import in_float32
 from acestep.dit.prompts import MAX_LYRIC_TOKENS, MAX_TEXT_TOKENS
+from acestep.errors import InvalidOutput
+from acestep.plan import CODES_PER_SECOND
 from acestep.song import LATENT_FPS, SAMPLE_RATE
 
 REFERENCE_SECONDS = 30
 _KEPT = 8
+_FRAMES_PER_CODE = LATENT_FPS // CODES_PER_SECOND
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +38,11 @@ class Texts:
 
 
 class Conditions:
-    """The condition side of the renderer. The modules must be on `device` when a method is called."""
+    """The condition side of the renderer. The modules must be on `device` when a method is called.
+
+    Where `dtype` is float16 they compute in float32 all the same: the last layer of the lyric encoder goes far beyond 65,504, and what
+    an encoder takes is little beside the DiT. What still is no number is never kept, and fails the song.
+    """
 
     def __init__(self, components: RendererComponents, device: torch.device, dtype: torch.dtype) -> None:
         self._parts = components
@@ -82,17 +91,25 @@ class Conditions:
         if cache_key in self._encoded:
             self._encoded.move_to_end(cache_key)
             return self._encoded[cache_key]
-        encoder = self._parts.condition_encoder
+        parts = self._parts
         texts = self.tokenize(caption, lyrics)
-        text_states = self._parts.text_encoder(input_ids=texts.caption.to(self._device)).last_hidden_state
         # Lyrics are only looked up here: the lyric encoder is what reads them.
-        lyric_states = self._parts.text_encoder.get_input_embeddings()(texts.lyrics.to(self._device))
-        mask = torch.ones(lyric_states.shape[:2], dtype=torch.bool, device=self._device)
+        looked_up = parts.text_encoder.get_input_embeddings()(texts.lyrics.to(self._device))
+
+        def lyric_tokens(dtype: torch.dtype) -> Tensor:
+            read: Tensor = parts.condition_encoder.lyric_encoder(inputs_embeds=looked_up.to(dtype), attention_mask=None)
+            return read[0]
+
+        def text_tokens(dtype: torch.dtype) -> Tensor:
+            states = parts.text_encoder(input_ids=texts.caption.to(self._device)).last_hidden_state
+            projected: Tensor = parts.condition_encoder.text_projector(states)
+            return projected[0]
+
         packed = torch.cat(
             [
-                encoder.lyric_encoder(inputs_embeds=lyric_states, attention_mask=mask)[0],
+                self._finite("lyrics", lyric_tokens),
                 self._timbre(references),
-                encoder.text_projector(text_states)[0],
+                self._finite("caption", text_tokens),
             ]
         )
         self._encoded[cache_key] = packed
@@ -100,42 +117,89 @@ class Conditions:
             self._encoded.popitem(last=False)
         return packed
 
+    def _finite(self, what: str, compute: Callable[[torch.dtype], Tensor]) -> Tensor:
+        """What `compute` makes of inputs in the dtype it is told, in the renderer's dtype.
+
+        Raises:
+            InvalidOutput: it is not finite.
+        """
+        parts = self._parts
+        if self._dtype == torch.float16:
+            with in_float32(
+                parts.text_encoder, parts.condition_encoder, parts.audio_tokenizer, parts.audio_token_detokenizer
+            ):
+                result = compute(torch.float32).to(self._dtype)
+        else:
+            result = compute(self._dtype)
+        if not bool(torch.isfinite(result).all()):
+            raise InvalidOutput(
+                f"the {what} cannot be encoded: what comes out is not finite. The checkpoint or the precision is at fault.",
+                part=what,
+            )
+        return result
+
     def _timbre(self, references: Sequence[Tensor]) -> Tensor:
         if not references:
             if self._silent_timbre is None:
                 frames = math.ceil(REFERENCE_SECONDS * LATENT_FPS)
                 self._silent_timbre = self._encode_timbre(self.silence_of(frames)[None])
             return self._silent_timbre
-        return self._encode_timbre(torch.stack([r.to(self._device, self._dtype) for r in references]))
+        return self._encode_timbre(torch.stack([r.to(self._device) for r in references]))
 
     def _encode_timbre(self, latents: Tensor) -> Tensor:
         order = torch.zeros(len(latents), dtype=torch.long, device=self._device)
-        tokens, _ = self._parts.condition_encoder.timbre_encoder(latents, order)
-        timbre: Tensor = tokens[0]
-        return timbre
+
+        def timbre_tokens(dtype: torch.dtype) -> Tensor:
+            tokens: Tensor = self._parts.condition_encoder.timbre_encoder(latents.to(dtype), order)[0]
+            return tokens[0]
+
+        return self._finite("reference audio", timbre_tokens)
 
     @torch.inference_mode()
     def hints(self, codes: Sequence[int], frames: int) -> Tensor:
         """Latents `[frames, C]` that 5 Hz audio codes stand for, cut or continued with silence."""
         indices = torch.tensor(codes, dtype=torch.long, device=self._device)[None, :, None]
         quantized = self._parts.audio_tokenizer.quantizer.get_output_from_indices(indices)
-        hints = self._parts.audio_token_detokenizer(quantized.to(self._dtype))[0, :frames]
+        hints = self._detokenized("audio codes", quantized)[:frames]
         if len(hints) == frames:
             return hints
         return torch.cat([hints, self.silence_of(frames - len(hints))])
 
+    def _detokenized(self, what: str, quantized: Tensor) -> Tensor:
+        def latents(dtype: torch.dtype) -> Tensor:
+            # Each code is read alone, so parts of a song give what the whole gives, and take less memory.
+            parts = torch.split(quantized[0], CODED_FRAMES // _FRAMES_PER_CODE)
+            return torch.cat([self._parts.audio_token_detokenizer(part[None].to(dtype))[0] for part in parts])
+
+        return self._finite(what, latents)
+
     @torch.inference_mode()
     def through_codes(self, latents: Tensor) -> Tensor:
         """Latents reduced to what 5 Hz codes keep of them: what a cover follows. `[L, C]` in and out."""
-        quantized, _ = self._parts.audio_tokenizer.tokenize(latents[None].to(self._dtype), self._silence_row())
-        hints: Tensor = self._parts.audio_token_detokenizer(quantized)[0, : len(latents)]
-        return hints
+        quantized, _ = self._tokenized(latents)
+        return self._detokenized("source audio", quantized)[: len(latents)]
 
     @torch.inference_mode()
     def codes_of(self, latents: Tensor) -> tuple[int, ...]:
         """5 Hz codes of latents `[L, C]`; the last code covers what is left."""
-        _, indices = self._parts.audio_tokenizer.tokenize(latents[None].to(self._dtype), self._silence_row())
+        _, indices = self._tokenized(latents)
         return tuple(int(code) for code in indices[0, :, 0].tolist())
+
+    def _tokenized(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Quantized states `[1, codes, width]` and their codes `[1, codes, 1]`."""
+        indices: Tensor
+
+        def quantized(dtype: torch.dtype) -> Tensor:
+            nonlocal indices
+            parts = [
+                self._parts.audio_tokenizer.tokenize(part[None].to(dtype), self._silence_row())
+                for part in torch.split(latents, CODED_FRAMES)
+            ]
+            indices = torch.cat([part[1] for part in parts], dim=1)
+            return torch.cat([part[0] for part in parts], dim=1)
+
+        states = self._finite("source audio", quantized)
+        return states, indices
 
     def _silence_row(self) -> Tensor:
         return self.silence[None].to(self._device, self._dtype)

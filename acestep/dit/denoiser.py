@@ -26,10 +26,11 @@ _WARM_FRAMES = 274  # 137 tokens: no other dimension of a model is as long, so t
 
 @dataclass(frozen=True, eq=False)
 class Projected:
-    """Cross-attention keys and values of one condition, per layer `[1, H_kv, E, D]`."""
+    """Cross-attention keys and values of one condition, per layer `[1, H_kv, E, D]`, and what they were made of, `[E, width]`."""
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
+    condition: Tensor
 
     @property
     def tokens(self) -> int:
@@ -143,7 +144,7 @@ class Denoiser:
             shape = (attn.kv_heads, attn.head_dim)
             keys.append(attn.norm_k(attn.to_k(states).unflatten(-1, shape)).transpose(1, 2))
             values.append(attn.to_v(states).unflatten(-1, shape).transpose(1, 2))
-        return Projected(tuple(keys), tuple(values))
+        return Projected(tuple(keys), tuple(values), tokens)
 
     @torch.inference_mode()
     def velocity(self, rows: Sequence[Row]) -> list[Tensor]:

@@ -168,7 +168,7 @@ class RenderEngine:
 
     def _codes(self, work: CodesWork) -> Steps[tuple[int, ...]]:
         audio = yield from self._preparation.read(work.path, "audio")
-        latents = yield from self._preparation.encode(audio)
+        latents = yield from self._preparation.encode(audio, "audio")
         return self._preparation.codes_of(latents)
 
     # -- denoising
@@ -180,6 +180,9 @@ class RenderEngine:
         try:
             self._residency.need("dit")
             self._denoiser.set_precision(first.precision or self._dtype)
+            for _, run in batch:
+                if run.stale:
+                    run.renew(self._denoiser, self._device)
         except torch.OutOfMemoryError as error:
             self._close(song, error=self._out_of_memory("the weights of the DiT", error))
             return
@@ -246,7 +249,7 @@ class RenderEngine:
         if self._retry_in_float32 and run.precision is None:
             log.warning("item %d of %s is not finite; denoising it again in float32", run.item.index, song.ticket.id)
             self._retried += 1
-            run.precision, run.latents = torch.float32, None
+            run.precision, run.latents, run.stale = torch.float32, None, True
             run.start(self._device)
             return
         self._close(song, error=self._invalid(run, "the DiT gave latents that are not finite, or all zero"))

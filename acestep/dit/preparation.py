@@ -29,6 +29,7 @@ from acestep.dit.tasks import RULES, check_files, follows_source, instruction
 from acestep.dit.vae import Vae
 from acestep.dit.window import Splice, Window, window_of
 from acestep.dit.work import RenderWork
+from acestep.errors import InvalidOutput
 from acestep.plan import CODES_PER_SECOND
 from acestep.request import Adjustment
 from acestep.song import SAMPLE_RATE, SAMPLES_PER_FRAME
@@ -107,7 +108,7 @@ class Preparation:
         references = []
         for path in work.reference_audio:
             excerpt = reference_excerpt((yield from self.read(path, "reference_audio")))
-            references.append((yield from self.encode(excerpt)))
+            references.append((yield from self.encode(excerpt, "reference_audio")))
         # A file may change under its name, so its encoding is shared within this work only.
         reference_key = object() if references else None
 
@@ -168,8 +169,8 @@ class Preparation:
         self._denoiser.set_precision(self._dtype)  # another song may be in float32 just now; this one must not notice
         return self._denoiser.project(tokens, lora)
 
-    def encode(self, audio: Tensor) -> Steps[Tensor]:
-        """Latents of PCM, tile by tile."""
+    def encode(self, audio: Tensor, field: str) -> Steps[Tensor]:
+        """Latents of PCM, tile by tile. Raises `InvalidOutput` where they are no numbers; `field` names the audio."""
         self._residency.need("vae")
         steps = self._vae.encode(audio)
         while True:
@@ -177,6 +178,11 @@ class Preparation:
                 next(steps)
             except StopIteration as done:
                 latents: Tensor = done.value
+                if not bool(torch.isfinite(latents).all()):
+                    raise InvalidOutput(
+                        f"{field}: the VAE gave latents that are not finite. The checkpoint or the precision is at fault.",
+                        field=field,
+                    ) from None
                 return latents
             yield None
             self._residency.need("vae")
@@ -203,7 +209,7 @@ class Preparation:
         if RULES[work.request.task].window:
             window = window_of(work.request, audio.shape[1])
             audio = nn.functional.pad(audio, (window.left, window.right))
-        latents = yield from self.encode(audio)
+        latents = yield from self.encode(audio, "src_audio")
         return _Source(audio, latents, window)
 
     def _context(self, work: RenderWork, codes: tuple[int, ...] | None, frames: int, source: _Source | None) -> Tensor:

@@ -17,7 +17,7 @@ from acestep.checkpoints.modules import AceStepAttention
 from acestep.checkpoints.published import VariantDefaults
 from acestep.dit import tasks
 from acestep.dit.admission import Admission
-from acestep.dit.attention import EagerProcessor
+from acestep.dit.attention import Attention, EncoderProcessor
 from acestep.dit.budget import batch_frames
 from acestep.dit.conditions import Conditions
 from acestep.dit.denoiser import Denoiser
@@ -30,6 +30,7 @@ from acestep.dit.work import CodesWork, Rendered, RenderWork
 from acestep.engine import EngineThread, Ticket
 from acestep.errors import DeviceUnavailable, InvalidRequest, ModelMissing
 from acestep.request import SongRequest
+from acestep.settings import Attention as Backend
 from acestep.settings import RendererSettings
 from acestep.song import Progress
 
@@ -85,8 +86,7 @@ class Renderer:
         )
         residency = Residency(groups, device, frozenset(offloaded))
         denoiser = Denoiser(components.transformer, device, dtype, settings.attention, compile=settings.compile)
-        if denoiser.attention.backend == "eager":
-            use_eager_attention(components)
+        set_encoder_attention(components, denoiser.attention.backend, device, dtype)
         if settings.compile:
             warm_up(denoiser, vae, residency)
         loras = LoraCache(components.transformer, device, dtype)
@@ -219,18 +219,21 @@ def warm_up(denoiser: Denoiser, vae: Vae, residency: Residency) -> None:
     log.info("compiled in %.1f s", time.monotonic() - began)
 
 
-def use_eager_attention(components: RendererComponents) -> None:
-    """Have the encoders, too, compute attention with a float32 softmax."""
-    components.text_encoder.set_attn_implementation("eager")
-    processor: Any = EagerProcessor
+def set_encoder_attention(
+    components: RendererComponents, backend: Backend, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Give the encoders the attention that the renderer's card can do: the float32 softmax for "eager", else PyTorch's own."""
+    if backend == "eager":
+        components.text_encoder.set_attn_implementation("eager")
+    processor: Any = EncoderProcessor(Attention("eager" if backend == "eager" else "sdpa", device, dtype))
     for part in (components.condition_encoder, components.audio_tokenizer, components.audio_token_detokenizer):
         for module in part.modules():
             if isinstance(module, AceStepAttention):
-                module.set_processor(processor())
+                module.set_processor(processor)
 
 
 def quantize(module: torch.nn.Module) -> None:
-    """int8 weights for all linear layers, in place: half the memory of bfloat16, the same speed.
+    """int8 weights for all linear layers, in place: half the memory of bfloat16; compiled the same speed, else slower.
 
     Raises:
         DeviceUnavailable: torchao is not installed.

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from acestep.dit.denoiser import Row
+from acestep.dit.denoiser import Denoiser, Row
 from acestep.dit.preparation import Item, Prepared, Steps
-from acestep.dit.sampler import Walk, Walker
+from acestep.dit.sampler import Walk, Walker, reprojected
 from acestep.dit.vae import Vae
 from acestep.engine import Ticket
 from acestep.song import CHANNELS
@@ -23,6 +24,7 @@ class ItemRun:
     def __init__(self, item: Item, device: torch.device) -> None:
         self.item = item
         self.precision: torch.dtype | None = None  # None: the renderer's own
+        self.stale = False  # conditions were projected in another precision than the one to denoise in
         self.latents: Tensor | None = None
         self.tiles: Iterator[tuple[int, Tensor]] | None = None
         self.audio = torch.empty(0)
@@ -33,6 +35,12 @@ class ItemRun:
         self.walker = Walker(self.item.path, device)
         self._walk: Walk = self.walker.walk()
         self.pending: list[Row] | None = next(self._walk)
+
+    def renew(self, denoiser: Denoiser, device: torch.device) -> None:
+        """Begin anew with conditions projected in the precision that the denoiser has now."""
+        self.item = replace(self.item, path=reprojected(self.item.path, denoiser.project))
+        self.stale = False
+        self.start(device)
 
     def send(self, velocities: Sequence[Tensor]) -> None:
         """Give the walk its velocities; afterwards it has new pending rows, or latents."""

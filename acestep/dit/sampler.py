@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -66,6 +66,17 @@ class Path:
     source: Tensor | None = None
     source_strength: float = 0.0
     repaint: Repaint | None = None
+
+
+def reprojected(path: Path, project: Callable[[Tensor, ActiveLora | None], Projected]) -> Path:
+    """`path` with its conditions projected anew."""
+
+    def side(old: Side) -> Side:
+        return replace(
+            old, condition=project(old.condition.condition, old.lora), null=project(old.null.condition, old.lora)
+        )
+
+    return replace(path, main=side(path.main), after=None if path.after is None else side(path.after))
 
 
 class Walker:

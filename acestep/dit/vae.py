@@ -17,6 +17,7 @@ from torch.nn.utils import remove_weight_norm
 from acestep import host
 from acestep.activations import SMALLEST_CORE_FRAMES, decode_bytes, encode_bytes
 from acestep.checkpoints.modules import AutoencoderOobleck, Snake1d
+from acestep.dit.precision import in_float32
 from acestep.errors import OutOfMemory
 
 log = logging.getLogger(__name__)
@@ -88,21 +89,17 @@ class Vae:
     def _decode_window(self, latents: Tensor, begin: int, end: int) -> Tensor:
         first, last = max(0, begin - self._overlap), min(len(latents), end + self._overlap)
         window = latents[first:last].T[None].to(self._device, self.dtype)
-        audio: Tensor = self.vae.decoder(window)
-        if self.dtype != torch.float32 and not bool(torch.isfinite(audio).all()):
-            audio = self._decode_in_float32(window)
+        audio = self._finite("decoding", self.vae.decoder, window, self.vae.decoder)
         return audio[0, :, (begin - first) * self.hop : (end - first) * self.hop].float().cpu()
 
-    def _decode_in_float32(self, window: Tensor) -> Tensor:
-        """Once more with wider numbers: what overflowed in half precision may not. The conversion back loses nothing."""
-        log.warning("a VAE tile is not finite in %s; decoding it again in float32", self.dtype)
-        narrow = self.dtype
-        self.vae.decoder.float()
-        try:
-            audio: Tensor = self.vae.decoder(window.float())
-        finally:
-            self.vae.decoder.to(narrow)
-        return audio
+    def _finite(self, what: str, compute: Callable[[Tensor], Tensor], window: Tensor, module: nn.Module) -> Tensor:
+        """`compute(window)`, and once more with wider numbers where it overflowed in half precision."""
+        result = compute(window)
+        if self.dtype == torch.float32 or bool(torch.isfinite(result).all()):
+            return result
+        log.warning("a VAE tile is not finite in %s; %s it again in float32", self.dtype, what)
+        with in_float32(module):
+            return compute(window.float())
 
     def encode(self, audio: Tensor) -> Generator[None, None, Tensor]:
         """Latents `[frames, C]` of PCM `[2, n]`; yields after each tile. The mean of the posterior, so no seed is involved.
@@ -128,8 +125,12 @@ class Vae:
     def _encode_window(self, audio: Tensor, begin: int, end: int, frames: int) -> Tensor:
         first, last = max(0, begin - self._overlap), min(frames, end + self._overlap)
         window = audio[None, :, first * self.hop : last * self.hop].to(self._device, self.dtype)
-        mean = self.vae.encode(window).latent_dist.mode()[0].T
+        mean = self._finite("encoding", self._mean, window, self.vae.encoder)[0].T
         return mean[begin - first : end - first].float()
+
+    def _mean(self, window: Tensor) -> Tensor:
+        mean: Tensor = self.vae.encode(window).latent_dist.mode()
+        return mean
 
     def _core(self, need: Need) -> int:
         """Frames of the next tile without its overlap."""

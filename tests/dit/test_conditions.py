@@ -10,13 +10,18 @@ import pytest
 import torch
 
 from acestep.checkpoints.load import RendererComponents
+from acestep.checkpoints.modules import quiet
+from acestep.dit import conditions
 from acestep.dit.conditions import Conditions, reference_excerpt, restore_timbre_token
 from acestep.dit.preparation import song_samples
 from acestep.dit.prompts import caption_text, lyrics_text
-from acestep.dit.renderer import Renderer
+from acestep.dit.renderer import Renderer, set_encoder_attention
 from acestep.dit.work import RenderWork
 from acestep.plan import Metadata, Plan
 from acestep.request import SongRequest
+
+with quiet():
+    from diffusers.pipelines.ace_step import modeling_ace_step
 
 CPU = torch.device("cpu")
 CAPTION, LYRICS = "# Caption\nslow", "# Lyric\nla"
@@ -52,6 +57,34 @@ def test_equal_to_the_pipelines(
     load_parts: Callable[..., RendererComponents], pipelines: Any, name: str, rel: Any
 ) -> None:
     assert rel(ours(load_parts(name)), from_pipeline(pipelines[name], audio_duration=30.5, bpm=80)) <= 1e-6
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_long_lyrics_are_read_without_scores_of_all_pairs(
+    load_parts: Callable[..., RendererComponents], rel: Any, monkeypatch: pytest.MonkeyPatch, attention: Any
+) -> None:
+    parts, lyrics = load_parts("tiny"), "la la la " * 80
+    expected = conditions_of(parts).encode("p", lyrics)  # with diffusers' masks
+    set_encoder_attention(parts, attention, CPU, torch.float32)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a mask over all pairs was built")
+
+    monkeypatch.setattr(modeling_ace_step, "_create_4d_mask", refuse)
+    assert len(expected) > 700
+    assert rel(conditions_of(parts).encode("p", lyrics), expected) <= 1e-5
+
+
+def test_parts_of_a_song_are_coded_as_the_whole(
+    load_parts: Callable[..., RendererComponents], rel: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = conditions_of(load_parts("tiny"))
+    latents = torch.randn((103, 8), generator=torch.Generator().manual_seed(1))
+    codes, hints = made.codes_of(latents), made.through_codes(latents)
+    monkeypatch.setattr(conditions, "CODED_FRAMES", 25)
+    assert made.codes_of(latents) == codes
+    assert rel(made.through_codes(latents), hints) <= 1e-6
+    assert rel(made.hints(codes, 103), hints) <= 1e-6
 
 
 def test_xl_has_its_timbre_token(load_parts: Callable[..., RendererComponents], pipelines: Any, rel: Any) -> None:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from acestep.checkpoints.load import RendererComponents
-from acestep.dit.attention import Attention, eager_attention, sdpa_attention, window_layout
+from acestep.dit import attention
+from acestep.dit.attention import Attention, eager_attention, groups_heads, sdpa_attention, window_layout
 from acestep.dit.denoiser import Denoiser, Row
 
 CPU = torch.device("cpu")
@@ -135,6 +136,44 @@ def test_eager_equals_fused(mask: bool, rel: Any) -> None:
     k, v = (torch.randn(2, 2, 90, 16, generator=generator) for _ in range(2))
     hidden = torch.zeros(2, 1, 1, 90).masked_fill(torch.arange(90) > 50, -1e4) if mask else None
     assert rel(eager_attention(q, k, v, hidden), sdpa_attention(q, k, v, hidden)) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "capability", "grouped"),
+    [
+        ("cpu", torch.float32, None, True),
+        ("cuda", torch.bfloat16, (8, 0), True),
+        ("cuda", torch.float16, (9, 0), True),
+        ("cuda", torch.float16, (12, 0), True),
+        ("cuda", torch.float32, (9, 0), False),
+        ("cuda", torch.float16, (7, 5), False),  # T4, RTX 20
+        ("cuda", torch.float16, (7, 0), False),  # V100
+        ("cuda", torch.float16, (6, 1), False),
+        ("cuda", torch.bfloat16, None, False),  # ROCm
+        ("mps", torch.float16, None, False),
+    ],
+)
+def test_heads_are_grouped_only_where_a_fused_kernel_does_it(
+    device: str, dtype: torch.dtype, capability: tuple[int, int] | None, grouped: bool
+) -> None:
+    assert groups_heads(device, dtype, capability) is grouped
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_heads_that_no_kernel_groups_are_repeated(mask: bool, monkeypatch: pytest.MonkeyPatch, rel: Any) -> None:
+    q, k, v = torch.randn(2, 4, 30, 16), torch.randn(2, 2, 30, 16), torch.randn(2, 2, 30, 16)
+    hidden = torch.zeros(2, 1, 1, 30).masked_fill(torch.arange(30) > 20, -1e4) if mask else None
+    expected = sdpa_attention(q, k, v, hidden)
+    fused, seen = torch.nn.functional.scaled_dot_product_attention, []
+
+    def count(q: Any, k: Any, v: Any, **options: Any) -> Any:
+        seen.append((k.shape[1], options["enable_gqa"]))
+        return fused(q, k, v, **options)
+
+    monkeypatch.setattr(attention, "groups_heads", lambda *_: False)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", count)
+    assert rel(sdpa_attention(q, k, v, hidden), expected) <= 1e-6
+    assert seen == [(4, False)]
 
 
 def test_half_precision_softmax_does_not_overflow() -> None:

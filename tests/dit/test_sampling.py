@@ -21,7 +21,7 @@ from acestep.dit.work import RenderWork
 from acestep.request import SongRequest
 
 CPU = torch.device("cpu")
-CONDITION, NULL = (Projected((torch.zeros(1),), (torch.zeros(1),)) for _ in range(2))
+CONDITION, NULL = (Projected((torch.zeros(1),), (torch.zeros(1),), torch.zeros(1)) for _ in range(2))
 
 
 def defaults(turbo: bool) -> VariantDefaults:

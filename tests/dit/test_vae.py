@@ -132,6 +132,18 @@ def test_a_tile_that_overflows_is_decoded_in_float32(fresh: Fresh, rel: Any) -> 
     assert half.dtype == torch.bfloat16
 
 
+def test_a_tile_that_overflows_is_encoded_in_float32(fresh: Fresh, rel: Any) -> None:
+    audio = torch.randn((2, 20 * 1920), generator=torch.Generator().manual_seed(1)) * 0.1
+    exact = drained(Vae(fresh(), CPU).encode(audio))
+    half = Vae(fresh().bfloat16(), CPU)
+    overflow = half.vae.encoder.conv1.register_forward_hook(
+        lambda module, args, out: out * float("inf") if out.dtype == torch.bfloat16 else out
+    )
+    assert rel(drained(half.encode(audio)), exact) < 0.02
+    overflow.remove()
+    assert {p.dtype for p in half.vae.parameters()} == {torch.bfloat16}
+
+
 class _SmallCard(torch.nn.Module):
     """A decoder that has no room for more than `room` frames."""
 

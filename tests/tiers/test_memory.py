@@ -23,6 +23,7 @@ from acestep.checkpoints.load import load_renderer
 from acestep.checkpoints.tiny_planner import write_tiny_planner
 from acestep.dit.conditions import Conditions
 from acestep.dit.denoiser import Denoiser, Row
+from acestep.dit.renderer import set_encoder_attention
 from acestep.dit.vae import Vae, fold
 from acestep.errors import OutOfMemory
 from acestep.gpu_config import GIB
@@ -158,6 +159,7 @@ def test_whole_renderer_from_its_own_config_files(tiny: Checkpoint) -> None:
         buffers = [b for key, b in module.named_buffers() if key == "silence_latent"]
         assert weights.parameters(name, config) == sum(t.numel() for t in [*module.parameters(), *buffers]), name
 
+    set_encoder_attention(parts, "sdpa", CPU, torch.float32)
     conditions = Conditions(parts, CPU, torch.float32)
     for frames, words in ((3000, 50), (500, 400)):
         lyrics = "la " * words

@@ -334,6 +334,15 @@ def test_missing_packages_are_named(card: MakeCard, monkeypatch: pytest.MonkeyPa
     assert "acestep-serve[gpu]" in value(r, "attention").reason
 
 
+def test_what_older_cards_compute_in_is_explained(card: MakeCard) -> None:
+    old, new = (resolve("both", TURBO, device=card(15.9, capability), env={}) for capability in ((7, 5), (8, 6)))
+    assert "encoders compute in float32" in value(old, "dtype").reason
+    assert old.planner is not None
+    assert old.planner.dtype == "bfloat16"
+    assert "emulates it" in value(old, "lm_dtype").reason
+    assert "emulates it" not in value(new, "lm_dtype").reason
+
+
 @pytest.mark.parametrize(("kind", "dtype"), [("mps", "bfloat16"), ("xpu", "bfloat16"), ("rocm", "bfloat16")])
 def test_other_makers_cards(card: MakeCard, kind: str, dtype: str) -> None:
     r = resolve("render", TURBO, device=card(15.9, None, kind=kind), env={})
