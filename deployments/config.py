@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from acestep.errors import InvalidRequest
 from acestep.options import read_overrides
+from acestep.validation import UNKNOWN_FIELD, first_problem
 
 Tier = Literal["tier1", "tier2", "tier3", "tier4", "tier5", "tier6", "unlimited"]
 Engine = Literal["torch", "simulated"]
@@ -189,9 +190,6 @@ def parse_args(model: type[T], args: dict[str, Any] | None, application: str) ->
     try:
         return model.model_validate(args or {})
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(str(p) for p in first["loc"])
-        hint = f" (known: {', '.join(model.model_fields)})" if first["type"] == "extra_forbidden" else ""
-        raise InvalidRequest(
-            f"application {application!r}, args.{key}: {first['msg']}{hint}", field=f"args.{key}"
-        ) from None
+        key, message = first_problem(error)
+        hint = f" (known: {', '.join(model.model_fields)})" if message == UNKNOWN_FIELD else ""
+        raise InvalidRequest(f"application {application!r}, args.{key}: {message}{hint}", field=f"args.{key}") from None

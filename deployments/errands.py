@@ -20,6 +20,7 @@ from acestep.request import (
     normalise_key,
     normalise_time_signature,
 )
+from acestep.validation import first_problem
 from deployments.jobs.store import Job, JobStore
 from deployments.retry import written
 from deployments.talk import Talk
@@ -112,7 +113,7 @@ def with_sample(request: SongRequest, sample: Sample, *, replace_all: bool) -> S
     try:
         return SongRequest.model_validate({**request.model_dump(), **written})
     except ValidationError as error:
-        raise Internal(f"the planner wrote a song that cannot be made: {error.errors()[0]['msg']}") from error
+        raise Internal(f"the planner wrote a song that cannot be made: {': '.join(first_problem(error))}") from error
 
 
 def _known(request: SongRequest) -> dict[str, Any]:

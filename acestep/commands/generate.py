@@ -18,6 +18,7 @@ from acestep.commands import output as out
 from acestep.commands.settings import SetOption, given
 from acestep.errors import InvalidRequest
 from acestep.request import AudioFormat, SongRequest
+from acestep.validation import first_problem
 
 app = typer.Typer(add_completion=False)
 _SUFFIX_FORMAT: dict[str, AudioFormat] = {
@@ -208,10 +209,8 @@ def _validated(fields: dict[str, Any]) -> SongRequest:
     try:
         request = SongRequest.model_validate(fields)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        name = ".".join(str(p) for p in first["loc"])
-        message = str(first["msg"]).removeprefix("Value error, ")
-        raise InvalidRequest(f"{name}: {message}" if name else message, field=name) from None
+        name, message = first_problem(error)
+        raise InvalidRequest(f"{name}: {message}", field=name) from None
     if not (request.prompt.strip() or request.src_audio or request.audio_codes or request.plan):
         raise InvalidRequest("prompt: must not be empty", field="prompt")
     return request

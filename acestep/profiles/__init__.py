@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from acestep.cost import PlannerCost, Profile, RendererCost
 from acestep.errors import InvalidRequest
 from acestep.paths import home
+from acestep.validation import first_problem
 
 log = logging.getLogger(__name__)
 
@@ -163,9 +164,8 @@ def read(path: Path) -> Profile:
     try:
         profile = Profile.model_validate_json(path.read_text(encoding="utf-8"))
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(p) for p in first["loc"])
-        raise InvalidRequest(f"cost profile {path}: {where}: {first['msg']}", field="profile", path=str(path)) from None
+        where, message = first_problem(error)
+        raise InvalidRequest(f"cost profile {path}: {where}: {message}", field="profile", path=str(path)) from None
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"cost profile {path}: {error}", field="profile", path=str(path)) from error
     known = identify(profile.card)

@@ -13,6 +13,7 @@ from fastapi import APIRouter, HTTPException, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import ValidationError
 
+from acestep.validation import validation_problems
 from deployments.api.auth import Caller
 from deployments.api.chat_text import ChatRequest, Meaning, read_messages, task_fields, unused
 from deployments.api.compat.answers import CompatRoute, caller_by_header, detail
@@ -20,7 +21,7 @@ from deployments.api.compat.bodies import Body, read_body
 from deployments.api.compat.fields import adjustment
 from deployments.api.compat.results import error_text, warnings_of
 from deployments.api.compat.tasks import QUEUE_FULL, submit
-from deployments.api.problems import AsciiJSONResponse, validation_problems
+from deployments.api.problems import AsciiJSONResponse, in_one_line
 from deployments.api.service import Service, Svc
 from deployments.api.views import audio_path
 from deployments.api.waiting import wait_for_end
@@ -89,8 +90,7 @@ async def chat_completions(request: Request, service: Svc) -> Any:
         chat = ChatRequest.model_validate(body.fields)
     except ValidationError as error:
         found = validation_problems(error.errors(include_url=False, include_input=False))
-        text = "; ".join(f"{e['field']}: {e['message']}" for e in found[:5])
-        raise HTTPException(400, f"Invalid request format: {text}") from None
+        raise HTTPException(400, f"Invalid request format: {in_one_line(found)}") from None
     try:
         meaning = read_messages(chat)
     except ValueError as error:

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from acestep.errors import AceStepError, Unavailable
+from acestep.validation import validation_problems
 from deployments.api.redact import public_error, redact
 from deployments.jobs.store import UNREACHABLE
 
@@ -116,29 +117,6 @@ def problem(status: int, type: str, detail: str, *, headers: dict[str, str] | No
     return AsciiJSONResponse(body, status_code=status, headers=headers, media_type="application/problem+json")
 
 
-def validation_problems(errors: Sequence[Any]) -> list[dict[str, Any]]:
-    """pydantic's errors as `{field, message, limit?}`, without echoing the input."""
-    found = []
-    for error in errors:
-        loc = [str(p) for p in error["loc"] if p not in ("body", "query", "path")]
-        message = str(error["msg"]).removeprefix("Value error, ")
-        if not loc and ": " in message:  # model-level checks name their field in front
-            name, _, rest = message.partition(": ")
-            if name.isidentifier():
-                loc, message = [name], rest
-        if error["type"] == "extra_forbidden":
-            message = "unknown field"
-        item: dict[str, Any] = {"field": ".".join(loc) or "body", "message": message}
-        context = error.get("ctx") or {}
-        limits = {
-            k: context[k] for k in ("ge", "gt", "le", "lt", "min_length", "max_length", "expected") if k in context
-        }
-        if limits:
-            item["limit"] = next(iter(limits.values())) if len(limits) == 1 else limits
-        found.append(item)
-    return found
-
-
 def _not_json(request: Request, errors: Sequence[Any]) -> JSONResponse | None:
     """A body that was not even read as JSON, since its Content-Type says something else, as `curl -d` does."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -157,13 +135,17 @@ def _unread(error: HTTPException) -> str:
     return str(error.detail)
 
 
-def _invalid(errors: Sequence[Any]) -> JSONResponse:
+def _invalid(errors: Sequence[Any], *, of_request: bool = False) -> JSONResponse:
     if any(e["type"] == "json_invalid" for e in errors):
         context = errors[0].get("ctx") or {}
         return problem(400, "invalid_request", f"the body is not JSON: {context.get('error', 'cannot be decoded')}")
-    found = validation_problems(errors)
-    detail = "; ".join(f"{e['field']}: {e['message']}" for e in found[:5])
-    return problem(422, "invalid_request", detail, errors=found)
+    found = validation_problems(errors, of_request=of_request)
+    return problem(422, "invalid_request", in_one_line(found), errors=found)
+
+
+def in_one_line(found: Sequence[dict[str, Any]]) -> str:
+    """Validation problems as the `detail` of an answer."""
+    return "; ".join(f"{e['field']}: {e['message']}" for e in found[:5])
 
 
 def from_error(error: AceStepError) -> JSONResponse:
@@ -190,7 +172,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def _request(request: Request, error: RequestValidationError) -> JSONResponse:
-        return _not_json(request, error.errors()) or _invalid(error.errors())
+        return _not_json(request, error.errors()) or _invalid(error.errors(), of_request=True)
 
     @app.exception_handler(ValidationError)
     async def _model(request: Request, error: ValidationError) -> JSONResponse:

@@ -426,7 +426,7 @@ async def test_texts_that_no_encoding_can_hold(site: Site, path: str, content: b
         ("application/json", b'{"prompt": "\xff"}', 400, "UTF-8"),
         ("application/json", b"[" * 200_000, 400, "nested"),
         ("application/json", b'{"prompt', 400, "not JSON"),
-        ("application/json", b"[1]", 422, "dictionary"),
+        ("application/json", b"[1]", 422, "an object"),
         ("application/json", b"", 422, "required"),
         ("application/json", b'{"prompt": "x", "bpm": ' + b"9" * 5_000 + b"}", None, ""),
         ("application/problem+json", b'{"prompt": "x"}', 202, "x"),

@@ -17,10 +17,11 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from acestep.errors import AceStepError
+from acestep.validation import validation_problems
 from deployments.api.auth import Caller, header_key
 from deployments.api.compat.bodies import Body
 from deployments.api.compat.fields import BadField
-from deployments.api.problems import STATUS, STORE_AWAY, AsciiJSONResponse, validation_problems
+from deployments.api.problems import STATUS, STORE_AWAY, AsciiJSONResponse, in_one_line
 from deployments.api.redact import redact
 from deployments.api.service import Service
 from deployments.jobs.store import UNREACHABLE
@@ -51,14 +52,14 @@ class CompatRoute(APIRoute):
             try:
                 return await handler(request)
             except RequestValidationError as error:
-                return detail(422, [_entry(e) for e in error.errors()])
+                return detail(422, _entries(error))
             except HTTPException as error:
                 return detail(error.status_code, error.detail, dict(error.headers or {}) or None)
             except BadField as error:
                 return detail(400, str(error))
             except ValidationError as error:
                 found = validation_problems(error.errors(include_url=False, include_input=False))
-                return detail(400, "; ".join(f"{e['field']}: {e['message']}" for e in found[:5]))
+                return detail(400, in_one_line(found))
             except AceStepError as error:
                 return from_error(error)
             except UNREACHABLE as error:
@@ -80,12 +81,11 @@ def from_error(error: AceStepError) -> JSONResponse:
     return detail(400 if status == 422 else status, redact(error.message), headers or None)
 
 
-def _entry(error: Any) -> dict[str, Any]:
-    entry = {"type": error["type"], "loc": list(error["loc"]), "msg": error["msg"]}
-    given = error.get("input")
-    if given is None or (isinstance(given, (str, int, bool)) and len(str(given)) <= 100):
-        entry["input"] = given
-    return entry
+def _entries(error: RequestValidationError) -> list[dict[str, Any]]:
+    """In FastAPI's shape, which ACE-Step's clients know."""
+    place = str(error.errors()[0]["loc"][0])
+    found = validation_problems(error.errors(), of_request=True)
+    return [{"type": "value_error", "loc": [place, *e["field"].split(".")], "msg": e["message"]} for e in found]
 
 
 async def caller_by_header(request: Request, service: Service) -> Caller:
