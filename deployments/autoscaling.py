@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 log = logging.getLogger("ray.serve")
 
+WAITS = 0.5  # calls at once, on average over `look_back_period_s`; the router's look at what a pool can do is far below
 UTILISATION = 0.8  # a pool that is busier than this all the time has no room for bursts
 
 
@@ -127,6 +128,8 @@ class BacklogPolicy:
             # What runs has its place on the replicas there are: it keeps them, and never asks for more.
             slots = max(self.slots, math.ceil(read[1].running_jobs / max(1, _whole(ctx, "current_num_replicas"))))
             wanted = desired(read[1], drain_s=self.drain_s, min_replicas=low, max_replicas=high, slots=slots)
+            if wanted == 0 and high > 0 and ctx.total_num_requests > WAITS:
+                wanted = 1  # a question that is no job: it woke the pool, and must find it when its replica is there
             return self._hold(wanted, now), {}
         except Exception:  # whatever it is, it must not reach the controller's loop
             log.exception("autoscaling of pool %s failed; it keeps its size", self.pool)

@@ -184,7 +184,6 @@ class Dispatcher:
             job = await asyncio.to_thread(self.store.claim, chosen.id, self.owner, self.lease_s)
             if job is not None:
                 self.routing.usage.add(job.owner_key, chosen.work_s, now)
-                self.routing.claimed(job)
                 self._start(job)
 
     def _start(self, job: Job) -> None:
@@ -252,6 +251,7 @@ class Dispatcher:
     async def _carry(self, job: Job) -> None:
         """Run a job to its end, and write that down."""
         error: AceStepError
+        capacity = self.fleet.view.capacity  # a replica that comes meanwhile is another fleet
         try:
             made = await self._with_deadline(job)
             song, extra = (made, None) if isinstance(made, Song) else (None, made)
@@ -266,7 +266,7 @@ class Dispatcher:
             error = Cancelled("cancelled by the caller")
         except NoPool as reason:
             log.info("job %s waits: %s", job.id, reason)
-            self._blocked[job.id] = self.fleet.view.capacity
+            self._blocked[job.id] = capacity
             # A song that takes its process down must not do so again and again because the pool is empty after each time.
             await written(self.store.release, job.id, self.owner, counted=self._tried(job).lost > 0)
             return
@@ -329,7 +329,7 @@ class Dispatcher:
 
     def _plan_place(self, job: Job, choice: Decision, planner: str) -> Place:
         rows, slots = self.routing.plan_rows(planner, choice.request)
-        then = (choice.renderer, choice.est_render_s) if choice.renderer and job.kind == "song" else None
+        then = (choice.renderer, choice.est_render_s) if choice.renderer else None
         turn = turn_of(job)
         share = 1.0 if self._suspect(job) else rows / slots
         return Place(turn, choice.est_plan_s, choice.plan_wall_s, slots=rows, share=share, then=then)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +22,7 @@ from acestep.request import (
     normalise_time_signature,
 )
 from acestep.validation import first_problem
+from deployments.fleet import Role
 from deployments.jobs.store import Job, JobStore
 from deployments.retry import written
 from deployments.talk import Talk
@@ -29,6 +31,15 @@ log = logging.getLogger(__name__)
 
 PREPARE = "prepare"  # key of Job.extra: the steps to take before planning, each {"ask": kind, "fields": {...}}
 ANSWER = "answer"  # key of Job.extra: the result of a job that makes no song
+CODES = "codes"  # key of Job.extra: what was read from its audio, for the answer
+
+
+def question_of(kind: str, request: SongRequest, extra: Mapping[str, Any] | None) -> Role | None:
+    """Which stage a job asks next before planning, or instead of it."""
+    if kind in ("codes", "understand"):
+        heard = request.audio_codes is not None or CODES in (extra or {})
+        return "plan" if heard and kind == "understand" else "render"
+    return "plan" if (extra or {}).get(PREPARE) else None
 
 
 class Errands:
@@ -58,6 +69,7 @@ class Errands:
             # The request's own seed: who sends it again gets the same text, and so the same song.
             seed = request.seeds[0] if request.lm_seed is None else request.lm_seed
             fields = {"seed": seed, **step["fields"]}
+            await self._placed(job)
             try:
                 if step["ask"] == "inspire":
                     request = with_sample(request, await self.talk.inspire(**fields), replace_all=True)
@@ -80,13 +92,31 @@ class Errands:
 
     async def answer(self, job: Job) -> dict[str, Any]:
         """The result of a job of kind `codes` or `understand`."""
-        codes = job.request.audio_codes
+        codes = job.request.audio_codes or job.extra.get(CODES)
         if codes is None:
+            await self._placed(job)
             codes = await self.talk.codes(job.request.src_audio or "")
         if job.kind == "codes":
             return {"codes": list(codes)}
+        if CODES not in job.extra:  # while the planner starts, the renderer may leave
+            extra = {**job.extra, CODES: list(codes)}
+            await written(self.store.save_request, job.id, self.owner, job.request, job.adjustments, extra=extra)
+            job = replace(job, extra=extra)
+        await self._placed(job)
         sample = await self.talk.understand(codes)
         return {"codes": list(codes), "sample": sample.model_dump(mode="json")}
+
+    async def _placed(self, job: Job) -> None:
+        """Write down which pool is asked next, where that was not known when the job came: one at zero starts for what it sees."""
+        role = question_of(job.kind, job.request, job.extra)
+        if role is None or (job.plan_pool if role == "plan" else job.render_pool) is not None:
+            return
+        if columns := self.talk.columns(role):
+            if job.kind == "understand" and role == "plan":
+                columns |= {"render_pool": None, "est_render_s": 0.0}  # its part is done
+            await written(
+                self.store.save_request, job.id, self.owner, job.request, job.adjustments, **columns
+            )  # fmt: skip
 
 
 def with_sample(request: SongRequest, sample: Sample, *, replace_all: bool) -> SongRequest:

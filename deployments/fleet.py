@@ -101,6 +101,11 @@ class FleetView:
         """Whether the cluster has a node for the pool, or adds one when a replica waits for it."""
         return pool.args.nodes_on_demand or self.placeable(pool)
 
+    def wakes(self, pool: Pool) -> bool:
+        """Whether a pool without a replica starts one for a call."""
+        sleeps = pool.args.num_replicas is None and pool.args.min_replicas == 0
+        return sleeps and self.reachable(pool) and pool.status not in ("DEPLOY_FAILED", "UNHEALTHY")
+
     def why_not_ready(self, pool: Pool) -> str | None:
         """A sentence for people, or None while at least one replica of the pool serves."""
         if pool.running:

@@ -40,14 +40,6 @@ class Queued:
     later: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     jobs: int = 0
 
-    def add(self, planner: str | None, plan_s: float, renderer: str | None, render_s: float, sign: int = 1) -> None:
-        """Count a job in, or out with the other sign."""
-        if planner is not None:
-            self.ready[planner] += sign * plan_s
-            self.jobs += sign
-        if renderer is not None:
-            (self.ready if planner is None else self.later)[renderer] += sign * render_s
-
     @classmethod
     def before(cls, line: LinePlace) -> Queued:
         """What goes before a place in the queue."""
@@ -58,23 +50,6 @@ class Queued:
             found.later[pool], found.jobs = later_s, found.jobs + jobs
         return found
 
-    @classmethod
-    def all(cls, view: FleetView, backlogs: Mapping[str, Backlog], since: Queued) -> Queued:
-        """The whole queue.
-
-        Args:
-            since: What came and went since the backlogs were read.
-        """
-        found = cls()
-        for pool in view.pools:
-            backlog = backlogs.get(pool.app, NOTHING)
-            found.ready[pool.app] = max(0.0, backlog.waiting_s - backlog.held_s + since.ready[pool.app])
-            found.later[pool.app] = max(0.0, backlog.later_s + since.later[pool.app])
-            if pool.role == "plan":
-                found.jobs += backlog.waiting_jobs
-        found.jobs = max(0, found.jobs + since.jobs)
-        return found
-
 
 class Outlook:
     """Made anew for every look.
@@ -82,7 +57,7 @@ class Outlook:
     Args:
         loads: This router's work, by pool.
         me: The job; None: one behind all others.
-        queued: What goes before it in the queue.
+        queued: What goes before it in the queue, other routers' jobs that have not begun included; None: its turn has come.
     """
 
     def __init__(
@@ -92,16 +67,18 @@ class Outlook:
         backlogs: Mapping[str, Backlog],
         corrections: Corrections,
         me: Waiting | None,
-        queued: Queued,
+        queued: Queued | None,
     ) -> None:
         self._view, self._loads, self._backlogs, self._corrections = view, loads, backlogs, corrections
-        self._me, self._queued = me, queued
+        self._me, self._in_line, self._queued = me, queued is not None, queued or Queued()
         self._now = time.monotonic()
         planners = [p.app for p in view.of("plan")]
         # This router's jobs that planners have or will have, with the seconds in which each is planned.
         self._planning = [found for app in planners for found in self._load(app).ends(self._now)]
-        # Whether other routers have jobs with the planners.
-        self._others_plan = any(self._backlog(app).running_jobs > self._load(app).in_flight for app in planners)
+        # Whether other routers have jobs with the planners, that the queue's order does not tell of.
+        self._others_plan = not self._in_line and any(
+            self._backlog(app).running_jobs > self._load(app).in_flight for app in planners
+        )
         self._handed_over = self._handover()
 
     def state(self) -> FleetState:
@@ -138,7 +115,7 @@ class Outlook:
         others = backlog.running_jobs > load.in_flight
         free = None if others else load.free_in_s(running * slots, self._now)
         waiting_s, coming = self._before(pool, load, running * slots)
-        if others:
+        if others and not self._in_line:
             waiting_s += max(0.0, backlog.held_s - load.held_s())
         fixed = args.num_replicas is not None or args.min_replicas == args.max_replicas
         return PoolState(

@@ -23,9 +23,9 @@ from acestep.gpu_config import TIERS, Limits
 from acestep.limits import apply_limits, best_limits, fits, without_planner
 from acestep.plan import Plan
 from acestep.request import Adjustment, SongRequest
-from deployments.waits import FleetState, PoolState, free_times, starts, wait_s
+from deployments.waits import FleetState, PoolState, Role, free_times, starts, wait_s
 
-__all__ = ["Decision", "FleetState", "PoolState", "Promise", "choose", "choose_planner", "fleet_limits", "wait_s"]
+__all__ = ["Decision", "FleetState", "PoolState", "Promise", "choose", "choose_pool", "fleet_limits", "wait_s"]
 
 SPILL_FACTOR = 2.0
 MIN_PATIENCE_S = 2.0  # a wait below this is never worth a larger card
@@ -63,13 +63,13 @@ class Decision:
     """Where a job goes.
 
     Attributes:
-        outcome: `run`: replicas are there. `wait`: the pools can do it but have no replica yet. `never`: nothing in this fleet can.
+        outcome: `run`: the next stage has replicas. `wait`: the pools can do it but have no replica yet. `never`: nothing in this fleet can.
         request: The request within the fleet's limits.
         plan: The plan that was given, within the limits too.
         adjustments: What was changed for that.
         planner: Planner pool; None where nothing needs planning.
-        renderer: Renderer pool; None only where the outcome is `never`.
-        max_duration: What the planner may write at most, in seconds: the chosen renderer's limit.
+        renderer: Renderer pool; None where only a plan is asked for, and where the outcome is `never`.
+        max_duration: What the planner may write at most, in seconds: the limit of the renderer that would be chosen.
         groups: Batch items by replica, such as ((0, 1), (2, 3)).
         est_plan_s, est_render_s: Work that the job adds to each pool's backlog, in one replica's seconds.
         plan_wait_s, render_wait_s: Until planning begins, and from the plan to when rendering begins.
@@ -105,16 +105,20 @@ def choose(
     *,
     plan: Plan | None = None,
     clamp: bool = True,
+    only_plan: bool = False,
     spill_factor: float = SPILL_FACTOR,
     deadline_in_s: float | None = None,
     promise: Promise | None = None,
 ) -> Decision:
     """Pick a planner pool and a renderer pool.
 
+    A song is planned while its renderer is still on its way, where one can come: what is begun there waits for nothing but its planner.
+
     Args:
         plan: What the planner already decided; then only the renderer is chosen.
         clamp: Where no pool that can run now can do the request, cut it down to what one can. Off for jobs that were accepted as they
             are: those wait for their card to come back.
+        only_plan: No song is to be made of the plan now: renderers tell how long it may be, and are not asked for.
         deadline_in_s: The cheapest pool that makes it is taken, else the fastest.
         promise: What the caller was told at submit; kept where that is possible.
 
@@ -163,10 +167,12 @@ def choose(
     if promise is not None:
         options = _keeping(promise, options)
     renderer = _pick(options, spill_factor, left)
-    reason = f"{plan_reason}renders on {_why(renderer, suited, spill_factor)}"
-    chosen = [o.pool for o in (planner, renderer) if o is not None]
-    ready = all(p.running for p in chosen)
-    if not ready:
+    rendering = None if only_plan else renderer
+    reason = plan_reason + (f"renders on {_why(renderer, suited, spill_factor)}" if rendering else "is not rendered")
+    chosen = [o.pool for o in (planner, rendering) if o is not None]
+    # What is next must be there; what comes after it may start meanwhile.
+    ready = all(p.running or (p is not chosen[0] and p.can_run) for p in chosen)
+    if not all(p.running for p in chosen):
         reason += "; waits: " + ", ".join(f"pool {p.name} {_missing(p)}" for p in chosen if not p.running)
     return Decision(
         outcome="run" if ready else "wait",
@@ -174,25 +180,25 @@ def choose(
         plan=plan if plan is None else request.plan,
         adjustments=adjustments,
         planner=planner.pool.name if planner else None,
-        renderer=renderer.pool.name,
+        renderer=rendering.pool.name if rendering else None,
         max_duration=renderer.pool.limits.max_duration,
-        groups=renderer.groups,
+        groups=rendering.groups if rendering else (),
         est_plan_s=planner.seconds.work_s if planner else 0.0,
-        est_render_s=renderer.seconds.work_s,
+        est_render_s=rendering.seconds.work_s if rendering else 0.0,
         plan_wait_s=planner.wait_s if planner else 0.0,
-        render_wait_s=renderer.wait_s,
+        render_wait_s=rendering.wait_s if rendering else 0.0,
         plan_wall_s=planner.seconds.wall_s if planner else 0.0,
-        render_wall_s=renderer.seconds.wall_s,
+        render_wall_s=rendering.seconds.wall_s if rendering else 0.0,
         plan_profile_s=planner.seconds.wall_s / planner.pool.correction if planner else 0.0,
-        render_profile_s=renderer.seconds.wall_s / renderer.pool.correction,
-        eta_s=planned_s + renderer.finish_s if all(p.can_run for p in chosen) else None,
+        render_profile_s=rendering.seconds.wall_s / rendering.pool.correction if rendering else 0.0,
+        eta_s=planned_s + (rendering.finish_s if rendering else 0.0) if all(p.can_run for p in chosen) else None,
         reason=reason,
     )
 
 
-def choose_planner(fleet: FleetState, *, spill_factor: float = SPILL_FACTOR) -> PoolState | None:
-    """A pool for planner-only calls (understand, format, inspire): no renderer is involved. None where the fleet has none."""
-    pools = [p for p in fleet.of("plan") if p.can_run] or list(fleet.of("plan"))
+def choose_pool(fleet: FleetState, role: Role, *, spill_factor: float = SPILL_FACTOR) -> PoolState | None:
+    """A pool for a question to one stage (a text to write, codes to read). None where the fleet has no pool of that kind."""
+    pools = [p for p in fleet.of(role) if p.can_run] or list(fleet.of(role))
     if not pools:
         return None
     return _pick([Option(p, wait_s(p), NOTHING) for p in pools], spill_factor, None).pool

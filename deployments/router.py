@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from typing import Any
 
@@ -17,7 +18,7 @@ from deployments.calls import Calls
 from deployments.config import RouterArgs, parse_args
 from deployments.dispatch import Dispatcher
 from deployments.fleet import Fleet
-from deployments.jobs.backlog import read_backlogs
+from deployments.jobs.backlog import ACTIVE, read_backlogs
 from deployments.jobs.retention import Retention
 from deployments.jobs.store import JobStore
 from deployments.logs import join_serve
@@ -28,6 +29,7 @@ from deployments.threads import store_pool
 
 log = logging.getLogger(__name__)
 BACKLOG_POLL_S = 1.0
+ENDED_POLL_S = 15.0  # how many jobs have ended is no news every second, and takes longer with each of them
 LAST_LOOK_S = 4.0
 OPEN_WARNING = "THE SERVER LISTENS ON %s AND NEEDS NO KEY: everybody who reaches it can use it. Set ACESTEP_API_KEY, or http_options.host to 127.0.0.1."
 
@@ -65,12 +67,14 @@ class Router:
 
     async def _watch_backlogs(self) -> None:
         """What waits for each pool, all routers together, for placement and arrival times."""
-        service = self.service
+        service, counted = self.service, -math.inf
         while True:
             try:
                 backlogs = await asyncio.to_thread(read_backlogs, service.store.url)
                 service.routing.set_backlogs(backlogs)
-                states = await asyncio.to_thread(service.store.counts)
+                states = await asyncio.to_thread(service.store.counts, ACTIVE)
+                if time.monotonic() - counted > ENDED_POLL_S:
+                    states, counted = await asyncio.to_thread(service.store.counts), time.monotonic()
                 self._meter.fleet(service.fleet.view, backlogs, states, service.routing.corrections.factor)
             except Exception:
                 log.exception("cannot read what waits")

@@ -1,7 +1,7 @@
 """Which pools a job goes to, and how much this router may have in flight.
 
-Holds the little state a router has: what it gave to each pool and did not get back, what came since it looked at the queue, what each
-caller had, and how far off the cost profiles were.
+Holds the little state a router has: what it gave to each pool and did not get back, what each caller had, and how far off the cost
+profiles were.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 from acestep.cost import (
     CLIP_FRAMES,
@@ -27,7 +27,7 @@ from acestep.plan import Plan
 from acestep.request import SongRequest
 from acestep.song import LATENT_FPS, Song
 from deployments import busy
-from deployments.fleet import FleetView
+from deployments.fleet import FleetView, Role
 from deployments.jobs.backlog import Backlog
 from deployments.jobs.queue import Place as LinePlace
 from deployments.jobs.queue import turn_of
@@ -35,8 +35,10 @@ from deployments.jobs.store import Job
 from deployments.metrics import Meter
 from deployments.ordering import Usage, Waiting
 from deployments.outlook import Outlook, Queued, pool_limits, pool_profile, served_model, slots_of, together_of
-from deployments.placement import Decision, FleetState, Promise, choose
+from deployments.placement import Decision, FleetState, Promise, choose, choose_pool
 from deployments.places import Load, Place
+
+QUESTION_S = 5.0  # about what a text of the planner, or reading codes from a song, takes
 
 
 class NoPool(Exception):
@@ -51,41 +53,49 @@ class Routing:
         self.usage = Usage()
         self._loads: dict[str, Load] = {}
         self.backlogs: Mapping[str, Backlog] = {}
-        self._since = Queued()  # what came into the queue, and left it, since the backlogs were read
         self._view = FleetView()
         self.corrections = Corrections()
 
     def set_backlogs(self, backlogs: Mapping[str, Backlog]) -> None:
         """What waits and runs in the whole fleet, as the store says."""
         self.backlogs = backlogs
-        self._since = Queued()
 
-    def admit(self, view: FleetView, request: SongRequest) -> Decision | None:
-        """Where a new request would go, cut to what the fleet can do. None while a pool's abilities are not known yet.
+    def newcomer(self, view: FleetView, request: SongRequest, owner: str, *, only_plan: bool = False) -> Waiting:
+        """A job that is about to be written down, as the fair order will see it."""
+        return Waiting("", owner, _work_s(request, self.state(view), only_plan), time.time())
+
+    def admit(
+        self, view: FleetView, request: SongRequest, me: Waiting, line: LinePlace, *, only_plan: bool = False
+    ) -> Decision | None:
+        """Where a new request would go, cut to what the fleet can do. None where what that is depends on pools that are not known yet.
+
+        A pool that has never told its abilities counts as not there, unless nothing else of its kind is known.
+
+        Args:
+            me, line: The job in the fair order, and what goes before it there.
 
         Raises:
             LimitExceeded: beyond the fleet, and strict.
             InvalidRequest: nothing in this fleet can ever do it.
         """
-        if not view.pools or any(pool_limits(p) is None for p in view.pools):
+        state = self.state(view, me, line)
+        if not state.of("render") or (needs_planner(request) and not state.of("plan") and _unknown(view, "plan")):
             return None
-        me = Waiting("", "", _work_s(request, self.state(view)), time.time())
-        decision = _say_why_off(view, choose(request, self.state(view, me, newcomer=True)))
+        decision = _say_why_off(view, choose(request, state, only_plan=only_plan))
         if decision.outcome == "never":
+            if _unknown(view, "render"):
+                return None
             raise InvalidRequest(decision.reason, field="task" if request.task != "text2music" else "model")
         return decision
 
-    def admitted(self, decision: Decision, *, only_plan: bool = False) -> None:
-        """A job was written down: what comes next waits behind it, also before the backlogs are read again."""
-        self._since.add(
-            decision.planner, decision.est_plan_s, None if only_plan else decision.renderer, decision.est_render_s
-        )
-
-    def claimed(self, job: Job) -> None:
-        """A job left the queue for this router: from now on it is known by its places."""
-        self._since.add(
-            None if job.planned_at else job.plan_pool, job.est_plan_s, job.render_pool, job.est_render_s, sign=-1
-        )
+    def question(self, view: FleetView, role: Role) -> dict[str, Any]:
+        """Columns of a job that asks one stage something else than for a song: the autoscaler of a pool at zero must see that it waits."""
+        found = choose_pool(self.state(view), role)
+        if found is None:
+            return {}
+        if role == "plan":
+            return {"plan_pool": found.name, "est_plan_s": QUESTION_S}
+        return {"render_pool": found.name, "est_render_s": QUESTION_S}
 
     def choose(self, view: FleetView, job: Job, request: SongRequest, plan: Plan | None) -> Decision:
         """Pools for what is left to do of a job; the outcome is `run` or `wait`.
@@ -97,10 +107,20 @@ class Routing:
         state = self.state(view, turn_of(job))
         if not state.of("render"):
             raise NoPool(_missing(view))
-        accepted_as_is = job.render_pool is not None  # it was cut at submit; from then on it waits for its card
+        only_plan = job.kind == "plan"
+        # It was cut at submit; from then on it waits for its card.
+        accepted_as_is = (job.plan_pool if only_plan else job.render_pool) is not None
         left = None if job.deadline is None else job.deadline - time.time()
         promise = _promise(job) if plan is not None else None
-        decision = choose(request, state, plan=plan, clamp=not accepted_as_is, deadline_in_s=left, promise=promise)
+        decision = choose(
+            request,
+            state,
+            plan=plan,
+            clamp=not accepted_as_is,
+            only_plan=only_plan,
+            deadline_in_s=left,
+            promise=promise,
+        )
         decision = _say_why_off(view, decision)
         if decision.outcome == "never":
             raise InvalidRequest(decision.reason, field="model")
@@ -201,21 +221,21 @@ class Routing:
             pool, "render", foretold.wall_s, took.conditions_s + took.denoise_s + took.decode_s + took.encode_s
         )
 
-    def state(
-        self, view: FleetView, me: Waiting | None = None, *, newcomer: bool = False, line: LinePlace | None = None
-    ) -> FleetState:
+    def state(self, view: FleetView, me: Waiting | None = None, line: LinePlace | None = None) -> FleetState:
         """The fleet as `placement` wants it: pools whose abilities are known, and of what waits there what goes before one job.
 
         Args:
             me: The job; None: one behind all others.
-            newcomer: It comes behind everything that is queued; else its turn has come, or it has a place in the queue.
-            line: That place.
+            line: Its place in the queue; None where its turn has come.
         """
         self._look(view)
-        queued = Queued.before(line) if line is not None else Queued()
-        if newcomer:
-            queued = Queued.all(view, self.backlogs, self._since)
+        queued = None if line is None else Queued.before(line)
         return Outlook(view, self._loads, self.backlogs, self.corrections, me, queued).state()
+
+
+def _unknown(view: FleetView, role: Role) -> bool:
+    """Whether a pool may yet tell abilities that nobody knows of."""
+    return any(pool_limits(p) is None and not (p.info or {}).get("disabled") for p in view.of(role))
 
 
 def _say_why_off(view: FleetView, decision: Decision) -> Decision:
@@ -238,15 +258,15 @@ def _promise(job: Job) -> Promise | None:
     return Promise(job.render_pool, job.created_at + float(told) - time.time())
 
 
-def _work_s(request: SongRequest, fleet: FleetState) -> float:
-    """About how much work a request is, all stages, on the first pool of each."""
+def _work_s(request: SongRequest, fleet: FleetState, only_plan: bool) -> float:
+    """About how much work a request is, all its stages, on the first pool of each."""
     duration, _ = expected_duration(request)
     planner = next(iter(fleet.of("plan")), None)
     renderer = next(iter(fleet.of("render")), None)
     work_s = 0.0
     if planner is not None and needs_planner(request):
         work_s += plan_seconds(request, planner.profile.planner(planner.model), duration, slots=planner.slots).work_s
-    if renderer is not None:
+    if renderer is not None and not only_plan:
         cost = renderer.profile.renderer(renderer.model)
         work_s += render_seconds(request, cost, duration, model=renderer.model, items=request.batch_size).work_s
     return work_s

@@ -14,10 +14,12 @@ from acestep.request import MAX_DURATION_S
 from deployments import retry
 from deployments.calls import REPLICA_LOST
 from deployments.fleet import Fleet, Role
-from deployments.placement import choose_planner, fleet_limits, wait_s
+from deployments.placement import choose_pool, fleet_limits
 from deployments.routing import NoPool, Routing
 
 log = logging.getLogger(__name__)
+
+COLD_START_S = 50.0  # how long a question waits for a replica to start: shorter than proxies wait for an answer
 
 
 class Talk:
@@ -49,6 +51,10 @@ class Talk:
         answer = await self._call("render", "codes", name)
         return tuple(answer)
 
+    def columns(self, role: Role) -> dict[str, Any]:
+        """What a job's row says while it waits to ask a stage."""
+        return self.routing.question(self.fleet.view, role)
+
     async def _ask(self, kind: str, fields: dict[str, Any]) -> Sample:
         limits = fleet_limits(self.routing.state(self.fleet.view))
         longest = max((limit.max_duration for limit in limits), default=MAX_DURATION_S)
@@ -57,16 +63,20 @@ class Talk:
 
     async def _call(self, role: Role, method: str, *arguments: Any) -> Any:
         for tried in itertools.count(1):
-            pool = await self._pool(role)
+            pool, runs = self._pool(role)
             response = getattr(self.fleet.handle(pool, role), method).remote(*arguments)
             error: Exception
             try:
-                answer = await response
+                async with asyncio.timeout(None if runs else COLD_START_S):
+                    answer = await response
                 if "error" not in answer:
                     return answer["result"]
                 error = error_from_dict(answer["error"])
                 if not retry.elsewhere(error) or tried == retry.TRIES:
                     raise error
+            except TimeoutError:
+                response.cancel()
+                raise Unavailable(self._why_none(role), retry_after=5) from None
             except REPLICA_LOST as lost:
                 if tried == retry.TRIES:
                     raise Unavailable(f"pool {pool} lost its replica {tried} times in a row", retry_after=5) from lost
@@ -78,27 +88,28 @@ class Talk:
             await asyncio.sleep(retry.ASK.pause_s(tried))
         raise AssertionError("unreachable: the last try returns or raises")
 
-    async def _pool(self, role: Role) -> str:
-        """A pool with a running replica.
+    def _pool(self, role: Role) -> tuple[str, bool]:
+        """A pool to ask, and whether it has a running replica: a caller who does not come again later is worth waking one at zero.
 
         Raises:
             NoPool: none runs now, and the caller is patient.
-            Unavailable: the fleet has none, or none that runs now.
+            Unavailable: the fleet has none, or none that runs now or starts when it is asked.
         """
         view = self.fleet.view
-        state = self.routing.state(view)
-        if role == "plan":
-            found = choose_planner(state)
-        else:
-            found = min((p for p in state.of("render") if p.running), key=wait_s, default=None)
+        found = choose_pool(self.routing.state(view), role)
         if found is not None and found.running:
-            return found.name
+            return found.name, True
+        pools = view.of(role)
+        if found is not None and not self.patient and (pool := view.get(found.name)) and view.wakes(pool):
+            return found.name, False
+        never = (view.at > 0 and not pools) or (bool(pools) and all((p.info or {}).get("disabled") for p in pools))
+        if self.patient and not never:
+            raise NoPool(self._why_none(role))
+        raise Unavailable(self._why_none(role), retry_after=5)
+
+    def _why_none(self, role: Role) -> str:
+        view, name = self.fleet.view, "planner" if role == "plan" else "renderer"
         pools = view.of(role)
         off = [str(r) for p in pools if (r := (p.info or {}).get("disabled"))]
-        name = "planner" if role == "plan" else "renderer"
         why = "; ".join(off or [f"{p.app}: {view.why_not_ready(p) or 'has not described itself yet'}" for p in pools])
-        never = (view.at > 0 and not pools) or (bool(off) and len(off) == len(pools))
-        reason = f"no {name} can answer: {why or f'this fleet has no {name} pool'}"
-        if self.patient and not never:
-            raise NoPool(reason)
-        raise Unavailable(reason, retry_after=5)
+        return f"no {name} can answer: {why or f'this fleet has no {name} pool'}"

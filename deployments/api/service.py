@@ -22,6 +22,7 @@ from deployments.api.signing import Signer
 from deployments.api.sources import Sources
 from deployments.config import RouterArgs
 from deployments.dispatch import Dispatcher
+from deployments.errands import question_of
 from deployments.eta import Stage, remaining_s
 from deployments.fleet import Fleet
 from deployments.jobs.files import FileRecord, FileRecords
@@ -30,6 +31,7 @@ from deployments.jobs.rates import Rates
 from deployments.jobs.secrets import shared_secret
 from deployments.jobs.store import QUEUED, RUNNING, Busy, Job, JobStore
 from deployments.jobs.webhooks import Outbox
+from deployments.placement import Decision
 from deployments.routing import Routing
 from deployments.storage import Storage
 from deployments.talk import Talk
@@ -103,21 +105,22 @@ class Service:
                 return known, False
         request = await self.with_sources(request, caller)
         columns: dict[str, Any] = {}
-        decision = self.routing.admit(self.fleet.view, request) if kind in ("song", "plan") else None
+        decision = await self._admit(request, caller, kind)
         if decision is not None:
             request = decision.request
             if kind == "song" and (pool := self.fleet.view.get(decision.renderer or "")) and pool.info:
                 model = str(pool.info["model"])
                 tasks.check(request, defaults_of(model), model)
             adjustments = (*adjustments, *decision.adjustments)
-            columns = {"plan_pool": decision.planner, "est_plan_s": decision.est_plan_s}
-            wait_s, eta_s = decision.plan_wait_s, decision.plan_wait_s + decision.plan_wall_s
-            if kind == "song":
-                columns |= {"render_pool": decision.renderer, "est_render_s": decision.est_render_s}
-                wait_s, eta_s = wait_s + decision.render_wait_s, eta_s + decision.render_wait_s + decision.render_wall_s
+            columns = {
+                "plan_pool": decision.planner, "est_plan_s": decision.est_plan_s,
+                "render_pool": decision.renderer, "est_render_s": decision.est_render_s,
+            }  # fmt: skip
             if decision.eta_s is not None:
-                self._check_wait(wait_s)
-                extra = {**(extra or {}), "eta_s": round(eta_s, 3)}
+                self._check_wait(decision.plan_wait_s + decision.render_wait_s)
+                extra = {**(extra or {}), "eta_s": round(decision.eta_s, 3)}
+        if (asked := question_of(kind, request, extra)) and not (decision and decision.planner):
+            columns |= self.routing.question(self.fleet.view, asked)
         if trace := here():
             extra = {**(extra or {}), TRACE: trace}
         replicas = sum(p.running for p in self.fleet.view.of("render"))
@@ -130,18 +133,28 @@ class Service:
                 body_hash=body_hash, audio_s=audio_s, caps=caps, **columns,
             )  # fmt: skip
         except Busy as error:
-            error.details.setdefault("retry_after", await self.mean_seconds())
+            if "retry_after" not in error.details:
+                error.details["retry_after"] = await self.mean_seconds()
             raise
         if created:
             self.dispatcher.wake()
-            if decision is not None:
-                self.routing.admitted(decision, only_plan=kind == "plan")
+            self.line.joined(job)
         return job, created
+
+    async def _admit(self, request: SongRequest, caller: Caller, kind: str) -> Decision | None:
+        """Where a new song or plan would go, and when: behind what the fair order serves before this caller, not behind everybody."""
+        if kind not in ("song", "plan"):
+            return None
+        only_plan = kind == "plan"
+        me = self.routing.newcomer(self.fleet.view, request, caller.name, only_plan=only_plan)
+        usage = self.routing.usage.at(time.time())
+        line = await asyncio.to_thread(self.line.newcomer, me, usage, self.dispatcher.running)
+        return self.routing.admit(self.fleet.view, request, me, line, only_plan=only_plan)
 
     def _check_wait(self, wait_s: float) -> None:
         if wait_s > self.args.max_backlog_s:
             raise Busy(
-                f"a new song would wait about {wait_s:.0f} s; the server takes none that wait longer than "
+                f"this would wait about {wait_s:.0f} s; the server takes nothing that waits longer than "
                 f"{self.args.max_backlog_s:.0f} s",
                 retry_after=wait_s - self.args.max_backlog_s, limit=self.args.max_backlog_s,
             )  # fmt: skip
@@ -192,10 +205,10 @@ class Service:
         if job.state != QUEUED:
             return Place()
         usage = self.routing.usage.at(time.time())
-        return await asyncio.to_thread(self.line.place, job.id, usage, self.dispatcher.running)
+        return await asyncio.to_thread(self.line.place, job, usage, self.dispatcher.running)
 
     def _remaining(self, job: Job, place: Place) -> float | None:
-        if job.plan_pool is None and job.render_pool is None:
+        if job.kind not in ("song", "plan") or (job.plan_pool is None and job.render_pool is None):
             return None
         stage: Stage = "planned" if job.planned_at else "queued"
         left_s = None
@@ -210,7 +223,7 @@ class Service:
         since = (job.planned_at if stage == "rendering" else None) or job.started_at
         return remaining_s(
             job.request,
-            self.routing.state(self.fleet.view, turn_of(job), line=place if job.state == QUEUED else None),
+            self.routing.state(self.fleet.view, turn_of(job), place if job.state == QUEUED else None),
             planner=job.plan_pool,
             renderer=job.render_pool,
             stage=stage,

@@ -11,6 +11,7 @@ from sqlalchemy.engine import Engine
 
 from deployments.jobs.database import storable, writer
 from deployments.jobs.schema import files, jobs
+from deployments.jobs.store import QUEUED, RUNNING
 
 FOLDER = "uploads/"
 
@@ -65,8 +66,9 @@ class FileRecords:
         """Files older than `before` that no unfinished job uses, oldest first."""
         query = sa.select(files).where(files.c.created_at < before).order_by(files.c.created_at).limit(limit)
         with self._engine.connect() as db:
-            used = _used(db.execute(sa.select(jobs.c.request).where(jobs.c.finished_at.is_(None))).scalars())
             found = [FileRecord(**row) for row in db.execute(query).mappings()]
+            unfinished = sa.select(jobs.c.request).where(jobs.c.state.in_((QUEUED, RUNNING)))
+            used = _used(db.execute(unfinished).scalars()) if found else ()
         return [record for record in found if record.path not in used]
 
 

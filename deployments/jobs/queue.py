@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +14,7 @@ from sqlalchemy.engine import Engine
 
 from deployments.jobs.backlog import RENDER_STAGES
 from deployments.jobs.schema import jobs
+from deployments.jobs.store import Job
 from deployments.ordering import Waiting, next_jobs, patience_of
 
 LIMIT = 5_000
@@ -57,15 +58,19 @@ class Place:
 
 
 class Line:
-    """The waiting jobs in the order in which they will be served, looked at anew at most twice a second."""
+    """The waiting jobs in the order in which they will be served, read anew at most twice a second."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._lock = threading.Lock()
         self._read_at = float("-inf")
-        self._places: dict[str, Place] = {}
+        self._read_time = 0.0
+        self._rows: dict[str, Any] = {}
+        self._places: dict[str, Place] | None = None  # None: to be worked out
+        self._behind = Place()
+        self._joined: deque[Job] = deque()
 
-    def place(self, job_id: str, usage: Mapping[str, float], known: Collection[str] = ()) -> Place:
+    def place(self, job: Job, usage: Mapping[str, float], known: Collection[str] = ()) -> Place:
         """The place of a waiting job. Blocks.
 
         Args:
@@ -73,25 +78,60 @@ class Line:
             known: Running jobs that are not to be counted: who asks knows better how far they are.
         """
         with self._lock:
-            if job_id not in self._places or time.monotonic() - self._read_at > FRESH_S:
-                self._read(usage, known)
-            return self._places.get(job_id, Place())
+            # One that was not there when the line was read came after it, was claimed, or is beyond what is read: only the first is news.
+            self._look(since=job.created_at if job.id not in self._rows else 0.0)
+            if self._places is None:
+                self._places, self._behind = self._arranged(usage, known)
+            row = self._rows.get(job.id)
+            absent = self._behind if job.state == "queued" and row is None and job.id not in known else Place()
+            return self._places.get(job.id, absent)
 
-    def _read(self, usage: Mapping[str, float], known: Collection[str]) -> None:
+    def newcomer(self, me: Waiting, usage: Mapping[str, float], known: Collection[str] = ()) -> Place:
+        """The place that a job would get that is not written down yet. Blocks. Arguments as for `place`."""
+        with self._lock:
+            self._look()
+            return self._arranged(usage, known, me)[0][me.id]
+
+    def joined(self, job: Job) -> None:
+        """A job was written down just now: who comes next finds it, also before the line is read again."""
+        self._joined.append(job)  # no lock: this is for event loops
+
+    def _look(self, since: float = 0.0) -> None:
+        """Read the line where what is known of it is old, or older than a job that was written down at `since`."""
+        joined = [self._joined.popleft() for _ in range(len(self._joined))]
+        if time.monotonic() - self._read_at <= FRESH_S and since <= self._read_time:
+            if joined:
+                self._rows |= {job.id: job for job in joined}
+                self._places = None
+            return
+        now = time.time()
         query = sa.select(*_COLUMNS).where(jobs.c.state.in_(("queued", "running"))).order_by(jobs.c.created_at)
         with self._engine.connect() as db:
-            rows = {row.id: row for row in db.execute(query.limit(LIMIT))}
+            self._rows = {row.id: row for row in db.execute(query.limit(LIMIT))}
+        self._read_at, self._read_time, self._places = time.monotonic(), now, None
+
+    def _arranged(
+        self, usage: Mapping[str, float], known: Collection[str], newcomer: Waiting | None = None
+    ) -> tuple[dict[str, Place], Place]:
+        """The place of every waiting job, or of a newcomer alone; and the one behind all."""
         ahead: dict[str, float] = defaultdict(float)
         unplanned: dict[str, tuple[float, int]] = {}
-        for row in rows.values():
-            if row.state == "running" and row.id not in known and not (row.planned_at and row.stage in RENDER_STAGES):
+        waiting = [] if newcomer is None else [newcomer]
+        for row in self._rows.values():
+            if row.id in known:
+                continue
+            if row.state == "queued":
+                waiting.append(turn_of(row))
+            elif row.state == "running" and not (row.planned_at and row.stage in RENDER_STAGES):
                 _add(ahead, unplanned, row, planning=row.stage != "planning")
-        self._places = {}
-        waiting = (turn_of(row) for row in rows.values() if row.state == "queued")
+        places = {}
         for position, job in enumerate(next_jobs(waiting, usage, time.time()), 1):
-            self._places[job.id] = Place(position, dict(ahead), dict(unplanned))
-            _add(ahead, unplanned, rows[job.id], planning=True)
-        self._read_at = time.monotonic()
+            if newcomer is None or job is newcomer:
+                places[job.id] = Place(position, dict(ahead), dict(unplanned))
+            if job is newcomer:
+                break
+            _add(ahead, unplanned, self._rows[job.id], planning=True)
+        return places, Place(len(waiting) + 1, dict(ahead), dict(unplanned))
 
 
 def turn_of(job: Any) -> Waiting:

@@ -42,6 +42,8 @@ jobs = sa.Table(
     sa.Column("planned_at", sa.Float),
     sa.Column("finished_at", sa.Float),
     sa.Index("jobs_by_state", "state", "priority", "created_at"),
+    sa.Index("jobs_by_state_owner", "state", "owner_key"),
+    sa.Index("jobs_by_end", "state", "finished_at"),
     sa.Index("jobs_by_lease", "lease_owner"),
     sa.Index("jobs_by_created", "created_at"),
     sa.Index("jobs_by_owner", "owner_key", "created_at"),

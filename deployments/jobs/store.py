@@ -55,7 +55,7 @@ class Caps:
     """Limits that a new job must keep. None means no limit.
 
     Attributes:
-        queued: Jobs of everybody that wait.
+        queued: Jobs that wait. Beyond it only who has less than an equal share of them is taken, so that nobody can fill the queue for others.
         active: Jobs of this owner, waiting and running.
         audio_s: Seconds of audio that this owner asked for within 24 hours.
         work_s: Seconds of planner and renderer work of this owner, waiting and running.
@@ -368,16 +368,18 @@ class JobStore:
                 found |= {row["id"]: _job(row) for row in db.execute(query).mappings()}
         return found
 
-    def counts(self) -> dict[str, int]:
+    def counts(self, states: Sequence[str] = (QUEUED, RUNNING, *TERMINAL)) -> dict[str, int]:
+        """Jobs by state. Those that have ended are many: whoever looks often leaves them out."""
+        query = sa.select(jobs.c.state, sa.func.count().label("n")).where(jobs.c.state.in_(states))
         with self.engine.connect() as db:
-            rows = db.execute(sa.select(jobs.c.state, sa.func.count().label("n")).group_by(jobs.c.state)).all()
-        return dict.fromkeys((QUEUED, RUNNING, *TERMINAL), 0) | {r.state: r.n for r in rows}
+            rows = db.execute(query.group_by(jobs.c.state)).all()
+        return dict.fromkeys(states, 0) | {r.state: r.n for r in rows}
 
     def mean_seconds(self, last: int = 50) -> float | None:
         """Mean time from start to end of the last songs; None before the first."""
         recent = (
             sa.select((jobs.c.finished_at - jobs.c.started_at).label("seconds"))
-            .where(jobs.c.state == SUCCEEDED, jobs.c.started_at.is_not(None))
+            .where(jobs.c.state == SUCCEEDED)
             .order_by(jobs.c.finished_at.desc())
             .limit(last)
             .subquery()
@@ -496,8 +498,14 @@ def _earlier(db: Connection, owner_key: str, key: str, body_hash: str | None) ->
 
 
 def _check(db: Connection, caps: Caps, owner_key: str, audio_s: float, work_s: float, now: float) -> None:
-    if caps.queued is not None and _count(db, jobs.c.state == QUEUED) >= caps.queued:
-        raise Busy(f"{caps.queued} jobs wait already", limit=caps.queued)
+    if caps.queued is not None:
+        counted = sa.select(jobs.c.owner_key, sa.func.count()).where(jobs.c.state == QUEUED).group_by(jobs.c.owner_key)
+        waiting = {owner: int(n) for owner, n in db.execute(counted)}
+        total, own = sum(waiting.values()), waiting.get(owner_key, 0)
+        share = max(1, caps.queued // len({*waiting, owner_key}))
+        if total >= caps.queued and own >= share:
+            whose = "" if own == total else f", {own} of them this key's, whose share is {share}"
+            raise Busy(f"{total} jobs wait already{whose}; the limit is {caps.queued}", limit=caps.queued)
     if caps.active is not None:
         active = _count(db, jobs.c.owner_key == owner_key, jobs.c.state.in_((QUEUED, RUNNING)))
         if active >= caps.active:

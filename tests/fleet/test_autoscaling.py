@@ -85,7 +85,7 @@ def test_a_need_is_remembered_for_a_while() -> None:
 def context(**fields: Any) -> SimpleNamespace:
     known = {
         "current_num_replicas": 0, "target_num_replicas": 2, "capacity_adjusted_min_replicas": 0,
-        "capacity_adjusted_max_replicas": 5, "config": None, "policy_state": {},
+        "capacity_adjusted_max_replicas": 5, "config": None, "policy_state": {}, "total_num_requests": 0.0,
     }  # fmt: skip
     return SimpleNamespace(**{**known, **fields})
 
@@ -109,7 +109,9 @@ def test_the_policy_reads_the_store_and_scales(tmp_path: Any) -> None:
     store = store_with(url := f"sqlite:///{tmp_path}/jobs.db", 120.0)
     try:
         policy = BacklogPolicy(url, "dit", drain_s=100)
+        policy._polled_at = float("inf")
         assert policy(context())[0] == 2  # nothing read yet: the size stays
+        policy._polled_at = float("-inf")
         assert until_read(policy, context()) == 4
         assert until_read(BacklogPolicy(url, "other"), context()) == 0
     finally:
@@ -135,6 +137,14 @@ def test_songs_in_one_batch_hold_their_replica_and_ask_for_no_other() -> None:
     assert policy(context(current_num_replicas=1))[0] == 1
     assert policy(context(current_num_replicas=3))[0] == 3
     assert policy(context(current_num_replicas=0))[0] == 1
+
+
+def test_a_question_that_waits_keeps_a_pool_from_zero() -> None:
+    policy = BacklogPolicy("sqlite:////nonexistent/jobs.db", "lm", drain_s=30, hold_s=0)
+    policy._read = (time.monotonic(), Backlog())
+    assert policy(context(current_num_replicas=1, total_num_requests=1.0))[0] == 1
+    assert policy(context(current_num_replicas=1, total_num_requests=0.01))[0] == 0  # a look at what it can do
+    assert policy(context(total_num_requests=9.0, capacity_adjusted_max_replicas=0))[0] == 0
 
 
 def test_a_stale_reading_keeps_the_size() -> None:

@@ -13,7 +13,7 @@ from acestep.errors import LimitExceeded
 from acestep.gpu_config import TIERS
 from acestep.plan import Metadata, Plan
 from acestep.request import SongRequest
-from deployments.placement import FleetState, PoolState, Promise, choose, choose_planner, wait_s
+from deployments.placement import FleetState, PoolState, Promise, choose, choose_pool, wait_s
 from tests.fleet.conftest import make_pool
 
 
@@ -123,14 +123,16 @@ def test_work_spills_to_a_larger_card_only_when_the_wait_is_worth_it() -> None:
 
 def test_a_pool_at_zero_is_started_when_the_running_one_is_crowded() -> None:
     quiet = three_cards(running=0, max_replicas=2)
-    assert choose(song(duration=500), quiet).outcome == "wait"  # only the large card can, so it starts
+    # Only the large card can: it is planned while that starts.
+    assert choose(song(duration=500, thinking=False, use_cot_metas=False), quiet).outcome == "wait"
+    assert choose(song(duration=500), quiet).renderer == "dit-80"
     crowded = FleetState(
         tuple(
             replace(p, running=0, max_replicas=4) if p.name == "dit-8" else replace(p, waiting_s=500.0, busy=1)
             for p in quiet.pools
         )
     )
-    decision = choose(song(duration=30), crowded)
+    decision = choose(song(duration=30, thinking=False, use_cot_metas=False), crowded)
     assert decision.outcome == "wait"
     assert "will start one" in decision.reason
 
@@ -195,9 +197,9 @@ def test_coming_work_counts_only_if_its_plan_is_there_before_ours() -> None:
 
 def test_planner_only_calls_take_a_planner_with_room() -> None:
     a, b = make_pool("a", "plan", "rtx-3060-12", "tier5"), make_pool("b", "plan", "rtx-4080", "tier6")
-    assert choose_planner(FleetState((a, b))) is a
-    assert choose_planner(FleetState((replace(a, waiting_s=100.0), b))) is b
-    assert choose_planner(FleetState(())) is None
+    assert choose_pool(FleetState((a, b)), "plan") is a
+    assert choose_pool(FleetState((replace(a, waiting_s=100.0), b)), "plan") is b
+    assert choose_pool(FleetState(()), "plan") is None
 
 
 # -- properties
@@ -258,10 +260,11 @@ def test_a_chosen_pool_can_always_serve_the_request(
     assert sorted(i for g in decision.groups for i in g) == list(range(decision.request.batch_size))
     chosen = [renderer]
     if decision.planner:
-        chosen.append(by_name[decision.planner])
-        assert chosen[-1].role == "plan"
+        chosen.insert(0, by_name[decision.planner])
+        assert chosen[0].role == "plan"
         assert decision.est_plan_s > 0
-    assert (decision.outcome == "run") == all(p.running for p in chosen)
+    # What comes after the next stage may start meanwhile, where it can.
+    assert (decision.outcome == "run") == bool(chosen[0].running and all(p.can_run for p in chosen))
     assert (decision.eta_s is None) == any(not p.can_run for p in chosen)
     if decision.eta_s is not None:
         assert decision.eta_s >= decision.plan_wall_s + decision.render_wall_s > 0
@@ -299,3 +302,15 @@ def test_the_eta_of_the_only_pools_grows_with_their_queue(request: SongRequest, 
     assert after.eta_s is not None
     # A fuller planner is slower, so more of the renderer's queue may be gone when the plan is there; never more than that.
     assert after.eta_s >= before.eta_s - 1e-6
+
+
+@settings(max_examples=100, deadline=None)
+@given(request=requests, fleet=fleets)
+def test_a_plan_alone_asks_nothing_of_renderers(request: SongRequest, fleet: FleetState) -> None:
+    song, plan = choose(request, fleet), choose(request, fleet, only_plan=True)
+    assert (plan.planner, plan.request, plan.max_duration) == (song.planner, song.request, song.max_duration)
+    assert (plan.renderer, plan.est_render_s, plan.render_wait_s, plan.render_wall_s) == (None, 0.0, 0.0, 0.0)
+    if plan.planner:
+        planner = next(p for p in fleet.pools if p.name == plan.planner)
+        assert (plan.outcome == "run") == bool(planner.running)
+        assert (plan.eta_s is None) == (not planner.can_run)

@@ -17,6 +17,7 @@ import pytest
 from ray.serve._private.request_router.common import ReplicaQueueLengthCache
 
 from acestep.cost import render_seconds
+from acestep.errors import InvalidRequest
 from acestep.gpu_config import get_gpu_config, get_limits
 from acestep.plan import Metadata, Plan
 from acestep.profiles import find
@@ -36,7 +37,7 @@ from deployments.jobs.store import Job
 from deployments.least_busy import LeastBusy, ranked
 from deployments.ordering import Waiting
 from deployments.outlook import pool_limits
-from deployments.placement import PoolState
+from deployments.placement import Decision, PoolState
 from deployments.places import Place
 from deployments.routing import NoPool, Routing
 
@@ -307,8 +308,8 @@ async def test_where_a_job_is_and_what_is_left_of_that(held: Held) -> None:
     assert where("elsewhere") is None
 
 
-def placed(routing: Routing, me: Waiting | None = None, *, newcomer: bool = False) -> PoolState:
-    return routing.state(FleetView((renderer(running=2),)), me, newcomer=newcomer).pools[0]
+def placed(routing: Routing, me: Waiting | None = None) -> PoolState:
+    return routing.state(FleetView((renderer(running=2),)), me).pools[0]
 
 
 async def test_what_runs_here_is_known_to_the_moment_and_what_is_more_urgent_goes_before(held: Held) -> None:
@@ -345,41 +346,27 @@ async def test_what_is_being_planned_comes_when_it_is_planned() -> None:
         await held.end(name)
 
 
-def test_a_newcomer_waits_for_all_that_is_queued_and_a_job_whose_turn_has_come_for_what_others_do() -> None:
+def test_a_job_whose_turn_has_come_waits_for_what_others_do_and_one_in_the_queue_for_its_place() -> None:
     routing = Routing()
     view = FleetView((renderer(), PLANNER))
-    backlog = Backlog(waiting_s=100.0, upcoming_s=20.0, later_s=300.0)
+    backlog = Backlog(waiting_s=100.0, held_s=8.0, upcoming_s=20.0, later_s=300.0, running_jobs=1)
     routing.set_backlogs({"dit": backlog, "lm": Backlog(running_jobs=2)})
-    newcomer, turn = routing.state(view, newcomer=True).pools[0], routing.state(view).pools[0]
-    assert newcomer.waiting_s == 100.0
-    assert sum(work for _, work, _ in newcomer.coming) == pytest.approx(320.0)
-    assert turn.waiting_s == 0.0
-    assert sum(work for _, work, _ in turn.coming) == pytest.approx(
-        20.0
-    )  # another router's songs: this one has none there
+    turn, queued = (
+        routing.state(view, piece("me").turn, line).pools[0] for line in (None, LinePlace(2, {"dit": 30.0}))
+    )
+    # Of other routers' songs: this one has none there. The place in the queue counts them itself.
+    assert (turn.waiting_s, queued.waiting_s) == (8.0, 30.0)
+    assert sum(work for _, work, _ in turn.coming) == pytest.approx(20.0)
+    assert queued.coming == ()
     routing.set_backlogs({"dit": backlog})
     assert routing.state(view).pools[0].coming == ()
-
-
-def test_what_was_queued_and_claimed_since_the_last_look_counts_once() -> None:
-    routing = Routing()
-    view = FleetView((renderer(running=2),))
-    decision = routing.admit(view, SongRequest(prompt="x", duration=60, thinking=False, use_cot_metas=False))
-    assert decision is not None
-    routing.admitted(decision)
-    assert placed(routing, newcomer=True).waiting_s == decision.est_render_s > 0
-    job = SimpleNamespace(
-        planned_at=None, plan_pool=None, est_plan_s=0.0, render_pool="dit", est_render_s=decision.est_render_s
-    )
-    routing.claimed(job)  # type: ignore[arg-type]
-    assert placed(routing, newcomer=True).waiting_s == 0.0
 
 
 def test_a_job_in_the_queue_waits_for_its_place_alone() -> None:
     routing = Routing()
     routing.set_backlogs({"dit": Backlog(waiting_s=1_000.0)})
     line = LinePlace(3, {"lm": 4.0, "dit": 50.0}, {"dit": (20.0, 2)})
-    (found,) = routing.state(FleetView((renderer(running=2),)), piece("me").turn, line=line).pools
+    (found,) = routing.state(FleetView((renderer(running=2),)), piece("me").turn, line).pools
     assert found.waiting_s == 30.0
     assert [work for _, work, _ in found.coming] == [10.0, 10.0]
 
@@ -498,3 +485,53 @@ async def test_what_a_song_took_is_learnt_under_load_but_not_from_shared_steps(t
     assert first.alone == second.alone == (together == 1)
     routing.learn_render("dit", request, plan, song)
     assert routing.corrections.factor("dit", "render") == pytest.approx(3.0, rel=0.02)
+
+
+# -- what is not known yet
+
+
+def test_a_pool_that_never_told_what_it_can_do_does_not_switch_admission_off() -> None:
+    """Its card may never come; meanwhile it counts as not there."""
+    routing, line = Routing(), LinePlace(1)
+    silent = Pool("dit-new", "render", RendererArgs(), status="DEPLOYING")
+    long = SongRequest(prompt="x", duration=600, thinking=False, use_cot_metas=False)
+
+    def admit(request: SongRequest, *pools: Pool) -> Decision | None:
+        view = FleetView(pools)
+        return routing.admit(view, request, routing.newcomer(view, request, "me"), line)
+
+    known = admit(long, renderer(), PLANNER)
+    assert known is not None
+    assert known.request.duration == 360
+    assert admit(long, renderer(), PLANNER, silent) == known
+    assert admit(long, silent, PLANNER) is None
+    # Nobody knows whether it serves what nothing else does: that waits until it has said so.
+    other = long.model_copy(update={"model": "acestep-v15-sft"})
+    assert admit(other, renderer(), PLANNER, silent) is None
+    with pytest.raises(InvalidRequest, match="serves acestep-v15-turbo, not"):
+        admit(other, renderer(), PLANNER)
+    # A planner that is still loading is waited for where there is no other, and only by who needs one.
+    loading = Pool("lm-new", "plan", PlannerArgs(), status="DEPLOYING")
+    thinking = SongRequest(prompt="x", duration=30)
+    assert admit(thinking, renderer(), loading) is None
+    assert admit(long, renderer(), loading) is not None
+    assert admit(thinking, renderer(), loading, PLANNER) == admit(thinking, renderer(), PLANNER)
+    off = replace(loading, info={"disabled": "ACESTEP_INIT_LLM=false"})
+    decided = admit(thinking, renderer(), off)
+    assert decided is not None
+    assert decided.planner is None
+
+
+def test_a_question_wakes_only_a_pool_that_sleeps() -> None:
+    asleep = RendererArgs(pool="dit", tiers=("tier6",), min_replicas=0, max_replicas=2)
+    cases = [
+        (asleep, "RUNNING", [node("tier6")], True),
+        (asleep, "RUNNING", [node("tier4")], False),
+        (asleep.model_copy(update={"nodes_on_demand": True}), "RUNNING", [], True),
+        (asleep, "DEPLOY_FAILED", [node("tier6")], False),
+        (RendererArgs(tiers=("tier6",)), "RUNNING", [node("tier6")], False),
+        (RendererArgs(tiers=("tier6",), num_replicas=1), "RUNNING", [node("tier6")], False),
+    ]
+    for args, status, nodes, wakes in cases:
+        seen = view(args, *nodes, status=status)
+        assert seen.wakes(seen.pools[0]) is wakes, (args, status)

@@ -54,6 +54,9 @@ async def test_the_same_seed_asks_for_the_same_text(tmp_path: Path) -> None:
 
         format = inspire
 
+        def columns(self, role: str) -> dict[str, Any]:
+            return {}
+
     for request in (ASKED, ASKED.model_copy(update={"lm_seed": 7})):
         steps = [{"ask": "inspire", "fields": {"query": "x"}}, {"ask": "format", "fields": {}}]
         job_id = str(uuid.uuid4())

@@ -127,7 +127,7 @@ def test_backlog_and_queue_are_read_from_the_same_url(store: JobStore, database_
 
 def test_a_job_goes_through_its_life_and_ends_once(store: JobStore) -> None:
     job = add(store)
-    assert (job.state, Line(store.engine).place(job.id, {}).position) == ("queued", 1)
+    assert (job.state, Line(store.engine).place(job, {}).position) == ("queued", 1)
     claimed = store.claim(job.id, "a", 10)
     assert claimed is not None
     assert claimed.attempts == 1
@@ -255,8 +255,8 @@ def test_the_same_key_at_the_same_time_makes_one_job(store: JobStore) -> None:
 
 def test_limits_hold_and_write_nothing(store: JobStore) -> None:
     add(store, owner_key="a", audio_s=50.0)
-    with pytest.raises(Busy, match="1 jobs wait"):
-        add(store, caps=Caps(queued=1))
+    with pytest.raises(Busy, match="1 jobs wait already; the limit is 1"):
+        add(store, owner_key="a", caps=Caps(queued=1))
     with pytest.raises(Busy, match="under way"):
         add(store, owner_key="a", caps=Caps(active=1))
     add(store, owner_key="b", caps=Caps(active=1))
@@ -265,6 +265,17 @@ def test_limits_hold_and_write_nothing(store: JobStore) -> None:
     assert 86_000 < error.value.details["retry_after"] <= 86_401
     add(store, owner_key="a", audio_s=10.0, caps=Caps(audio_s=60.0))
     assert store.counts()["queued"] == 3
+
+
+def test_nobody_fills_the_queue_for_others(store: JobStore) -> None:
+    full = Caps(queued=4)
+    for owner, taken in (("a", 4), ("b", 2), ("c", 1)):  # of a full queue everybody may still take an equal share
+        for _ in range(taken):
+            add(store, owner_key=owner, caps=full)
+        with pytest.raises(Busy, match="jobs wait already"):
+            add(store, owner_key=owner, caps=full)
+    with pytest.raises(Busy, match="7 jobs wait already, 2 of them this key's, whose share is 1; the limit is 4"):
+        add(store, owner_key="b", caps=full)
 
 
 def test_paging_meets_every_job_once(store: JobStore) -> None:
@@ -292,7 +303,7 @@ def test_places_and_what_goes_ahead_are_those_of_the_real_order(store: JobStore)
     one = add(store, owner_key="one", **pools)
     elsewhere = add(store, owner_key="two", render_pool="other", est_render_s=7.0)
     line = Line(store.engine)
-    places = {job.id: line.place(job.id, {"many": 500.0}) for job in (*many, one, elsewhere)}
+    places = {job.id: line.place(job, {"many": 500.0}) for job in (*many, one, elsewhere)}
     # Who had much of the fleet lately waits behind who had nothing, though all of it came earlier.
     assert places[one.id].position == 1
     assert places[one.id].ahead == {"dit": 8.0}  # of the two that are not rendering yet
@@ -300,9 +311,9 @@ def test_places_and_what_goes_ahead_are_those_of_the_real_order(store: JobStore)
     assert places[many[1].id].ahead == {"lm": 4.0, "dit": 16.0, "other": 7.0}
     order = next_jobs(read_queue(store.engine), {"many": 500.0}, time.time())
     assert [places[w.id].position for w in order] == list(range(1, len(order) + 1))
-    assert line.place(rendering.id, {}).position == 0
+    assert line.place(store.get_existing(rendering.id), {}).position == 0
     later = add(store, owner_key="one", **pools)
-    assert line.place(later.id, {}).position > 0  # new ones are seen at once
+    assert line.place(later, {}).position > 0  # new ones are seen at once
 
 
 def test_waiting_beyond_the_deadline_ends_a_job(store: JobStore) -> None:
