@@ -251,7 +251,7 @@ async def test_every_question_has_an_answer_however_pools_come_and_go_under_work
         job = Job(f"lm{number}", "song", "running", "queued", asked, now, plan_pool="lm", render_pool="dit")
         ahead = LinePlace(2, dice.choice([{}, {"lm": 3.0, "dit": 2.0}]), dice.choice([{}, {"dit": (1.0, 1)}]))
         assert routing.window(fleet) >= 2
-        routing.admit(fleet, asked)
+        routing.admit(fleet, asked, routing.newcomer(fleet, asked, "me"), ahead)
         for line in (None, ahead):
             state = routing.state(fleet, turn_of(job), line=line)
             for stage in ("queued", "planning", "planned", "rendering"):
