@@ -142,11 +142,13 @@ def forwards(request: SongRequest, model: str | None) -> float:
     steps = len(request.timesteps) if request.timesteps else request.steps or defaults.steps
     guidance = defaults.guidance_scale
     if (
-        guidance > 1.0 and request.guidance_scale is not None
+        not defaults.distilled and request.guidance_scale is not None
     ):  # distilled checkpoints run without guidance, whatever is asked
         guidance = request.guidance_scale
     guided = request.cfg_interval_end - request.cfg_interval_start if guidance > 1.0 else 0.0
-    per_step = 2.0 - 1.0 / steps if request.sampler == "heun" else 1.0
+    per_step = 1.0
+    if request.sampler == "heun" and request.infer_method == "ode":
+        per_step = 2.0 - 1.0 / steps if defaults.distilled else 2.0
     return steps * per_step * (1.0 + guided)
 
 
@@ -172,13 +174,13 @@ def expected_duration(request: SongRequest, plan: Plan | None = None) -> tuple[f
     """(seconds of audio per item, whether that is known and not a guess)."""
     if (source_s := source_song_s(request)) is not None:
         return source_s, True
+    if request.duration is not None:  # codes are cut or continued to it
+        return request.duration, True
     plan = plan or request.plan
-    if plan is not None and plan.codes:
-        return max(map(len, plan.codes)) / CODES_PER_SECOND, True
     if request.audio_codes is not None:
         return len(request.audio_codes) / CODES_PER_SECOND, True
-    if request.duration is not None:
-        return request.duration, True
+    if plan is not None and plan.codes:
+        return max(map(len, plan.codes)) / CODES_PER_SECOND, True
     if plan is not None and plan.metadata.duration is not None:
         return plan.metadata.duration, True
     if request.instrumental:

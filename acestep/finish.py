@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from acestep.audio.formats import content_type, extension
-from acestep.audio.loudness import master
+from acestep.audio.loudness import PEAK_DBFS, master
 from acestep.audio.manifest import manifest
 from acestep.audio.tags import SongTags
 from acestep.audio.writing import encode
+from acestep.dit.tasks import normalizes
 from acestep.errors import InvalidOutput
 from acestep.plan import Plan
 from acestep.request import SongRequest
@@ -79,7 +80,11 @@ def _finish_item(
             item=item.index, seed=item.seed,
         )  # fmt: skip
     audio, level = master(
-        item.audio.numpy(), SAMPLE_RATE, normalize=request.normalize, loudness_lufs=request.loudness_lufs
+        item.audio.numpy(),
+        SAMPLE_RATE,
+        normalize=normalizes(request),
+        dbfs=PEAK_DBFS if request.normalization_db is None else request.normalization_db,
+        loudness_lufs=request.loudness_lufs,
     )
     metadata = plan.metadata_of(item.index)
     caption = (metadata.caption if request.use_cot_caption else None) or request.prompt
@@ -101,7 +106,7 @@ def _finish_item(
         )
     facts = manifest(
         request, plan, item=item.index, seed=item.seed, model=maker.model, model_hash=maker.model_hash,
-        device=maker.device, notice=notice, settings=rendered.settings, level=level,
+        device=maker.device, notice=notice, settings=rendered.settings, level=level, made_gain_db=item.made_gain_db,
     )  # fmt: skip
     name = f"{prefix}{item.index}-manifest.json"
     put(name, json.dumps(facts, indent=1, ensure_ascii=False).encode())
@@ -111,6 +116,8 @@ def _finish_item(
         seed=item.seed,
         duration=samples / SAMPLE_RATE,
         samples=samples,
+        gain_db=round(level.gain_db, 3),
+        made_gain_db=None if item.made_gain_db is None else round(item.made_gain_db, 3),
         files=tuple(files),
         manifest=name,
     )

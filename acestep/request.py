@@ -195,9 +195,21 @@ class SongRequest(BaseModel):
     repainting_end: float | None = Field(None, ge=0.0, le=2 * MAX_DURATION_S, description="Seconds; null = to the end.")
     repaint_mode: Literal["conservative", "balanced", "aggressive"] = "balanced"
     repaint_strength: Probability = 0.5
-    repaint_latent_crossfade_frames: int = Field(10, ge=0, le=250)
-    repaint_wav_crossfade_sec: float = Field(0.0, ge=0.0, le=10.0)
-    chunk_mask_mode: Literal["explicit", "auto"] = "auto"
+    repaint_latent_crossfade_frames: int | None = Field(
+        None,
+        ge=0,
+        le=250,
+        description="Inside each edge of the window; null follows repaint_mode and repaint_strength.",
+    )
+    repaint_wav_crossfade_sec: float | None = Field(
+        None,
+        ge=0.0,
+        le=10.0,
+        description="Inside each edge of the window; null follows repaint_mode and repaint_strength.",
+    )
+    chunk_mask_mode: Literal["explicit", "auto"] = Field(
+        "explicit", description="explicit: the model is told where the window is; auto: the whole song."
+    )
     audio_cover_strength: Probability = 1.0
     cover_noise_strength: Probability = 0.0
 
@@ -206,7 +218,15 @@ class SongRequest(BaseModel):
         ("wav",), min_length=1, max_length=7, validation_alias=AliasChoices("formats", "format", "audio_format")
     )
     bitrate_kbps: int | None = Field(None, ge=32, le=512, description="For mp3, opus and aac.")
-    normalize: bool = Field(True, description="Peak at -1 dBFS, as upstream.")
+    normalize: bool | None = Field(
+        None,
+        validation_alias=AliasChoices("normalize", "enable_normalization"),
+        description="Peak at `normalization_db`. Without it a song is only turned down where it would clip. Null: yes, but not for "
+        "repaint, lego, extract and complete, which keep their source's level.",
+    )
+    normalization_db: float | None = Field(
+        None, ge=-60.0, le=0.0, description="dBFS of the highest sample, -1 if null; a number switches `normalize` on."
+    )
     loudness_lufs: float | None = Field(None, ge=-40.0, le=-5.0, description="Integrated loudness target instead.")
 
     # Service

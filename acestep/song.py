@@ -47,6 +47,11 @@ class SongItem(BaseModel):
     samples: int
     sample_rate: int = SAMPLE_RATE
     channels: int = CHANNELS
+    gain_db: float | None = Field(None, description="What the whole song was turned up by after it was made.")
+    made_gain_db: float | None = Field(
+        None,
+        description="Where source audio is kept around a window: what the window alone was turned up by, so as not to clip.",
+    )
     files: tuple[AudioFile, ...] = ()
     manifest: str | None = Field(None, description="Path of manifest.json beside the files.")
 

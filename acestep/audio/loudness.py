@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -24,34 +24,43 @@ class Loudness:
         peak_dbfs: Sample peak of the result; -inf for silence.
         lufs: Integrated loudness of the result; None where it was not asked for or cannot be measured (silence).
         limited_by_peak: The loudness target would have pushed peaks above -1 dBFS, so the result is quieter than asked.
+        gain_db: What the song was turned up (or, below 0, down) by.
     """
 
     peak_dbfs: float
     lufs: float | None = None
     limited_by_peak: bool = False
+    gain_db: float = 0.0
 
 
 def master(
-    audio: Samples, sample_rate: int, *, normalize: bool = True, loudness_lufs: float | None = None
+    audio: Samples,
+    sample_rate: int,
+    *,
+    normalize: bool = True,
+    dbfs: float = PEAK_DBFS,
+    loudness_lufs: float | None = None,
 ) -> tuple[Samples, Loudness]:
     """Bring a song to its final level.
 
     Args:
         audio: float32 [channels, samples], finite, at any level.
         sample_rate: Hz.
-        normalize: Peak at -1 dBFS. Without it the song is only scaled down where it would clip.
+        normalize: Peak at `dbfs`. Without it the song is only scaled down where it would clip.
         loudness_lufs: Integrated loudness (BS.1770) instead of the peak; takes precedence over `normalize`. Peaks still stay
             at or below -1 dBFS: no limiter is applied, so very dynamic material ends quieter than asked.
 
     Returns:
         The levelled song, a new array, and what was done.
     """
+    before = _dbfs(_peak(audio))
     result = anti_clip(audio)
     if loudness_lufs is not None:
-        return _to_lufs(result, sample_rate, loudness_lufs)
-    if normalize:
-        result = normalize_peak(result)
-    return result, Loudness(peak_dbfs=_dbfs(_peak(result)))
+        result, level = _to_lufs(result, sample_rate, loudness_lufs)
+    else:
+        result = normalize_peak(result, dbfs) if normalize else result
+        level = Loudness(peak_dbfs=_dbfs(_peak(result)))
+    return result, replace(level, gain_db=level.peak_dbfs - before if math.isfinite(before) else 0.0)
 
 
 def anti_clip(audio: Samples) -> Samples:

@@ -32,6 +32,7 @@ def manifest(
     notice: str | None,
     settings: Mapping[str, Any],
     level: Loudness | None = None,
+    made_gain_db: float | None = None,
 ) -> dict[str, Any]:
     """Facts of one item, as JSON values.
 
@@ -41,7 +42,8 @@ def manifest(
         item, seed: Which item of the batch, and its seed.
         model, model_hash, device, notice: Of the renderer.
         settings: Sampling as used; its entry "lora" (name, hash, scale) becomes an entry of its own.
-        level: What mastering measured.
+        level: What mastering measured and did.
+        made_gain_db: Of what was made inside a source that was kept, before it was put there.
     """
     codes = request.audio_codes or plan.codes_of(item)
     lm_seed = plan.lm_seeds[item if len(plan.lm_seeds) > 1 else 0] if plan.lm_seeds else None
@@ -56,7 +58,7 @@ def manifest(
         "plan": plan.metadata_of(item).model_dump(exclude_none=True),
         "codes": None if codes is None else {"count": len(codes), "sha256": codes_hash(codes)},
         "settings": {key: value for key, value in settings.items() if key != "lora"},
-        "level": None if level is None else _level(level),
+        "level": None if level is None else _level(level, made_gain_db),
         "request": request.model_dump(mode="json", exclude_defaults=True, exclude=_LEFT_OUT),
         "versions": versions(),
     }
@@ -79,9 +81,11 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _level(level: Loudness) -> dict[str, Any]:
+def _level(level: Loudness, made_gain_db: float | None) -> dict[str, Any]:
     return {
         "peak_dbfs": round(level.peak_dbfs, 3) if math.isfinite(level.peak_dbfs) else None,
         "lufs": None if level.lufs is None else round(level.lufs, 2),
         "limited_by_peak": level.limited_by_peak,
+        "gain_db": round(level.gain_db, 3),
+        "made_gain_db": None if made_gain_db is None else round(made_gain_db, 3),
     }

@@ -72,8 +72,17 @@ def _lossless(samples: npt.NDArray[np.float32], rate: int, spec: FormatSpec, tag
             file.title = tags.title
             file.comment = tags.comment()
             file.software = SOFTWARE
-        file.write(samples.T)
+        file.write(_integers(samples, spec.subtype).T)
     return _without_time(buffer.getvalue())
+
+
+def _integers(samples: npt.NDArray[np.float32], subtype: str | None) -> npt.NDArray[Any]:
+    """The nearest integers, so that samples read from a file of this type are written as they were; libsndfile's own scale is another."""
+    if subtype == "PCM_16":
+        return np.clip(np.rint(samples * np.float32(2**15)), -(2**15), 2**15 - 1).astype(np.int16)
+    if subtype == "PCM_24":  # in the upper three of four bytes
+        return np.clip(np.rint(samples * np.float32(2**23)), -(2**23), 2**23 - 1).astype(np.int32) << 8
+    return samples
 
 
 def _without_time(data: bytes) -> bytes:

@@ -84,6 +84,8 @@ def component_configs(config: dict[str, Any], source: Path) -> dict[str, dict[st
 
     transformer = {f: config[f] for f in transformer_fields}
     transformer["is_turbo"] = bool(config.get("is_turbo", False))
+    if config.get("is_lego_sft"):
+        transformer["is_lego_sft"] = True  # diffusers has no such argument and passes over it
     transformer["model_version"] = config.get("model_version")
     if config.get("encoder_hidden_size") is not None:
         transformer["encoder_hidden_size"] = config["encoder_hidden_size"]

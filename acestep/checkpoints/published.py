@@ -25,6 +25,7 @@ class VariantDefaults:
         shift: Timestep shift.
         guidance_scale: Classifier-free guidance; 1 is off (it is distilled into the turbo weights).
         tasks: Tasks that this variant was trained for.
+        lego_sft: Trained on captions that describe the whole song and the part of it (`is_lego_sft` in its configuration).
     """
 
     steps: int
@@ -32,6 +33,12 @@ class VariantDefaults:
     shift: float
     guidance_scale: float
     tasks: tuple[str, ...]
+    lego_sft: bool = False
+
+    @property
+    def distilled(self) -> bool:
+        """Whether guidance is in the weights: one evaluation per step, and nothing to switch on."""
+        return self.guidance_scale <= 1.0
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from acestep import paths
@@ -150,7 +151,10 @@ def _renderer(folder: Path, name: str, *, revision: str | None = None) -> Checkp
         name=name,
         kind="renderer",
         path=folder,
-        defaults=variant_defaults(bool(config.get("is_turbo", False)), name),
+        defaults=replace(
+            variant_defaults(bool(config.get("is_turbo", False)), name),
+            lego_sft=bool(config.get("is_lego_sft", False)),
+        ),
         notice=TINY_NOTICE if config.get("model_version") in TINY_RENDERERS else None,
         revision=revision,
     )

@@ -52,6 +52,17 @@ def generate(
     key: Annotated[str | None, typer.Option(help="Such as 'F# minor'.")] = None,
     language: Annotated[str | None, typer.Option(help="Language of the lyrics, such as en.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps; left out: the checkpoint's default.")] = None,
+    normalize: Annotated[
+        bool | None,
+        typer.Option(
+            "--normalize/--no-normalize",
+            help="Peak at -1 dBFS; left out: yes, but not where a task keeps its source's level.",
+        ),
+    ] = None,
+    normalization_db: Annotated[
+        float | None,
+        typer.Option(help="Another peak than -1 dBFS; a negative number needs =, as in --normalization-db=-3."),
+    ] = None,
     param: Annotated[
         list[str] | None,
         typer.Option("--param", "-p", help="Any other field of a request, as name=value (JSON or text)."),
@@ -65,6 +76,7 @@ def generate(
     fields = {
         "prompt": prompt, "lyrics": _text_or_file(lyrics), "duration": duration, "seed": seed, "batch_size": batch_size,
         "thinking": thinking, "bpm": bpm, "key_scale": key, "vocal_language": language, "steps": steps,
+        "normalize": normalize, "normalization_db": normalization_db,
         **dict(_parameter(p) for p in param or []),
     }  # fmt: skip
     fields = {k: v for k, v in fields.items() if v is not None}

@@ -14,8 +14,10 @@ Where diffusers 0.42.1 and ACE-Step's own code disagree, or neither is right for
 * Repainting crossfades inside its window, not outside: the latents outside are the source's, bit for bit, in every mode, and unless
   the mode is `aggressive` so are the samples. `conservative` holds the source during all steps, `aggressive` during none, `balanced`
   during a share of 1 - `repaint_strength`.
-* `chunk_mask_mode` `explicit` shows the model the window; `auto` gives it ACE-Step's mark for "decide yourself". Either way only
-  the window changes. Tasks without a window have a mask of ones.
+  The crossfades, too, follow mode and strength (at most 25 frames and 50 ms), unless the request names its own.
+* What is made in a window is turned down to ±1 before it is put into its source, whose samples stay as they are.
+* `chunk_mask_mode` `explicit` shows the model the window; `auto` shows it a window that is everything, which is what ACE-Step's code
+  does with it. Either way only the window changes. Tasks without a window have a mask of ones.
 * Stochastic sampling re-noises to the next time of the schedule, so that `shift` and `timesteps` hold for it too.
 * The time of each step stays in float32 in every precision.
 """

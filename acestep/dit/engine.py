@@ -23,7 +23,7 @@ from acestep.dit.preparation import Preparation, Prepared, Steps, song_samples, 
 from acestep.dit.residency import Residency
 from acestep.dit.runs import ItemRun, SongRun
 from acestep.dit.vae import Vae
-from acestep.dit.work import CodesWork, Rendered, RenderedItem, RenderWork
+from acestep.dit.work import CodesWork, Rendered, RenderWork
 from acestep.engine import Ticket
 from acestep.errors import AceStepError, Internal, InvalidOutput, OutOfMemory
 from acestep.song import SAMPLES_PER_FRAME, Progress, RenderTimings
@@ -281,12 +281,12 @@ class RenderEngine:
             if all(other.decoded for other in song.runs):
                 self._close(song, result=self._rendered(song))
 
-    def _hand_out(self, song: SongRun, run: ItemRun, first: int, chunk: Tensor) -> None:
+    def _hand_out(self, song: SongRun, run: ItemRun, first: int, part: Tensor) -> None:
         work = song.ticket.work
         if work.on_audio is None or song.ticket.cancelled:
             return
         try:
-            work.on_audio(run.item.index, first, chunk)
+            work.on_audio(run.item.index, first, run.heard(first, part))
         except Exception:  # a listener's defect must not stop other callers' work
             log.exception("audio listener of %s failed", song.ticket.id)
 
@@ -294,7 +294,7 @@ class RenderEngine:
         assert song.prepared is not None
         request = song.ticket.work.request
         return Rendered(
-            items=tuple(RenderedItem(run.item.index, run.item.seed, run.audio) for run in song.runs),
+            items=tuple(run.rendered() for run in song.runs),
             timings=RenderTimings(queued_s=song.ticket.queued_s, **song.seconds),
             settings={
                 "task": request.task,

@@ -26,7 +26,9 @@ class Guidance:
 
     def __init__(self, scale: float, interval: tuple[float, float] = (0.0, 1.0), angle: bool = False) -> None:
         self.scale = scale
-        self.interval = interval
+        # Times are float32, so its borders are: 0.8 includes the time that float32 has for 0.8.
+        low, high = torch.tensor(interval, dtype=torch.float32).tolist()
+        self.interval = (low, high)
         self.angle = angle
         self._momentum = MomentumBuffer(momentum=APG_MOMENTUM)
 

@@ -39,8 +39,11 @@ Steps = Generator["Future[Any] | None", None, T]
 
 DEFAULT_SECONDS = 60.0
 _READERS = 2
-_AUTO_MASK = 2.0  # upstream's mark for "the model decides where" in the mask channels
-_INJECTION = {"conservative": 1.0, "aggressive": 0.0}
+# How much of the source is held: what balances between both is 1 - `repaint_strength`. From it follow, as in ACE-Step, the share of
+# the steps and the crossfades, of which these are the longest.
+_HELD = {"conservative": 1.0, "aggressive": 0.0}
+_CROSSFADE_FRAMES = 25
+_CROSSFADE_S = 0.05
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +106,11 @@ class Preparation:
         request = work.request
         check_files(request, work.src_audio, work.reference_audio)
         sampling, adjustments = resolve(request, self._defaults)
+        if request.global_caption and not self._defaults.lego_sft:
+            reason = "this checkpoint was not trained on captions of whole songs"
+            adjustments.append(
+                Adjustment(field="global_caption", asked=request.global_caption, given="", reason=reason)
+            )
         lora = self._loras.get(request.lora)
         source = (yield from self._source(work)) if work.src_audio is not None else None
         references = []
@@ -119,7 +127,7 @@ class Preparation:
         for index in work.indices:
             codes = work_codes(work, index)
             samples = lengths[index] = song_samples(work, codes, source)
-            adjustments += _length_adjustments(work, samples, source)
+            adjustments += _length_adjustments(work, samples, source, codes)
             frames = -(-samples // SAMPLES_PER_FRAME)
             texts[index] = self._texts(work, codes, samples / SAMPLE_RATE)
             self._residency.need("conditions")
@@ -228,9 +236,10 @@ class Preparation:
         if request.task == "repaint":
             latents = latents.clone()
             latents[start:end] = self._conditions.silence_of(frames)[start:end]
-        mask = torch.full_like(latents, _AUTO_MASK if request.chunk_mask_mode == "auto" else 0.0)
-        if request.chunk_mask_mode == "explicit":
-            mask[start:end] = 1.0
+        if request.chunk_mask_mode == "auto":
+            return self._with_mask(latents)
+        mask = torch.zeros_like(latents)
+        mask[start:end] = 1.0
         return torch.cat([latents, mask], dim=-1)
 
     def _silence(self, frames: int) -> Tensor:
@@ -244,7 +253,8 @@ class Preparation:
         """The texts of the main conditioning and, where a cover lets go of its source on the way, of the rest."""
         request, metadata = work.request, work.plan.metadata
         lyrics = lyrics_text(request, metadata)
-        texts = [(caption_text(request, metadata, instruction(request, codes=bool(codes)), seconds), lyrics)]
+        own = instruction(request, codes=bool(codes))
+        texts = [(caption_text(request, metadata, own, seconds, lego_sft=self._defaults.lego_sft), lyrics)]
         if follows_source(request, codes=bool(codes)) and request.audio_cover_strength < 1.0:
             texts.append((caption_text(request, metadata, RULES["text2music"].instruction, seconds), lyrics))
         return texts
@@ -269,16 +279,20 @@ class Preparation:
         repaint = splice = None
         if source is not None and window is not None and not window.is_everything:
             aggressive = request.repaint_mode == "aggressive"
+            held = _HELD.get(request.repaint_mode, 1.0 - request.repaint_strength)
+            frames, seconds = request.repaint_latent_crossfade_frames, request.repaint_wav_crossfade_sec
+            frames = round(held * _CROSSFADE_FRAMES) if frames is None else frames
+            seconds = held * _CROSSFADE_S if seconds is None else seconds
             repaint = Repaint(
                 clean=source.latents.to(self._device),
                 start=window.start,
                 end=window.end,
-                injection=_INJECTION.get(request.repaint_mode, 1.0 - request.repaint_strength),
-                crossfade=0 if aggressive else request.repaint_latent_crossfade_frames,
+                injection=held,
+                crossfade=0 if aggressive else frames,
                 known=window.known,
             )
             if not aggressive:
-                splice = Splice(source.audio, window, round(request.repaint_wav_crossfade_sec * SAMPLE_RATE))
+                splice = Splice(source.audio, window, round(seconds * SAMPLE_RATE))
         noisy = source is not None and request.cover_noise_strength > 0.0
         path = Path(
             frames=-(-samples // SAMPLES_PER_FRAME),
@@ -315,9 +329,20 @@ def song_samples(work: RenderWork, codes: tuple[int, ...] | None, source: _Sourc
     return round(seconds * SAMPLE_RATE)
 
 
-def _length_adjustments(work: RenderWork, samples: int, source: _Source | None) -> list[Adjustment]:
+def _length_adjustments(
+    work: RenderWork, samples: int, source: _Source | None, codes: tuple[int, ...] | None
+) -> list[Adjustment]:
     asked = work.request.duration
-    if source is None or asked is None or round(asked * SAMPLE_RATE) == samples:
+    if asked is None:
+        return []
+    if source is None:
+        if codes and abs(len(codes) - asked * CODES_PER_SECOND) > 1.0:
+            done = "cut to it" if len(codes) > asked * CODES_PER_SECOND else "continued with silence"
+            reason = f"the duration that is asked for decides the length: the codes are {done}"
+            coded = f"{len(codes) / CODES_PER_SECOND:g} s"
+            return [Adjustment(field="audio_codes", asked=coded, given=f"{asked:g} s", reason=reason)]
+        return []
+    if round(asked * SAMPLE_RATE) == samples:
         return []
     given = round(samples / SAMPLE_RATE, 3)
     return [Adjustment(field="duration", asked=asked, given=given, reason="the source audio decides the length")]

@@ -9,15 +9,21 @@ MAX_TEXT_TOKENS = 256
 MAX_LYRIC_TOKENS = 2_048
 
 
-def caption_text(request: SongRequest, metadata: Metadata, instruction: str, seconds: float) -> str:
-    """Instruction, caption and metadata. What is not known is `N/A`; the duration is that of the song itself."""
+def caption_text(
+    request: SongRequest, metadata: Metadata, instruction: str, seconds: float, *, lego_sft: bool = False
+) -> str:
+    """Instruction, caption and metadata. What is not known is `N/A`; the duration is that of the whole song.
+
+    Args:
+        lego_sft: The checkpoint knows captions of the whole song and a part of it.
+    """
     bpm = request.bpm or metadata.bpm or "N/A"
     time_signature = request.time_signature or metadata.timesignature or "N/A"
     key = request.key_scale or metadata.keyscale or "N/A"
     instruction = instruction if instruction.endswith(":") else f"{instruction}:"
     return (
         f"# Instruction\n{instruction}\n\n"
-        f"# Caption\n{_caption(request, metadata)}\n\n"
+        f"# Caption\n{_caption(request, metadata, lego_sft)}\n\n"
         f"# Metas\n- bpm: {bpm}\n- timesignature: {time_signature}\n- keyscale: {key}\n- duration: {int(seconds)} seconds\n"
         "<|endoftext|>\n"
     )
@@ -31,10 +37,10 @@ def lyrics_text(request: SongRequest, metadata: Metadata) -> str:
     return f"# Languages\n{asked or planned or 'unknown'}\n\n# Lyric\n{lyrics}<|endoftext|>"
 
 
-def _caption(request: SongRequest, metadata: Metadata) -> str:
+def _caption(request: SongRequest, metadata: Metadata, lego_sft: bool) -> str:
     caption = metadata.caption if request.use_cot_caption and metadata.caption else request.prompt
-    if not request.global_caption:
+    if not (lego_sft and request.global_caption):
         return caption
-    # The form in which stem models were trained: the whole song, then the part.
+    # The form in which such models were trained: the whole song, then the part.
     control = "true" if request.chunk_mask_mode == "explicit" else "false"
     return f"Global: {request.global_caption}\nLocal: {caption}\nMask Control: {control}"

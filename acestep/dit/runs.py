@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -14,8 +15,11 @@ from acestep.dit.denoiser import Denoiser, Row
 from acestep.dit.preparation import Item, Prepared, Steps
 from acestep.dit.sampler import Walk, Walker, reprojected
 from acestep.dit.vae import Vae
+from acestep.dit.work import RenderedItem
 from acestep.engine import Ticket
 from acestep.song import CHANNELS
+
+_SPLICED_SAMPLES = 1 << 20  # at once: bounds the copies that a splice makes
 
 
 class ItemRun:
@@ -56,13 +60,26 @@ class ItemRun:
         self.audio = torch.empty((CHANNELS, self.item.samples))
 
     def keep(self, first: int, piece: Tensor) -> Tensor:
-        """Take decoded PCM from sample `first` on into the song; returns it as it is there: cut to the song, spliced."""
-        chunk = piece[:, : self.item.samples - first]
-        if self.item.splice is not None:
-            chunk = self.item.splice(first, chunk)
-        part = self.audio[:, first : first + chunk.shape[1]]
-        part.copy_(chunk)
-        return part.clone()  # a listener may do with it what it likes
+        """Take decoded PCM from sample `first` on into the song; returns it cut to the song."""
+        part = self.audio[:, first : first + piece.shape[1]]
+        part.copy_(piece[:, : part.shape[1]])
+        return part
+
+    def heard(self, first: int, part: Tensor) -> Tensor:
+        """A copy of what `keep` returned, spliced: a listener may do with it what it likes."""
+        return part.clone() if self.item.splice is None else self.item.splice(first, part)
+
+    def rendered(self) -> RenderedItem:
+        """The decoded song. What was made inside a source is turned down to ±1 before it is put there, and the source is not."""
+        if (splice := self.item.splice) is None:
+            return RenderedItem(self.item.index, self.item.seed, self.audio)
+        window = splice.window
+        peak = float(self.audio[:, window.start_sample : window.end_sample].abs().max())
+        gain = 1.0 / max(peak, 1.0)
+        for first in range(0, self.item.samples, _SPLICED_SAMPLES):
+            part = self.audio[:, first : first + _SPLICED_SAMPLES]
+            part.copy_(splice(first, part * gain))
+        return RenderedItem(self.item.index, self.item.seed, self.audio, made_gain_db=20.0 * math.log10(gain))
 
     @property
     def frames(self) -> int:

@@ -118,7 +118,7 @@ class Walker:
             if sampling.stochastic:
                 clean = x - t * v
                 x = clean if after == 0.0 else (1.0 - after) * clean + after * draw()
-            elif sampling.heun:
+            elif sampling.heun and (after > 0.0 or sampling.asks_at_zero):
                 ahead = x + delta * v
                 v_ahead = yield from _velocity(ahead, after, side, guidance, corrector=True)
                 x = x + delta * (0.5 * (v + v_ahead))

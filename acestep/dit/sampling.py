@@ -21,6 +21,7 @@ class Sampling:
         times: Falling times with the final 0, float32 `[steps + 1]`.
         stochastic: SDE: fresh noise after each step.
         heun: Second order: two evaluations per step.
+        asks_at_zero: Heun corrects its last step, too, which asks the model at t = 0. Distilled ones never saw that.
     """
 
     times: Tensor
@@ -30,6 +31,7 @@ class Sampling:
     adg: bool
     stochastic: bool
     heun: bool
+    asks_at_zero: bool = True
 
     @property
     def steps(self) -> int:
@@ -60,7 +62,7 @@ def resolve(request: SongRequest, defaults: VariantDefaults) -> tuple[Sampling, 
     """Options of a request for a checkpoint with `defaults`. Assumes that `tasks.check` passed."""
     adjustments = []
     guidance = request.guidance_scale if request.guidance_scale is not None else defaults.guidance_scale
-    if defaults.guidance_scale <= 1.0:
+    if defaults.distilled:
         reason = "guidance is distilled into this checkpoint"
         if guidance > 1.0:
             adjustments.append(Adjustment(field="guidance_scale", asked=guidance, given=1.0, reason=reason))
@@ -82,5 +84,6 @@ def resolve(request: SongRequest, defaults: VariantDefaults) -> tuple[Sampling, 
         adg=request.use_adg and guidance > 1.0,
         stochastic=request.infer_method == "sde",
         heun=request.sampler == "heun",
+        asks_at_zero=not defaults.distilled,
     )
     return sampling, adjustments

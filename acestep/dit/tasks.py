@@ -66,6 +66,14 @@ def follows_source(request: SongRequest, *, codes: bool) -> bool:
     return RULES[request.task].cover or codes
 
 
+def normalizes(request: SongRequest) -> bool:
+    """Whether the peak is normalised: as asked, else where a task makes a song of its own and not a part of its source."""
+    if request.normalize is not None:
+        return request.normalize
+    rule = RULES[request.task]
+    return request.normalization_db is not None or not (rule.window or rule.stem)
+
+
 def source_song_s(request: SongRequest) -> float | None:
     """Seconds of the song where source audio decides its length, with what a window adds on both sides; None where none does."""
     if request.source_s is None:

@@ -50,11 +50,16 @@ class CodesWork:
 
 @dataclass(frozen=True)
 class RenderedItem:
-    """PCM of one item: float32 `[2, samples]` at 48 kHz on the CPU, as the VAE gave it (no loudness step)."""
+    """PCM of one item: float32 `[2, samples]` at 48 kHz on the CPU, as the VAE gave it (no loudness step).
+
+    Where `made_gain_db` is a number, samples of the source stand around a window, as they came, and all is within ±1: the window was
+    turned down by this for it (0 or less).
+    """
 
     index: int
     seed: int
     audio: Tensor
+    made_gain_db: float | None = None
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,8 @@ class ChatRequest(_Open):
     audio_codes: str = ""
     cover_noise_strength: float = 0.0
     use_cot_metas: bool = True
+    enable_normalization: bool | None = None
+    normalization_db: float | None = None
 
 
 @dataclass(frozen=True)
@@ -219,5 +221,6 @@ def task_fields(chat: ChatRequest, meaning: Meaning) -> dict[str, Any]:
     same = (
         "guidance_scale", "use_format", "use_cot_caption", "use_cot_language", "task_type", "repainting_start",
         "repainting_end", "audio_cover_strength", "inference_steps", "infer_method", "lm_cfg_scale", "cover_noise_strength",
+        "enable_normalization", "normalization_db",
     )  # fmt: skip
     return fields | {name: getattr(chat, name) for name in same}

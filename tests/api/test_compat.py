@@ -150,7 +150,7 @@ SAID: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"sample_query": "x", "bpm": 90, "lyrics": "la"}, {"prompt": "x", "bpm": 90, "lyrics": "la"}),
     ({"thinking": True, "audio_codes": "1,2,3"}, {"thinking": True}),
     ({"thinking": True, "analysis_only": True}, {"thinking": True}),
-    ({"repaint_mode": "aggressive", "chunk_mask_mode": "explicit"}, {"repaint_mode": "aggressive", "chunk_mask_mode": "explicit"}),
+    ({"repaint_mode": "aggressive", "chunk_mask_mode": "auto"}, {"repaint_mode": "aggressive", "chunk_mask_mode": "auto"}),
     ({"audio_cover_strength": 0.5, "lora_scale": 2}, {"audio_cover_strength": 0.5, "lora_scale": 2.0}),
     ({"prompt": "", "use_format": True}, {"use_format": True}),
     ({"audio_cover_strength": 0.5, "thinking": True, "repaint_strength": 0.5, "use_format": True}, {}),
@@ -167,6 +167,26 @@ async def test_nothing_is_dropped_without_a_word(site: Site, subtests: pytest.Su
                 site.succeed(data["task_id"])
                 entry = json.loads((await poll(site, data["task_id"]))[0]["result"])[0]
                 assert entry.get("warnings", []) == data.get("warnings", [])
+
+
+async def test_sound_that_is_not_asked_for_is_that_of_ace_steps_server(site: Site, wav: bytes) -> None:
+    cases: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({}, {"shift": 3.0, "normalize": None, "normalization_db": None}),
+        ({"shift": 1}, {"shift": 1.0}),
+        ({"timesteps": "1,0.5,0"}, {"shift": None, "timesteps": (1.0, 0.5)}),
+        ({"enable_normalization": False}, {"normalize": False}),
+        ({"enableNormalization": "true", "normalizationDb": "-3"}, {"normalize": True, "normalization_db": -3.0}),
+    ]
+    for fields, expected in cases:
+        data = await release(site, {"prompt": "x", **fields})
+        assert "warnings" not in data
+        request = site.job(data["task_id"]).request
+        assert {name: getattr(request, name) for name in expected} == expected
+    data = await release(site, data={"prompt": "x", "task_type": "repaint"}, files={"src_audio": ("a.wav", wav)})
+    request = site.job(data["task_id"]).request
+    assert (request.chunk_mask_mode, request.repaint_latent_crossfade_frames, request.repaint_wav_crossfade_sec) == (
+        "explicit", None, None,
+    )  # fmt: skip
 
 
 async def test_a_model_that_nobody_knows_yet_is_said(build: Build) -> None:

@@ -32,7 +32,9 @@ def test_everything_that_made_the_song_is_there():
     assert found["settings"] == {"steps": 8}
     assert found["plan"] == {"bpm": 90}
     assert found["codes"] == {"count": 3, "sha256": codes_hash((3, 4, 5))}
-    assert found["level"] == {"peak_dbfs": -1.0, "lufs": -14.0, "limited_by_peak": True}
+    assert found["level"] == {
+        "peak_dbfs": -1.0, "lufs": -14.0, "limited_by_peak": True, "gain_db": 0.0, "made_gain_db": None,
+    }  # fmt: skip
     assert found["request"] == {"prompt": "calm piano", "batch_size": 2, "duration": 10.0}
     assert set(found["versions"]) >= {"python", "torch", "diffusers"}
 

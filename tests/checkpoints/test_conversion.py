@@ -181,6 +181,14 @@ class _Bomb:
         return os.mkdir, ("pickle-was-executed",)
 
 
+def test_a_model_of_parts_stays_one(originals):
+    edit_config(originals / "tiny-base" / "config.json", lambda config: config.update(is_lego_sft=True))
+    checkpoint = resolve(str(originals / "tiny-base"), "renderer", root=originals)
+    assert checkpoint.defaults.lego_sft
+    load_renderer(checkpoint, device="cpu", dtype=torch.float32)
+    assert not resolve(str(originals / "tiny"), "renderer", root=originals).defaults.lego_sft
+
+
 def test_silence_is_required_and_read_without_running_pickles(originals, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     silence = originals / "tiny/silence_latent.pt"

@@ -191,8 +191,11 @@ def test_length_of_a_song(fields: dict[str, Any], plan: Plan, seconds: float) ->
 class TestPrompts:
     INSTRUCTION = "Do:"
 
-    def caption(self, metadata: Metadata = Metadata(), seconds: float = 30.0, **fields: Any) -> str:
-        return caption_text(SongRequest(**{"prompt": "mine", "seed": 1, **fields}), metadata, self.INSTRUCTION, seconds)
+    def caption(
+        self, metadata: Metadata = Metadata(), seconds: float = 30.0, lego_sft: bool = False, **fields: Any
+    ) -> str:
+        request = SongRequest(**{"prompt": "mine", "seed": 1, **fields})
+        return caption_text(request, metadata, self.INSTRUCTION, seconds, lego_sft=lego_sft)
 
     def test_form(self) -> None:
         assert self.caption() == (
@@ -208,8 +211,30 @@ class TestPrompts:
         assert "# Caption\nmine\n" in self.caption(metadata, use_cot_caption=False)
 
     def test_stem_caption(self) -> None:
-        text = self.caption(global_caption="whole", task="lego", src_audio="x", chunk_mask_mode="explicit")
+        fields = {"global_caption": "whole", "task": "lego", "src_audio": "x"}
+        text = self.caption(**fields, lego_sft=True)
         assert "# Caption\nGlobal: whole\nLocal: mine\nMask Control: true\n" in text
+        assert "Mask Control: false\n" in self.caption(**fields, lego_sft=True, chunk_mask_mode="auto")
+        assert "# Caption\nmine\n" in self.caption(**fields)  # no other checkpoint has seen that form
+
+    def test_a_caption_of_the_whole_song_without_a_model_for_it_is_said(
+        self, renderers: dict[str, Renderer], song_file: Callable[..., Path]
+    ) -> None:
+        request = SongRequest(task="lego", src_audio="x", prompt="p", global_caption="whole", seed=1, steps=1)
+        rendered = renderers["tiny-base"].submit(RenderWork(request, src_audio=song_file(2.0))).result(60)
+        assert [(a.field, a.asked, a.given) for a in rendered.adjustments] == [("global_caption", "whole", "")]
+
+    @pytest.mark.parametrize(
+        ("codes", "said"),
+        [(49, []), (50, []), (51, []), (30, ["continued with silence"]), (80, ["cut to it"])],
+    )
+    def test_codes_that_are_not_as_long_as_asked(
+        self, renderers: dict[str, Renderer], codes: int, said: list[str]
+    ) -> None:
+        request = SongRequest(prompt="p", duration=10, audio_codes=(1,) * codes, seed=1, steps=1)
+        rendered = renderers["tiny"].submit(RenderWork(request)).result(60)
+        assert rendered.items[0].audio.shape == (2, 480_000)
+        assert [a.reason.rpartition("codes are ")[2] for a in rendered.adjustments] == said
 
     def test_language_of_the_plan_reaches_the_model(self) -> None:
         def lyrics(language: str | None, **fields: Any) -> str:

@@ -11,6 +11,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from acestep.checkpoints.published import VariantDefaults, variant_defaults
+from acestep.cost import forwards
 from acestep.dit.denoiser import Projected, Row
 from acestep.dit.guidance import Guidance, angle_guidance
 from acestep.dit.renderer import Renderer
@@ -94,6 +95,27 @@ def test_heun_is_of_second_order() -> None:
     assert euler[8] / euler[16] < 2.5
     _, asked = walk(sampling(4, heun=True))
     assert [rows[0].t for rows in asked] == [1.0, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25, 0.0]
+
+
+def test_distilled_models_are_not_asked_at_the_end() -> None:
+    request = SongRequest(seed=1, sampler="heun", steps=4, shift=1.0)
+    for turbo, last in ((True, [0.25]), (False, [0.25, 0.0])):
+        options, _ = resolve(request, defaults(turbo))
+        song, asked = walk(options)
+        assert [rows[0].t for rows in asked] == [1.0, 0.75, 0.75, 0.5, 0.5, 0.25, *last]
+        assert len(asked) == forwards(request, "tiny" if turbo else "tiny-base") / (1 if turbo else 2)
+        if turbo:  # where it ends is where the last velocity points
+            x = asked[-1][0].x
+            assert torch.allclose(song, x - 0.25 * field(x, 0.25), atol=1e-6)
+
+
+@pytest.mark.parametrize("border", [0.1, 0.2, 0.3, 0.7, 0.8, 0.9])
+def test_borders_of_the_guidance_interval_are_in_the_precision_of_the_times(border: float) -> None:
+    times = timesteps(10, 1.0)
+    t = float(times[(times - border).abs().argmin()])  # 0.800000012 for 0.8
+    assert Guidance(3.0, (border, 1.0)).wanted(t)
+    assert Guidance(3.0, (0.0, border)).wanted(t)
+    assert not Guidance(3.0, (0.0, border)).wanted(t + 1e-3)
 
 
 def test_guidance_interval_is_in_t() -> None:

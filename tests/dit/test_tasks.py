@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import soundfile
 import torch
@@ -13,13 +15,18 @@ from torch import Tensor
 
 from acestep.checkpoints import variant_defaults
 from acestep.dit import conditions
+from acestep.dit.preparation import Item
 from acestep.dit.renderer import Renderer
+from acestep.dit.sampler import Walker
 from acestep.dit.tasks import RULES, instruction
 from acestep.dit.window import Splice, window_of
 from acestep.dit.work import Rendered, RenderWork
 from acestep.errors import AceStepError, InvalidRequest, LimitExceeded
+from acestep.finish import Maker, finish
+from acestep.plan import Plan
 from acestep.request import SongRequest
 from acestep.settings import RendererSettings
+from acestep.song import SongItem
 
 SECONDS = 4.0
 SongFile = Callable[..., Path]
@@ -85,6 +92,23 @@ def test_source_tasks_equal_the_pipelines(
         ).audios[0]  # fmt: skip
     ours = audio_of(renderers["tiny-base"], source, task=task, guidance_scale=3.0, **own)
     assert rel(ours / ours.abs().max(), expected / expected.abs().max()) <= 1e-5
+
+
+@pytest.mark.parametrize("task", [task for task, rule in RULES.items() if rule.source != "no"])
+@pytest.mark.parametrize("samples", [48_000, 48_001])
+def test_the_shortest_sources(renderers: dict[str, Renderer], tmp_path: Path, task: Any, samples: int) -> None:
+    source = tmp_path / "short.wav"
+    tone = 0.3 * np.sin(np.arange(samples) / 20.0)
+    soundfile.write(source, np.stack([tone, tone], axis=1), 48_000, subtype="FLOAT")
+    renderer, lengths = renderers["tiny-base"], {None: samples}
+    if RULES[task].window:
+        lengths |= {(0.9, 1.0): samples, (0.9, 2.0): 96_000, (-1.0, 0.5): 48_000 + samples}
+    for window, length in lengths.items():
+        fields = {} if window is None else {"repainting_start": window[0], "repainting_end": window[1]}
+        audio = audio_of(renderer, source, task=task, **fields)
+        assert audio.shape == (2, length)
+        assert audio.isfinite().all()
+    assert len(renderer.audio_to_codes(source)) in (5, 6)
 
 
 @pytest.mark.parametrize("task", ["lego", "extract", "complete"])
@@ -175,8 +199,7 @@ class TestCover:
 class TestRepaint:
     WINDOW = {"task": "repaint", "repainting_start": 1.0, "repainting_end": 2.0}
 
-    def latents(self, renderer: Renderer, source: Path, **fields: Any) -> tuple[Tensor, Tensor]:
-        """Final latents and those of the source."""
+    def prepared(self, renderer: Renderer, source: Path, **fields: Any) -> Item:
         engine: Any = renderer._thread.engine
         request = SongRequest(prompt="p", seed=1, src_audio=str(source), **{"steps": 4, **fields})
         preparation = engine._preparation.prepare(RenderWork(request, src_audio=source))
@@ -185,8 +208,13 @@ class TestRepaint:
                 next(preparation)
         except StopIteration as done:
             (item,) = done.value.items
-        from acestep.dit.sampler import Walker
+        return item
 
+    def latents(self, renderer: Renderer, source: Path, **fields: Any) -> tuple[Tensor, Tensor]:
+        """Final latents and those of the source."""
+        engine: Any = renderer._thread.engine
+        item = self.prepared(renderer, source, **fields)
+        assert item.path.repaint is not None
         walk = Walker(item.path, torch.device("cpu")).walk()
         rows = next(walk)
         try:
@@ -231,6 +259,32 @@ class TestRepaint:
         assert torch.equal(made[3], made[4])
         assert not torch.equal(made[1], made[2])
         assert not torch.equal(made[2], made[3])
+
+    @pytest.mark.parametrize(
+        ("asked", "frames", "seconds"),
+        [
+            ({}, 12, 0.025),
+            ({"repaint_strength": 0.2}, 20, 0.04),
+            ({"repaint_strength": 1.0}, 0, 0.0),
+            ({"repaint_mode": "conservative"}, 25, 0.05),
+            ({"repaint_mode": "aggressive"}, 0, None),
+            ({"repaint_latent_crossfade_frames": 3, "repaint_wav_crossfade_sec": 0.0}, 3, 0.0),
+        ],
+    )
+    def test_crossfades_follow_mode_and_strength(
+        self, make_renderer: Any, song_file: SongFile, asked: dict[str, Any], frames: int, seconds: float | None
+    ) -> None:
+        item = self.prepared(make_renderer("tiny"), song_file(SECONDS), **self.WINDOW, **asked)
+        assert item.path.repaint is not None
+        assert item.path.repaint.crossfade == frames
+        assert (None if item.splice is None else item.splice.fade) == (None if seconds is None else seconds * 48_000)
+
+    def test_the_mask_is_the_window_or_everything(self, make_renderer: Any, song_file: SongFile) -> None:
+        for asked, outside in (({}, 0.0), ({"chunk_mask_mode": "explicit"}, 0.0), ({"chunk_mask_mode": "auto"}, 1.0)):
+            item = self.prepared(make_renderer("tiny"), song_file(SECONDS), **self.WINDOW, **asked)
+            mask = item.path.main.context[:, 8:]
+            assert mask[25:50].unique().tolist() == [1.0]
+            assert torch.cat([mask[:25], mask[50:]]).unique().tolist() == [outside]
 
     def test_samples_outside_are_the_source_itself(self, renderers: dict[str, Renderer], song_file: SongFile) -> None:
         source = song_file(SECONDS)
@@ -291,6 +345,88 @@ class TestRepaint:
             renderers["tiny"], source, **self.WINDOW, repaint_mode="aggressive", chunk_mask_mode="explicit"
         )
         assert rel(ours[25:50], theirs[25:50]) <= 1e-5
+
+
+class TestLevel:
+    """What is kept of a source leaves as it came, in every task that keeps any of it, and what a stem is turned up by is told."""
+
+    WINDOW = {"repainting_start": 1.0, "repainting_end": 2.0, "formats": ("wav", "wav24", "wav32", "flac")}
+
+    @staticmethod
+    def finished(
+        renderer: Renderer, source: Path, folder: Path, **fields: Any
+    ) -> tuple[dict[str, Any], SongItem, dict[str, Any]]:
+        """Samples by format, the item, and the level in its manifest."""
+        request = SongRequest(**{"prompt": "p", "seed": 1, "steps": 2, "src_audio": str(source), **fields})
+        made = renderer.submit(RenderWork(request, src_audio=source)).result(60)
+        store: Any = lambda name, data: (folder / name).write_bytes(data)  # noqa: E731
+        song = finish(request, Plan(), made, Maker("tiny", None, "cpu", None), store)
+        (item,) = song.items
+        samples = {
+            f.format: soundfile.read(folder / f.path, dtype="int32" if f.format != "wav32" else "float32")[0]
+            for f in item.files
+        }
+        assert item.manifest is not None
+        return samples, item, json.loads((folder / item.manifest).read_text())["level"]
+
+    @pytest.mark.parametrize(("name", "task"), [("tiny", "repaint"), ("tiny-base", "repaint"), ("tiny-base", "lego")])
+    @pytest.mark.parametrize("peak", [0.1, 0.9, 1.4])
+    @pytest.mark.parametrize("loud", [False, True])
+    def test_outside_a_window_every_sample_is_the_sources(
+        self, renderers: dict[str, Renderer], tmp_path: Path, name: str, task: str, peak: float, loud: bool
+    ) -> None:
+        t = np.arange(3 * 48_000) / 48_000
+        tones = peak * np.stack([np.sin(6.3 * 220 * t), np.sin(6.3 * 330 * t)], axis=1).astype(np.float32)
+        source = tmp_path / "source.wav"
+        soundfile.write(source, tones, 48_000, subtype="FLOAT")
+        tones = tones.clip(-1.0, 1.0)  # what is beyond full scale is cut off where it is read
+        engine: Any = renderers[name]._thread.engine
+        # What is made is far too loud, or as it comes.
+        louder = engine._vae.vae.decoder.register_forward_hook(lambda module, args, out: out * 50.0) if loud else None
+        try:
+            samples, item, level = self.finished(renderers[name], source, tmp_path, task=task, **self.WINDOW)
+        finally:
+            if louder is not None:
+                louder.remove()
+        outside = np.r_[0:48_000, 96_000:144_000]
+        assert (samples["wav32"][outside] == tones[outside]).all()
+        for fmt, bits in (("wav", 16), ("wav24", 24), ("flac", 24)):
+            full = 2 ** (bits - 1)
+            expected = np.clip(np.rint(tones[outside].astype(np.float64) * full), -full, full - 1)
+            assert (samples[fmt][outside] // 2 ** (32 - bits) == expected).all(), fmt
+        assert np.abs(samples["wav32"][48_000:96_000]).max() <= 1.0
+        assert item.gain_db == level["gain_db"] == 0.0
+        assert item.made_gain_db == level["made_gain_db"]
+        assert (item.made_gain_db < 0.0) if loud else (item.made_gain_db is not None)
+
+    def test_a_file_of_integers_keeps_its_integers(self, renderers: dict[str, Renderer], tmp_path: Path) -> None:
+        whole = np.random.default_rng(0).integers(-(2**15), 2**15, (3 * 48_000, 2), dtype=np.int16)
+        soundfile.write(tmp_path / "source.wav", whole, 48_000, subtype="PCM_16")
+        samples, _, _ = self.finished(
+            renderers["tiny"], tmp_path / "source.wav", tmp_path, task="repaint", **self.WINDOW
+        )
+        outside = np.r_[0:48_000, 96_000:144_000]
+        assert (samples["wav"][outside] >> 16 == whole[outside]).all()
+
+    @pytest.mark.parametrize("task", ["repaint", "lego", "extract", "complete", "cover"])
+    def test_peaks_are_normalised_only_where_a_song_is_made_anew_or_asked_for(
+        self, renderers: dict[str, Renderer], song_file: SongFile, tmp_path: Path, task: str
+    ) -> None:
+        renderer, source, anew = renderers["tiny-base"], song_file(3.0), task == "cover"
+        for asked, dbfs in (
+            ({}, -1.0 if anew else None), ({"normalize": True}, -1.0), ({"enable_normalization": False}, None),
+            ({"normalization_db": -6.0}, -6.0), ({"normalize": False, "normalization_db": -6.0}, None),
+        ):  # fmt: skip
+            made = audio_of(renderer, source, task=task, **asked)
+            samples, item, level = self.finished(renderer, source, tmp_path, task=task, formats=("wav32",), **asked)
+            peak = float(np.abs(samples["wav32"]).max())
+            gain = peak / float(made.abs().max())
+            assert item.gain_db == pytest.approx(20 * np.log10(gain), abs=2e-3)
+            assert level["gain_db"] == item.gain_db
+            if dbfs is None:
+                assert gain == pytest.approx(min(1.0, 1.0 / float(made.abs().max())))
+            else:
+                assert 20 * np.log10(peak) == pytest.approx(dbfs, abs=1e-3)
 
 
 class TestReference:

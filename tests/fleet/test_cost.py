@@ -123,6 +123,7 @@ def test_all_metadata_given_leaves_only_the_codes_to_plan() -> None:
 def test_the_duration_is_what_is_known_and_a_guess_by_the_lyrics_otherwise() -> None:
     assert expected_duration(song(duration=42)) == (42.0, True)
     assert expected_duration(song(audio_codes=[1] * 50)) == (10.0, True)
+    assert expected_duration(song(duration=42, audio_codes=[1] * 50)) == (42.0, True)  # as the renderer does
     assert expected_duration(song(), Plan(metadata=Metadata(duration=77))) == (77.0, True)
     short, long = song(lyrics="la la\n" * 20), song(lyrics="la la la la la\n" * 200)
     assert not expected_duration(short)[1]
@@ -136,6 +137,8 @@ def test_guidance_and_sampler_multiply_the_forwards() -> None:
     assert forwards(song(guidance_scale=1.0), "acestep-v15-base") == 50
     assert forwards(song(cfg_interval_end=0.5), "acestep-v15-base") == 75
     assert forwards(song(sampler="heun", steps=10), "acestep-v15-turbo") == 19
+    assert forwards(song(sampler="heun", steps=10), "acestep-v15-base") == 40  # guided, and corrected at the end
+    assert forwards(song(sampler="heun", infer_method="sde", steps=10), "acestep-v15-turbo") == 10
     assert forwards(song(timesteps=[1.0, 0.5]), "acestep-v15-turbo") == 2
 
 

@@ -88,7 +88,7 @@ def _fields() -> Iterable[Field]:
         "seed", "raw", -1, about="A number, or several separated by commas; used where use_random_seed is false."
     )
     yield Field("batch_size", i, 2, low=1, high=8)
-    yield Field("shift", f, None, low=0.1, high=10)
+    yield Field("shift", f, 3.0, low=0.1, high=10, about="Not used with timesteps.")
     yield Field("infer_method", s, "ode", ("inferMethod",), choices=("ode", "sde"))
     yield Field("timesteps", s, None, about="Falling numbers from 1 to 0, separated by commas.")
     yield Field("use_adg", b, False)
@@ -106,9 +106,18 @@ def _fields() -> Iterable[Field]:
     )
     yield Field("cover_noise_strength", f, 0.0, ("coverNoiseStrength",), low=0, high=1)
     yield Field("audio_code_string", "raw", "", ("audioCodeString", "audio_codes"))
-    yield Field("chunk_mask_mode", s, "auto", choices=("explicit", "auto"))
-    yield Field("repaint_latent_crossfade_frames", i, 10, low=0, high=250)
-    yield Field("repaint_wav_crossfade_sec", f, 0.0, low=0, high=10)
+    yield Field("chunk_mask_mode", s, "explicit", choices=("explicit", "auto"))
+    yield Field(
+        "repaint_latent_crossfade_frames",
+        i,
+        None,
+        low=0,
+        high=250,
+        about="Not sent: by repaint_mode and repaint_strength.",
+    )
+    yield Field(
+        "repaint_wav_crossfade_sec", f, None, low=0, high=10, about="Not sent: by repaint_mode and repaint_strength."
+    )
     yield Field("repaint_mode", s, "balanced", choices=("conservative", "balanced", "aggressive"))
     yield Field("repaint_strength", f, 0.5)
     # Planner
@@ -138,6 +147,11 @@ def _fields() -> Iterable[Field]:
     yield Field(
         "allow_lm_batch", b, True, ("allowLmBatch", "parallel_thinking"), no_effect="the planner always batches"
     )
+    yield Field(
+        "enable_normalization", b, None, ("enableNormalization",),
+        about="Peak at normalization_db. Not sent: yes, but not for repaint, lego, extract and complete.",
+    )  # fmt: skip
+    yield Field("normalization_db", f, None, ("normalizationDb",), low=-60, high=0, about="-1 where not sent.")
     # An extension: adapters are chosen by request here.
     yield Field("lora_path", s, None, about="A LoRA adapter for this song.")
     yield Field("lora_scale", f, 1.0, low=0, high=4)

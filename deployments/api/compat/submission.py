@@ -194,19 +194,22 @@ def _renderer(v: Values, served: Served, kind: str) -> dict[str, Any]:
         sampler = "euler"
     if v["lora_scale"] != 1.0 and not v["lora_path"]:
         v.warn("lora_scale", v["lora_scale"], None, "there is no lora_path")
+    timesteps = _timesteps(v, defaults.max_steps)
     lora = {"path": v["lora_path"], "scale": v["lora_scale"]} if v["lora_path"] else None
     return {
         "model": model,
         "steps": steps,
         "guidance_scale": v["guidance_scale"],
-        "shift": v["shift"],
-        "timesteps": _timesteps(v, defaults.max_steps),
+        "shift": v["shift"] if timesteps is None else None,
+        "timesteps": timesteps,
         "infer_method": v["infer_method"],
         "sampler": sampler,
         "use_adg": v["use_adg"],
         "cfg_interval_start": start,
         "cfg_interval_end": end,
         "formats": (v["audio_format"],),
+        "normalize": v["enable_normalization"],
+        "normalization_db": v["normalization_db"],
         "lora": lora,
     }
 
