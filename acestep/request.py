@@ -222,7 +222,7 @@ class SongRequest(BaseModel):
         None,
         validation_alias=AliasChoices("normalize", "enable_normalization"),
         description="Peak at `normalization_db`. Without it a song is only turned down where it would clip. Null: yes, but not for "
-        "repaint, lego, extract and complete, which keep their source's level.",
+        "repaint, lego, extract and complete, which keep their source's level. `enable_normalization` is the same.",
     )
     normalization_db: float | None = Field(
         None, ge=-60.0, le=0.0, description="dBFS of the highest sample, -1 if null; a number switches `normalize` on."

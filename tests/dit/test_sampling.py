@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import pathlib
 from typing import Any
 
 import pytest
@@ -137,6 +140,19 @@ def test_angle_guidance_formula() -> None:
         across = (a - b) - (a - b) @ b / (b @ b) * b
         clean = math.cos(turned) * a + across * math.sin(turned) / math.sin(theta)
         assert torch.allclose((x[frame] - clean) / t, got[frame].double(), atol=1e-5)
+
+
+@pytest.mark.skipif("GOLDEN_DIR" not in os.environ, reason="GOLDEN_DIR names no folder of vectors")
+def test_guidance_equals_recorded_vectors() -> None:
+    found = json.loads((pathlib.Path(os.environ["GOLDEN_DIR"]) / "guidance.json").read_text())
+    x, cond, uncond, cond2, uncond2 = (torch.tensor(found[k]) for k in ("x", "cond", "uncond", "cond2", "uncond2"))
+    t, momentum = found["t"], Guidance(found["scale"])
+    for (c, u), expected in zip(((cond, uncond), (cond2, uncond2)), found["apg_classic"], strict=True):
+        assert torch.allclose(momentum.combine(x, t, c, u), torch.tensor(expected), rtol=1e-5, atol=1e-5)
+    plain = Guidance(found["scale"]).combine(x, t, cond, uncond, corrector=True)
+    assert torch.allclose(plain, torch.tensor(found["cfg"]), rtol=1e-5, atol=1e-5)
+    angle = Guidance(found["scale"], angle=True).combine(x, t, cond, uncond)
+    assert torch.allclose(angle, torch.tensor(found["adg"]), rtol=1e-5, atol=1e-5)
 
 
 def test_angle_guidance_of_equal_predictions_is_finite() -> None:
