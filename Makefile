@@ -5,8 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-# One Ray on this machine for this user: no token file, no usage report. Set them yourself to choose otherwise.
-export RAY_AUTH_MODE ?= disabled
+# No usage report. Set it yourself to choose otherwise.
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .PHONY: run test lint constraints clean
@@ -14,7 +13,7 @@ export RAY_USAGE_STATS_ENABLED ?= 0
 
 run: $(VENV)/.run-installed
 	@$(BIN)/acestep prepare $(CONFIG)
-	@exec $(BIN)/serve run $(CONFIG)
+	@env=$$($(BIN)/acestep ray-env) && eval "$$env" && exec $(BIN)/serve run $(CONFIG)
 
 test: $(VENV)/.test-installed
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

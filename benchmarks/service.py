@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -67,7 +68,7 @@ def simulated_service(dit: Mapping[str, Any] | None = None, lm: Mapping[str, Any
         path, log_path = folder / "serve_config.yaml", folder / "serve.log"
         path.write_text(yaml.safe_dump(config))
         env = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "ACESTEP_"))} | {
-            "ACESTEP_HOME": str(folder / "home"), "RAY_TMPDIR": name, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0",
+            "ACESTEP_HOME": str(folder / "home"), "RAY_TMPDIR": name, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0",
         }  # fmt: skip
         serve = Path(sys.executable).with_name("serve")
         with log_path.open("wb") as log:

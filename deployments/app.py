@@ -12,6 +12,7 @@ from ray import serve
 from ray.serve import Application, Deployment
 
 from deployments.config import PlannerArgs, RendererArgs, RouterArgs, parse_args
+from deployments.deployer import check_environment
 from deployments.pools import deployment_options, settled
 
 
@@ -25,6 +26,7 @@ def router(args: dict[str, Any]) -> Application:
     """The HTTP ingress and dispatcher. Knows no pool by name: it finds them among the running applications."""
     from deployments.router import Router
 
+    check_environment()
     parsed = parse_args(RouterArgs, args, "router")
     deployment = _deployment(serve.ingress()(Router)).options(
         name="router",
@@ -42,6 +44,7 @@ def lm(args: dict[str, Any]) -> Application:
     """A planner pool."""
     from deployments.lm import PlannerDeployment
 
+    check_environment()
     parsed = settled(parse_args(PlannerArgs, args, "lm"), default_share=0.4)
     options = deployment_options(parsed)
     return _deployment(PlannerDeployment).options(name="lm", **options).bind(parsed.model_dump(mode="json"))
@@ -51,6 +54,7 @@ def dit(args: dict[str, Any]) -> Application:
     """A renderer pool."""
     from deployments.dit import RendererDeployment
 
+    check_environment()
     parsed = settled(parse_args(RendererArgs, args, "dit"), default_share=0.6)
     options = deployment_options(parsed)
     return _deployment(RendererDeployment).options(name="dit", **options).bind(parsed.model_dump(mode="json"))

@@ -13,6 +13,7 @@ import typer
 from acestep.commands import output as out
 from acestep.errors import AceStepError, InvalidRequest
 from acestep.paths import home, writable
+from acestep.ray_env import AUTH_MODE, TEMPORARY, TOKEN, TOKEN_PATH, ray_env
 from deployments.config import PlannerArgs, PoolArgs, RendererArgs, parse_args
 from deployments.jobs.database import engine_for
 from deployments.replica import Role, settle
@@ -81,12 +82,31 @@ def build(
 
 
 def _cluster_nodes() -> list[dict[str, Any]]:
+    # The mode is left to Ray, which has read its variable by now: it looks for a token before it connects.
+    os.environ.update({name: value for name, value in ray_env().items() if name != AUTH_MODE})
     import ray
+    from ray._private.utils import read_ray_address
+    from ray.exceptions import AuthenticationError
 
+    # Not "auto", which would show our token to any Ray that it finds among the machine's processes, another user's too.
+    address = os.environ.get("RAY_ADDRESS") or read_ray_address()
+    if not address:
+        raise InvalidRequest(
+            f"no Ray of this user runs here (RAY_ADDRESS is not set, and none was started with RAY_TMPDIR={os.environ[TEMPORARY]}); "
+            'start one (eval "$(acestep ray-env)"; ray start --head) or give --tiers',
+            field="tiers",
+        )
     try:
-        ray.init(address="auto", logging_level=logging.ERROR, log_to_driver=False)
+        ray.init(logging_level=logging.ERROR, log_to_driver=False)
+    except AuthenticationError:
+        raise InvalidRequest(
+            f"the Ray at {address} has another token than {os.environ.get(TOKEN_PATH) or TOKEN}; give it as RAY_AUTH_TOKEN_PATH",
+            field=TOKEN_PATH,
+        ) from None
     except ConnectionError:
-        raise InvalidRequest("no Ray cluster runs here; start one or give --tiers", field="tiers") from None
+        raise InvalidRequest(
+            f"the Ray at {address} does not answer; start one or give --tiers", field="tiers"
+        ) from None
     try:
         nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
         return nodes

@@ -78,6 +78,7 @@ class FleetView:
     nodes: tuple[Node, ...] = ()
     dead_nodes: frozenset[str] = frozenset()  # Ray's ids of those that died; none of them comes back
     http_host: str | None = None  # what the proxies listen on; None until Serve has said so
+    http_port: int | None = None
     routers: int = 1
 
     def of(self, role: Role) -> tuple[Pool, ...]:
@@ -186,10 +187,11 @@ def parse_details(details: Mapping[str, Any], dead: Collection[str] = ()) -> Fle
             ),
         )
         pools.append(pool)
-    host = (details.get("http_options") or {}).get("host")
+    http = details.get("http_options") or {}
     return FleetView(
-        tuple(sorted(pools, key=lambda p: p.app)), time.time(), apps, http_host=host, routers=max(1, routers)
-    )
+        tuple(sorted(pools, key=lambda p: p.app)), time.time(), apps, http_host=http.get("host"),
+        http_port=http.get("port"), routers=max(1, routers),
+    )  # fmt: skip
 
 
 def unplaced(details: Mapping[str, Any], state: str) -> dict[str, list[str]]:

@@ -21,6 +21,7 @@ from deployments.fleet import Fleet
 from deployments.jobs.backlog import ACTIVE, read_backlogs
 from deployments.jobs.retention import Retention
 from deployments.jobs.store import JobStore
+from deployments.listening import NO_KEY, NO_TOKEN, close_rays_own_token, listeners, token_needed
 from deployments.logs import join_serve
 from deployments.metrics import RouterMeter
 from deployments.routing import Routing
@@ -31,7 +32,6 @@ log = logging.getLogger(__name__)
 BACKLOG_POLL_S = 1.0
 ENDED_POLL_S = 15.0  # how many jobs have ended is no news every second, and takes longer with each of them
 LAST_LOOK_S = 4.0
-OPEN_WARNING = "THE SERVER LISTENS ON %s AND NEEDS NO KEY: everybody who reaches it can use it. Set ACESTEP_API_KEY, or http_options.host to 127.0.0.1."
 
 
 class Router:
@@ -81,10 +81,16 @@ class Router:
             await asyncio.sleep(BACKLOG_POLL_S)
 
     async def _tell_when_ready(self) -> None:
+        close_rays_own_token()
         while self.service.fleet.view.http_host is None:
             await self.service.fleet.changed.wait()
+        view = self.service.fleet.view
+        for line in listeners(f"{view.http_host}:{view.http_port}", self.service.keys.required):
+            log.info("listens: %s", line)
+        if not token_needed():
+            log.warning(NO_TOKEN)
         if not self.service.loopback and not self.service.keys.required:
-            log.warning(OPEN_WARNING, self.service.fleet.view.http_host)
+            log.warning(NO_KEY, view.http_host)
         while not (told := readiness(self.service.fleet.view))[0]:
             await self.service.fleet.changed.wait()
         pools = ", ".join(f"{p['role']} on {p['pool']}" for p in told[1]["pools"] if p["running"])

@@ -5,8 +5,8 @@ set -euo pipefail
 
 if [ "${1:-serve}" = serve ] && [ $# -le 2 ]; then
   config=${2:-/opt/acestep/serve_config.yaml}
-  # One container is one Ray: no token to hand around, unless somebody wants one.
-  export RAY_AUTH_MODE=${RAY_AUTH_MODE:-disabled}
+  env=$(acestep ray-env) # apart from eval, which would go on without it
+  eval "$env"
   acestep prepare "$config"
   exec serve run "$config"
 fi

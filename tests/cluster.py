@@ -39,6 +39,7 @@ class Cluster(Server):
         self.cards = cards
 
     def start(self, ready: bool = True) -> Cluster:
+        self.make_token()
         specs = [f"{name}={tier}:{gib:g}" for name, tier, gib in self.cards]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(

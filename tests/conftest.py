@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-# Before any test imports ray: no token file in the user's home, no usage report.
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+# Before any test imports ray: a token, but no file with it in the user's home; no usage report.
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 

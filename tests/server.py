@@ -63,7 +63,8 @@ class Server:
             **{k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "ACESTEP_"))},
             "ACESTEP_HOME": str(self.home),
             "RAY_TMPDIR": str(self.folder),
-            "RAY_AUTH_MODE": "disabled",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(self.home / "ray-token"),  # made by start(), as `make run` does
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_DISABLE_DOCKER_CPU_WARNING": "1",
             "HF_HUB_OFFLINE": "1",
@@ -82,6 +83,7 @@ class Server:
     def start(self, ready: bool = True) -> Server:
         """Start; with `ready` wait until both stages serve."""
         serve = Path(sys.executable).with_name("serve")
+        self.make_token()
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [*self.prefix, str(serve), "run", str(self.config)], cwd=self.folder, env=self.env, stdout=log, stderr=log,
@@ -89,6 +91,16 @@ class Server:
             )  # fmt: skip
         self.wait_for("/readyz" if ready else "/livez")
         return self
+
+    def make_token(self) -> None:
+        """As `acestep ray-env` does."""
+        make = "from acestep.ray_env import token_file; token_file()"
+        subprocess.run([*self.prefix, sys.executable, "-c", make], cwd=self.folder, env=self.env, check=True)
+
+    @property
+    def ray_headers(self) -> dict[str, str]:
+        """What Ray's dashboard wants to see."""
+        return {"Authorization": f"Bearer {(self.home / 'ray-token').read_text()}"}
 
     def wait_for(self, path: str, status: int = 200, timeout_s: float = START_TIMEOUT_S) -> httpx.Response:
         """Poll a path until it answers with `status`."""
@@ -115,7 +127,9 @@ class Server:
         found = re.findall(r"dashboard at .*?(http://[\d.]+:\d+|[\d.]+:\d+)", self.output())
         assert found, "the log does not name the dashboard"
         address = found[-1] if found[-1].startswith("http") else f"http://{found[-1]}"
-        httpx.put(f"{address}/api/serve/applications/", json=config, timeout=30).raise_for_status()
+        httpx.put(
+            f"{address}/api/serve/applications/", json=config, headers=self.ray_headers, timeout=30
+        ).raise_for_status()
 
     def output(self) -> str:
         return self.log.read_text(errors="replace")

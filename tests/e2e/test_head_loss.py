@@ -42,6 +42,7 @@ class TwoNodes(Server):
         }
 
     def start(self, ready: bool = True) -> TwoNodes:
+        self.make_token()
         self.start_head()
         self.process = self._ray("--address", self.gcs, "--node-ip-address", WORKER, "--num-cpus", "2")
         self._when_up(WORKER)
