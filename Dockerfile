@@ -2,7 +2,7 @@
 # One image for every Ray pod and for `docker run`:
 #   docker build -t acestep-serve:0.1.0-cuda .
 #   docker build -t acestep-serve:0.1.0-cpu --build-arg VARIANT=cpu .
-#   docker run --init --read-only --tmpfs /tmp -v acestep:/var/lib/acestep -p 8000:8000 acestep-serve:0.1.0-cpu
+#   docker run --init --read-only --tmpfs /tmp -v acestep:/var/lib/acestep -v acestep-models:/models -p 8000:8000 acestep-serve:0.1.0-cpu
 # NVIDIA's libraries come with torch's wheels, so no CUDA base image is needed; the driver comes from the host. ROCm: see k8s/README.md.
 ARG PYTHON=3.11.14-slim-bookworm
 
@@ -51,6 +51,8 @@ ENV PATH=/opt/venv/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
     RAY_USAGE_STATS_ENABLED=0
+# Jobs and songs; checkpoints, which are not to be downloaded again by each container: name both with -v to keep them.
+VOLUME ["/var/lib/acestep", "/models"]
 USER 1000:1000
 WORKDIR /opt/acestep
 EXPOSE 8000

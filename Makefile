@@ -12,8 +12,7 @@ export RAY_USAGE_STATS_ENABLED ?= 0
 .DEFAULT_GOAL := run
 
 run: $(VENV)/.run-installed
-	@$(BIN)/acestep prepare $(CONFIG)
-	@env=$$($(BIN)/acestep ray-env) && eval "$$env" && exec $(BIN)/serve run $(CONFIG)
+	@env=$$($(BIN)/acestep ray-env --alone) && eval "$$env" && $(BIN)/acestep prepare $(CONFIG) && exec $(BIN)/serve run $(CONFIG)
 
 test: $(VENV)/.test-installed
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

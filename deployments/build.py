@@ -23,6 +23,7 @@ from deployments.pools import ROLE_LABEL, TIER_LABEL, node_labels
 
 _SPEC = re.compile(r"^(?P<tier>[a-z]+\d?)(?::(?P<cards>\d+))?$")
 CPU = "cpu"
+KEEP_ALIVE_S = 620  # balancers keep idle connections for 60 s (AWS) to 600 s (Google)
 CARDS_PER_PLANNER = 4  # one planner keeps many songs in flight; renderers make them one after another
 
 
@@ -130,7 +131,7 @@ def build_config(
         applications.append(_application("dit", offer, count, scale_to_zero, share | chosen | common | files))
     return {
         "proxy_location": "EveryNode",
-        "http_options": {"host": host, "port": port},
+        "http_options": {"host": host, "port": port, "keep_alive_timeout_s": KEEP_ALIVE_S},
         "controller_options": {"runtime_env": {"env_vars": {"RAY_SERVE_USE_PACK_SCHEDULING_STRATEGY": "1"}}},
         "logging_config": {"encoding": "JSON", "log_level": "INFO"},
         "applications": applications,
@@ -156,7 +157,8 @@ def as_text(config: Mapping[str, Any]) -> str:
 
 _TOP = {
     "proxy_location": "HTTP is answered on every node.",
-    "http_options": "127.0.0.1 is this machine only. Before opening it, set ACESTEP_API_KEY or `api_keys` in the router's args.",
+    "http_options": "127.0.0.1 is this machine only. Before opening it, set ACESTEP_API_KEY or `api_keys` in the router's args.\n"
+    "Idle connections are kept longer than balancers keep theirs (60 to 600 s): none sends into a closed one.",
     "controller_options": "Planners share cards; without this they are spread over all, and leave no whole card for a renderer. Read when Serve starts.",
     "logging_config": "One JSON object per line in logs/serve of Ray's session folder; TEXT for people.",
 }

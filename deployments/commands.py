@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 import os
 import socket
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
+import psutil
 import typer
 
 from acestep.commands import output as out
-from acestep.errors import AceStepError, InvalidRequest
+from acestep.errors import AceStepError, InvalidRequest, Unavailable
 from acestep.paths import home, writable
-from acestep.ray_env import AUTH_MODE, TEMPORARY, TOKEN, TOKEN_PATH, ray_env
+from acestep.ray_env import AUTH_MODE, TEMPORARY, TOKEN, TOKEN_PATH, ray_env, running_ray
 from deployments.config import PlannerArgs, PoolArgs, RendererArgs, parse_args
 from deployments.jobs.database import engine_for
 from deployments.replica import Role, settle
@@ -85,11 +87,10 @@ def _cluster_nodes() -> list[dict[str, Any]]:
     # The mode is left to Ray, which has read its variable by now: it looks for a token before it connects.
     os.environ.update({name: value for name, value in ray_env().items() if name != AUTH_MODE})
     import ray
-    from ray._private.utils import read_ray_address
     from ray.exceptions import AuthenticationError
 
-    # Not "auto", which would show our token to any Ray that it finds among the machine's processes, another user's too.
-    address = os.environ.get("RAY_ADDRESS") or read_ray_address()
+    # Ray is left to find the same address. Not "auto", which would show our token to any Ray that it finds among the machine's processes, another user's too.
+    address = running_ray(os.environ)
     if not address:
         raise InvalidRequest(
             f"no Ray of this user runs here (RAY_ADDRESS is not set, and none was started with RAY_TMPDIR={os.environ[TEMPORARY]}); "
@@ -121,12 +122,44 @@ def prepare_command(
     """Make sure that `serve run PATH` can work here: config, folders, checkpoints (downloads them), port."""
     data = _checked(path)
     writable(home())
+    _tell_which_ray(os.environ | ray_env())
     _port_free(data)
     for application in data["applications"]:  # type: ignore[attr-defined]
         _folders_writable(application)
         stage = STAGES.get(application["import_path"].rpartition(":")[2])
         if stage is not None:
             typer.echo(f"{application['name']}: {_prepare_pool(application, *stage)}")
+
+
+def _tell_which_ray(environ: Mapping[str, str]) -> None:
+    """Say which Ray `serve run` will use: the one that it is told to join, else one of its own.
+
+    Raises:
+        Unavailable: it would wait for one that does not answer.
+    """
+    address = running_ray(environ)
+    if address is None:
+        others = [f"{p.info['username']}'s, process {p.info['pid']}" for p in _gcs_servers()]
+        if others:
+            typer.echo(
+                f"ray: one of its own, beside what runs here already ({'; '.join(others)}); RAY_ADDRESS would join one of those"
+            )
+        return
+    host, _, port = address.rpartition(":")
+    if port.isdigit() and "/" not in host:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+        except OSError as error:
+            named = "RAY_ADDRESS" if environ.get("RAY_ADDRESS") else f"{environ[TEMPORARY]}/ray/ray_current_cluster"
+            raise Unavailable(
+                f"{named} says that Ray runs at {address}, where nothing answers ({error.strerror or error}). Start it again, or "
+                f"{'unset RAY_ADDRESS' if environ.get('RAY_ADDRESS') else 'delete that file'}."
+            ) from error
+    typer.echo(f"ray: joins the one at {address}")
+
+
+def _gcs_servers() -> Iterator[psutil.Process]:
+    yield from (p for p in psutil.process_iter(["name", "username", "pid"]) if p.info["name"] == "gcs_server")
 
 
 STAGES: dict[str, tuple[Role, type[PoolArgs]]] = {"lm": ("plan", PlannerArgs), "dit": ("render", RendererArgs)}

@@ -135,9 +135,16 @@ class RouterArgs(_Args):
         None, gt=0, description="Per key, seconds of planner and renderer work queued and running. Null: no limit."
     )
     cors_origins: tuple[str, ...] = Field(
-        ("null", "http://localhost", "http://127.0.0.1"), description="Browser origins; '*' allows all."
+        (),
+        description="Browser origins besides those of cors_origin_regex, such as https://studio.example; '*' allows all, 'null' pages that "
+        "are opened from a file, and every sandboxed frame of any page. Without keys, others may not even post.",
     )
-    cors_origin_regex: str | None = r"^https?://(localhost|127\.0\.0\.1)(:\d+)?$"
+    cors_origin_regex: str | None = r"^https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?$"
+    allowed_hosts: tuple[str, ...] = Field(
+        (),
+        description="Host headers besides this machine's own (localhost, 127.0.0.1, [::1]) that a server on a loopback address answers to, "
+        "such as the public name that a reverse proxy hands on; '*' allows all.",
+    )
 
     # How much at once
     max_backlog_s: float = Field(
@@ -162,7 +169,7 @@ class RouterArgs(_Args):
     audio_roots: tuple[str, ...] | None = Field(
         None,
         description="Folders whose files may be named as source audio, besides the caller's own songs and uploads. Null: on a "
-        "loopback address the temporary folder.",
+        "loopback address, and where no proxy handed the request on, the temporary folder.",
     )
 
     # What is kept

@@ -12,6 +12,7 @@ from ray._private.authentication.authentication_utils import is_token_auth_enabl
 from ray._private.worker import get_dashboard_url
 
 from acestep.ray_env import TOKEN, TOKEN_PATH, close_token_file
+from deployments.api.middleware import is_loopback
 
 NO_TOKEN = (
     "RAY NEEDS NO TOKEN: whoever reaches a port of this machine can run code here. Start Ray with its token, as `make run` and "
@@ -31,14 +32,18 @@ def listeners(http: str, key_needed: bool) -> Iterator[str]:
     Args:
         http: Host and port of Serve's proxies.
     """
-    needs = "the token" if token_needed() else "NO TOKEN"
-    gcs = ray.get_runtime_context().gcs_address.rpartition(":")[2]
     yield f"HTTP on {http}: needs {'a key' if key_needed else 'no key'}"
+    if not ray.is_initialized():
+        return
+    needs = "the token" if token_needed() else "NO TOKEN"
+    own: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    where = own if is_loopback(own) else "all addresses"  # Ray keeps to loopback where its node is there, and only then
     if dashboard := get_dashboard_url():  # type: ignore[no-untyped-call]
         yield f"Ray's dashboard on {dashboard}: needs {needs}"
-    yield f"Ray's GCS on all addresses, port {gcs}: needs {needs}"
-    yield f"Ray's raylets and workers and Serve's replicas on all addresses, ports of their own: need {needs}"
-    yield "Ray's metrics on all addresses, a port of each node's own: told to everybody"
+    yield f"Ray's GCS on {where}, port {ray.get_runtime_context().gcs_address.rpartition(':')[2]}: needs {needs}"
+    yield f"Ray's raylets and workers on {where}, ports of their own: need {needs}"
+    yield f"Serve's replicas on all addresses, ports of their own: need {needs}"
+    yield f"Ray's metrics on {where}, a port of each node's own: told to everybody"
 
 
 def close_rays_own_token() -> None:

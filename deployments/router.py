@@ -13,6 +13,7 @@ from fastapi import FastAPI
 
 from deployments.api.app import build_app
 from deployments.api.health import readiness
+from deployments.api.middleware import is_loopback
 from deployments.api.service import Service
 from deployments.calls import Calls
 from deployments.config import RouterArgs, parse_args
@@ -89,7 +90,7 @@ class Router:
             log.info("listens: %s", line)
         if not token_needed():
             log.warning(NO_TOKEN)
-        if not self.service.loopback and not self.service.keys.required:
+        if not is_loopback(view.http_host) and not self.service.keys.required:
             log.warning(NO_KEY, view.http_host)
         while not (told := readiness(self.service.fleet.view))[0]:
             await self.service.fleet.changed.wait()

@@ -7,11 +7,13 @@ walked along Ray's own schema classes, and each application's `args` are parsed 
 from __future__ import annotations
 
 import difflib
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -24,6 +26,11 @@ BUILDERS: dict[str, type[BaseModel]] = {
     "deployments.app:router": RouterArgs,
     "deployments.app:lm": PlannerArgs,
     "deployments.app:dit": RendererArgs,
+}
+# Where the drivers look for what a URL does not say.
+SECRETS = {
+    "database_url": "PGPASSWORD, or PGPASSFILE with a file that only the server reads,",
+    "files_url": "the store's own variables (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a credentials file)",
 }
 
 
@@ -71,6 +78,12 @@ def _application_problems(application: Mapping[str, Any]) -> Iterator[str]:
             return
         try:
             args = parse_args(BUILDERS[path], application.get("args"), name)
+            for field in ("database_url", "files_url"):
+                if has_password(str(getattr(args, field, None) or "")):
+                    yield (
+                        f"application {name!r}: {field} holds a password, which Serve shows in its dashboard and status to whoever sees "
+                        f"them. Leave it out and set {SECRETS[field]} where Ray starts"
+                    )
             if isinstance(args, PoolArgs) and args.pool not in (None, name):
                 yield f"application {name!r}: args.pool is {args.pool!r}; it must be the application's own name"
         except InvalidRequest as error:
@@ -83,6 +96,16 @@ def _application_problems(application: Mapping[str, Any]) -> Iterator[str]:
                 f"application {name!r}: a label_selector under deployments also pins the import task to nodes that may not "
                 "exist yet; use args.tiers"
             )
+
+
+def has_password(url: str) -> bool:
+    """Whether a URL carries a password: before the host, or among its parameters."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return False  # whoever opens it says what is wrong with it
+    secret = any(re.search("password|secret|token", name, re.IGNORECASE) for name, _ in parse_qsl(parts.query))
+    return bool(parts.password) or secret
 
 
 def _fleet_problems(applications: list[Any]) -> Iterator[str]:

@@ -5,7 +5,7 @@ set -euo pipefail
 
 if [ "${1:-serve}" = serve ] && [ $# -le 2 ]; then
   config=${2:-/opt/acestep/serve_config.yaml}
-  env=$(acestep ray-env) # apart from eval, which would go on without it
+  env=$(acestep ray-env --alone) # apart from eval, which would go on without it
   eval "$env"
   acestep prepare "$config"
   exec serve run "$config"

@@ -22,9 +22,11 @@ join = typer.Typer(add_completion=False)
 
 
 @environment.command("ray-env")
-def print_environment() -> None:
+def print_environment(
+    alone: Annotated[bool, typer.Option("--alone", help="For a Ray that no other machine is to reach.")] = False,
+) -> None:
     """Print what a shell needs before `ray` and `serve`: eval "$(acestep ray-env)"."""
-    for name, value in ray_env().items():
+    for name, value in ray_env(alone=alone).items():
         typer.echo(f"export {name}={shlex.quote(value)}")
 
 

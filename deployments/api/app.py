@@ -11,7 +11,7 @@ from starlette.middleware.cors import CORSMiddleware
 from acestep import __version__
 from deployments.api import chat, cluster, files, health, native, plans, problems, webhooks
 from deployments.api.compat import models, tasks, texts
-from deployments.api.middleware import BodyLimit, LostProxy, OptionalPrefix
+from deployments.api.middleware import BodyLimit, LostProxy, OptionalPrefix, Strangers
 from deployments.api.service import Service
 
 CHAT_PATH = "/v1/chat/completions"  # takes audio inside its JSON
@@ -40,6 +40,14 @@ def build_app(service: Service) -> FastAPI:
         allow_methods=["GET", "HEAD", "POST", "DELETE", "OPTIONS"],
         allow_headers=["Content-Type", "Authorization", "Idempotency-Key", "Prefer", "Last-Event-ID", "Range"],
         expose_headers=["Location", "Retry-After", "Preference-Applied", "Idempotent-Replayed", "Content-Range"],
+    )
+    app.add_middleware(
+        Strangers,
+        bound=lambda: service.fleet.view.http_host,
+        hosts=service.args.allowed_hosts,
+        origins=service.args.cors_origins,
+        origin_regex=service.args.cors_origin_regex,
+        keys=service.keys.required and not service.args.open_models_and_chat,
     )
     app.add_middleware(OptionalPrefix)
     app.add_middleware(LostProxy)

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import ipaddress
+import re
+from collections.abc import Callable, Collection
+from contextvars import ContextVar
+from urllib.parse import urlsplit
+
 from ray.exceptions import RayActorError
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -22,6 +29,99 @@ class OptionalPrefix:
             raw = scope.get("raw_path") or b""
             scope = {**scope, "path": scope["path"][len(PREFIX) :], "raw_path": raw.removeprefix(PREFIX.encode())}
         await self.app(scope, receive, send)
+
+
+# Whether the request that is being answered was made by a client on this machine, as far as one can tell.
+made_here: ContextVar[bool] = ContextVar("made_here", default=False)
+SAFE = ("GET", "HEAD", "OPTIONS")
+PROXY_HEADERS = (
+    "forwarded",
+    "via",
+    "x-real-ip",
+    "x-original-host",
+    "x-client-ip",
+    "true-client-ip",
+    "cf-connecting-ip",
+)
+
+
+def is_loopback(host: str | None) -> bool:
+    """Whether a name or an address means this machine, wherever it is asked."""
+    if not host:
+        return False
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+
+
+def host_of(value: str) -> str:
+    """The name in a Host header or an origin, without port; empty where it is none."""
+    try:
+        name = urlsplit(value if "://" in value else f"//{value}").hostname or ""
+    except ValueError:
+        return ""
+    return name.removesuffix(".")
+
+
+class Strangers:
+    """Keeps out what other people's web pages make a browser send, and tells requests of this machine from those that a proxy hands on.
+
+    A page can point its own name at 127.0.0.1 (then the Host header is that name) or post a form across (then there is a foreign Origin).
+
+    Args:
+        bound: What the server listens on, as far as it is known.
+        hosts: Names besides this machine's own by which a server on a loopback address may be asked; `*` is all.
+        origins: Whose pages may change something on a server without keys; `*` is all. A server's own pages always may.
+        origin_regex: More of them.
+        keys: Whether a key is needed, which no browser sends by itself.
+    """
+
+    def __init__(
+        self, app: ASGIApp, bound: Callable[[], str | None], hosts: Collection[str], origins: Collection[str],
+        origin_regex: str | None, keys: bool,
+    ) -> None:  # fmt: skip
+        self.app = app
+        self.bound = bound
+        self.hosts = {h.lower() for h in hosts}
+        self.origins = origins
+        self.origin_regex = re.compile(origin_regex) if origin_regex else None
+        self.keys = keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        if why := self._why_not(scope["method"], headers):
+            await problems.problem(403, "forbidden", why)(scope, receive, send)
+            return
+        handed_on = any(name.startswith("x-forwarded-") or name in PROXY_HEADERS for name in headers)
+        # Proxies that say nothing of themselves speak HTTP/1.0, by default.
+        here = not handed_on and scope.get("http_version") != "1.0" and is_loopback(host_of(headers.get("host", "")))
+        token = made_here.set(here and is_loopback(self.bound()))
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            made_here.reset(token)
+
+    def _why_not(self, method: str, headers: Headers) -> str | None:
+        bound, host = self.bound(), host_of(headers.get("host", ""))
+        asked_right = not is_loopback(bound) or "host" not in headers or is_loopback(host) or self.hosts & {host, "*"}
+        if not asked_right:
+            return (
+                f"Host: this server listens on {bound}, for this machine alone, and knows no name {host!r}; allowed_hosts in the router's "
+                "args may list it"
+            )
+        origin = headers.get("origin")
+        if origin is None or method in SAFE or self.keys or self._allowed(origin, headers.get("host")):
+            return None
+        return f"Origin: pages of {origin!r} may not use this server, which needs no key; cors_origins in the router's args may list it"
+
+    def _allowed(self, origin: str, host: str | None) -> bool:
+        if "*" in self.origins or origin in self.origins or origin.partition("://")[2] == host:
+            return True
+        return self.origin_regex is not None and self.origin_regex.fullmatch(origin) is not None
 
 
 class LostProxy:

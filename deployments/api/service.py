@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import ipaddress
 import json
 import time
 import uuid
@@ -18,6 +17,7 @@ from acestep.dit import tasks
 from acestep.errors import InvalidRequest
 from acestep.request import Adjustment, SongRequest
 from deployments.api.auth import Caller, Keyring, RateLimit, environment_keys
+from deployments.api.middleware import made_here
 from deployments.api.signing import Signer
 from deployments.api.sources import Sources
 from deployments.config import RouterArgs
@@ -235,21 +235,12 @@ class Service:
 
     @property
     def loopback(self) -> bool:
-        """Whether only this machine can reach the server. Unknown counts as no."""
-        return is_loopback(self.fleet.view.http_host)
+        """Whether the request that is being answered comes from this machine: only it can reach the server, and no proxy is between."""
+        return made_here.get()
 
     @property
     def uptime_s(self) -> float:
         return time.time() - self.started
-
-
-def is_loopback(host: str | None) -> bool:
-    if host is None:
-        return False
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def hash_of(*parts: Any) -> str:

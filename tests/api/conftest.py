@@ -105,7 +105,7 @@ async def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
         dispatcher = Dispatcher(store, fleet, routing, lease_s=parsed.lease_s)
         service = Service(parsed, store, Storage(parsed.files_url), fleet, routing, dispatcher, started=time.time())
         transport = httpx.ASGITransport(build_app(service), raise_app_exceptions=False)
-        sites.append(Site(service, httpx.AsyncClient(transport=transport, base_url="http://server")))
+        sites.append(Site(service, httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000")))
         return sites[-1]
 
     yield make

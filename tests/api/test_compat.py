@@ -737,7 +737,7 @@ async def test_a_client_behind_the_api_prefix(site: Site) -> None:
 
 
 async def test_browsers_on_this_machine_are_let_in(site: Site) -> None:
-    for origin in ("http://localhost:5173", "null", "http://127.0.0.1"):
+    for origin in ("http://localhost:5173", "http://[::1]:8000", "http://127.0.0.1"):
         headers = {
             "Origin": origin,
             "Access-Control-Request-Method": "POST",
@@ -745,8 +745,9 @@ async def test_browsers_on_this_machine_are_let_in(site: Site) -> None:
         }
         answer = await site.client.options("/release_task", headers=headers)
         assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (200, origin)
-    headers["Origin"] = "https://evil.example"
-    assert (await site.client.options("/release_task", headers=headers)).status_code == 400
+    for origin in ("https://evil.example", "null", "http://localhost.evil.example"):
+        headers["Origin"] = origin
+        assert (await site.client.options("/release_task", headers=headers)).status_code == 400
 
 
 async def test_what_no_server_has_is_not_found(site: Site) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from acestep.errors import InvalidRequest
 from deployments.api.auth import Keyring, environment_keys
-from deployments.api.service import is_loopback
+from deployments.api.middleware import is_loopback
 from deployments.config import RouterArgs, parse_args
 from deployments.router import Router
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from acestep.client import Client
+from acestep.ray_env import LOOPBACK
 from tests.e2e.test_chaos import patiently
 from tests.server import START_TIMEOUT_S, Server, _kill_session, free_port
 
@@ -33,6 +34,7 @@ class TwoNodes(Server):
 
     def __init__(self) -> None:
         super().__init__(edit=simulated)
+        del self.env[LOOPBACK]
         self.gcs = f"{HEAD}:{free_port()}"
         self.head: subprocess.Popen[bytes] | None = None
         self.env |= {

@@ -68,8 +68,12 @@ class Door:
     """A port on which a process of the server listens."""
 
     process: str
-    host: str
+    bound: str
     port: int
+
+    @property
+    def host(self) -> str:
+        return "127.0.0.1" if self.bound in ("0.0.0.0", "::") else self.bound
 
     @property
     def address(self) -> str:
@@ -84,8 +88,8 @@ def doors(server: Server) -> list[Door]:
             process = psutil.Process(pid)
             for listener in process.net_connections("tcp"):
                 if listener.status == psutil.CONN_LISTEN:
-                    host = "127.0.0.1" if listener.laddr.ip in ("0.0.0.0", "::") else listener.laddr.ip
-                    found[listener.laddr.port] = Door(" ".join(process.cmdline()).strip(), host, listener.laddr.port)
+                    bound = listener.laddr.ip.removeprefix("::ffff:")
+                    found[listener.laddr.port] = Door(" ".join(process.cmdline()).strip(), bound, listener.laddr.port)
         except psutil.Error:
             continue  # it ended meanwhile
     return list(found.values())
@@ -120,10 +124,16 @@ def filled(message: Any, payload: bytes) -> bytes:
 
 def code_of(channel: grpc.Channel, path: str, request: bytes) -> grpc.StatusCode:
     try:
-        channel.unary_unary(path)(request, timeout=TIMEOUT_S)
+        channel.unary_unary(path)(request, timeout=TIMEOUT_S, metadata=[("node_id", "00" * 28)])
     except grpc.RpcError as error:
         return error.code()  # type: ignore[attr-defined,no-any-return]
     return grpc.StatusCode.OK
+
+
+def test_from_other_machines_only_replicas_can_be_reached(doors: list[Door]) -> None:
+    """Serve binds their ports to all addresses, whatever one says."""
+    assert {d.process.split(":")[2] for d in doors if d.bound != "127.0.0.1"} <= {"ServeReplica"}, doors
+    assert len(doors) > 10
 
 
 def test_grpc_needs_the_token_on_every_port(server: Server, doors: list[Door], tmp_path: Path) -> None:
@@ -211,5 +221,5 @@ def test_the_token_is_for_its_user_alone(server: Server, tmp_path: Path) -> None
 def test_the_start_says_what_listens_and_what_it_needs(server: Server) -> None:
     log = server.output()
     assert f"HTTP on 127.0.0.1:{server.port}: needs no key" in log
-    for what in ("dashboard", "GCS", "replicas"):
+    for what in ("dashboard", "GCS", "raylets and workers on 127.0.0.1", "replicas on all addresses"):
         assert re.search(rf"{what}.* need\w* the token", log), what

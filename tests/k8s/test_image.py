@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import os
 import re
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ import yaml
 
 from deployments.k8s.groups import HOME, MODELS
 from tests.k8s.conftest import K8S, ROOT, tool
+from tests.server import free_port
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 ENTRYPOINT = ROOT / "docker" / "entrypoint.sh"
@@ -75,22 +79,63 @@ def test_what_is_copied_reaches_the_build_and_nothing_else_does() -> None:
         assert not [f for f in tracked if fnmatch.fnmatch(f, "*.wav")]
 
 
+def test_the_documented_container_starts_read_only_and_keeps_what_it_fetched(tmp_path: Path) -> None:
+    """`docker run --read-only` as the Dockerfile says it, in a view of the file system in which only what it mounts can be written."""
+    if os.getuid() != 0:
+        pytest.skip("making file systems read-only needs root")
+    command = shlex.split(next(line for line in DOCKERFILE.splitlines() if line.startswith("#   docker run"))[1:])
+    assert "--read-only" in command
+    mounted = {v.split(":")[1] for option, v in itertools.pairwise(command) if option == "-v"}
+    volumes = re.search(r"^VOLUME (\[.*\])$", final_stage(), re.MULTILINE)
+    assert volumes is not None
+    assert mounted == set(yaml.safe_load(volumes[1]))
+    config = yaml.safe_load((K8S / "base/serve_config.yaml").read_text())
+    config["http_options"]["port"] = free_port()
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    root = tmp_path / "root"  # stands for the image's folders, which this machine does not have
+    settings = dict(re.findall(r"(ACESTEP_HOME|ACESTEP_CHECKPOINTS|HF_HOME|HOME)=(/\S+)", final_stage()))
+    for folder in {*mounted, *settings.values()}:
+        Path(f"{root}{folder}").mkdir(parents=True, exist_ok=True)
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("ACESTEP_", "RAY_", "HF_"))}
+    env |= {name: f"{root}{folder}" for name, folder in settings.items()}
+    writable = [f"mount --bind {root}{v} {root}{v}; mount -o remount,rw,bind {root}{v};" for v in sorted(mounted)]
+    script = (
+        "set -e; mount --make-rprivate /; "
+        f"mount --bind {root} {root}; {' '.join(writable)} mount -o remount,ro,bind {root}; "
+        f"touch {root}/x 2>/dev/null && exit 9; exec $0 prepare {tmp_path}/config.yaml"
+    )
+    found = []
+    for _ in range(2):  # a second container with the same volumes
+        done = subprocess.run(
+            ["unshare", "--mount", "sh", "-c", script, str(Path(sys.executable).with_name("acestep"))], env=env,
+            cwd=tmp_path, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        files = [f for v in mounted for f in Path(f"{root}{v}").rglob("*.safetensors")]
+        found.append({f: f.stat().st_mtime_ns for f in files})
+    assert found[0]
+    assert found[0] == found[1]
+
+
 @pytest.fixture
 def programs(tmp_path: Path) -> dict[str, str]:
-    """`acestep` and `serve` that note how they were called."""
+    """`acestep` and `serve` that note how they were called; `acestep ray-env` is the real one's."""
     for name in ("acestep", "serve"):
         program = tmp_path / name
         program.write_text(
-            f'#!/bin/sh\necho "{name} $@ auth=$RAY_AUTH_MODE" >> {tmp_path}/calls\n[ "$2" != bad.yaml ]\n'
+            f'#!/bin/sh\n[ "$1" = ray-env ] && exec {Path(sys.executable).with_name("acestep")} "$@"\n'
+            f'echo "{name} $@ auth=$RAY_AUTH_MODE" >> {tmp_path}/calls\n[ "$2" != bad.yaml ]\n'
         )
         program.chmod(0o755)
     return {"PATH": f"{tmp_path}:{os.defpath}:/usr/bin:/bin", "calls": str(tmp_path / "calls")}
 
 
 def entrypoint(programs: dict[str, str], *arguments: str, **env: str) -> tuple[int, list[str], str]:
+    home = str(Path(programs["calls"]).with_name("home"))
     done = subprocess.run(
-        ["bash", str(ENTRYPOINT), *arguments], env={"PATH": programs["PATH"], **env}, capture_output=True, text=True
-    )
+        ["bash", str(ENTRYPOINT), *arguments], env={"PATH": programs["PATH"], "ACESTEP_HOME": home, **env}, capture_output=True,
+        text=True,
+    )  # fmt: skip
     calls = Path(programs["calls"])
     return done.returncode, calls.read_text().splitlines() if calls.exists() else [], done.stdout
 
@@ -99,14 +144,21 @@ def test_the_entrypoint_prepares_and_serves(programs: dict[str, str]) -> None:
     config = "/opt/acestep/serve_config.yaml"
     assert entrypoint(programs) == (
         0,
-        [f"acestep prepare {config} auth=disabled", f"serve run {config} auth=disabled"],
+        [f"acestep prepare {config} auth=token", f"serve run {config} auth=token"],
         "",
     )
 
 
-def test_the_entrypoint_takes_another_config_and_keeps_a_token(programs: dict[str, str]) -> None:
-    _, calls, _ = entrypoint(programs, "serve", "my.yaml", RAY_AUTH_MODE="token")
-    assert calls == ["acestep prepare my.yaml auth=token", "serve run my.yaml auth=token"]
+def test_the_entrypoint_takes_another_config_and_leaves_the_token_to_who_says_so(programs: dict[str, str]) -> None:
+    _, calls, _ = entrypoint(programs, "serve", "my.yaml", RAY_AUTH_MODE="disabled")
+    assert calls == ["acestep prepare my.yaml auth=disabled", "serve run my.yaml auth=disabled"]
+
+
+def test_without_a_token_nothing_is_served(programs: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    code, calls, _ = entrypoint(programs, ACESTEP_HOME=str(tmp_path / "file"))
+    assert code != 0
+    assert not calls
 
 
 def test_what_cannot_be_prepared_is_not_served(programs: dict[str, str]) -> None:
