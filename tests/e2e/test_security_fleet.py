@@ -78,7 +78,7 @@ class Started(Server):
         until = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < until:
             said = self.output()[begun:]
-            if said.count("had error") >= 3 or "ready to make songs" in said:
+            if said.count("errors.InvalidRequest: ") >= 3 or "ready to make songs" in said:
                 return said
             time.sleep(0.25)
         raise AssertionError(self.output()[begun:][-4000:])
