@@ -7,10 +7,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from deployments.jobs.store import Event, Job, JobStore
+from deployments.jobs.store import Event, Job, JobStore, Latest
 
 log = logging.getLogger(__name__)
 POLL_S = 0.25
@@ -23,6 +25,7 @@ class _Topic:
     listeners: int = 0
     latest: int = 0
     ended: bool = False
+    progress: dict[str, Any] | None = None
     job: Job | None = None  # as it ended, where that was here
     gone: bool = False
     changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -54,8 +57,12 @@ class Notices:
             topic.wake()
         self.tell()
 
-    async def news(self, job_id: str, after: int, timeout_s: float) -> Sequence[Event]:
+    async def news(
+        self, job_id: str, after: int, timeout_s: float, progress: dict[str, Any] | None = None
+    ) -> Sequence[Event]:
         """The job's events with a number above `after`, as soon as there are some; none where there are none within the time.
+
+        While there are none, one of type `progress` where the job is not where `progress` says. It has the number 0: it is not kept.
 
         Raises:
             KeyError: there is no such job any more.
@@ -63,12 +70,13 @@ class Notices:
         async with self._listening(job_id) as topic:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(timeout_s):
-                    while topic.latest <= after and not topic.gone:
+                    while topic.latest <= after and not topic.gone and topic.progress in (None, progress):
                         await topic.changed.wait()
             if topic.gone:
                 raise KeyError(job_id)
             if topic.latest <= after:
-                return ()
+                moved = topic.progress if topic.progress != progress else None
+                return [Event(0, job_id, time.time(), "progress", moved)] if moved else ()
             if (read := topic.reads.get(after)) is None:  # the others who listen wait for the same
                 read = asyncio.create_task(asyncio.to_thread(self._store.events_after, job_id, after))
                 topic.reads[after] = read
@@ -109,12 +117,12 @@ class Notices:
                 async with asyncio.timeout(POLL_S):
                     await self._look.wait()
 
-    def _spread(self, latest: Mapping[str, tuple[int, bool] | None]) -> None:
+    def _spread(self, latest: Mapping[str, Latest | None]) -> None:
         for job_id, found in latest.items():
             topic = self._topics.get(job_id)
             if topic is None:
                 continue
-            seq, ended = found or (topic.latest, topic.ended)
-            if (seq, ended, found is None) != (topic.latest, topic.ended, topic.gone):
-                topic.latest, topic.ended, topic.gone = seq, ended, found is None
+            seq, ended, progress = found or (topic.latest, topic.ended, topic.progress)
+            if (seq, ended, found is None, progress) != (topic.latest, topic.ended, topic.gone, topic.progress):
+                topic.latest, topic.ended, topic.gone, topic.progress = seq, ended, found is None, progress
                 topic.wake()

@@ -1,6 +1,7 @@
 """A job's events as server-sent events, resumable by `Last-Event-ID`.
 
-Events are read from the store, so any router can go on where another one stopped.
+Events are read from the store, so any router can go on where another one stopped. How far a stage is comes between them without a number:
+who resumes is told where the job is now.
 """
 
 from __future__ import annotations
@@ -22,16 +23,20 @@ async def stream(
 ) -> AsyncIterator[bytes]:
     """Frames of the events after number `after`, until the job has ended; a comment whenever it was silent for long."""
     yield b"retry: 2000\n\n"
+    progress: dict[str, Any] | None = None
     events: Sequence[Event] = await asyncio.to_thread(store.events_after, job_id, after)
     while True:
         for event in events:
-            after = event.seq
             data = json.dumps({"job_id": job_id, "at": event.at, **_shown(event.data)}, ensure_ascii=False)
-            yield f"id: {event.seq}\nevent: {event.type}\ndata: {data}\n\n".encode()
+            if event.seq:
+                after, number = event.seq, f"id: {event.seq}\n"
+            else:
+                progress, number = event.data, ""
+            yield f"{number}event: {event.type}\ndata: {data}\n\n".encode()
             if event.type in TERMINAL:
                 return
         try:
-            while not (events := await notices.news(job_id, after, heartbeat_s)):
+            while not (events := await notices.news(job_id, after, heartbeat_s, progress)):
                 yield b": still here\n\n"
         except KeyError:
             return  # it was cleaned up meanwhile

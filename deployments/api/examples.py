@@ -90,7 +90,8 @@ WEBHOOKS = _json("The messages", {"webhooks": [_WEBHOOK]})
 SECRET = _json("The secret", {"secret": "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"})
 SAMPLE = _json("The description", _SAMPLE)
 EVENTS = (
-    'id: 7\nevent: progress\ndata: {"job_id": "3f7c3c1e-6f0e-4a53-9f0d-0f4a7a3f1b52", "at": 1790000002.0, '
+    'id: 7\nevent: started\ndata: {"job_id": "3f7c3c1e-6f0e-4a53-9f0d-0f4a7a3f1b52", "at": 1790000001.0, "attempt": 1}\n\n'
+    'event: progress\ndata: {"job_id": "3f7c3c1e-6f0e-4a53-9f0d-0f4a7a3f1b52", "at": 1790000002.0, '
     '"stage": "planning", "done": 40, "total": 150}\n\n'
 )
 AUDIO: dict[int | str, dict[str, Any]] = {

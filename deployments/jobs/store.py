@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, RowMapping
@@ -110,11 +110,21 @@ class Job:
 
 @dataclass(frozen=True)
 class Event:
+    """One step of a job's way. How far a stage is, is none: only the latest is kept, in the job's row."""
+
     seq: int
     job_id: str
     at: float
     type: str
     data: dict[str, Any]
+
+
+class Latest(NamedTuple):
+    """The number of a job's newest event, whether it has ended, and how far it is (`Progress` as a mapping)."""
+
+    seq: int
+    ended: bool
+    progress: dict[str, Any] | None = None
 
 
 class JobStore:
@@ -287,7 +297,6 @@ class JobStore:
     def save_progress(self, job_id: str, owner: str, progress: Progress) -> None:
         with self._passing.begin() as db:
             self._fenced(db, job_id, owner, stage=progress.stage, progress=progress.model_dump(mode="json"))
-            _event(db, job_id, "progress", progress.model_dump(mode="json"))
 
     def save_request(
         self, job_id: str, owner: str, request: SongRequest, adjustments: Sequence[Adjustment], **columns: Any
@@ -395,14 +404,15 @@ class JobStore:
         with self.engine.connect() as db:
             return [Event(**row) for row in db.execute(query).mappings()]
 
-    def latest(self, job_ids: Sequence[str]) -> dict[str, tuple[int, bool] | None]:
-        """By job, the number of its newest event and whether it has ended; None where there is no such job."""
-        found: dict[str, tuple[int, bool] | None] = dict.fromkeys(job_ids)
+    def latest(self, job_ids: Sequence[str]) -> dict[str, Latest | None]:
+        """What is new of each job; None where there is no such job."""
+        found: dict[str, Latest | None] = dict.fromkeys(job_ids)
         newest = sa.select(sa.func.max(events.c.seq)).where(events.c.job_id == jobs.c.id).scalar_subquery()
         with self.engine.connect() as db:
             for start in range(0, len(job_ids), 500):  # SQLite limits variables per query
-                query = sa.select(jobs.c.id, jobs.c.state, newest).where(jobs.c.id.in_(job_ids[start : start + 500]))
-                found |= {job_id: (seq or 0, state in TERMINAL) for job_id, state, seq in db.execute(query)}
+                query = sa.select(jobs.c.id, jobs.c.state, jobs.c.progress, newest)
+                rows = db.execute(query.where(jobs.c.id.in_(job_ids[start : start + 500])))
+                found |= {job_id: Latest(seq or 0, state in TERMINAL, said) for job_id, state, said, seq in rows}
         return found
 
     def earlier(self, owner_key: str, key: str, body_hash: str | None) -> Job | None:

@@ -17,7 +17,8 @@ from sqlalchemy.exc import OperationalError
 
 from acestep.errors import StoragePermission
 from acestep.lm.work import Sample
-from deployments.api import examples, native, plans
+from acestep.song import Progress
+from deployments.api import events, examples, native, plans
 from deployments.api.redact import redact
 
 from .conftest import Build, Site, fleet_view
@@ -261,9 +262,42 @@ async def test_events_stream_and_resume(site: Site) -> None:
     assert over.status_code == 204
 
 
+async def test_progress_is_told_between_the_events_and_is_no_place_to_resume_from(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from deployments import notices
+
+    monkeypatch.setattr(notices, "POLL_S", 0.01)
+    store, job_id = site.service.store, str((await submit(site))["id"])
+    site.run(job_id)
+
+    async def frames(**headers: str) -> AsyncIterator[dict[str, str]]:
+        told = events.stream(store, site.service.dispatcher.notices, job_id, int(headers.get("last", 0)))
+        async for frame in told:
+            if b"event: " in frame:
+                yield dict(line.split(": ", 1) for line in frame.decode().strip().splitlines())
+
+    def done(frame: dict[str, str]) -> int:
+        return int(json.loads(frame["data"])["done"])
+
+    heard, seen = frames(), []
+    seen += [await anext(heard), await anext(heard)]
+    for step in range(3):
+        store.save_progress(job_id, "test", Progress(stage="planning", done=step, total=9))
+        seen.append(await anext(heard))
+    assert [(f["event"], "id" in f) for f in seen] == [("queued", True), ("started", True)] + [("progress", False)] * 3
+    assert [done(f) for f in seen[2:]] == [0, 1, 2]
+    # Who comes back learns where the job is now, once, and then what comes.
+    again = frames(last=seen[1]["id"])
+    now = await anext(again)
+    assert (now["event"], done(now)) == ("progress", 2)
+    site.succeed(job_id)
+    for rest in ([f async for f in heard], [f async for f in again]):
+        assert [f["event"] for f in rest] == ["planned", "succeeded"]
+
+
 async def test_events_beat_while_nothing_happens(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     from deployments import notices
-    from deployments.api import events
 
     monkeypatch.setattr(notices, "POLL_S", 0.01)
     job_id = str((await submit(site))["id"])

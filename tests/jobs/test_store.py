@@ -141,7 +141,7 @@ def test_a_job_goes_through_its_life_and_ends_once(store: JobStore) -> None:
         store.fail(job.id, "a", OutOfMemory("no"))
     store.request_cancel(job.id)
     assert store.get_existing(job.id).state == "succeeded"
-    assert [e.type for e in store.events_after(job.id, 0)] == ["queued", "started", "progress", "planned", "succeeded"]
+    assert [e.type for e in store.events_after(job.id, 0)] == ["queued", "started", "planned", "succeeded"]
 
 
 def test_whoever_lost_the_lease_cannot_write(store: JobStore) -> None:
@@ -339,8 +339,24 @@ def test_the_latest_of_many_jobs_at_once(store: JobStore) -> None:
     store.request_cancel(ended.id)
     latest = store.latest([waiting.id, "none", ended.id])
     newest = {job.id: store.events_after(job.id, 0)[-1].seq for job in (waiting, ended)}
-    assert latest == {waiting.id: (newest[waiting.id], False), "none": None, ended.id: (newest[ended.id], True)}
+    assert latest == {
+        waiting.id: (newest[waiting.id], False, None),
+        "none": None,
+        ended.id: (newest[ended.id], True, None),
+    }
     assert store.latest([]) == {}
+
+
+def test_how_far_a_stage_is_is_kept_once_however_often_it_was_said(store: JobStore) -> None:
+    job = add(store)
+    store.claim(job.id, "a", 10)
+    for done in range(200):
+        store.save_progress(job.id, "a", Progress(stage="rendering", done=done, total=200))
+    assert [e.type for e in store.events_after(job.id, 0)] == ["queued", "started"]
+    news = store.latest([job.id])[job.id]
+    assert news is not None
+    assert news.progress == Progress(stage="rendering", done=199, total=200).model_dump()
+    assert store.get_existing(job.id).progress == Progress(stage="rendering", done=199, total=200)
 
 
 def test_only_ended_jobs_are_forgotten(store: JobStore) -> None:
