@@ -119,7 +119,8 @@ async def list_jobs(
     page = await asyncio.to_thread(
         service.store.page, states=state or (), kind=kind, owner_key=owner, before=_decode(cursor), limit=limit + 1
     )
-    views = [await job_view(service, job) for job in page[:limit]]
+    places = await service.places(page)
+    views = [await job_view(service, job, places[job.id]) for job in page[:limit]]
     return {"jobs": views, "next": _encode(page[limit - 1]) if len(page) > limit else None}
 
 

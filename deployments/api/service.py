@@ -7,6 +7,7 @@ import hashlib
 import json
 import time
 import uuid
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
@@ -191,21 +192,32 @@ class Service:
         """How long a song took lately."""
         return await asyncio.to_thread(self.store.mean_seconds) or DEFAULT_JOB_S
 
-    async def forecast(self, job: Job) -> dict[str, Any]:
-        """Place in the queue, seconds of work asked for, and seconds until it is done as far as that is known."""
+    async def forecast(self, job: Job, place: Place | None = None) -> dict[str, Any]:
+        """Place in the queue, seconds of work asked for, and seconds until it is done as far as that is known.
+
+        Args:
+            place: Where it stands, if somebody has looked already.
+        """
         cost = {"audio_s": job.audio_s, "plan_s": round(job.est_plan_s, 3), "render_s": round(job.est_render_s, 3)}
         if job.ended:
             return {"position": 0, "cost": cost, "eta_s": None}
-        place = await self.place(job)
+        if place is None:
+            place = await self.place(job)
+        await asyncio.sleep(0)  # an estimate is some milliseconds of this loop, and a page has 200 jobs
         eta = self._remaining(job, place)
         return {"position": place.position, "cost": cost, "eta_s": None if eta is None else round(eta, 1)}
 
     async def place(self, job: Job) -> Place:
         """What goes before a job, in the order in which this router will serve."""
-        if job.state != QUEUED:
-            return Place()
-        usage = self.routing.usage.at(time.time())
-        return await asyncio.to_thread(self.line.place, job, usage, self.dispatcher.running)
+        return (await self.places([job]))[job.id]
+
+    async def places(self, jobs: Collection[Job]) -> dict[str, Place]:
+        """The same of several, in one look. Jobs that do not wait stand at 0."""
+        found = {job.id: Place() for job in jobs}
+        if waiting := [job for job in jobs if job.state == QUEUED]:
+            usage = self.routing.usage.at(time.time())
+            found |= await asyncio.to_thread(self.line.places, waiting, usage, self.dispatcher.running)
+        return found
 
     def _remaining(self, job: Job, place: Place) -> float | None:
         if job.kind not in ("song", "plan") or (job.plan_pool is None and job.render_pool is None):

@@ -8,6 +8,7 @@ from acestep.request import SongRequest
 from deployments.api.redact import public_error
 from deployments.api.service import Service
 from deployments.jobs.files import FOLDER, FileRecord
+from deployments.jobs.queue import Place
 from deployments.jobs.store import Job
 
 
@@ -16,9 +17,9 @@ def audio_path(job_id: str, index: int, format: str) -> str:
     return f"/v1/jobs/{job_id}/audio/{index}.{format}"
 
 
-async def job_view(service: Service, job: Job) -> dict[str, Any]:
+async def job_view(service: Service, job: Job, place: Place | None = None) -> dict[str, Any]:
     """A job with where it stands, what it costs and, once done, signed URLs of its audio."""
-    forecast = await service.forecast(job)
+    forecast = await service.forecast(job, place)
     view: dict[str, Any] = {
         "id": job.id,
         "kind": job.kind,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,24 +70,24 @@ class Line:
         self._behind = Place()
         self._joined: deque[Job] = deque()
 
-    def place(self, job: Job, usage: Mapping[str, float], known: Collection[str] = ()) -> Place:
-        """The place of a waiting job. Blocks.
+    def places(
+        self, waiting: Sequence[Job], usage: Mapping[str, float], known: Collection[str] = ()
+    ) -> dict[str, Place]:
+        """The places of waiting jobs, by id. Blocks.
 
         Args:
             usage: Seconds of work that each caller had lately; see `deployments.ordering`.
             known: Running jobs that are not to be counted: who asks knows better how far they are.
         """
         with self._lock:
-            # One that was not there when the line was read came after it, was claimed, or is beyond what is read: only the first is news.
-            self._look(since=job.created_at if job.id not in self._rows else 0.0)
+            self._look(waiting)
             if self._places is None:
                 self._places, self._behind = self._arranged(usage, known)
-            row = self._rows.get(job.id)
-            absent = self._behind if job.state == "queued" and row is None and job.id not in known else Place()
-            return self._places.get(job.id, absent)
+            absent = {job.id: Place() if job.id in self._rows or job.id in known else self._behind for job in waiting}
+            return {job_id: self._places.get(job_id, place) for job_id, place in absent.items()}
 
     def newcomer(self, me: Waiting, usage: Mapping[str, float], known: Collection[str] = ()) -> Place:
-        """The place that a job would get that is not written down yet. Blocks. Arguments as for `place`."""
+        """The place that a job would get that is not written down yet. Blocks. Arguments as for `places`."""
         with self._lock:
             self._look()
             return self._arranged(usage, known, me)[0][me.id]
@@ -96,13 +96,15 @@ class Line:
         """A job was written down just now: who comes next finds it, also before the line is read again."""
         self._joined.append(job)  # no lock: this is for event loops
 
-    def _look(self, since: float = 0.0) -> None:
-        """Read the line where what is known of it is old, or older than a job that was written down at `since`."""
-        joined = [self._joined.popleft() for _ in range(len(self._joined))]
-        if time.monotonic() - self._read_at <= FRESH_S and since <= self._read_time:
-            if joined:
-                self._rows |= {job.id: job for job in joined}
-                self._places = None
+    def _look(self, waiting: Sequence[Job] = ()) -> None:
+        """Take in who joined; read the line where what is known of it is old, or older than one of those who are asked for."""
+        while self._joined:
+            job = self._joined.popleft()
+            self._rows[job.id] = job
+            self._places = None
+        # One that was not there when the line was read came after it, was claimed, or is beyond what is read: only the first is news.
+        newest = max((job.created_at for job in waiting if job.id not in self._rows), default=0.0)
+        if time.monotonic() - self._read_at <= FRESH_S and newest <= self._read_time:
             return
         now = time.time()
         query = sa.select(*_COLUMNS).where(jobs.c.state.in_(("queued", "running"))).order_by(jobs.c.created_at)

@@ -57,7 +57,7 @@ def admit(store: JobStore) -> None:
 HOT: dict[str, Callable[[JobStore], Any]] = {
     "admission": admit,
     "the queue": lambda store: read_queue(store.engine),
-    "the line": lambda store: Line(store.engine).place(store.get_existing("new0"), {}),
+    "the line": lambda store: Line(store.engine).places([store.get_existing("new0")], {}),
     "backlogs": lambda store: read_backlogs(store.url),
     "counts": lambda store: store.counts(ACTIVE),
     "mean time of a song": lambda store: store.mean_seconds(),

@@ -9,13 +9,13 @@ import uuid
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import create_engine, inspect
+from sqlalchemy import create_engine, event, inspect
 
 from acestep.errors import Cancelled, InvalidRequest, OutOfMemory
 from acestep.plan import Metadata, Plan
 from acestep.request import SongRequest
 from acestep.song import Progress, Song, SongItem
-from deployments.jobs import rates
+from deployments.jobs import queue, rates
 from deployments.jobs.backlog import read_backlogs
 from deployments.jobs.database import migrate
 from deployments.jobs.files import FileRecords
@@ -25,7 +25,7 @@ from deployments.jobs.schema import metadata
 from deployments.jobs.secrets import shared_secret
 from deployments.jobs.store import Busy, Caps, IdempotencyConflict, Job, JobStore, LeaseLost
 from deployments.jobs.urls import driver_url
-from deployments.ordering import next_jobs
+from deployments.ordering import Waiting, next_jobs
 
 REQUEST = SongRequest(prompt="quiet piano", duration=10, seed=1)
 SONG = Song(items=(SongItem(index=0, seed=1, duration=10.0, samples=480_000),), plan=Plan(), renderer="tiny")
@@ -127,7 +127,7 @@ def test_backlog_and_queue_are_read_from_the_same_url(store: JobStore, database_
 
 def test_a_job_goes_through_its_life_and_ends_once(store: JobStore) -> None:
     job = add(store)
-    assert (job.state, Line(store.engine).place(job, {}).position) == ("queued", 1)
+    assert (job.state, Line(store.engine).places([job], {})[job.id].position) == ("queued", 1)
     claimed = store.claim(job.id, "a", 10)
     assert claimed is not None
     assert claimed.attempts == 1
@@ -303,7 +303,7 @@ def test_places_and_what_goes_ahead_are_those_of_the_real_order(store: JobStore)
     one = add(store, owner_key="one", **pools)
     elsewhere = add(store, owner_key="two", render_pool="other", est_render_s=7.0)
     line = Line(store.engine)
-    places = {job.id: line.place(job, {"many": 500.0}) for job in (*many, one, elsewhere)}
+    places = line.places([*many, one, elsewhere], {"many": 500.0})
     # Who had much of the fleet lately waits behind who had nothing, though all of it came earlier.
     assert places[one.id].position == 1
     assert places[one.id].ahead == {"dit": 8.0}  # of the two that are not rendering yet
@@ -311,9 +311,35 @@ def test_places_and_what_goes_ahead_are_those_of_the_real_order(store: JobStore)
     assert places[many[1].id].ahead == {"lm": 4.0, "dit": 16.0, "other": 7.0}
     order = next_jobs(read_queue(store.engine), {"many": 500.0}, time.time())
     assert [places[w.id].position for w in order] == list(range(1, len(order) + 1))
-    assert line.place(store.get_existing(rendering.id), {}).position == 0
+    assert line.places([store.get_existing(rendering.id)], {})[rendering.id].position == 0
     later = add(store, owner_key="one", **pools)
-    assert line.place(later, {}).position > 0  # new ones are seen at once
+    assert line.places([later], {})[later.id].position > 0  # new ones are seen at once
+
+
+def test_the_line_is_read_once_for_all_who_ask_in_a_moment(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also for those that it does not know: they came before it was read, so reading it again tells nothing new."""
+    monkeypatch.setattr(queue, "LIMIT", 3)
+    monkeypatch.setattr(queue, "FRESH_S", 600.0)
+    waiting, line, reads = [add(store) for _ in range(6)], Line(store.engine), []
+
+    def remember(_: object, __: object, statement: str, *___: object) -> None:
+        if "FROM jobs" in statement:
+            reads.append(statement)
+
+    event.listen(store.engine, "before_cursor_execute", remember)
+    for job in (*waiting, *waiting):
+        assert line.places([job], {})[job.id].position == min(4, waiting.index(job) + 1)  # beyond the limit: behind all
+    line.places(waiting, {})
+    assert len(reads) == 1
+    assert line.newcomer(Waiting("", "", 1.0, time.time()), {}).position == 4
+    line.joined(new := add(store))  # known without a look
+    reads.clear()
+    assert line.places([new], {})[new.id].position == 4
+    assert reads == []
+    from_elsewhere = add(store)
+    reads.clear()
+    assert line.places([from_elsewhere], {})[from_elsewhere.id].position == 4
+    assert len(reads) == 1
 
 
 def test_waiting_beyond_the_deadline_ends_a_job(store: JobStore) -> None:

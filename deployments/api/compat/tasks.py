@@ -137,12 +137,12 @@ async def query_result(request: Request, service: Svc) -> Any:
     caller = await caller_by_body(request, service, body)
     ids = task_ids(body.fields.get("task_id_list"))
     found = await asyncio.to_thread(service.store.many, list(dict.fromkeys(ids)))
+    found = {task_id: job for task_id, job in found.items() if service.may_see(caller, job)}
+    places = await service.places(found.values())
     items = []
     for task_id in ids:
         job = found.get(task_id)
-        if job is not None and not service.may_see(caller, job):
-            job = None
-        position = (await service.place(job)).position if job else 0
+        position = places[task_id].position if job else 0
         items.append(item_of(service, task_id, job, position))
     return envelope(items)
 
