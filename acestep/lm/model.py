@@ -6,6 +6,7 @@ per step. Where a row's past lies is the business of the attention that is passe
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,6 +14,9 @@ import torch
 from torch.nn import functional as F
 
 from acestep.lm.pointwise import Pointwise, compiled
+
+log = logging.getLogger(__name__)
+_TRIAL_TOKENS = 7  # no dimension of a model is as long, so that the compiler takes none for this one
 
 # (layer, queries (T, heads, head_dim), keys (T, kv_heads, head_dim), values likewise) -> (T, heads * head_dim)
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -80,9 +84,20 @@ class PlannerModel:
         self._cos, self._sin = _rotary_tables(config, max_len, self.device, self.dtype)
 
     def compile(self) -> None:
-        """Fuse what lies between the products. Takes seconds."""
-        with torch.inference_mode():
-            self._pointwise = compiled(self.device, self.dtype)
+        """Fuse what lies between the products; leave it as it is, with a warning, where no compiler works. Takes seconds.
+
+        The compiler sees the model's own tensors: it lays its kernels out for the first sizes, and would do all of it again for a song
+        whose tensors are of another kind than those of the trial.
+        """
+        self._pointwise = compiled()
+        tokens = torch.arange(_TRIAL_TOKENS, device=self.device)
+        try:
+            self.forward(tokens, tokens, lambda layer, q, k, v: q.flatten(1))
+        except Exception:  # a compiler fails in any way it likes, and the planner works without
+            log.warning(
+                "the planner's small kernels are not fused: torch.compile failed on %s", self.device, exc_info=True
+            )
+            self._pointwise = Pointwise()
 
     @property
     def matrices(self) -> list[torch.Tensor]:

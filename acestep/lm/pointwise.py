@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
-
-log = logging.getLogger(__name__)
 
 
 def add_norm(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -51,20 +48,10 @@ class Pointwise:
     gate: Callable[..., torch.Tensor] = gate
 
 
-def compiled(device: torch.device, dtype: torch.dtype) -> Pointwise:
-    """Fused for the device, for any number of tokens; as written, with a warning, where no compiler works."""
-    fused = Pointwise(
+def compiled() -> Pointwise:
+    """To be fused at the first call, for any number of tokens."""
+    return Pointwise(
         torch.compile(add_norm, dynamic=True, fullgraph=True),
         torch.compile(rotate_heads, dynamic=True, fullgraph=True),
         torch.compile(gate, dynamic=True, fullgraph=True),
     )
-    x = torch.ones(8, 64, device=device, dtype=dtype)
-    heads = x.view(8, 4, 16)
-    try:
-        fused.add_norm(x, x, x[0], 1e-6)
-        fused.rotate_heads(heads, heads[0, :3], heads[:, :1], heads[:, :1], 1e-6)
-        fused.gate(x)
-    except Exception:  # a compiler fails in any way it likes, and the planner works without
-        log.warning("the planner's small kernels are not fused: torch.compile failed on %s", device, exc_info=True)
-        return Pointwise()
-    return fused

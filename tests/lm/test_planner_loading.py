@@ -17,7 +17,7 @@ from acestep.checkpoints.tiny_planner import write_tiny_planner
 from acestep.errors import DeviceUnavailable, ModelMissing, OutOfMemory
 from acestep.lm.loading import load_model
 from acestep.lm.planner import Planner
-from acestep.lm.pointwise import Pointwise, add_norm, compiled, gate, rotate_heads
+from acestep.lm.pointwise import Pointwise
 from acestep.lm.tokenizer import PlannerTokenizer
 from acestep.settings import PlannerSettings
 from acestep.song import TINY_NOTICE
@@ -84,23 +84,34 @@ def test_the_forward_is_transformers_own(checkpoint: Path) -> None:
     assert torch.allclose(hidden(checkpoint), expected, atol=1e-5)
 
 
-def test_fused_kernels_compute_the_same_for_any_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fused_kernels_compute_the_same_for_any_number_of_tokens(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Traced as for a card, without its code generator, which takes half a minute."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    fused = compiled(torch.device("cpu"), torch.float32)
-    assert fused != Pointwise()
-    generator = torch.Generator().manual_seed(0)
-    for tokens in (7, 2, 8, 300, 32):
-        x, y = torch.randn(2, tokens, 64, generator=generator)
-        qkv, angle = torch.randn(tokens, 8, 16, generator=generator), torch.randn(tokens, 1, 16, generator=generator)
-        arguments = (qkv, qkv[0, :6], angle, angle.flip(0), 1e-6)
-        # From the second size on nothing is compiled again: that would stop a card's songs for seconds.
-        with torch._dynamo.config.patch(error_on_recompile=tokens != 7):
-            added = zip(add_norm(x, y, x[0], 1e-6), fused.add_norm(x, y, x[0], 1e-6), strict=True)
-            rotated, gated = fused.rotate_heads(*arguments), fused.gate(x)
-        assert all(torch.allclose(written, made, atol=1e-6) for written, made in added)
-        assert torch.allclose(rotate_heads(*arguments), rotated, atol=1e-6)
-        assert torch.allclose(gate(x), gated, atol=1e-6)
+    written, fused = (load_model(checkpoint, device=torch.device("cpu"), dtype=torch.float32, max_len=64) for _ in "ab")
+    fused.compile()
+    assert fused._pointwise != Pointwise()
+    for tokens in (9, 2, 8, 60, 32):
+        ids, positions = torch.arange(tokens), torch.arange(tokens)
+        expected = written.forward(ids, positions, lambda layer, q, k, v: q.flatten(1))
+        # All is compiled by now: more of it would stop a card's songs for seconds.
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            got = fused.forward(ids, positions, lambda layer, q, k, v: q.flatten(1))
+        assert torch.allclose(got, expected, atol=1e-5)
+
+
+def test_where_nothing_compiles_the_kernels_stay_as_they_are(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_: broken)
+    model = load_model(checkpoint, device=torch.device("cpu"), dtype=torch.float32, max_len=64)
+    model.compile()
+    assert model._pointwise == Pointwise()
+    assert "torch.compile failed on cpu" in caplog.text
 
 
 @pytest.mark.parametrize("change", [shard, without_prefix, with_head, untied])
