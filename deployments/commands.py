@@ -74,6 +74,8 @@ def build(
         cards, model=model, planner=planner, scale_to_zero=scale_to_zero, nodes_on_demand=nodes_on_demand,
         database_url=database_url, files_url=files_url, host=host, port=port,
     )  # fmt: skip
+    if found := problems(data):
+        raise InvalidRequest("; ".join(found), field="config")
     text = as_text(data)
     if output is None:
         typer.echo(text, nl=False)

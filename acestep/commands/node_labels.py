@@ -1,7 +1,4 @@
-"""`acestep node-labels`: what to tell Ray about this machine's card.
-
-ray start --address=HEAD --labels="$(acestep node-labels)"
-"""
+"""`acestep node-labels`: what `acestep join` tells Ray about this machine's card, for whoever starts nodes by other means."""
 
 from __future__ import annotations
 
@@ -43,6 +40,6 @@ def labels(devices: list[Device], index: int | None = None) -> str:
         found = ", ".join(f"{d.index}: {d.name} {tier_row(d, None).tier}" for d in cards)
         raise DeviceUnavailable(
             f"the cards of this machine are of several tiers ({found}). Ray cannot tell cards of one node apart: start one Ray node per card, "
-            'each with CUDA_VISIBLE_DEVICES=N ray start --num-gpus=1 --labels="$(acestep node-labels --device N)"'
+            "each with acestep join HEAD:6379 --device N"
         )
     return f"acestep/role=gpu,acestep/gpu-tier={tiers.pop()}"

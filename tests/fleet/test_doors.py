@@ -74,6 +74,18 @@ def test_a_password_in_the_database_url_is_refused_without_being_repeated(url: s
         assert "secret" not in " ".join(found)
 
 
+def test_config_build_writes_no_password(tmp_path: Path) -> None:
+    target = tmp_path / "fleet.yaml"
+    asked = [ACESTEP, "config", "build", "--tiers", "tier4:2", "-o", str(target), "--database-url"]
+    refused = subprocess.run([*asked, "postgresql://u:secret@db/jobs"], capture_output=True, text=True)
+    assert refused.returncode == 1
+    assert "PGPASSWORD" in refused.stderr
+    assert "secret" not in refused.stderr
+    assert not target.exists()
+    assert subprocess.run([*asked, "postgresql://u@db/jobs"], capture_output=True).returncode == 0
+    assert subprocess.run([ACESTEP, "config", "validate", str(target)], capture_output=True).returncode == 0
+
+
 def test_a_password_in_the_store_url_is_refused() -> None:
     config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
     config["applications"][0]["args"] = {"files_url": "s3://key:secret@bucket/songs"}
@@ -118,3 +130,31 @@ def test_prepare_says_which_ray_will_be_joined(prepare: Any, tmp_path: Path) -> 
     assert gone.returncode == 1
     assert f"{tmp_path}/ray/ray_current_cluster says that Ray runs at {address}" in gone.stderr
     assert "unset RAY_ADDRESS" in prepare(RAY_ADDRESS=address).stderr
+
+
+def test_make_run_serves_with_the_token_in_its_own_folder(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    for name in ("acestep", "serve"):
+        program = tmp_path / "bin" / name
+        program.write_text(
+            f'#!/bin/sh\n[ "$1" = ray-env ] && exec {ACESTEP} "$@"\n'
+            f'echo "{name} $1 $2 $RAY_AUTH_MODE $RAY_AUTH_TOKEN_PATH $RAY_TMPDIR" >> {tmp_path}/calls\n'
+        )
+        program.chmod(0o755)
+    (tmp_path / ".run-installed").touch()
+    home = tmp_path / "home"
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MAKE"))} | {"ACESTEP_HOME": str(home)}
+    run = ["make", "run", f"VENV={tmp_path}", "CONFIG=x.yaml"]
+    subprocess.run(run, cwd=ROOT, env=env, check=True, capture_output=True)
+    closed = f"token {home}/ray-token /tmp/acestep-{os.getuid()}"
+    assert (tmp_path / "calls").read_text().splitlines() == [
+        f"acestep prepare x.yaml {closed}",
+        f"serve run x.yaml {closed}",
+    ]
+    assert (home / "ray-token").stat().st_mode & 0o777 == 0o600
+    # Without a token nothing is served.
+    (home / "ray-token").unlink()
+    (home / "ray-token").mkdir()
+    assert subprocess.run(run, cwd=ROOT, env=env, capture_output=True).returncode != 0
+    assert len((tmp_path / "calls").read_text().splitlines()) == 2
