@@ -92,22 +92,23 @@ def doors(server: Server) -> list[Door]:
                     found[listener.laddr.port] = Door(" ".join(process.cmdline()).strip(), bound, listener.laddr.port)
         except psutil.Error:
             continue  # it ended meanwhile
-    return list(found.values())
+    # Replicas first: what they unpickle would run, while among the others' methods are some that end a process.
+    return sorted(found.values(), key=lambda door: "ServeReplica" not in door.process)
 
 
 def calls(payload: bytes) -> dict[str, bytes]:
     """Every gRPC method that Ray and Serve have, with a request whose every field of bytes is `payload`."""
-    programs = Path(ray.__file__).parent / "core/src/ray"
-    found = {}
-    for program in ("raylet/raylet", "gcs/gcs_server"):
-        names = re.findall(rb"/(?:ray\.rpc|grpc)[\w.]*/[A-Z]\w+", (programs / program).read_bytes())
-        found |= {name.decode(): b"" for name in names}
     modules = [f"ray.core.generated.{m.name}" for m in pkgutil.iter_modules(ray.core.generated.__path__)]
-    for name in (*modules, "ray.serve.generated.serve_pb2"):
+    found = {}
+    for name in ("ray.serve.generated.serve_pb2", *modules):
         if name.endswith("_pb2"):
             for service in importlib.import_module(name).DESCRIPTOR.services_by_name.values():
                 for method in service.methods:
                     found[f"/{service.full_name}/{method.name}"] = filled(method.input_type, payload)
+    programs = Path(ray.__file__).parent / "core/src/ray"
+    for program in ("raylet/raylet", "gcs/gcs_server"):
+        for known in re.findall(rb"/(?:ray\.rpc|grpc)[\w.]*/[A-Z]\w+", (programs / program).read_bytes()):
+            found.setdefault(known.decode(), b"")
     return found
 
 
