@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import logging
 import re
 from collections.abc import Callable, Collection
 from contextvars import ContextVar
@@ -31,6 +32,11 @@ class OptionalPrefix:
         await self.app(scope, receive, send)
 
 
+log = logging.getLogger(__name__)
+PROXIED = (
+    "A PROXY HANDS REQUESTS ON TO A SERVER THAT NEEDS NO KEY: everybody who reaches the proxy can use it. Set ACESTEP_API_KEY, or keep others "
+    "out there."
+)
 # Whether the request that is being answered was made by a client on this machine, as far as one can tell.
 made_here: ContextVar[bool] = ContextVar("made_here", default=False)
 SAFE = ("GET", "HEAD", "OPTIONS")
@@ -87,6 +93,7 @@ class Strangers:
         self.origins = origins
         self.origin_regex = re.compile(origin_regex) if origin_regex else None
         self.keys = keys
+        self.warned = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -97,6 +104,9 @@ class Strangers:
             await problems.problem(403, "forbidden", why)(scope, receive, send)
             return
         handed_on = any(name.startswith("x-forwarded-") or name in PROXY_HEADERS for name in headers)
+        if handed_on and not self.keys and not self.warned:
+            self.warned = True
+            log.warning(PROXIED)
         # Proxies that say nothing of themselves speak HTTP/1.0, by default.
         here = not handed_on and scope.get("http_version") != "1.0" and is_loopback(host_of(headers.get("host", "")))
         token = made_here.set(here and is_loopback(self.bound()))

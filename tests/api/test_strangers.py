@@ -118,6 +118,17 @@ async def test_behind_a_proxy_nobody_is_on_this_machine(
         assert (await site.client.get(url, headers=sent)).status_code == 200
 
 
+async def test_a_server_without_keys_behind_a_proxy_says_so_once(
+    build: Build, caplog: pytest.LogCaptureFixture
+) -> None:
+    for keys, told in (([key("a")], 0), ([], 1)):
+        site = build(api_keys=keys)
+        for _ in range(3):
+            await site.client.get("/livez", headers={"X-Forwarded-For": "10.1.1.1"})
+        assert caplog.text.count("A PROXY HANDS REQUESTS ON") == told
+        await site.client.get("/livez")
+
+
 async def test_a_proxy_that_says_nothing_speaks_the_old_http(site: Site, wav: bytes, tmp_path: Path) -> None:
     (tmp_path / "mine.wav").write_bytes(wav)
     app = build_app(site.service)
