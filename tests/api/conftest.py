@@ -82,7 +82,9 @@ class Site:
                 path = f"songs/{job_id}/{index}-{fmt}.{extension}"
                 self.service.storage.put(path, data)
                 files.append(AudioFile(format=fmt, content_type=kind, path=path, bytes=len(data), sha256="0" * 64))
-            items.append(SongItem(index=index, seed=seed, duration=30.0, samples=1_440_000, files=tuple(files)))
+            items.append(
+                SongItem(index=index, seed=seed, duration=30.0, samples=1_440_000, gain_db=-2.5, files=tuple(files))
+            )
         song = Song(items=tuple(items), plan=plan, renderer="acestep-v15-turbo", timings=RenderTimings(denoise_s=0.5))
         store.succeed(job_id, "test", song)
         return self.job(job_id)

@@ -385,6 +385,7 @@ async def test_states_of_a_poll(site: Site) -> None:
     assert d[0]["prompt"] == "a caption of the planner"
     assert d[0]["seed_value"] == d[1]["seed_value"] == ",".join(map(str, site.job(done).request.seeds))
     assert d[0]["url"] == d[0]["file"]
+    assert "- **Gain:** -2.50 dB" in d[0]["generation_info"].splitlines()
     assert (d[0]["progress"], d[0]["stage"], d[0]["dit_model"]) == (1.0, "succeeded", "acestep-v15-turbo")
     assert f[0]["error"] == items[3]["error"] == "Music generation failed: the card is too small by far"
     assert (f[0]["status"], f[0]["stage"], items[3]["progress_text"]) == (2, "failed", f[0]["error"])

@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 from acestep.lm.work import Sample
 from acestep.plan import Metadata
-from acestep.song import Song
+from acestep.song import Song, SongItem
 from deployments.api.redact import redact
 from deployments.api.service import Service
 from deployments.errands import ANSWER
@@ -142,7 +142,7 @@ def _succeeded(service: Service, job: Job, created: int) -> list[dict[str, Any]]
             "file": url,
             **{k: v for k, v in _entry(1, created).items() if k != "file"},
             **_texts(job, song.plan.metadata_of(item.index)),
-            "generation_info": _info(job, song),
+            "generation_info": _info(song, item),
             "seed_value": seeds,
             "lm_model": song.plan.model or "",
             "dit_model": song.renderer,
@@ -175,8 +175,8 @@ def _texts(job: Job, metadata: Metadata) -> dict[str, Any]:
     }
 
 
-def _info(job: Job, song: Song) -> str:
-    """Markdown with where the time went."""
+def _info(song: Song, item: SongItem) -> str:
+    """Markdown with where the time went, and what became of the level."""
     plan, render = song.plan.timings, song.timings
     rows = (
         ("Planning", plan.metadata_s + plan.codes_s),
@@ -186,6 +186,8 @@ def _info(job: Job, song: Song) -> str:
         ("Encoding", render.encode_s),
     )
     lines = [f"- **{name}:** {seconds:.2f} s" for name, seconds in rows if seconds > 0]
+    gains = (("Gain", item.gain_db), ("Gain inside the window", item.made_gain_db))
+    lines += [f"- **{name}:** {gain:+.2f} dB" for name, gain in gains if gain is not None]
     return "\n".join(["## Generation", *lines, *([f"- {song.notice}"] if song.notice else [])])
 
 
