@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from acestep.dit.tasks import RULES, source_song_s
-from acestep.errors import LimitExceeded
+from acestep.errors import InvalidRequest, LimitExceeded
 from acestep.gpu_config import Limits
 from acestep.plan import CODES_PER_SECOND, Metadata, Plan
-from acestep.request import Adjustment, SongRequest
+from acestep.request import MAX_DURATION_S, MIN_DURATION_S, Adjustment, SongRequest
+
+MIN_SOURCE_S = 1.0
 
 
 def fits(request: SongRequest, limits: Limits) -> bool:
@@ -115,6 +117,49 @@ def _cut_metadata(metadata: Metadata, limits: Limits) -> Metadata:
     if metadata.duration is None or metadata.duration <= limits.max_duration:
         return metadata
     return metadata.model_copy(update={"duration": limits.max_duration})
+
+
+def check_sources(
+    source_s: float | None, reference_s: Sequence[float] = (), *, strict: bool = False
+) -> list[Adjustment]:
+    """What there is to say about the audio that a request brings.
+
+    Args:
+        source_s, reference_s: Seconds of `src_audio` and of each of `reference_audio`.
+
+    Raises:
+        InvalidRequest: the source is too short or too long.
+        LimitExceeded: a reference would be cut, and the request is strict.
+    """
+    told = []
+    if source_s is not None:
+        if source_s < MIN_SOURCE_S:
+            raise InvalidRequest(
+                f"src_audio: it is {source_s:.3f} s long; source audio has at least {MIN_SOURCE_S:g} s.",
+                field="src_audio", asked=round(source_s, 3), limit=MIN_SOURCE_S,
+            )  # fmt: skip
+        if source_s > MAX_DURATION_S:
+            raise InvalidRequest(
+                f"src_audio: it is {source_s:.1f} s long; source audio has at most {MAX_DURATION_S:g} s.",
+                field="src_audio", asked=round(source_s, 3), limit=MAX_DURATION_S,
+            )  # fmt: skip
+        if source_s < MIN_DURATION_S:
+            shown, reason = (
+                round(source_s, 3),
+                f"no song has less than {MIN_DURATION_S:g} s: expect little of so short a source",
+            )
+            told.append(Adjustment(field="src_audio", asked=shown, given=shown, reason=reason))
+    for seconds in reference_s:
+        if seconds <= MAX_DURATION_S:
+            continue
+        reason = f"an excerpt is used, from its first {MAX_DURATION_S:g} s"
+        if strict:
+            raise LimitExceeded(
+                f"reference_audio: it is {seconds:.1f} s long: {reason}. Send a shorter part of it, or leave out strict.",
+                field="reference_audio", asked=round(seconds, 3), limit=MAX_DURATION_S,
+            )  # fmt: skip
+        told.append(Adjustment(field="reference_audio", asked=round(seconds, 3), given=MAX_DURATION_S, reason=reason))
+    return told
 
 
 def without_planner(request: SongRequest, reason: str) -> tuple[SongRequest, list[Adjustment]]:

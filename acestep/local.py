@@ -14,7 +14,7 @@ from acestep.cost import needs_planner
 from acestep.devices import cap_process_memory
 from acestep.errors import InvalidRequest
 from acestep.finish import Maker, finish
-from acestep.limits import apply_limits, without_planner
+from acestep.limits import apply_limits, check_sources, without_planner
 from acestep.plan import Plan
 from acestep.request import Adjustment, SongRequest
 from acestep.settings import Resolved
@@ -98,8 +98,11 @@ class Studio:
         source = _existing("src_audio", request.src_audio)
         references = tuple(p for r in request.reference_audio if (p := _existing("reference_audio", r)))
         if source is not None:
-            request = request.model_copy(update={"source_s": audio_seconds(source, field="src_audio")})
+            request = request.model_copy(update={"source_s": audio_seconds(source, field="src_audio", beginning=True)})
+        lengths = [audio_seconds(path, field="reference_audio", beginning=True) for path in references]
+        told = check_sources(request.source_s, lengths, strict=request.strict)
         request, adjustments = apply_limits(request.with_seeds(), self.settings.limits)
+        adjustments = [*told, *adjustments]
         plan = request.own_plan()
         if needs_planner(request):
             if self.settings.lm_enabled:

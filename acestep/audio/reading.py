@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,14 +27,14 @@ Samples = npt.NDArray[np.float32]
 
 # Self-contained media only: no playlists, no demuxer that opens other files or the network.
 _DEMUXERS = "aac,ac3,aiff,amr,ape,asf,au,avi,caf,flac,flv,matroska,webm,mov,mp3,mpegts,ogg,tta,w64,wav,wv"
-# Byte order and name of the chunk that holds the audio, by the form of the file.
-_CHUNKED: dict[tuple[bytes, bytes], tuple[Literal["little", "big"], bytes]] = {
-    (b"RIFF", b"WAVE"): ("little", b"data"),
-    (b"RF64", b"WAVE"): ("little", b"data"),
-    (b"FORM", b"AIFF"): ("big", b"SSND"),
-    (b"FORM", b"AIFC"): ("big", b"SSND"),
-}
-_SIZE_UNKNOWN = (0, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)  # written by programs that stream to a pipe
+# What libsndfile is given. It knows some twenty kinds more, and reads for ever in a file of one of them that is made for that.
+_SOUNDFILE = (b"RIFF", b"RF64", b"fLaC", b"OggS", b".snd", b"riff", b"caff", b"ID3", b"\xff")
+# Claims of so many bytes are no claims: programs that stream to a pipe write values near the ends of 31, 32, 63 and 64 bits.
+_UNBELIEVABLE = 0x7F000000
+_MAY_LACK_BYTES = 1024  # some writers count their headers as audio
+_MAX_TEXT = 65_536  # bytes of a list of texts that libsndfile is given to read, item by item
+_MAX_CHUNKS = 20_000  # an MP4 in fragments has two for each
+_FLAC_TOTAL = (1 << 36) - 1  # 36 bits at the end of the bytes 18 to 26 of a FLAC file
 _BLOCK_S = 1.0
 # Containers round lengths to packets, and MP3 headers to frames; a missing tenth is not rounding.
 _MAY_MISS_S, _MAY_MISS_SHARE = 0.5, 0.1
@@ -53,13 +54,16 @@ class ReadLimits:
 DEFAULT_LIMITS = ReadLimits()
 
 
-def read_audio(source: bytes | Path, *, field: str, limits: ReadLimits = DEFAULT_LIMITS) -> Samples:
+def read_audio(
+    source: bytes | Path, *, field: str, limits: ReadLimits = DEFAULT_LIMITS, beginning: bool = False
+) -> Samples:
     """Decode one audio file.
 
     Args:
         source: The file's bytes, or its path.
         field: Name of the request's field, for the error.
         limits: What is accepted.
+        beginning: Of a file that is too long, take what is within the limit.
 
     Returns:
         float32 [2, samples] at 48 kHz within ±1; mono is doubled, more channels are mixed down by their layout.
@@ -68,25 +72,40 @@ def read_audio(source: bytes | Path, *, field: str, limits: ReadLimits = DEFAULT
         InvalidRequest: too large, too long, too many channels, an impossible rate, unknown content, broken or cut short, empty,
             not finite. `field` is in the details, and `limit` where there is one.
     """
-    samples = _decode(source, field, limits, keep=True).samples()
+    samples = _decode(source, field, limits, keep=True, beginning=beginning).samples()
     if samples.shape[0] == 1:
         samples = np.repeat(samples, CHANNELS, axis=0)
     return np.ascontiguousarray(np.clip(samples, -1.0, 1.0))
 
 
-def audio_seconds(source: bytes | Path, *, field: str, limits: ReadLimits = DEFAULT_LIMITS) -> float:
+def audio_seconds(
+    source: bytes | Path, *, field: str, limits: ReadLimits = DEFAULT_LIMITS, beginning: bool = False
+) -> float:
     """How long an audio file is, found by decoding all of it as `read_audio` does, a block at a time: the samples are not kept.
+
+    With `beginning`, a file that is too long has the length it claims, or where it claims less just more than the limit.
 
     Raises:
         InvalidRequest: as from `read_audio`.
     """
-    return _decode(source, field, limits, keep=False).seconds
+    collector = _decode(source, field, limits, keep=False, beginning=beginning)
+    return max(collector.seconds, collector.claimed_s or 0.0) if collector.full else collector.seconds
 
 
-def _decode(source: bytes | Path, field: str, limits: ReadLimits, *, keep: bool) -> _Collector:
-    data = _bytes(source, field, limits)
-    _check_size(data, field)
-    collector = _by_soundfile(data, field, limits, keep) or _by_ffmpeg(data, field, limits, keep)
+@dataclass(frozen=True)
+class _Wish:
+    """What is to become of a file: the field it is for, its limits, whether samples are kept, and what is done with one too long."""
+
+    field: str
+    limits: ReadLimits
+    keep: bool
+    beginning: bool
+
+
+def _decode(source: bytes | Path, field: str, limits: ReadLimits, *, keep: bool, beginning: bool) -> _Collector:
+    data = _with_true_sizes(_bytes(source, field, limits), field)
+    wish = _Wish(field, limits, keep, beginning)
+    collector = _by_soundfile(data, wish) or _by_ffmpeg(data, wish)
     collector.check_complete()
     return collector
 
@@ -112,33 +131,158 @@ def _bytes(source: bytes | Path, field: str, limits: ReadLimits) -> bytes:
     return data
 
 
-def _check_size(data: bytes, field: str) -> None:
-    """libsndfile and FFmpeg both read a WAV or AIFF that is shorter than it claims as if nothing were missing."""
-    form = _CHUNKED.get((data[:4], data[8:12]))
-    if form is None:
-        return
-    order, audio = form
-    at, wide = 12, None
-    while at + 8 <= len(data):
-        chunk, size = data[at : at + 4], int.from_bytes(data[at + 4 : at + 8], order)
-        if chunk == b"ds64":  # RF64: the true size of what follows
-            wide = int.from_bytes(data[at + 16 : at + 24], "little")
-        if chunk == audio:
-            held, claimed = len(data) - at - 8, size if wide is None else wide
-            if (size not in _SIZE_UNKNOWN or wide is not None) and claimed > held:
-                raise InvalidRequest(
-                    f"{field}: the file is cut short: it claims {claimed} bytes of audio and holds {held}.", field=field
-                )
+@dataclass(frozen=True)
+class _Layout:
+    """A container made of chunks.
+
+    Attributes:
+        first: Offset of the first chunk.
+        name, size: Bytes that a chunk's name and its size have.
+        align: Chunks begin at multiples of it.
+        audio: Name of the chunk that holds the audio.
+        whole: Sizes count the chunk's own header.
+    """
+
+    order: Literal["little", "big"]
+    first: int
+    name: int
+    size: int
+    align: int
+    audio: bytes
+    whole: bool = False
+
+
+_WAVE = _Layout("little", 12, 4, 4, 2, b"data")
+_AIFF = _Layout("big", 12, 4, 4, 2, b"SSND")
+_CAF = _Layout("big", 8, 4, 8, 1, b"data")
+_W64 = _Layout("little", 40, 16, 8, 8, b"data\xf3\xac\xd3\x11\x8c\xd1\x00\xc0\x4f\x8e\xdb\x8a", whole=True)
+_LAYOUTS = {b"RIFFWAVE": _WAVE, b"RF64WAVE": _WAVE, b"BW64WAVE": _WAVE, b"FORMAIFF": _AIFF, b"FORMAIFC": _AIFF}
+_PCM = (b"NONE", b"twos", b"sowt")  # of AIFF-C
+
+
+def _with_true_sizes(data: bytes, field: str) -> bytes:
+    """The file with sizes that cannot be put right: its audio then goes to the end.
+
+    libsndfile and FFmpeg read an uncompressed file that is shorter than it claims as if nothing were missing, and some that claim
+    nonsense not at all.
+
+    Raises:
+        InvalidRequest: there is less audio than a claim that can be, or there are more chunks than any program writes.
+    """
+    magic = data[:4]
+    if magic == b".snd" and len(data) > 24:  # AU: one size and no chunks
+        held, claimed = len(data) - int.from_bytes(data[4:8], "big"), int.from_bytes(data[8:12], "big")
+        return _patched(data, {8: _believed(claimed or held, held, field).to_bytes(4, "big")}) if held > 0 else data
+    if magic == b"fLaC" and int.from_bytes(data[18:26], "big") & _FLAC_TOTAL == _FLAC_TOTAL:
+        return _patched(data, {21: bytes([data[21] & 0xF0, 0, 0, 0, 0])})  # FLAC's own way to say that it is not known
+    if data[4:8] == b"ftyp":
+        _check_atoms(data, field)
+    layout = {b"riff": _W64, b"caff": _CAF}.get(magic) or _LAYOUTS.get(magic + data[8:12])
+    return data if layout is None else _with_true_chunks(data, layout, field)
+
+
+def _with_true_chunks(data: bytes, layout: _Layout, field: str) -> bytes:
+    header = layout.name + layout.size
+    found: dict[bytes, int] = {}  # offset of what is in a chunk, by its name
+    changes: dict[int, bytes] = {}
+    claimed = 0
+    for name, at, claimed in _chunks(data, layout, layout.first, field):
+        found[name] = at + header
+        if name == layout.audio:
+            break
+        if name == b"LIST" and claimed > _MAX_TEXT:
+            changes[at] = b"JUNK"
+    if layout.audio not in found:
+        return data
+    begin = found[layout.audio]
+    held = len(data) - begin
+    if (wide := found.get(b"ds64")) is not None and layout is _WAVE:  # RF64: the sizes of what is too large for 32 bits
+        changes[wide - header] = b"JUNK"
+        if claimed == 0xFFFFFFFF:
+            claimed = int.from_bytes(data[wide + 8 : wide + 16], "little")
+    if claimed == 0 and not _only_chunks(data, layout, begin, field):
+        claimed = held
+    size = _believed(claimed, held, field)
+    behind = begin + size
+    for name, at, length in _chunks(data, layout, behind + -behind % layout.align, field, named=True):
+        if name == b"LIST" and length > _MAX_TEXT:
+            changes[at] = b"JUNK"
+    if layout is _W64:  # libsndfile takes everything behind it for audio
+        data = data[: begin + size]
+    changes[begin - layout.size] = (size + header * layout.whole).to_bytes(layout.size, layout.order)
+    if layout in (_WAVE, _AIFF):
+        changes |= {0: b"RIFF" if layout is _WAVE else b"FORM", 4: (len(data) - 8).to_bytes(4, layout.order)}
+    common = found.get(b"COMM")
+    if common is not None and layout is _AIFF and (data[8:12] == b"AIFF" or data[common + 18 : common + 22] in _PCM):
+        frame = int.from_bytes(data[common : common + 2], "big") * -(
+            -int.from_bytes(data[common + 6 : common + 8], "big") // 8
+        )
+        changes[common + 2] = (max(0, size - 8) // max(1, frame)).to_bytes(4, "big")
+    return _patched(data, changes)
+
+
+def _believed(claimed: int, held: int, field: str) -> int:
+    """Bytes of audio in a file that claims so many and has room for so many."""
+    if claimed <= held:
+        return claimed
+    if claimed >= _UNBELIEVABLE or claimed - held <= _MAY_LACK_BYTES:
+        return held
+    raise InvalidRequest(
+        f"{field}: the file is cut short: it claims {claimed} bytes of audio and holds {held}.", field=field
+    )
+
+
+def _chunks(
+    data: bytes, layout: _Layout, at: int, field: str, *, named: bool = False
+) -> Iterator[tuple[bytes, int, int]]:
+    """Name, offset and size of the chunks from `at` on. With `named`, as far as their names are letters: what follows is none."""
+    header = layout.name + layout.size
+    count = 0
+    while at + header <= len(data):
+        if named and not (data[at : at + 4].isascii() and data[at : at + 4].decode().isprintable()):
             return
-        at += 8 + size + size % 2
+        count = _counted(count, field)
+        size = int.from_bytes(data[at + layout.name : at + header], layout.order) - header * layout.whole
+        yield data[at : at + layout.name], at, max(0, size)
+        at += header + max(0, size)
+        at += -at % layout.align
+
+
+def _only_chunks(data: bytes, layout: _Layout, at: int, field: str) -> bool:
+    """Whether from `at` on there is nothing but whole chunks: then audio without a size is no audio."""
+    for _, start, size in _chunks(data, layout, at, field, named=True):
+        at = start + layout.name + layout.size + size
+    return at in (len(data), len(data) + 1)
+
+
+def _check_atoms(data: bytes, field: str) -> None:
+    """FFmpeg takes its time for each part of an MP4."""
+    at = count = 0
+    while at + 8 <= len(data):
+        count = _counted(count, field)
+        at += max(8, int.from_bytes(data[at : at + 4], "big"))
+
+
+def _counted(chunks: int, field: str) -> int:
+    if chunks == _MAX_CHUNKS:
+        raise InvalidRequest(f"{field}: the file has more than {_MAX_CHUNKS} chunks.", field=field, limit=_MAX_CHUNKS)
+    return chunks + 1
+
+
+def _patched(data: bytes, changes: dict[int, bytes]) -> bytes:
+    if all(data[at : at + len(value)] == value for at, value in changes.items()):
+        return data
+    patched = bytearray(data)
+    for at, value in changes.items():
+        patched[at : at + len(value)] = value
+    return bytes(patched)
 
 
 class _Collector:
-    """Takes decoded blocks, resamples them as they come, and stops at the limit. Without `keep` it only counts them."""
+    """Takes decoded blocks, resamples them as they come, and stops at the limit: `full`, or an error."""
 
-    def __init__(
-        self, rate: int, channels: int, claimed_s: float | None, field: str, limits: ReadLimits, keep: bool
-    ) -> None:
+    def __init__(self, rate: int, channels: int, claimed_s: float | None, wish: _Wish) -> None:
+        field, limits = wish.field, wish.limits
         if not limits.min_rate <= rate <= limits.max_rate:
             raise InvalidRequest(
                 f"{field}: a sample rate of {rate} Hz is not accepted; {limits.min_rate} to {limits.max_rate} is.",
@@ -149,12 +293,13 @@ class _Collector:
                 f"{field}: {channels} channels are not accepted; 1 to {limits.max_channels} are.",
                 field=field, limit=limits.max_channels, asked=channels,
             )  # fmt: skip
-        if claimed_s is not None and claimed_s > limits.max_duration_s:
+        if claimed_s is not None and claimed_s > limits.max_duration_s and not wish.beginning:
             raise _too_long(f"the file says it is {claimed_s:.1f} s long", claimed_s, field, limits)
-        self._rate, self._claimed_s, self._field, self._limits = rate, claimed_s, field, limits
+        self.claimed_s = claimed_s
+        self.full = False
+        self._rate, self._field, self._limits, self._wish = rate, field, limits, wish
         self._channels = min(channels, CHANNELS)
         self._resampler = soxr.ResampleStream(rate, SAMPLE_RATE, self._channels, dtype="float32")
-        self._keep = keep
         self._blocks: list[Samples] = []
         self._samples = 0
 
@@ -165,23 +310,27 @@ class _Collector:
     def add(self, block: Samples) -> None:
         """One block, float32 [samples, channels]."""
         self._samples += len(block)
-        if self._samples > self._limits.max_duration_s * self._rate:
-            raise _too_long("the file decodes to more than it says", None, self._field, self._limits)
+        over = self._samples - int(self._limits.max_duration_s * self._rate)
+        if over > 0:
+            if not self._wish.beginning:
+                raise _too_long("the file decodes to more than it says", None, self._field, self._limits)
+            self.full = True
+            block = block[: max(0, len(block) - over)]
         if not np.isfinite(block).all():
             raise InvalidRequest(
                 f"{self._field}: the file holds samples that are no finite numbers.", field=self._field
             )
-        if self._keep:
+        if self._wish.keep:
             self._blocks.append(block if self._rate == SAMPLE_RATE else self._resampler.resample_chunk(block))
 
     def check_complete(self) -> None:
         """Refuse a file that ended before the time it claims."""
         decoded_s = self.seconds
-        if self._claimed_s is not None:
-            missing = self._claimed_s - decoded_s
-            if missing > _MAY_MISS_S and missing > self._claimed_s * _MAY_MISS_SHARE:
+        if self.claimed_s is not None and not self.full:
+            missing = self.claimed_s - decoded_s
+            if missing > _MAY_MISS_S and missing > self.claimed_s * _MAY_MISS_SHARE:
                 raise InvalidRequest(
-                    f"{self._field}: the file is cut short or broken: it claims {self._claimed_s:.2f} s and decodes to "
+                    f"{self._field}: the file is cut short or broken: it claims {self.claimed_s:.2f} s and decodes to "
                     f"{decoded_s:.2f} s.",
                     field=self._field,
                 )
@@ -203,27 +352,34 @@ def _too_long(what: str, seconds: float | None, field: str, limits: ReadLimits) 
     )  # fmt: skip
 
 
-def _by_soundfile(data: bytes, field: str, limits: ReadLimits, keep: bool) -> _Collector | None:
-    """Mono and stereo through libsndfile. None: not its kind, or more channels, whose layout only FFmpeg knows."""
+def _by_soundfile(data: bytes, wish: _Wish) -> _Collector | None:
+    """Mono and stereo through libsndfile. None is for FFmpeg: not its kind, of a length that nobody
+    knows (it could not be read past its first block), or more channels, whose layout only FFmpeg knows."""
+    if not data.startswith(_SOUNDFILE) and data[:4] + data[8:12] not in _LAYOUTS:
+        return None
     try:
         file = soundfile.SoundFile(io.BytesIO(data))
-    except (soundfile.LibsndfileError, TypeError):  # TypeError: headerless raw, which needs to be told its format
+    except soundfile.LibsndfileError:
         return None
     with file:
-        known = 0 < file.frames < 2**62
-        claimed = file.frames / file.samplerate if known and file.samplerate else None
-        collector = _Collector(file.samplerate, file.channels, claimed, field, limits, keep)
-        if file.channels > CHANNELS:
+        claimed = file.frames / file.samplerate if file.frames and file.samplerate else None
+        if file.channels > CHANNELS or file.frames > 2**62:
             return None
+        collector = _Collector(file.samplerate, file.channels, claimed, wish)
         try:
-            while len(block := file.read(int(file.samplerate * _BLOCK_S), dtype="float32", always_2d=True)):
+            while not collector.full and len(
+                block := file.read(int(file.samplerate * _BLOCK_S), dtype="float32", always_2d=True)
+            ):
                 collector.add(block)
         except soundfile.LibsndfileError as error:
-            raise InvalidRequest(f"{field}: the file cannot be decoded: {error.error_string}", field=field) from error
+            raise InvalidRequest(
+                f"{wish.field}: the file cannot be decoded: {error.error_string}", field=wish.field
+            ) from error
     return collector
 
 
-def _by_ffmpeg(data: bytes, field: str, limits: ReadLimits, keep: bool) -> _Collector:
+def _by_ffmpeg(data: bytes, wish: _Wish) -> _Collector:
+    field = wish.field
     # Nested protocols are off: nothing in the file can make this process open a URL or another file.
     options = {"format_whitelist": _DEMUXERS, "protocol_whitelist": "none"}
     try:
@@ -235,13 +391,15 @@ def _by_ffmpeg(data: bytes, field: str, limits: ReadLimits, keep: bool) -> _Coll
             if stream.codec_context is None:
                 raise InvalidRequest(f"{field}: the file's audio codec is unknown.", field=field)
             rate = stream.rate or 0
-            collector = _Collector(rate, stream.channels or 0, _claimed_seconds(container, stream), field, limits, keep)
+            collector = _Collector(rate, stream.channels or 0, _claimed_seconds(container, stream), wish)
             resampler = av.AudioResampler(format="flt", layout="mono" if stream.channels == 1 else "stereo", rate=rate)
             for frame in itertools.chain(container.decode(stream), [None]):
                 if frame is not None and frame.sample_rate != rate:
                     raise ValueError(f"the sample rate changes from {rate} to {frame.sample_rate} Hz")
                 for out in resampler.resample(frame):
                     collector.add(out.to_ndarray().reshape(out.samples, -1).astype(np.float32, copy=False))
+                if collector.full:
+                    break
     except (av.FFmpegError, ValueError, OSError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InvalidRequest(f"{field}: the file is no audio that can be decoded ({reason}).", field=field) from error

@@ -197,7 +197,7 @@ class Preparation:
 
     def read(self, path: FilePath, field: str) -> Steps[Tensor]:
         """PCM `[2, n]` at 48 kHz of an audio file. Raises `InvalidRequest` as `read_audio` does."""
-        reading = self._readers.submit(read_audio, path, field=field)
+        reading = self._readers.submit(read_audio, path, field=field, beginning=field == "reference_audio")
         yield reading
         return torch.from_numpy(reading.result())
 

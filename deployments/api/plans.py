@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body, Response
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from acestep.limits import check_sources
 from acestep.lm.work import TEXT_TEMPERATURE, UNDERSTAND_TEMPERATURE, Sample
 from acestep.plan import NUM_CODES
 from acestep.request import (
@@ -130,6 +131,7 @@ async def understand(
 ) -> Sample:
     codes = question.codes
     if codes is None:
-        name = (await service.source(question.src_audio or "", caller, "src_audio")).path
-        codes = await service.talk.codes(name)
+        source = await service.source(question.src_audio or "", caller, "src_audio")
+        check_sources(source.duration)
+        codes = await service.talk.codes(source.path)
     return await service.talk.understand(codes, **question.model_dump(exclude={"codes", "src_audio"}))

@@ -16,6 +16,7 @@ from fastapi import Depends, Request
 from acestep.cost import defaults_of, expected_duration
 from acestep.dit import tasks
 from acestep.errors import InvalidRequest
+from acestep.limits import check_sources
 from acestep.request import Adjustment, SongRequest
 from deployments.api.auth import Caller, Keyring, RateLimit, environment_keys
 from deployments.api.middleware import made_here
@@ -104,7 +105,8 @@ class Service:
             known = await asyncio.to_thread(self.store.earlier, caller.name, idempotency_key, body_hash)
             if known is not None:
                 return known, False
-        request = await self.with_sources(request, caller)
+        request, told = await self.with_sources(request, caller)
+        adjustments = (*told, *adjustments)
         columns: dict[str, Any] = {}
         decision = await self._admit(request, caller, kind)
         if decision is not None:
@@ -160,18 +162,24 @@ class Service:
                 retry_after=wait_s - self.args.max_backlog_s, limit=self.args.max_backlog_s,
             )  # fmt: skip
 
-    async def with_sources(self, request: SongRequest, caller: Caller) -> SongRequest:
-        """The request with every source audio it names taken into the file store, and measured."""
+    async def with_sources(self, request: SongRequest, caller: Caller) -> tuple[SongRequest, list[Adjustment]]:
+        """The request with every source audio it names taken into the file store, and measured; and what there is to say about it.
+
+        Raises:
+            InvalidRequest: it is not there, no audio, or too short or long.
+        """
         if request.source_s is not None:
             raise InvalidRequest("source_s: is measured, not asked", field="source_s")
         changes: dict[str, Any] = {}
+        files: list[FileRecord] = []
         if request.src_audio is not None:
             record = await self.source(request.src_audio, caller, "src_audio")
             changes |= {"src_audio": record.path, "source_s": record.duration}
         if request.reference_audio:
             files = [await self.source(name, caller, "reference_audio") for name in request.reference_audio]
             changes["reference_audio"] = tuple(file.path for file in files)
-        return request.model_copy(update=changes) if changes else request
+        told = check_sources(changes.get("source_s"), [file.duration for file in files], strict=request.strict)
+        return (request.model_copy(update=changes) if changes else request), told
 
     async def source(self, value: str, caller: Caller, field: str) -> FileRecord:
         return await self.sources.admit(value, caller, field=field, loopback=self.loopback)

@@ -125,7 +125,8 @@ class Sources:
             return file.read(self.limits.max_bytes + 1)
 
     def _keep(self, data: bytes, name: str, caller: Caller, field: str) -> FileRecord:
-        seconds = audio_seconds(data, field=field, limits=self.limits)
+        # Too long for a source may do as a reference: whoever uses it looks at its length.
+        seconds = audio_seconds(data, field=field, limits=self.limits, beginning=True)
         shown = "".join(c for c in os.path.basename(name.replace("\\", "/")) if c.isprintable())[-255:] or "audio"
         record = new_record(
             f"file-{uuid.uuid4().hex}",

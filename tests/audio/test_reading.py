@@ -190,3 +190,99 @@ def test_damaged_files_are_read_or_refused_but_never_crash(fmt, seed, damage):
         return
     assert back.shape[0] == 2
     assert np.isfinite(back).all()
+
+
+ORDER = {"AIFF": "big", "AU": "big", "CAF": "big"}
+
+
+def size_field(data, container):
+    """Offset and width of what the file says of the size of its audio, and the bytes of it that are no samples."""
+    if container == "AU":
+        return 8, 4, 0
+    if container == "RF64":
+        return data.index(b"ds64") + 16, 8, 0
+    name, width, more = {"AIFF": (b"SSND", 4, 8), "W64": (b"data\xf3", 8, 24), "CAF": (b"data", 8, 4)}.get(
+        container, (b"data", 4, 0)
+    )
+    return data.rindex(name) + (16 if container == "W64" else 4), width, more
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4])  # libsndfile reads two, FFmpeg more
+@pytest.mark.parametrize("container", ["WAV", "WAVEX", "RF64", "AIFF", "AU", "W64", "CAF"])
+def test_a_size_that_cannot_be_means_that_it_is_not_known(container, channels):
+    data = written(tone(channels=channels), RATE, container, "PCM_16")
+    expected = read_audio(data, field="src_audio")
+    assert expected.shape == (2, SECONDS * RATE)
+    at, width, more = size_field(data, container)
+    order = ORDER.get(container, "little")
+    true = SECONDS * RATE * channels * 2 + more
+    assert int.from_bytes(data[at : at + width], order) == true
+    lies = [0, true + 44, 0x7FFFF000, 0x7FFFFFFF, 0x80000000, 0xFFFFFF9B, 0xFFFFFFFF, 2**63 - 1, 2**64 - 1]
+    for lie in lies:
+        if lie < 256**width:
+            told = data[:at] + lie.to_bytes(width, order) + data[at + width :]
+            assert np.array_equal(read_audio(told, field="src_audio"), expected), hex(lie)
+            assert audio_seconds(told, field="src_audio") == SECONDS
+    assert "cut short" in refused(data[:at] + (true + 100_000).to_bytes(width, order) + data[at + width :]).message
+    assert "cut short" in refused(data[: len(data) // 2]).message
+    if container in ("WAV", "RF64", "AIFF"):
+        for lie in (0, 1, 0x7FFFF024, 0xFFFFFFFF):  # of the whole file
+            told = data[:4] + lie.to_bytes(4, order) + data[8:]
+            assert np.array_equal(read_audio(told, field="src_audio"), expected), hex(lie)
+
+
+def test_other_places_that_tell_a_length_are_believed_no_more():
+    aiff = written(tone(channels=4), RATE, "AIFF", "PCM_16")
+    at = aiff.index(b"COMM") + 10
+    for lie in (0, 1, RATE * 20, 0x7FFFFFFF, 0xFFFFFFFF):
+        told = aiff[:at] + lie.to_bytes(4, "big") + aiff[at + 4 :]
+        assert read_audio(told, field="src_audio").shape == (2, SECONDS * RATE), hex(lie)
+    for channels in (2, 4):
+        flac = written(tone(channels=channels), RATE, "FLAC")
+        for lie in (0, 2**36 - 1):
+            assert read_audio(claiming(flac, lie), field="src_audio").shape == (2, SECONDS * RATE)
+    rf64 = written(tone(), RATE, "RF64")
+    assert read_audio(b"BW64" + rf64[4:], field="src_audio").shape == (2, SECONDS * RATE)
+
+
+def test_audio_of_no_size_before_other_chunks_is_no_audio():
+    wav = written(tone()[:, :0], RATE, "WAV", "PCM_16")
+    assert "no audio" in refused(wav + b"LIST\x04\x00\x00\x00INFO").message
+    with_tags = written(tone(), RATE, "W64", "PCM_16") + b"junk\xf3\xac\xd3\x11\x8c\xd1\x00\xc0\x4f\x8e\xdb\x8a" + (1024).to_bytes(8, "little") + bytes(1000)  # fmt: skip
+    assert read_audio(with_tags, field="src_audio").shape == (2, SECONDS * RATE)
+
+
+def test_a_file_of_nothing_but_chunks_is_not_walked_through():
+    """Both decoders would; what each chunk costs is little, what millions of them cost is not."""
+    count = 1_000_000
+    wav, aiff, caf = (written(tone(), RATE, kind, "PCM_16") for kind in ("WAV", "AIFF", "CAF"))
+    mp4 = encode(tone(), RATE, "aac")
+    empty, wide = b"junk" + bytes(4), b"junk" + bytes(8)
+    for data in (
+        wav[:12] + empty * count + wav[12:],
+        wav + empty * count,
+        b"RIFF\0\0\0\0WAVE" + empty * count,
+        aiff[:12] + empty * count + aiff[12:],
+        caf[:8] + wide * count + caf[8:],
+        caf + wide * count,
+        mp4 + b"\0\0\0\x08free" * count,
+    ):
+        error = refused(data)
+        assert "chunks" in error.message
+        assert error.details["limit"] == 20_000
+    refused(b"FORM\0\0\0\x008SVX" + empty * count)  # a kind that nobody asked for, in which libsndfile never ends
+    assert read_audio(wav[:12] + empty * 1000 + wav[12:] + empty * 1000, field="src_audio").shape == (2, SECONDS * RATE)
+
+
+def test_the_beginning_of_what_is_too_long():
+    limits = ReadLimits(max_duration_s=2.5)
+    long = tone(seconds=7.25)
+    for fmt in ("wav", "flac", "mp3", "aac"):
+        data = encode(long, RATE, fmt)
+        with pytest.raises(InvalidRequest, match=r"7\.2 s"):
+            read_audio(data, field="src_audio", limits=limits)
+        begun = read_audio(data, field="src_audio", limits=limits, beginning=True)
+        assert begun.shape == (2, int(2.5 * RATE))
+        assert audio_seconds(data, field="src_audio", limits=limits, beginning=True) == pytest.approx(7.25, abs=0.1)
+    endless = claiming(written(long, RATE, "FLAC"), 0)
+    assert 2.5 < audio_seconds(endless, field="src_audio", limits=limits, beginning=True) < 4
