@@ -228,6 +228,13 @@ def test_offload_keeps_one_part_at_a_time() -> None:
     assert moved.stages["denoise"] - small.stages["denoise"] == configs_parameters(configs)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_encoders_fit_the_smallest_cards_at_any_length(dtype: Any) -> None:
+    """Also where they compute in float32: their weights stay narrow, and codes are read in parts."""
+    small = replace(CARD, dtype=dtype, offload="stage", offload_dit=True, int8=True, vae_tile_frames=64)
+    assert render_need(RenderTask(600), known_configs("acestep-v15-turbo"), small).peak < 3.9 * GIB
+
+
 def configs_parameters(configs: Any) -> int:
     return weights.parameters("transformer", configs["transformer"])
 
