@@ -1,13 +1,14 @@
-"""Stored files as responses: HEAD, ranges, right types, from a local folder or an object store."""
+"""Stored files as responses: HEAD, ranges, preconditions, right types, from a local folder or an object store."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from email.utils import formatdate
+from email.utils import formatdate, parsedate_to_datetime
 
 from fastapi import HTTPException, Request
 from fastapi.responses import Response, StreamingResponse
+from starlette.datastructures import Headers
 
 from deployments.api.problems import NotFound
 from deployments.storage import Storage
@@ -21,7 +22,7 @@ def send_file(request: Request, storage: Storage, name: str, content_type: str, 
 
     Raises:
         NotFound: the file is no longer there.
-        HTTPException: 416, the file has no such part.
+        HTTPException: 412, it is another file; 416, it has no such part.
     """
     found = storage.find(name)
     if found is None:
@@ -36,9 +37,13 @@ def send_file(request: Request, storage: Storage, name: str, content_type: str, 
     }
     if found.modified is not None:
         headers["Last-Modified"] = formatdate(found.modified, usegmt=True)
-    known = request.headers.get("if-none-match", "")
-    if known.strip() == "*" or etag in (tag.strip().removeprefix("W/") for tag in known.split(",")):
-        return Response(status_code=304, headers=headers)
+    ended = _precondition(request.headers, etag, found.modified)
+    if ended == 412:
+        raise HTTPException(
+            412, "the file is not the one that If-Match or If-Unmodified-Since asks for", {"ETag": etag}
+        )
+    if ended is not None:
+        return Response(status_code=ended, headers=headers)
     first, last, status = 0, size - 1, 200
     same = request.headers.get("if-range", etag) in (etag, headers.get("Last-Modified"))
     asked = request.headers.get("range", "") if same else ""
@@ -57,3 +62,30 @@ def send_file(request: Request, storage: Storage, name: str, content_type: str, 
         return Response(status_code=status, headers=headers, media_type=content_type)
     body = storage.stream(name, first, last + 1)
     return StreamingResponse(body, status_code=status, media_type=content_type, headers=headers)
+
+
+def _precondition(asked: Headers, etag: str, modified: float | None) -> int | None:
+    """412 or 304 where a precondition of the request (RFC 9110, section 13.2.2) ends it; None where the file is to be sent."""
+    second = None if modified is None else int(modified)  # as exact as Last-Modified is
+    if (tags := asked.get("if-match")) is not None:
+        if not _names(tags, etag, weak=False):
+            return 412
+    elif second is not None and (since := _date(asked.get("if-unmodified-since"))) is not None and second > since:
+        return 412
+    if (tags := asked.get("if-none-match")) is not None:
+        return 304 if _names(tags, etag, weak=True) else None
+    since = _date(asked.get("if-modified-since"))
+    return 304 if second is not None and since is not None and second <= since else None
+
+
+def _names(tags: str, etag: str, *, weak: bool) -> bool:
+    given = [tag.strip() for tag in tags.split(",")]
+    return given == ["*"] or etag in (tag.removeprefix("W/") if weak else tag for tag in given)
+
+
+def _date(text: str | None) -> float | None:
+    """Unix seconds of an HTTP date; None for what is none, which RFC 9110 ignores."""
+    try:
+        return parsedate_to_datetime(text).timestamp() if text else None
+    except (ValueError, OverflowError):
+        return None

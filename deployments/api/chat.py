@@ -21,7 +21,7 @@ from deployments.api.compat.bodies import Body, read_body
 from deployments.api.compat.fields import adjustment
 from deployments.api.compat.results import error_text, warnings_of
 from deployments.api.compat.tasks import QUEUE_FULL, submit
-from deployments.api.problems import AsciiJSONResponse, in_one_line
+from deployments.api.problems import STATUS, AsciiJSONResponse, in_one_line
 from deployments.api.service import Service, Svc
 from deployments.api.views import audio_path
 from deployments.api.waiting import wait_for_end
@@ -62,7 +62,7 @@ def _as_openai(refusal: Response) -> Response:
     status, text = refusal.status_code, json.loads(bytes(refusal.body))["detail"]
     kind = ERROR_TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
     headers = {name: value for name, value in refusal.headers.items() if name == "retry-after"}
-    if status in (500, 504):  # their job was made: trying again by itself would make another
+    if status in (409, 500, 504):  # their job was made: trying again by itself would make another
         headers["x-should-retry"] = "false"
     error = {"message": text, "type": kind, "param": None, "code": None}
     return AsciiJSONResponse({"detail": text, "error": error}, status_code=status, headers=headers)
@@ -107,7 +107,7 @@ async def chat_completions(request: Request, service: Svc) -> Any:
     if not job.ended:
         raise HTTPException(504, "Generation timeout")
     if job.state != SUCCEEDED:
-        raise HTTPException(500, error_text(job))
+        raise HTTPException(failed_status(job), error_text(job))
     message = {
         "role": "assistant",
         "content": markdown(job),
@@ -170,6 +170,12 @@ async def _stream(service: Service, job: Job, chat: ChatRequest) -> AsyncIterato
     finally:
         if not job.ended and service.args.cancel_with_stream:  # the client went away
             await asyncio.shield(service.dispatcher.cancel(job.id))
+
+
+def failed_status(job: Job) -> int:
+    """HTTP status of a job that gave no song: what is wrong with the request is the caller's, all else ours."""
+    status = STATUS.get(str((job.error or {}).get("type")), 500)
+    return {422: 400, 409: 409}.get(status, 500)
 
 
 def completion_id(job: Job) -> str:

@@ -97,5 +97,7 @@ EVENTS = (
 AUDIO: dict[int | str, dict[str, Any]] = {
     200: {"description": "The file", "content": {"audio/*": {"schema": {"type": "string", "format": "binary"}}}},
     206: {"description": "The range that was asked for"},
+    304: {"description": "Not changed since: `If-None-Match`, `If-Modified-Since`"},
+    412: {"description": "Another file by now: `If-Match`, `If-Unmodified-Since`"},
     416: {"description": "The range is outside the file"},
 }

@@ -76,7 +76,13 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
     429: _documented("Too much at once; Retry-After says when"),
     503: _documented("No replica can answer now; Retry-After says when"),
 }
-_TITLES = {404: "Not found", 405: "Method not allowed", 400: "Bad request", 415: "Unsupported media type"}
+_TITLES = {
+    400: "Bad request",
+    404: "Not found",
+    405: "Method not allowed",
+    412: "Precondition failed",
+    415: "Unsupported media type",
+}
 
 
 STORE_AWAY = Unavailable("the job store cannot be reached now", retry_after=5)

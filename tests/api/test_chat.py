@@ -11,7 +11,7 @@ import httpx
 import openai
 import pytest
 
-from acestep.errors import OutOfMemory
+from acestep.errors import AceStepError, Cancelled, InvalidRequest, LimitExceeded, OutOfMemory
 from deployments.api import chat
 from deployments.api.chat_text import ChatRequest, looks_like_lyrics, read_messages
 
@@ -127,6 +127,31 @@ async def test_frames_of_a_stream_and_of_a_failure(site: Site, live: str, monkey
     assert choices[0]["delta"] == {"role": "assistant", "content": ""}
     assert choices[-2]["delta"]["content"] == "\n\nError: Music generation failed: too small"
     assert choices[-1] == {"index": 0, "delta": {}, "finish_reason": "error"}
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "retried"),
+    [
+        (InvalidRequest("repainting_start: beyond the end", field="repainting_start"), 400, None),
+        (LimitExceeded("duration: 600 s", field="duration", limit=600), 400, None),
+        (Cancelled("by its caller"), 409, "false"),
+        (OutOfMemory("too small"), 500, "false"),
+    ],
+    ids=lambda value: getattr(value, "type", None),
+)
+async def test_a_job_that_fails_by_its_request_is_the_callers_mistake(
+    site: Site, error: AceStepError, status: int, retried: str | None
+) -> None:
+    body = {"messages": [{"role": "user", "content": "x"}]}
+    asked = asyncio.create_task(site.client.post("/v1/chat/completions", json=body))
+    while not (waiting := site.service.store.page(states=["queued"])):
+        await asyncio.sleep(0.02)
+    site.run(waiting[0].id)
+    site.service.store.fail(waiting[0].id, "test", error)
+    answer = await asked
+    assert answer.status_code == status
+    assert answer.headers.get("x-should-retry") == retried
+    assert answer.json()["error"]["type"] == ("server_error" if status == 500 else "invalid_request_error")
 
 
 async def test_what_means_nothing_to_a_song_is_said(site: Site, wav: bytes) -> None:

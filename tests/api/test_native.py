@@ -146,8 +146,25 @@ async def test_parts_of_a_file(with_files: Site) -> None:
         else:
             assert got.headers["content-range"] == "bytes */10"
             assert got.json()["type"] == "urn:acestep:invalid_request"
-    for known in (etag, f'"x", W/{etag}', "*"):
-        assert (await site.client.get(url, headers={"If-None-Match": known})).status_code == 304
+    long_ago, bad = "Sun, 06 Nov 1994 08:49:37 GMT", "yesterday"
+    for status, conditions in [
+        *((304, {"If-None-Match": known}) for known in (etag, f'"x", W/{etag}', "*")),
+        (304, {"If-Modified-Since": written}), (200, {"If-Modified-Since": long_ago}), (200, {"If-Modified-Since": bad}),
+        (200, {"If-None-Match": '"other"', "If-Modified-Since": written}),  # the tag goes first
+        (412, {"If-Match": '"stale"'}), (412, {"If-Match": f"W/{etag}"}), (412, {"If-Match": '"stale"', "If-None-Match": etag}),
+        (200, {"If-Match": f'"x", {etag}'}), (200, {"If-Match": "*"}), (304, {"If-Match": etag, "If-None-Match": etag}),
+        (412, {"If-Unmodified-Since": long_ago}), (200, {"If-Unmodified-Since": written}),
+        (200, {"If-Match": etag, "If-Unmodified-Since": long_ago}), (200, {"If-Unmodified-Since": bad}),
+        (206, {"Range": "bytes=0-3", "If-Range": etag}), (200, {"Range": "bytes=0-3", "If-Range": f"W/{etag}"}),
+        (200, {"Range": "bytes=0-3", "If-Range": long_ago}), (304, {"Range": "bytes=0-3", "If-Modified-Since": written}),
+        (412, {"Range": "bytes=0-3", "If-Match": '"stale"'}),
+    ]:  # fmt: skip
+        for method in ("GET", "HEAD"):
+            got = await site.client.request(method, url, headers=conditions)
+            assert got.status_code == status, conditions
+            assert got.headers["etag"] == etag
+            if status == 304:
+                assert not got.content
     assert (await site.client.get(url, headers={"If-None-Match": '"x"'})).status_code == 200
     head = await site.client.head(url)
     assert (head.status_code, head.headers["content-length"], head.content) == (200, "10", b"")

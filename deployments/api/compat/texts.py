@@ -38,6 +38,7 @@ from deployments.api.compat.fields import (
     unreadable_objects,
 )
 from deployments.api.compat.openapi import format_body, random_body, sample_body
+from deployments.api.problems import STATUS
 from deployments.api.redact import redact
 from deployments.api.service import Svc
 
@@ -75,7 +76,9 @@ async def format_input(request: Request, service: Svc) -> Any:
     except Unavailable as error:
         return _no_planner(error)
     except AceStepError as error:
-        return soft_error(500, f"format_sample failed: {redact(error.message)}")
+        return soft_error(
+            400 if STATUS.get(error.type) == 422 else 500, f"format_sample failed: {redact(error.message)}"
+        )
     return envelope(
         {
             "caption": sample.caption or caption,
@@ -107,7 +110,9 @@ async def create_sample(request: Request, service: Svc) -> Any:
     except Unavailable as error:
         return _no_planner(error)
     except AceStepError as error:
-        return soft_error(500, f"create_sample error: {redact(error.message)}")
+        return soft_error(
+            400 if STATUS.get(error.type) == 422 else 500, f"create_sample error: {redact(error.message)}"
+        )
     return envelope(
         {
             "caption": sample.caption or "",
