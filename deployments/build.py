@@ -20,10 +20,13 @@ from acestep.errors import InvalidRequest
 from acestep.gpu_config import TIERS, get_gpu_config, get_limits, get_lm_model_size
 from deployments.config import PlannerArgs, RendererArgs
 from deployments.pools import ROLE_LABEL, TIER_LABEL, node_labels
+from deployments.validate import HEAD_RESOURCE
 
 _SPEC = re.compile(r"^(?P<tier>[a-z]+\d?)(?::(?P<cards>\d+))?$")
 CPU = "cpu"
 KEEP_ALIVE_S = 620  # balancers keep idle connections for 60 s (AWS) to 600 s (Google)
+# Beside a job store that is a file: Serve's controller, which scales by it, is on the head, too.
+ON_HEAD = {"num_cpus": 0, "resources": {HEAD_RESOURCE: 0.001}}
 CARDS_PER_PLANNER = 4  # one planner keeps many songs in flight; renderers make them one after another
 
 
@@ -109,14 +112,15 @@ def build_config(
     home = _planner_home(cards)
     planning = max(1, home.count // CARDS_PER_PLANNER) if home else 0
     shared = home is not None and home.tier != CPU and home.count == 1
-    applications: list[dict[str, Any]] = [
-        {
-            "name": "router",
-            "route_prefix": "/",
-            "import_path": "deployments.app:router",
-            "args": {"num_replicas": routers, **where, **files},
-        }
-    ]
+    router: dict[str, Any] = {
+        "name": "router",
+        "route_prefix": "/",
+        "import_path": "deployments.app:router",
+        "args": {"num_replicas": routers, **where, **files},
+    }
+    if (database_url or "sqlite").startswith("sqlite"):
+        router["deployments"] = [{"name": "router", "ray_actor_options": ON_HEAD}]
+    applications: list[dict[str, Any]] = [router]
     if home is not None:
         share = _planner_share(home) if shared else {}
         chosen = {"model": planner} if planner else {}
@@ -168,7 +172,8 @@ def _about(application: Mapping[str, Any]) -> str:
     """What an application is, in a few lines."""
     builder = application["import_path"].rpartition(":")[2]
     if builder == "router":
-        return "The HTTP API and the dispatcher; on any node, without a card. It finds the pools below by itself."
+        where = "on the head, beside its job store" if "deployments" in application else "on any node, without a card"
+        return f"The HTTP API and the dispatcher; {where}. It finds the pools below by itself."
     args = (PlannerArgs if builder == "lm" else RendererArgs).model_validate(application["args"])
     if args.num_gpus == 0:
         card, where = get_gpu_config("tier1"), "On the CPUs of any node"

@@ -59,9 +59,14 @@ def build(
     planner: Annotated[str | None, typer.Option(help="Planner checkpoint.")] = None,
     scale_to_zero: Annotated[bool, typer.Option(help="Pools keep no replica while nothing waits.")] = False,
     nodes_on_demand: Annotated[bool, typer.Option(help="The cluster adds nodes when replicas wait for them.")] = False,
-    database_url: Annotated[str | None, typer.Option(help="Job store; left out: SQLite on the router's node.")] = None,
+    database_url: Annotated[
+        str | None, typer.Option(help="Job store; left out: SQLite on the head, and the router beside it.")
+    ] = None,
     files_url: Annotated[
-        str | None, typer.Option(help="File store that all nodes reach, such as s3://bucket/songs.")
+        str | None,
+        typer.Option(
+            help="File store that all machines reach, such as s3://bucket/songs or a shared folder; on one machine any folder."
+        ),
     ] = None,
     host: Annotated[str, typer.Option(help="Address the server binds.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port.")] = 8000,
@@ -69,12 +74,14 @@ def build(
     """Write the Serve config of a fleet: an application per pool."""
     from deployments.build import as_text, build_config, cards_of_nodes, parse_tiers
 
-    cards = parse_tiers(tiers) if tiers is not None else cards_of_nodes(_cluster_nodes())
+    nodes = _cluster_nodes() if tiers is None else []
+    cards = cards_of_nodes(nodes) if tiers is None else parse_tiers(tiers)
     data = build_config(
         cards, model=model, planner=planner, scale_to_zero=scale_to_zero, nodes_on_demand=nodes_on_demand,
         database_url=database_url, files_url=files_url, host=host, port=port,
     )  # fmt: skip
-    if found := problems(data):
+    machines = {node.get("NodeManagerAddress") for node in nodes if node.get("Alive")}
+    if found := problems(data, several=len(machines) > 1):
         raise InvalidRequest("; ".join(found), field="config")
     text = as_text(data)
     if output is None:

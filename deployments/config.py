@@ -153,7 +153,9 @@ class RouterArgs(_Args):
     max_queue: int = Field(200, ge=1, description="Jobs that may wait; beyond it 429.")
     max_body_bytes: int = Field(16 << 20, ge=1024, description="Of a request without files.")
     max_upload_bytes: int = Field(128 << 20, ge=1024, description="Of a request with files, chat included.")
-    max_wait_s: float = Field(60.0, ge=0, description="Longest `Prefer: wait=n`.")
+    max_wait_s: float = Field(
+        50.0, ge=0, description="Longest `Prefer: wait=n`: below the 60 s after which most proxies give up."
+    )
     max_run_s: float = Field(
         3600.0, gt=0, description="A job that runs for longer, counted from its start, is cancelled."
     )

@@ -1,11 +1,13 @@
-"""Checks a Serve config file the way Serve does not: every key must exist.
+"""Checks a Serve config file the way Serve does not: every key must exist, and what it says must be able to work.
 
 Serve drops what it does not know (`num_gpu`, `label_selectors`, ...), so a typing mistake costs a placement in silence. Here the file is
-walked along Ray's own schema classes, and each application's `args` are parsed by the model of its builder.
+walked along Ray's own schema classes, and each application's `args` are parsed by the model of its builder. Then come rules for what Serve
+takes and what would not work, mostly without a message.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
 import types
@@ -27,6 +29,10 @@ BUILDERS: dict[str, type[BaseModel]] = {
     "deployments.app:lm": PlannerArgs,
     "deployments.app:dit": RendererArgs,
 }
+ROUTER = "deployments.app:router"
+HEAD_RESOURCE = "node:__internal_head__"
+_PREFIX = re.compile(r"/|(?:/[A-Za-z0-9._~-]+)+")
+A = typing.TypeVar("A", bound=BaseModel)
 # Where the drivers look for what a URL does not say.
 SECRETS = {
     "database_url": "PGPASSWORD, or PGPASSFILE with a file that only the server reads,",
@@ -41,7 +47,7 @@ def read_config(path: Path) -> dict[str, Any]:
         InvalidRequest: not there, not YAML, or no mapping.
     """
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise InvalidRequest(f"cannot read {path}: {error.strerror}", field="config") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -51,8 +57,27 @@ def read_config(path: Path) -> dict[str, Any]:
     return data
 
 
-def problems(config: Mapping[str, Any]) -> list[str]:
-    """What is wrong with a Serve config; empty where nothing is."""
+class _Loader(yaml.SafeLoader):
+    """YAML would take the last of two equal keys, and say nothing of the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for name, _ in node.value:
+            if name.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{name.value!r} stands there twice", name.start_mark
+                )
+            seen.add(name.value)
+        return super().construct_mapping(node, deep)
+
+
+def problems(config: Mapping[str, Any], *, several: bool = False, shared_home: bool = False) -> list[str]:
+    """What is wrong with a Serve config; empty where nothing is.
+
+    Args:
+        several: It is for several machines, whatever it says itself.
+        shared_home: `files` in ACESTEP_HOME is a volume that all of them share.
+    """
     from ray.serve.schema import ServeDeploySchema
 
     found = list(unknown_keys(config, ServeDeploySchema, ""))
@@ -63,16 +88,18 @@ def problems(config: Mapping[str, Any]) -> list[str]:
             found += [f"{'.'.join(str(p) for p in e['loc']) or 'file'}: {e['msg']}" for e in error.errors()]
         except (ValueError, AttributeError, TypeError) as error:  # its own validators walk what is not validated yet
             found.append(str(error))
-    applications = config.get("applications")
-    for application in applications if isinstance(applications, list) else []:
-        if isinstance(application, dict):
-            found += _application_problems(application)
-    return found + list(_fleet_problems(applications if isinstance(applications, list) else []))
+    listed = config.get("applications")
+    applications = [a for a in listed if isinstance(a, dict)] if isinstance(listed, list) else []
+    for application in applications:
+        found += _application_problems(application)
+    found += _fleet_problems(applications)
+    found += _http_problems(config, applications)
+    return found + list(_state_problems(applications, several, shared_home))
 
 
 def _application_problems(application: Mapping[str, Any]) -> Iterator[str]:
     name, path = str(application.get("name")), str(application.get("import_path"))
-    if path.startswith("deployments.app:"):
+    if re.match(r"deployments\.app\b", path):
         if path not in BUILDERS:
             yield f"application {name!r}: import_path {path} is none of {', '.join(BUILDERS)}"
             return
@@ -88,14 +115,26 @@ def _application_problems(application: Mapping[str, Any]) -> Iterator[str]:
                 yield f"application {name!r}: args.pool is {args.pool!r}; it must be the application's own name"
         except InvalidRequest as error:
             yield error.message
-    deployments = application.get("deployments")
-    for deployment in deployments if isinstance(deployments, list) else []:
-        options = deployment.get("ray_actor_options") if isinstance(deployment, dict) else None
-        if isinstance(options, dict) and options.get("label_selector"):
+    for deployment in _deployments(application):
+        options = deployment.get("ray_actor_options")
+        options = options if isinstance(options, dict) else {}
+        if options.get("label_selector"):
             yield (
                 f"application {name!r}: a label_selector under deployments also pins the import task to nodes that may not "
                 "exist yet; use args.tiers"
             )
+        if path not in BUILDERS:
+            continue
+        if deployment.get("name") != (part := path.rpartition(":")[2]):
+            yield f"application {name!r}: it has no deployment {deployment.get('name')!r}, only {part}"
+        if deployment.get("user_config") is not None:
+            yield f"application {name!r}: user_config has no meaning here, and Serve would refuse it only in each replica; use args"
+
+
+def _deployments(application: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What an application overrides of its deployments, as far as it can be read."""
+    listed = application.get("deployments")
+    return [d for d in listed if isinstance(d, dict)] if isinstance(listed, list) else []
 
 
 def has_password(url: str) -> bool:
@@ -108,8 +147,8 @@ def has_password(url: str) -> bool:
     return bool(parts.password) or secret
 
 
-def _fleet_problems(applications: list[Any]) -> Iterator[str]:
-    paths = [str(a.get("import_path")) for a in applications if isinstance(a, dict)]
+def _fleet_problems(applications: list[dict[str, Any]]) -> Iterator[str]:
+    paths = [str(a.get("import_path")) for a in applications]
     if not any(p in BUILDERS for p in paths):
         return
     for builder in BUILDERS:
@@ -118,14 +157,102 @@ def _fleet_problems(applications: list[Any]) -> Iterator[str]:
         ):  # cards without a planner render what they are given
             role = ROLE_OF_DEPLOYMENT.get(builder.rpartition(":")[2], "router")
             yield f"no application has import_path {builder} (the {role} part)"
-    routers = [a for a in applications if isinstance(a, dict) and a.get("import_path") == "deployments.app:router"]
     for application in applications:
-        if (
-            application not in routers
-            and isinstance(application, dict)
-            and application.get("route_prefix", "/") is not None
-        ):
-            yield f"application {application.get('name')!r}: route_prefix must be null; only the router is reached by HTTP"
+        name, prefix = application.get("name"), application.get("route_prefix", "/")
+        if application.get("import_path") != ROUTER:
+            if prefix is not None:
+                yield f"application {name!r}: route_prefix must be null; only the router is reached by HTTP"
+        elif prefix is None:
+            yield f"application {name!r}: route_prefix null: nobody could reach the API; say / or a path such as /music"
+        elif not _PREFIX.fullmatch(str(prefix)) or {"-", ".", ".."} & {*str(prefix).split("/")}:
+            yield (
+                f"application {name!r}: route_prefix {prefix!r} can be no request's path: say / or segments of letters, digits and "
+                "-._~ such as /music; Serve keeps /- for itself"
+            )
+
+
+def _http_problems(config: Mapping[str, Any], applications: list[dict[str, Any]]) -> Iterator[str]:
+    """What ends or hides answers before they come."""
+    if config.get("proxy_location") == "Disabled":
+        yield "proxy_location: Disabled: nothing would answer HTTP; say EveryNode or HeadOnly"
+    options = config.get("http_options")
+    limit = options.get("request_timeout_s") if isinstance(options, dict) else None
+    if not isinstance(limit, int | float) or not limit:
+        return
+    for _, router in _typed(applications, RouterArgs):
+        needs = {name: getattr(router, name) for name in ("max_wait_s", "chat_timeout_s", "max_run_s")}
+        if limit < (most := max(needs.values())):
+            said = ", ".join(f"{name} {value:g}" for name, value in needs.items() if value > limit)
+            yield (
+                f"http_options.request_timeout_s {limit:g} ends what may take longer ({said}; streams last as long as their song): "
+                f"leave it out, or say {most:g} or more"
+            )
+
+
+def _state_problems(applications: list[dict[str, Any]], several: bool, shared_home: bool) -> Iterator[str]:
+    """The job store and the songs must be where all parts find them."""
+    routers, pools = list(_typed(applications, RouterArgs)), list(_typed(applications, PoolArgs))
+    typed: list[tuple[str, PoolArgs | RouterArgs]] = [*routers, *pools]
+    for field in ("database_url", "files_url"):
+        values = {getattr(args, field) for _, args in typed if hasattr(args, field) and _reads(args, field)}
+        if len(values) > 1:
+            shown = ", ".join(str(v) for v in sorted(values, key=str))
+            yield f"{field} differs between applications ({shown}); all must share one"
+    # One node has one label, and nodes that come when they are needed are other machines.
+    if (
+        not several
+        and len({tier for _, p in pools for tier in p.tiers}) < 2
+        and not any(p.nodes_on_demand for _, p in pools)
+    ):
+        return
+    renderer = next((name for name, args in pools if isinstance(args, RendererArgs) and args.files_url is None), None)
+    if renderer and not shared_home:
+        yield (
+            f"application {renderer!r}: on several machines its songs would lie where the router does not find them; say files_url "
+            "(--files-url): a folder or an object store, such as s3://bucket/songs, that all of them reach"
+        )
+    for application in applications:
+        for name, router in _typed([application], RouterArgs):
+            if router.database_url and not router.database_url.startswith("sqlite"):
+                continue
+            if router.num_replicas > 1:
+                yield (
+                    f"application {name!r}: several router replicas need database_url (--database-url) on PostgreSQL: SQLite is a file "
+                    "on one node"
+                )
+            elif not on_the_head(application):
+                yield (
+                    f"application {name!r}: without database_url on PostgreSQL the job store is a file of the head, where Serve's "
+                    f"controller reads it too; the router must be there: deployments: [{{name: router, ray_actor_options: "
+                    f'{{num_cpus: 0, resources: {{"{HEAD_RESOURCE}": 0.001}}}}}}]'
+                )
+
+
+def on_the_head(application: Mapping[str, Any]) -> bool:
+    """Whether an application is pinned to the head's node."""
+    return any(HEAD_RESOURCE in _resources(d) for d in _deployments(application))
+
+
+def _reads(args: PoolArgs | RouterArgs, field: str) -> bool:
+    """Of pools only those that scale read the job store."""
+    scales = isinstance(args, PoolArgs) and args.num_replicas is None and args.min_replicas != args.max_replicas
+    return field != "database_url" or isinstance(args, RouterArgs) or scales
+
+
+def _resources(deployment: Mapping[str, Any]) -> Mapping[str, Any]:
+    options = deployment.get("ray_actor_options")
+    resources = options.get("resources") if isinstance(options, dict) else None
+    return resources if isinstance(resources, dict) else {}
+
+
+def _typed(applications: list[dict[str, Any]], kind: type[A]) -> Iterator[tuple[str, A]]:
+    """Applications of a kind with their args; wrong args have been reported."""
+    for application in applications:
+        model = BUILDERS.get(str(application.get("import_path")))
+        if model is not None and issubclass(model, kind):
+            name = str(application.get("name"))
+            with contextlib.suppress(InvalidRequest):
+                yield name, parse_args(model, application.get("args"), name)
 
 
 def unknown_keys(value: Any, annotation: Any, path: str) -> Iterator[str]:

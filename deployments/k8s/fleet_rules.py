@@ -30,12 +30,11 @@ from deployments.k8s.findings import (
 )
 from deployments.k8s.groups import HOME, RAY_VERSION
 from deployments.pools import gpu_share, label_selector
-from deployments.validate import BUILDERS, problems
+from deployments.validate import BUILDERS, on_the_head, problems
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 SERVE_PORT = 8000
 KUBERAYS_LABELS = {"ray.io/cluster", "ray.io/group", "ray.io/node-type"}
-HEAD_RESOURCE = "node:__internal_head__"
 _GROUP_NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 
 
@@ -72,13 +71,14 @@ def check_fleet(service: Manifest) -> Iterator[Finding]:
     if not config:
         yield error(f"{where} serveConfigV2", "is not a Serve config")
         return
-    for message in problems(config):
+    for message in problems(config, several=True, shared_home=True):
         yield error(f"{where} serveConfigV2", message)
     yield from _http(where, service, config)
     yield from _groups(where, service)
     yield from _placement(where, service, config)
     yield from _capacity(where, service, config)
-    yield from _shared_state(where, service, config)
+    yield from _volumes(where, service, config)
+    yield from _reachable(where, service, config)
     yield from _draining(where, service, config)
     yield from _cluster(where, service)
 
@@ -205,15 +205,23 @@ def _most(args: PoolArgs) -> int:
     return args.max_replicas if args.num_replicas is None else args.num_replicas
 
 
-def _shared_state(where: str, service: Manifest, config: Manifest) -> Iterator[Finding]:
-    parsed = pools(config)
-    for field in ("database_url", "files_url"):
-        values = {getattr(a, field) for a in parsed.values() if hasattr(a, field)}
-        if len(values) > 1:
-            shown = ", ".join(str(v) for v in sorted(values, key=str))
-            yield error(f"{where} serveConfigV2", f"{field} differs between applications ({shown}); all must share one")
+def _reachable(where: str, service: Manifest, config: Manifest) -> Iterator[Finding]:
+    """Only pods with a replica answer behind the Service; without the head's that is nobody while every pool is at zero."""
+    if not mapping(service, "spec").get("excludeHeadPodFromServeSvc"):
+        return
+    if any(on_the_head(mapping(a)) for a in items(config, "applications")):
+        stays = any(isinstance(args, PoolArgs) and _least(args) > 0 for args in pools(config).values())
+        yield (warning if stays else error)(
+            f"{where} excludeHeadPodFromServeSvc",
+            "the router is on the head, whose pod is left out of the Service: requests reach it only through workers that have a replica"
+            + ("" if stays else ", and there may be none"),
+        )
+
+
+def _volumes(where: str, service: Manifest, config: Manifest) -> Iterator[Finding]:
+    """What lies in files must be on volumes: of all pods for songs, of the head for its job store."""
     templates = list(pod_templates(service))
-    for name, args in parsed.items():
+    for name, args in pools(config).items():
         if isinstance(args, RendererArgs) and args.files_url is None:
             for pod, template in templates:
                 if not lasts(template, f"{HOME}/files"):
@@ -222,35 +230,9 @@ def _shared_state(where: str, service: Manifest, config: Manifest) -> Iterator[F
                         f"application {name} says no files_url, and {HOME}/files is no volume that others share: songs would never be found",
                     )
             break
-    for name, args in parsed.items():
-        if isinstance(args, RouterArgs) and (args.database_url is None or args.database_url.startswith("sqlite")):
-            yield from _sqlite(where, args, _resources(config, name), templates[0][1])
-
-
-def _sqlite(where: str, router: RouterArgs, resources: Manifest, head: Manifest) -> Iterator[Finding]:
-    """A job store that is a file of the head: the router must be there, alone, and the file must outlive the pod."""
-    if router.num_replicas > 1:
-        yield error(
-            f"{where} serveConfigV2",
-            "several router replicas need database_url on PostgreSQL: SQLite is a file on one node",
-        )
-    elif HEAD_RESOURCE not in resources:
-        yield error(
-            f"{where} serveConfigV2",
-            "without database_url the job store is a file of the head, where Serve's controller reads it too; the router must be there: "
-            f'deployments: [{{name: router, ray_actor_options: {{num_cpus: 0, resources: {{"{HEAD_RESOURCE}": 0.001}}}}}}]',
-        )
-    if router.database_url is None and not lasts(head, HOME):
+    of_the_head = any(isinstance(args, RouterArgs) and args.database_url is None for args in pools(config).values())
+    if of_the_head and not lasts(templates[0][1], HOME):
         yield warning(f"{where} head", f"{HOME} is no lasting volume: jobs are lost with the head's pod")
-
-
-def _resources(config: Manifest, application: str) -> Mapping[str, Any]:
-    """What an application's deployments ask of Ray beside CPUs and cards, as the config overrides it."""
-    found = next(a for a in items(config, "applications") if mapping(a).get("name") == application)
-    asked: dict[str, Any] = {}
-    for deployment in items(found, "deployments"):
-        asked |= mapping(deployment, "ray_actor_options", "resources")
-    return asked
 
 
 def lasts(template: Manifest, path: str) -> bool:

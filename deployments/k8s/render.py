@@ -16,7 +16,7 @@ import yaml
 
 from acestep.errors import InvalidRequest
 from acestep.gpu_config import TIERS, mib_ranges
-from deployments.build import Cards, build_config
+from deployments.build import ON_HEAD, Cards, build_config
 from deployments.k8s.groups import (
     ANY_GPU,
     CPU_GROUP,
@@ -177,7 +177,7 @@ def fleet(
 def _place_router(config: Manifest, routers: int) -> None:
     """Keep routers off the cards' nodes, which could never be given back under them."""
     if routers == 1:
-        options: Manifest = {"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}}
+        options: Manifest = ON_HEAD
     else:
         options = {"num_cpus": 1, "resources": {ROUTER_RESOURCE: 1}}
     router = next(a for a in config["applications"] if a["import_path"] == "deployments.app:router")

@@ -66,7 +66,21 @@ def on_the_head(service: Document) -> None:
     config(change)(service)
 
 
+def hidden_head(service: Document, least: int) -> None:
+    """A router on the head, whose pod the Service leaves out."""
+    on_the_head(service)
+    service["spec"]["excludeHeadPodFromServeSvc"] = True
+
+    def change(inner: Document) -> None:
+        for application in inner["applications"][1:]:
+            application["args"].update(min_replicas=least)
+
+    config(change)(service)
+
+
 BROKEN: list[tuple[str, Edit, str, str]] = [
+    ("hidden router, no worker stays", lambda s: hidden_head(s, 0), "error", "and there may be none"),
+    ("hidden router", lambda s: hidden_head(s, 1), "warning", "only through workers that have a replica"),
     ("loopback", config(lambda c: c["http_options"].update(host="127.0.0.1")), "error", "nothing outside the pod can connect"),
     ("other port", config(lambda c: c["http_options"].update(port=8001)), "error", "Serve listens on 8001"),
     ("head without serve port", lambda s: cluster(s)["headGroupSpec"]["template"]["spec"]["containers"][0]["ports"].pop(3), "error", "port named serve is None"),
