@@ -12,6 +12,7 @@ from acestep.audio.reading import audio_seconds
 from acestep.checkpoints import resolve as resolve_checkpoint
 from acestep.cost import needs_planner
 from acestep.devices import cap_process_memory
+from acestep.dit import tasks
 from acestep.errors import InvalidRequest
 from acestep.finish import Maker, finish
 from acestep.limits import apply_limits, check_sources, without_planner
@@ -98,9 +99,11 @@ class Studio:
         source = _existing("src_audio", request.src_audio)
         references = tuple(p for r in request.reference_audio if (p := _existing("reference_audio", r)))
         if source is not None:
-            request = request.model_copy(update={"source_s": audio_seconds(source, field="src_audio", beginning=True)})
+            source_s = audio_seconds(source, field="src_audio", beginning=True)
+            request = request.model_copy(update={"source_s": source_s})
+            tasks.check_window(request, source_s)
         lengths = [audio_seconds(path, field="reference_audio", beginning=True) for path in references]
-        told = check_sources(request.source_s, lengths, strict=request.strict)
+        told = [*check_sources(request.source_s, lengths, strict=request.strict), *tasks.notes(request)]
         request, adjustments = apply_limits(request.with_seeds(), self.settings.limits)
         adjustments = [*told, *adjustments]
         plan = request.own_plan()

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from acestep import words
 
 CODES_PER_SECOND = 5
 NUM_CODES = 64_000  # FSQ levels 8*8*8*5*5*5
+
+
+def _language(value: Any) -> str | None:
+    return "unknown" if value == "unknown" else words.read_language(value)  # the planner says so, and reads it again
 
 
 class Metadata(BaseModel):
     """The planner's reasoning block. Field names are the protocol's (lm.md §3)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    bpm: int | None = Field(None, ge=30, le=300)
+    bpm: Annotated[Annotated[int, Field(ge=30, le=300)] | None, BeforeValidator(words.read_bpm)] = None
     caption: str | None = Field(None, max_length=8_192)
-    duration: float | None = Field(None, gt=0.0, le=600.0, description="Seconds.")
-    keyscale: str | None = Field(None, max_length=32)
-    language: str | None = Field(None, max_length=16)
-    timesignature: str | None = Field(None, max_length=8)
+    duration: Annotated[Annotated[float, Field(gt=0.0, le=600.0)] | None, BeforeValidator(words.read_duration)] = Field(
+        None, description="Seconds."
+    )
+    keyscale: Annotated[str | None, BeforeValidator(words.read_key)] = None
+    language: Annotated[str | None, BeforeValidator(_language)] = None
+    timesignature: Annotated[str | None, BeforeValidator(words.read_time_signature)] = None
 
 
 class PlanTimings(BaseModel):

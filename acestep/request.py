@@ -5,13 +5,13 @@ Ranges are those of ACE-Step 1.5 itself. What a *card* can do is narrower and is
 
 from __future__ import annotations
 
-import re
 import secrets
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
+from acestep import words
 from acestep.audio.formats import check_formats
 from acestep.errors import InvalidRequest
 from acestep.plan import Metadata, Plan
@@ -28,70 +28,8 @@ INSTRUMENTAL = "[Instrumental]"
 Task = Literal["text2music", "cover", "cover-nofsq", "repaint", "lego", "extract", "complete"]
 TASKS: tuple[Task, ...] = get_args(Task)
 AudioFormat = Literal["wav", "wav24", "wav32", "flac", "mp3", "opus", "aac"]
-TRACKS = (
-    "woodwinds", "brass", "fx", "synth", "strings", "percussion", "keyboard", "guitar", "bass", "drums",
-    "backing_vocals", "vocals",
-)  # fmt: skip
-
-# The 51 values that the planner's `language:` field can take (spec: planner output grammar).
-LANGUAGES = (
-    "ar", "az", "bg", "bn", "ca", "cs", "da", "de", "el", "en", "es", "fa", "fi", "fr", "he", "hi", "hr", "ht", "hu", "id",
-    "is", "it", "ja", "ko", "la", "lt", "ms", "ne", "nl", "no", "pa", "pl", "pt", "ro", "ru", "sa", "sk", "sr", "sv", "sw",
-    "ta", "te", "th", "tl", "tr", "uk", "ur", "vi", "yue", "zh", "unknown",
-)  # fmt: skip
-TIME_SIGNATURES = ("2", "3", "4", "6")
-_KEY = re.compile(r"^\s*([A-Ga-g])\s*(#|b|♯|♭)?\s*(m|min|minor|maj|major)?\s*$", re.IGNORECASE)
-
-
-def normalise_key(value: str) -> str | None:
-    """`Am`, `a minor`, `C Major` → `A minor`, `A minor`, `C major`; None where it is not one of the 70 keys."""
-    match = _KEY.match(value)
-    if not match:
-        return None
-    note, accidental, mode = match.groups()
-    if mode is None:
-        mode = "major"
-    minor = mode == "m" or mode.lower() in ("min", "minor")
-    return f"{note.upper()}{(accidental or '').lower()} {'minor' if minor else 'major'}"
-
-
-def normalise_time_signature(value: str | int) -> str | None:
-    """`4`, `"4/4"`, `"6/8"` → `"4"`, `"4"`, `"6"`; None where it is not one of 2, 3, 4, 6."""
-    top = str(value).strip().split("/")[0]
-    return top if top in TIME_SIGNATURES else None
-
-
-def _key(value: str | None) -> str | None:
-    if value is None or not value.strip():
-        return None
-    key = normalise_key(value)
-    if key is None:
-        raise ValueError("must be a note A to G, an optional # or b, and major or minor, such as 'F# minor'")
-    return key
-
-
-def _time_signature(value: Any) -> str | None:
-    if value is None or not str(value).strip():
-        return None
-    top = normalise_time_signature(value)
-    if top is None:
-        raise ValueError("must be one of 2, 3, 4, 6 (or 2/4, 3/4, 4/4, 6/8)")
-    return top
-
-
-def _language(value: str | None) -> str | None:
-    if value is None or not value.strip():
-        return None
-    code = value.strip().lower()
-    if code not in LANGUAGES:
-        raise ValueError(f"must be one of {' '.join(LANGUAGES)}")
-    return code
-
-
-def _duration(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("must be a number of seconds")
-    return None if value in (-1, "-1") else value
+DEFAULT_FORMATS: tuple[AudioFormat, ...] = ("wav",)
+LANGUAGES, TRACKS = words.LANGUAGES, words.TRACKS
 
 
 def _seed(value: Any) -> Any:
@@ -99,7 +37,29 @@ def _seed(value: Any) -> Any:
 
 
 def _formats(value: Any) -> Any:
-    return (value,) if isinstance(value, str) else value
+    if isinstance(value, str):
+        value = value.split(",")
+        if not any(words.read_format(name) for name in value):
+            return DEFAULT_FORMATS
+    names = value if isinstance(value, (list, tuple)) else [value]
+    return tuple(dict.fromkeys(name for value in names if (name := words.read_format(value))))
+
+
+def _tracks(value: Any) -> Any:
+    return (
+        None
+        if value is None
+        else tuple(t for name in words.split_names(value) if (t := words.read_track(name))) or None
+    )
+
+
+def _window_start(value: Any) -> float:
+    return words.read_seconds(value) or 0.0
+
+
+def _window_end(value: Any) -> float | None:
+    seconds: float | None = words.read_seconds(value)
+    return None if seconds == -1.0 else seconds
 
 
 def _text(value: str) -> str:
@@ -110,6 +70,16 @@ def _text(value: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_text)]
+Caption = Annotated[Text, BeforeValidator(words.read_caption)]
+Lyrics = Annotated[Text, BeforeValidator(words.read_text)]
+Bpm = Annotated[Annotated[int, Field(ge=30, le=300)] | None, BeforeValidator(words.read_bpm)]
+Duration = Annotated[
+    Annotated[float, Field(ge=MIN_DURATION_S, le=MAX_DURATION_S)] | None, BeforeValidator(words.read_duration)
+]
+Key = Annotated[str | None, BeforeValidator(words.read_key)]
+TimeSignature = Annotated[str | None, BeforeValidator(words.read_time_signature)]
+Language = Annotated[str | None, BeforeValidator(words.read_language)]
+Track = Annotated[str | None, BeforeValidator(words.read_track)]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -121,21 +91,28 @@ class Lora(BaseModel):
     scale: float = Field(1.0, ge=0.0, le=4.0, description="Multiplies the adapter's own alpha / r.")
 
 
+def _with_instrumental(schema: dict[str, Any]) -> None:
+    about = "True: nobody sings. The same as lyrics that say so."
+    schema["properties"]["instrumental"] = {"type": "boolean", "title": "Instrumental", "description": about}
+
+
 class SongRequest(BaseModel):
     """One song job: a prompt (and more) in, `batch_size` songs out. Immutable."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False, json_schema_extra=_with_instrumental
+    )
 
     # What to make
-    prompt: Text = Field("", max_length=MAX_PROMPT_CHARS, description="Description of the music.")
-    lyrics: Text = Field("", max_length=MAX_LYRICS_CHARS, description="Lyrics; empty means instrumental.")
-    duration: Annotated[float | None, BeforeValidator(_duration)] = Field(
-        None, ge=MIN_DURATION_S, le=MAX_DURATION_S, description="Seconds; null or -1 lets the planner decide."
+    prompt: Caption = Field("", max_length=MAX_PROMPT_CHARS, description="Description of the music.")
+    lyrics: Lyrics = Field("", max_length=MAX_LYRICS_CHARS, description="Lyrics; empty means instrumental.")
+    duration: Duration = Field(
+        None, description="Seconds, also as '3:30' or '90s'; null, 0 or -1: the planner decides."
     )
-    bpm: int | None = Field(None, ge=30, le=300)
-    key_scale: Annotated[str | None, AfterValidator(_key)] = Field(None, max_length=32)
-    time_signature: Annotated[str | None, BeforeValidator(_time_signature)] = None
-    vocal_language: Annotated[str | None, AfterValidator(_language)] = Field(None, max_length=16)
+    bpm: Bpm = Field(None, description="Also as '120 BPM'; null or 0: the planner decides.")
+    key_scale: Key = Field(None, description="Such as 'F# minor', 'Am', 'A flat minor'.")
+    time_signature: TimeSignature = Field(None, description="2, 3, 4 or 6; also as '6/8'.")
+    vocal_language: Language = Field(None, description="Code or name, such as en, zh-CN, Deutsch.")
     batch_size: int = Field(1, ge=1, le=MAX_BATCH, description="Number of variants.")
     seed: Annotated[int | tuple[int, ...] | None, BeforeValidator(_seed)] = Field(
         None, description="One seed (item i uses seed + i), one per item, or null / -1 for a random one."
@@ -152,7 +129,7 @@ class SongRequest(BaseModel):
     lm_top_k: int = Field(0, ge=0, le=1_000_000, description="0 switches it off.")
     lm_top_p: float = Field(0.9, gt=0.0, le=1.0, description="1 switches it off.")
     lm_repetition_penalty: float = Field(1.0, ge=0.1, le=10.0)
-    lm_negative_prompt: Text = Field(NO_USER_INPUT, max_length=MAX_PROMPT_CHARS)
+    lm_negative_prompt: Caption = Field(NO_USER_INPUT, max_length=MAX_PROMPT_CHARS)
     lm_seed: int | None = Field(
         None,
         ge=-1,
@@ -169,9 +146,9 @@ class SongRequest(BaseModel):
     model: Text | None = Field(None, max_length=128, description="Renderer checkpoint; null means the pool's default.")
     task: Task = "text2music"
     instruction: Text | None = Field(None, max_length=512, description="Overrides the task's own instruction.")
-    track_name: Literal[TRACKS] | None = None  # type: ignore[valid-type]
-    track_classes: tuple[Literal[TRACKS], ...] | None = None  # type: ignore[valid-type]
-    global_caption: Text = Field("", max_length=MAX_PROMPT_CHARS)
+    track_name: Track = Field(None, description=f"The models learned {', '.join(TRACKS)}.")
+    track_classes: Annotated[tuple[Text, ...] | None, BeforeValidator(_tracks)] = Field(None, max_length=32)
+    global_caption: Caption = Field("", max_length=MAX_PROMPT_CHARS)
     steps: int | None = Field(None, ge=1, le=200, description="Null means the checkpoint's default.")
     guidance_scale: float | None = Field(None, ge=1.0, le=30.0, description="Null means the checkpoint's default.")
     shift: float | None = Field(None, ge=0.1, le=10.0, description="Null means the checkpoint's default.")
@@ -191,8 +168,16 @@ class SongRequest(BaseModel):
         None, ge=0.0, description="Seconds of src_audio; measured, not asked."
     )
     reference_audio: tuple[Text, ...] = Field((), max_length=4)
-    repainting_start: float = Field(0.0, ge=-MAX_DURATION_S, le=MAX_DURATION_S, description="Seconds; < 0 outpaints.")
-    repainting_end: float | None = Field(None, ge=0.0, le=2 * MAX_DURATION_S, description="Seconds; null = to the end.")
+    repainting_start: Annotated[float, BeforeValidator(_window_start)] = Field(
+        0.0, ge=-MAX_DURATION_S, le=MAX_DURATION_S, description="Seconds; < 0 outpaints.",
+        validation_alias=AliasChoices(*words.WINDOW_START),
+    )  # fmt: skip
+    repainting_end: Annotated[
+        Annotated[float, Field(ge=0.0, le=2 * MAX_DURATION_S)] | None, BeforeValidator(_window_end)
+    ] = Field(
+        None, description="Seconds; null or -1 = to the end.",
+        validation_alias=AliasChoices(*words.WINDOW_END),
+    )  # fmt: skip
     repaint_mode: Literal["conservative", "balanced", "aggressive"] = "balanced"
     repaint_strength: Probability = 0.5
     repaint_latent_crossfade_frames: int | None = Field(
@@ -215,7 +200,7 @@ class SongRequest(BaseModel):
 
     # Output
     formats: Annotated[tuple[AudioFormat, ...], BeforeValidator(_formats)] = Field(
-        ("wav",), min_length=1, max_length=7, validation_alias=AliasChoices("formats", "format", "audio_format")
+        DEFAULT_FORMATS, min_length=1, max_length=7, validation_alias=AliasChoices("formats", "format", "audio_format")
     )
     bitrate_kbps: int | None = Field(None, ge=32, le=512, description="For mp3, opus and aac.")
     normalize: bool | None = Field(
@@ -231,6 +216,22 @@ class SongRequest(BaseModel):
 
     # Service
     strict: bool = Field(False, description="Refuse (422) instead of clamping to what the hardware can do.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _voice(cls, data: Any) -> Any:
+        """`instrumental` is a way to write lyrics."""
+        if not isinstance(data, dict) or "instrumental" not in data:
+            return data
+        rest = {name: value for name, value in data.items() if name != "instrumental"}
+        if (asked := data["instrumental"]) not in (True, False, None):
+            raise ValueError("instrumental: must be true or false")
+        if asked:
+            lyrics = rest.get("lyrics")
+            if isinstance(lyrics, (str, list, type(None))) and not words.is_instrumental(words.read_text(lyrics)):
+                raise ValueError("instrumental: is true, but there are lyrics to sing; leave out one of the two")
+            rest["lyrics"] = INSTRUMENTAL
+        return rest
 
     @model_validator(mode="after")
     def _check(self) -> SongRequest:
@@ -264,7 +265,7 @@ class SongRequest(BaseModel):
 
     @property
     def instrumental(self) -> bool:
-        return self.lyrics.strip().lower() in ("", "[inst]", "[instrumental]")
+        return words.is_instrumental(self.lyrics)
 
     @property
     def seeds(self) -> tuple[int, ...]:

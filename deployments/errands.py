@@ -18,10 +18,9 @@ from acestep.request import (
     MAX_PROMPT_CHARS,
     Adjustment,
     SongRequest,
-    normalise_key,
-    normalise_time_signature,
 )
 from acestep.validation import first_problem
+from acestep.words import read_key, read_time_signature, readable
 from deployments.fleet import Role
 from deployments.jobs.store import Job, JobStore
 from deployments.retry import written
@@ -131,8 +130,8 @@ def with_sample(request: SongRequest, sample: Sample, *, replace_all: bool) -> S
         "lyrics": lyrics[:MAX_LYRICS_CHARS],
         "bpm": sample.bpm,
         "duration": sample.duration,
-        "key_scale": normalise_key(sample.keyscale or ""),
-        "time_signature": normalise_time_signature(sample.timesignature or ""),
+        "key_scale": readable(read_key, sample.keyscale),
+        "time_signature": readable(read_time_signature, sample.timesignature),
     }
     if replace_all:
         written["vocal_language"] = sample.language if sample.language in LANGUAGES else request.vocal_language
@@ -149,7 +148,7 @@ def with_sample(request: SongRequest, sample: Sample, *, replace_all: bool) -> S
 def _known(request: SongRequest) -> dict[str, Any]:
     return {
         "caption": request.prompt,
-        "lyrics": request.lyrics,
+        "lyrics": INSTRUMENTAL if request.instrumental else request.lyrics,
         "bpm": request.bpm,
         "duration": request.duration,
         "keyscale": request.key_scale,

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from acestep import words
 from acestep.audio.formats import FORMATS
 from acestep.client import Client
 from acestep.commands import output as out
@@ -21,15 +22,7 @@ from acestep.request import AudioFormat, SongRequest
 from acestep.validation import first_problem
 
 app = typer.Typer(add_completion=False)
-_SUFFIX_FORMAT: dict[str, AudioFormat] = {
-    ".wav": "wav",
-    ".flac": "flac",
-    ".mp3": "mp3",
-    ".opus": "opus",
-    ".ogg": "opus",
-    ".m4a": "aac",
-    ".aac": "aac",
-}
+SUFFIXES = (".wav", ".flac", ".mp3", ".opus", ".ogg", ".m4a", ".aac")
 _UNITS = {"planning": "codes", "rendering": "steps", "decoding": "frames", "encoding": "songs"}
 SHOWN_CAPTION = 240  # characters
 _err = Console(stderr=True)
@@ -42,15 +35,18 @@ def generate(
         Path, typer.Option("--output", "-o", help="File to write; its suffix chooses the format.")
     ] = Path("song.wav"),
     lyrics: Annotated[str, typer.Option(help="Lyrics, or @FILE to read them from a file.")] = "",
-    duration: Annotated[float | None, typer.Option(help="Seconds, 10 to 600; left out: the planner decides.")] = None,
+    duration: Annotated[
+        str | None, typer.Option(help="Seconds, 10 to 600, also as 3:30; left out: the planner decides.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same song.")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", "-n", help="Number of variants.")] = 1,
     thinking: Annotated[
         bool, typer.Option("--thinking/--no-thinking", help="Let the planner write audio codes.")
     ] = True,
-    bpm: Annotated[int | None, typer.Option(help="30 to 300.")] = None,
+    bpm: Annotated[str | None, typer.Option(help="30 to 300.")] = None,
     key: Annotated[str | None, typer.Option(help="Such as 'F# minor'.")] = None,
-    language: Annotated[str | None, typer.Option(help="Language of the lyrics, such as en.")] = None,
+    time_signature: Annotated[str | None, typer.Option(help="2, 3, 4 or 6; also as 6/8.")] = None,
+    language: Annotated[str | None, typer.Option(help="Language of the lyrics, such as en or Deutsch.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps; left out: the checkpoint's default.")] = None,
     normalize: Annotated[
         bool | None,
@@ -75,12 +71,12 @@ def generate(
     """Make a song."""
     fields = {
         "prompt": prompt, "lyrics": _text_or_file(lyrics), "duration": duration, "seed": seed, "batch_size": batch_size,
-        "thinking": thinking, "bpm": bpm, "key_scale": key, "vocal_language": language, "steps": steps,
-        "normalize": normalize, "normalization_db": normalization_db,
+        "thinking": thinking, "bpm": bpm, "key_scale": key, "time_signature": time_signature, "vocal_language": language,
+        "steps": steps, "normalize": normalize, "normalization_db": normalization_db,
         **dict(_parameter(p) for p in param or []),
     }  # fmt: skip
     fields = {k: v for k, v in fields.items() if v is not None}
-    if "formats" not in fields and "format" not in fields:
+    if not {"formats", "format", "audio_format"} & set(fields):
         fields["formats"] = [_format_of(output)]
     request = _validated(fields)
     if settings and not local:
@@ -149,7 +145,7 @@ def _write(job: dict[str, Any], output: Path, read: Callable[[dict[str, Any], di
 
 
 def _suffix(asked: str, fmt: AudioFormat, *, first: bool) -> str:
-    own, says = FORMATS[fmt].extension, _SUFFIX_FORMAT.get(asked.lower())
+    own, says = FORMATS[fmt].extension, words.readable(words.read_format, asked)
     fits = first if says is None else FORMATS[says].extension == own
     return asked if fits else f".{own}"
 
@@ -232,7 +228,7 @@ def _text_or_file(value: str) -> str:
     if not value.startswith("@"):
         return value
     try:
-        return Path(value[1:]).read_text(encoding="utf-8")
+        return words.decode_text(Path(value[1:]).read_bytes())
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"--lyrics: cannot read {value[1:]}: {error}", field="lyrics") from error
 
@@ -248,9 +244,9 @@ def _parameter(text: str) -> tuple[str, Any]:
 
 
 def _format_of(output: Path) -> str:
-    try:
-        return _SUFFIX_FORMAT[output.suffix.lower()]
-    except KeyError:
+    found: str | None = words.readable(words.read_format, output.suffix)
+    if found is None:
         raise InvalidRequest(
-            f"--output: {output.suffix or 'no suffix'} is not one of {', '.join(_SUFFIX_FORMAT)}", field="output"
-        ) from None
+            f"--output: {output.suffix or 'no suffix'} is not one of {', '.join(SUFFIXES)}", field="output"
+        )
+    return found

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from acestep.checkpoints.published import VariantDefaults
 from acestep.errors import InvalidRequest
-from acestep.request import SongRequest, Task
+from acestep.request import TRACKS, Adjustment, SongRequest, Task
+from acestep.song import LATENT_FPS
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class TaskRule:
     stem: bool = False
 
 
+NO_CODES = "codes cannot stand in for it: make a song of them with task cover first, and send that as source audio"
 _COVER = "Generate audio semantic tokens based on the given conditions:"
 RULES: dict[Task, TaskRule] = {
     "text2music": TaskRule("Fill the audio semantic mask based on the given conditions:"),
@@ -105,7 +107,8 @@ def check(request: SongRequest, defaults: VariantDefaults, name: str) -> None:
         raise InvalidRequest("sampler: heun is a method for ode; use euler with sde.", field="sampler")
     has_codes = request.audio_codes is not None or bool(request.plan and request.plan.codes)
     if request.src_audio is None and (rule.source == "yes" or (rule.source == "or codes" and not has_codes)):
-        raise InvalidRequest(f"src_audio: task {request.task} needs source audio.", field="src_audio")
+        instead = f"; {NO_CODES}" if has_codes else ""
+        raise InvalidRequest(f"src_audio: task {request.task} needs source audio{instead}.", field="src_audio")
     if has_codes and rule.source == "yes":
         raise InvalidRequest(
             f"audio_codes: task {request.task} works on source audio, not on codes.", field="audio_codes"
@@ -126,6 +129,41 @@ def check(request: SongRequest, defaults: VariantDefaults, name: str) -> None:
             field="repainting_end", asked=request.repainting_end, limit=request.repainting_start,
         )  # fmt: skip
     _check_unused(request, rule)
+
+
+def check_window(request: SongRequest, source_s: float) -> None:
+    """Refuse a window that leaves a gap after a source of `source_s` seconds.
+
+    A window that starts where the source ends (to within a frame: files are rarely as long as they say) goes on from there.
+
+    Raises:
+        InvalidRequest: with the source's length.
+    """
+    start_s, end_s = request.repainting_start, request.repainting_end
+    continues = end_s is not None and end_s > source_s and start_s < source_s + 1 / LATENT_FPS
+    if RULES[request.task].window and start_s >= source_s and start_s > 0 and not continues:
+        raise InvalidRequest(
+            f"repainting_start: {start_s:g} s is past the end of the source audio, {source_s:.3f} s.",
+            field="repainting_start", asked=start_s, limit=source_s,
+        )  # fmt: skip
+
+
+def notes(request: SongRequest) -> list[Adjustment]:
+    """What is done as asked, but may not be what was meant. Source audio has been measured."""
+    told = []
+    for field, names in (("track_name", (request.track_name,)), ("track_classes", request.track_classes or ())):
+        for name in names:
+            if name is not None and name not in TRACKS:
+                reason = f"taken as it is; the models learned {', '.join(TRACKS)}"
+                told.append(Adjustment(field=field, asked=name, given=name, reason=reason))
+    start, end = request.repainting_start, request.repainting_end
+    whole = start <= 0.0 and (end is None or (request.source_s is not None and end >= request.source_s))
+    if request.task == "repaint" and whole:
+        reason = (
+            "the window is the whole song: nothing of the source is kept; repainting_start and repainting_end set it"
+        )
+        told.append(Adjustment(field="repainting_start", asked=[start, end], given=[start, end], reason=reason))
+    return told
 
 
 def _check_unused(request: SongRequest, rule: TaskRule) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from acestep.dit.tasks import check_window
 from acestep.errors import InvalidRequest, LimitExceeded
 from acestep.request import MAX_DURATION_S, SongRequest
 from acestep.song import LATENT_FPS, SAMPLE_RATE, SAMPLES_PER_FRAME
@@ -47,8 +48,6 @@ class Window:
 def window_of(request: SongRequest, source_samples: int) -> Window:
     """The request's window on a source of `source_samples`.
 
-    A window that starts where the source ends (to within a frame: files are rarely as long as they say) goes on from there.
-
     Raises:
         InvalidRequest: the window leaves a gap after the source, or holds no frame.
         LimitExceeded: the song with its added parts is longer than the model can make.
@@ -56,12 +55,7 @@ def window_of(request: SongRequest, source_samples: int) -> Window:
     source_s = source_samples / SAMPLE_RATE
     start_s = request.repainting_start
     end_s = source_s if request.repainting_end is None else request.repainting_end
-    continues = end_s > source_s and start_s < source_s + 1 / LATENT_FPS
-    if start_s >= source_s and start_s > 0 and not continues:
-        raise InvalidRequest(
-            f"repainting_start: {start_s:g} s is past the end of the source audio, {source_s:.3f} s.",
-            field="repainting_start", asked=start_s, limit=source_s,
-        )  # fmt: skip
+    check_window(request, source_s)
     left = round(max(0.0, -start_s) * SAMPLE_RATE)
     right = max(0, round(end_s * SAMPLE_RATE) - source_samples)
     samples = left + source_samples + right

@@ -18,6 +18,7 @@ from acestep.lm.sampling import SamplingParams
 from acestep.lm.work import FormatWork, InspireWork, PlannerWork, PlanWork, Sample, TextWork, UnderstandWork
 from acestep.plan import CODES_PER_SECOND, Metadata, Plan
 from acestep.request import INSTRUMENTAL, MAX_DURATION_S, MAX_SEED, MIN_DURATION_S, SongRequest
+from acestep.words import is_instrumental
 
 Flow = Generator[list[Job], None, Plan | Sample]
 
@@ -234,7 +235,7 @@ class FlowBuilder:
         return Sample(
             **metadata.model_dump(),
             lyrics=lyrics,
-            instrumental=instrumental or lyrics.strip().lower() in ("", "[inst]", "[instrumental]"),
+            instrumental=instrumental or is_instrumental(lyrics),
             seed=seed,
         )
 

@@ -9,7 +9,8 @@ from typing import Any
 import yaml
 
 from acestep.plan import Metadata
-from acestep.request import LANGUAGES, MIN_DURATION_S, TIME_SIGNATURES, normalise_key, normalise_time_signature
+from acestep.request import LANGUAGES, MIN_DURATION_S
+from acestep.words import TIME_SIGNATURES, read_key, read_time_signature, readable
 
 FIELDS = ("bpm", "caption", "duration", "keyscale", "language", "timesignature")  # the model's order: alphabetical
 MIN_BPM, MAX_BPM = 30, 300
@@ -57,9 +58,9 @@ def known_fields(values: dict[str, Any], max_duration: float) -> dict[str, str]:
             known[field] = str(int(seconds))
         elif field == "bpm" and (number := _number(text)) and MIN_BPM <= int(number) <= MAX_BPM:
             known[field] = str(int(number))
-        elif field == "keyscale" and (key := normalise_key(text)):
+        elif field == "keyscale" and (key := readable(read_key, text)):
             known[field] = key
-        elif field == "timesignature" and (top := normalise_time_signature(text)):
+        elif field == "timesignature" and (top := readable(read_time_signature, text)):
             known[field] = top
         elif field == "language" and text.lower() in LANGUAGES and text.lower() != "unknown":
             known[field] = text.lower()

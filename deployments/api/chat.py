@@ -28,6 +28,7 @@ from deployments.api.waiting import wait_for_end
 from deployments.jobs.store import SUCCEEDED, Busy, Job
 
 HEARTBEAT_S = 2.0
+USAGE = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}  # a song has none
 MAX_INLINE_BYTES = (
     16 << 20
 )  # of audio within an answer, which is held in memory several times; ten minutes of mp3 are 14 MB
@@ -120,7 +121,7 @@ async def chat_completions(request: Request, service: Svc) -> Any:
         "created": int(time.time()),
         "model": chat.model,
         "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
-        "usage": {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0},
+        "usage": USAGE,
     }
     return await asyncio.to_thread(JSONResponse, answer | _warnings(job))  # writes megabytes of base64
 
@@ -140,8 +141,7 @@ async def _submit(service: Service, caller: Caller, chat: ChatRequest, meaning: 
     for role, data in zip(roles, meaning.audio, strict=False):
         record = await service.sources.upload(data, "chat-audio", caller, field="input_audio")
         fields[role] = record.id
-    changes = {} if chat.use_cot_metas else {"use_cot_metas": False}
-    return await submit(service, caller, Body(fields), changes=changes, warnings=warnings)
+    return await submit(service, caller, Body(fields), warnings=warnings)
 
 
 async def _stream(service: Service, job: Job, chat: ChatRequest) -> AsyncIterator[bytes]:
@@ -166,6 +166,8 @@ async def _stream(service: Service, job: Job, chat: ChatRequest) -> AsyncIterato
         else:
             yield chunk({"content": f"\n\nError: {error_text(job)}"})
             yield chunk({}, "error")
+        if chat.stream_options and chat.stream_options.include_usage:
+            yield chunk({}, choices=[], usage=USAGE)
         yield b"data: [DONE]\n\n"
     finally:
         if not job.ended and service.args.cancel_with_stream:  # the client went away

@@ -6,23 +6,35 @@ import base64
 import binascii
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from acestep import words
 from acestep.request import MAX_LYRICS_CHARS, MAX_PROMPT_CHARS, Adjustment
 from deployments.api.compat.fields import adjustment, unknown_fields
-from deployments.api.compat.submission import NO_VOICE
 
 _TAGS = {
     name: (re.compile(f"<{name}>", re.IGNORECASE), re.compile(f"</{name}>", re.IGNORECASE))
     for name in ("prompt", "lyrics")
 }
 MAX_TEXT_CHARS = MAX_PROMPT_CHARS + MAX_LYRICS_CHARS + 100  # of a message: both texts and their tags
-_SECTIONS = (
-    "[verse", "[chorus", "[bridge", "[intro", "[outro", "[hook", "[pre-chorus", "[refrain", "[inst"
-)  # fmt: skip
 _MIN_LINES, _MAX_MEAN_LINE = 4, 60
+_NAMED = "|".join(re.escape(name) for name in sorted(words.SECTIONS, key=len, reverse=True))
+# A line that begins a section: "[Verse 1: loud]", or alone on it "Chorus:", "(Bridge)", "**Verse 2**".
+_SECTION = re.compile(
+    rf"\s*(?:\[\s?(?:{_NAMED})(?!\w)|[(*#_ ]{{0,5}}(?:{_NAMED}) ?\d{{0,2}}[)*_]{{0,4}}[:：)*]\W{{0,4}}$)", re.IGNORECASE
+)
+_HEADING = re.compile(r"[*#_ \[(]{0,6}lyrics?(?: [*#_:：)\]]{0,6}|[*#_:：)\]]{0,6})$", re.IGNORECASE)
+_PAIR = re.compile(r"\W{0,4}[\w][\w /&'-]{1,30}[:：]\s?\S")
+_BULLET = re.compile(r"(?:[-*•·–—+>]|\d{1,2}[.)])\s{1,4}\S")
+_TEMPO = re.compile(r"\d ?bpm\b", re.IGNORECASE)
+# Fields of OpenAI's that mean nothing to a song.
+NOT_OURS = frozenset((
+    "modalities", "max_completion_tokens", "stop", "tools", "tool_choice", "functions", "function_call", "parallel_tool_calls",
+    "response_format", "user", "store", "metadata", "logprobs", "top_logprobs", "logit_bias", "frequency_penalty", "presence_penalty",
+    "service_tier", "reasoning_effort", "prediction", "verbosity", "web_search_options", "safety_identifier", "prompt_cache_key",
+))  # fmt: skip
 NOTHING = "No valid prompt, lyrics, sample query, or input audio found in request"
 
 
@@ -48,27 +60,41 @@ class Part(_Open):
 
 
 class Message(_Open):
-    role: Literal["system", "user", "assistant", "developer"]
-    content: str | list[Part]
+    role: Literal["system", "user", "assistant", "developer", "tool", "function"]
+    content: str | list[Part] | None = None
 
 
 class AudioConfig(_Open):
     model_config = ConfigDict(coerce_numbers_to_str=True)
-    duration: float | None = None
-    format: str = "mp3"
-    bpm: int | None = None
+    duration: float | str | None = None
+    format: str | None = None
+    bpm: float | str | None = None
     key_scale: str | None = None
     time_signature: str | None = None
     vocal_language: str | None = None
     instrumental: bool | None = None
 
 
+class OutputAudio(_Open):
+    """OpenAI's way to ask for a format. Its `voice` means nothing to a song."""
+
+    format: str | None = None
+
+
+class StreamOptions(_Open):
+    include_usage: bool = False
+
+
 class ChatRequest(_Open):
-    """The body of a chat completion. Fields that other models have are accepted; the answer says that they mean nothing here."""
+    """The body of a chat completion. Every field of `/release_task` is one of a chat, too; fields that other models have are accepted, and the
+    answer says that they mean nothing here."""
 
     model: str = Field("", max_length=256, description="What follows the first / names the checkpoint.")
     messages: list[Message] = Field(min_length=1, max_length=1000)
     audio_config: AudioConfig | None = None
+    audio: OutputAudio | None = None
+    n: int | None = Field(None, ge=1, description="As batch_size.")
+    stream_options: StreamOptions | None = None
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=0)
@@ -78,23 +104,41 @@ class ChatRequest(_Open):
     thinking: bool | None = None
     guidance_scale: float | None = None
     batch_size: int | None = None
-    lyrics: str = ""
+    lyrics: Annotated[str, BeforeValidator(words.read_text)] = ""
     sample_mode: bool = False
     use_format: bool = False
     use_cot_caption: bool = True
     use_cot_language: bool = True
     task_type: str = "text2music"
-    repainting_start: float = 0.0
-    repainting_end: float | None = None
+    repainting_start: float | str = Field(0.0, validation_alias=AliasChoices(*words.WINDOW_START))
+    repainting_end: float | str | None = Field(None, validation_alias=AliasChoices(*words.WINDOW_END))
     audio_cover_strength: float = 1.0
     inference_steps: int | None = None
     infer_method: str = "ode"
     lm_cfg_scale: float = 2.0
-    audio_codes: str = ""
+    audio_codes: str | list[int | str] = ""
     cover_noise_strength: float = 0.0
     use_cot_metas: bool = True
     enable_normalization: bool | None = None
     normalization_db: float | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_the_last_counts(cls, data: Any) -> Any:
+        """What other turns hold, such as null beside a tool call, is not looked at."""
+        turns = data.get("messages") if isinstance(data, dict) else None
+        if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+            return data
+        last = max((i for i, turn in enumerate(turns) if turn.get("role") == "user"), default=None)
+        turns = [turn if i == last else {"role": turn.get("role")} for i, turn in enumerate(turns)]
+        return {**data, "messages": turns}
+
+    @model_validator(mode="after")
+    def _has_content(self) -> ChatRequest:
+        asked = [m.content for m in self.messages if m.role == "user"]
+        if asked and asked[-1] is None:
+            raise ValueError("messages: the last user message has no content")
+        return self
 
 
 @dataclass(frozen=True)
@@ -105,18 +149,17 @@ class Meaning:
     lyrics: str = ""
     query: str = ""
     audio: tuple[bytes, ...] = ()
+    guessed: str = ""
 
 
 def _parts(chat: ChatRequest) -> list[Part]:
     """Of the last user message, which is the one that counts."""
-    last = next((m for m in reversed(chat.messages) if m.role == "user"), None)
-    if last is None:
-        return []
-    return [Part(type="text", text=last.content)] if isinstance(last.content, str) else last.content
+    content = next((m.content for m in reversed(chat.messages) if m.role == "user"), None)
+    return [Part(type="text", text=content)] if isinstance(content, str) else content or []
 
 
 def read_messages(chat: ChatRequest) -> Meaning:
-    """Tags first, then lyrics by their looks, else it is a description.
+    """Fields and tags first, then lyrics by their looks, else it is a description.
 
     Raises:
         ValueError: there is nothing to make a song of, too much text, or audio that is not base64; the text is for the caller.
@@ -125,30 +168,44 @@ def read_messages(chat: ChatRequest) -> Meaning:
     text = "\n".join(p.text for p in parts if p.type == "text" and p.text).strip()
     if len(text) > MAX_TEXT_CHARS:  # before any pattern looks at it
         raise ValueError(f"messages: a text of {len(text)} characters; at most {MAX_TEXT_CHARS} make a song")
+    text = words.read_text(text).strip()
     audio = tuple(decode_audio(p.input_audio.data) for p in parts if p.type == "input_audio" and p.input_audio)
-    caption, lyrics, query = _split(text, guess=not (chat.lyrics.strip() or chat.sample_mode))
+    caption, rest = _take(text, "prompt")
+    lyrics, rest = _take(rest, "lyrics")
+    query = guessed = ""
     if chat.lyrics.strip():
         lyrics = chat.lyrics
     elif chat.sample_mode:
         caption, lyrics, query = "", "", text
+    elif caption is None and lyrics is None:
+        caption, lyrics, guessed = guess(text)
+    caption, lyrics = (rest if caption is None else caption), lyrics or ""
     if chat.audio_config and chat.audio_config.instrumental and not lyrics.strip():
         lyrics = "[inst]"
     found = caption.strip() or query or audio or chat.audio_codes or chat.sample_mode
-    if not found and (not lyrics.strip() or lyrics == "[inst]"):
+    if not found and words.is_instrumental(lyrics):
         raise ValueError(NOTHING)
-    return Meaning(caption.strip(), lyrics.strip(), query, audio)
+    return Meaning(caption.strip(), lyrics.strip(), query, audio, guessed)
 
 
 def unused(chat: ChatRequest, meaning: Meaning) -> list[Adjustment]:
-    """What of a chat means nothing to its song."""
+    """What of a chat means nothing to its song, and what had to be guessed."""
     no_effect = "no effect on a song"
-    found = unknown_fields({**(chat.model_extra or {}), "max_tokens": chat.max_tokens}, ("modalities",), no_effect)
-    found += unknown_fields((chat.audio_config and chat.audio_config.model_extra) or {}, (), no_effect)
+    theirs = {name: value for name, value in (chat.model_extra or {}).items() if name in NOT_OURS}
+    found = unknown_fields({**theirs, "max_tokens": chat.max_tokens}, ("modalities",), no_effect)
+    for part in (chat.audio_config, chat.audio, chat.stream_options):
+        found += unknown_fields((part and part.model_extra) or {}, (), no_effect)
     if other := {p.type for p in _parts(chat) if p.type not in ("text", "input_audio")}:
         found.append(adjustment("messages", ", ".join(sorted(other)), None, "parts are read as text and input_audio"))
+    if meaning.guessed:
+        taken = {"prompt": meaning.caption, "lyrics": meaning.lyrics}
+        given = " and ".join(name for name, text in taken.items() if text)
+        found.append(adjustment("messages", "a text without <prompt> and <lyrics>", given, meaning.guessed))
+    if chat.n is not None and chat.batch_size is not None and chat.n != chat.batch_size:
+        found.append(adjustment("n", chat.n, chat.batch_size, "batch_size goes first"))
     if chat.sample_mode and chat.lyrics.strip():
         found.append(adjustment("sample_mode", True, False, "the request brings its lyrics"))
-    if chat.audio_config and chat.audio_config.instrumental and meaning.lyrics.lower() not in NO_VOICE:
+    if chat.audio_config and chat.audio_config.instrumental and not words.is_instrumental(meaning.lyrics):
         found.append(adjustment("instrumental", True, False, "the request brings its lyrics"))
     return found
 
@@ -164,20 +221,40 @@ def _take(text: str, name: str) -> tuple[str | None, str]:
     return first, "".join([*rest, text[at:]]).strip()
 
 
-def _split(text: str, *, guess: bool) -> tuple[str, str, str]:
-    caption, rest = _take(text, "prompt")
-    lyrics, rest = _take(rest, "lyrics")
-    if caption is not None or lyrics is not None:
-        return (rest if caption is None else caption), lyrics or "", ""
-    return ("", text, "") if guess and looks_like_lyrics(text) else (text, "", "")
+def guess(text: str) -> tuple[str, str, str]:
+    """Caption, lyrics and why, of a text that does not say which is which. There is no why where nobody could doubt."""
+    lines = text.splitlines()
+    heading = next((i for i, line in enumerate(lines) if _HEADING.match(line.strip()[:40])), None)
+    if heading is not None and any(line.strip() for line in lines[heading + 1 :]):
+        return "\n".join(lines[:heading]), "\n".join(lines[heading + 1 :]), "lyrics follow their heading"
+    section = next((i for i, line in enumerate(lines) if _SECTION.match(line[:80])), None)
+    if section is not None:
+        if section == 0 or _is_verse(lines[:section]):
+            return "", text, "a section tag: it is lyrics"
+        return "\n".join(lines[:section]), "\n".join(lines[section:]), "lyrics begin with the first section tag"
+    if _is_verse(lines):
+        return "", text, f"{_MIN_LINES} or more short lines: it is lyrics"
+    return text, "", "it does not look like lyrics: it is a description" if len(lines) > 1 else ""
 
 
 def looks_like_lyrics(text: str) -> bool:
-    lowered = text.lower()
-    if any(section in lowered for section in _SECTIONS):
-        return True
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return len(lines) >= _MIN_LINES and sum(map(len, lines)) / len(lines) < _MAX_MEAN_LINE
+    return bool(guess(text)[1])
+
+
+def _is_verse(lines: list[str]) -> bool:
+    """Some short lines that neither list nor describe nor ask for something."""
+    lines = [line.strip() for line in lines if line.strip()]
+    if len(lines) < _MIN_LINES or sum(map(len, lines)) / len(lines) >= _MAX_MEAN_LINE:
+        return False
+    opening = " ".join(lines[:2]).casefold()
+    asked = opening.startswith(words.REQUESTS) and not words.REQUESTED.isdisjoint(_words_of(opening))
+    listed = sum(bool(_PAIR.match(line) or _BULLET.match(line) or line.count(",") > 2) for line in lines)
+    described = sum(not words.DESCRIBED.isdisjoint(_words_of(line)) for line in lines)
+    return not (asked or 2 * listed >= len(lines) or 2 * described >= len(lines) or any(map(_TEMPO.search, lines)))
+
+
+def _words_of(line: str) -> list[str]:
+    return re.findall(r"[\w'-]+", line.casefold())
 
 
 def decode_audio(data: str) -> bytes:
@@ -197,6 +274,7 @@ def decode_audio(data: str) -> bytes:
 def task_fields(chat: ChatRequest, meaning: Meaning) -> dict[str, Any]:
     """The request as fields of `/release_task`, without its audio."""
     config = chat.audio_config or AudioConfig()
+    extra = {name: value for name, value in (chat.model_extra or {}).items() if name not in NOT_OURS}
     fields: dict[str, Any] = {
         "prompt": meaning.caption,
         "lyrics": meaning.lyrics,
@@ -204,7 +282,7 @@ def task_fields(chat: ChatRequest, meaning: Meaning) -> dict[str, Any]:
         "sample_query": meaning.query,
         "model": chat.model.partition("/")[2] or chat.model,
         "audio_duration": config.duration,
-        "audio_format": {"ogg": "opus", "m4a": "aac"}.get(config.format.lower(), config.format),
+        "audio_format": config.format or (chat.audio and chat.audio.format),
         "bpm": config.bpm,
         "key_scale": config.key_scale,
         "time_signature": config.time_signature,
@@ -214,13 +292,14 @@ def task_fields(chat: ChatRequest, meaning: Meaning) -> dict[str, Any]:
         "lm_top_k": chat.top_k,
         "seed": chat.seed,
         "use_random_seed": chat.seed in (None, "", -1, "-1"),
-        "batch_size": 1 if chat.batch_size is None else chat.batch_size,
+        "batch_size": (chat.n or 1) if chat.batch_size is None else chat.batch_size,
         "thinking": bool(chat.thinking),
         "audio_code_string": chat.audio_codes,
     }
     same = (
-        "guidance_scale", "use_format", "use_cot_caption", "use_cot_language", "task_type", "repainting_start",
+        "guidance_scale", "use_format", "use_cot_caption", "use_cot_language", "use_cot_metas", "task_type", "repainting_start",
         "repainting_end", "audio_cover_strength", "inference_steps", "infer_method", "lm_cfg_scale", "cover_noise_strength",
         "enable_normalization", "normalization_db",
     )  # fmt: skip
-    return fields | {name: getattr(chat, name) for name in same}
+    fields |= {name: getattr(chat, name) for name in same}
+    return extra | {name: value for name, value in fields.items() if value is not None}

@@ -5,21 +5,26 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Response
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from acestep.limits import check_sources
 from acestep.lm.work import TEXT_TEMPERATURE, UNDERSTAND_TEMPERATURE, Sample
 from acestep.plan import NUM_CODES
 from acestep.request import (
-    LANGUAGES,
-    MAX_DURATION_S,
+    INSTRUMENTAL,
     MAX_LYRICS_CHARS,
     MAX_PROMPT_CHARS,
     MAX_SEED,
+    Bpm,
+    Caption,
+    Duration,
+    Key,
+    Language,
+    Lyrics,
     Text,
-    normalise_key,
-    normalise_time_signature,
+    TimeSignature,
 )
+from acestep.words import is_instrumental
 from deployments.api import examples
 from deployments.api.auth import Auth
 from deployments.api.native import IdempotencyKey, Prefer, SongSubmission, accept
@@ -44,31 +49,6 @@ async def create_plan(
     )
 
 
-def _language(value: str | None) -> str | None:
-    if value is not None and value not in LANGUAGES:
-        raise ValueError(f"must be one of {' '.join(LANGUAGES)}")
-    return value
-
-
-def _key(value: str | None) -> str | None:
-    if value is None or not value.strip():
-        return None
-    if (key := normalise_key(value)) is None:
-        raise ValueError("must be a note A to G, an optional # or b, and major or minor, such as 'F# minor'")
-    return key
-
-
-def _time_signature(value: str | None) -> str | None:
-    if value is None or not value.strip():
-        return None
-    if (top := normalise_time_signature(value)) is None:
-        raise ValueError("must be one of 2, 3, 4, 6")
-    return top
-
-
-Language = Annotated[str | None, AfterValidator(_language)]
-
-
 class _Question(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     temperature: float = Field(TEXT_TEMPERATURE, ge=0.0, le=2.0)
@@ -78,18 +58,18 @@ class _Question(BaseModel):
 
 
 class InspireQuestion(_Question):
-    query: Text = Field(min_length=1, max_length=MAX_PROMPT_CHARS, description="A wish in everyday words.")
+    query: Caption = Field(min_length=1, max_length=MAX_PROMPT_CHARS, description="A wish in everyday words.")
     instrumental: bool = False
     vocal_language: Language = None
 
 
 class FormatQuestion(_Question):
-    caption: Text = Field("", max_length=MAX_PROMPT_CHARS)
-    lyrics: Text = Field("", max_length=MAX_LYRICS_CHARS)
-    bpm: int | None = Field(None, ge=30, le=300)
-    duration: float | None = Field(None, ge=10.0, le=MAX_DURATION_S)
-    keyscale: Annotated[str | None, AfterValidator(_key)] = Field(None, max_length=32)
-    timesignature: Annotated[str | None, AfterValidator(_time_signature)] = Field(None, max_length=8)
+    caption: Caption = Field("", max_length=MAX_PROMPT_CHARS)
+    lyrics: Lyrics = Field("", max_length=MAX_LYRICS_CHARS)
+    bpm: Bpm = None
+    duration: Duration = None
+    keyscale: Key = None
+    timesignature: TimeSignature = None
     language: Language = None
 
     @model_validator(mode="after")
@@ -122,7 +102,10 @@ async def inspire(
 async def format_song(
     question: Annotated[FormatQuestion, Body(openapi_examples=examples.FORMAT)], service: Svc, caller: Auth
 ) -> Sample:
-    return await service.talk.format(**question.model_dump())
+    fields = question.model_dump()
+    if fields["lyrics"].strip() and is_instrumental(fields["lyrics"]):
+        fields["lyrics"] = INSTRUMENTAL
+    return await service.talk.format(**fields)
 
 
 @router.post("/understand", summary="Describe audio, or audio codes", responses={200: examples.SAMPLE})

@@ -107,6 +107,10 @@ class Service:
                 return known, False
         request, told = await self.with_sources(request, caller)
         adjustments = (*told, *adjustments)
+        if kind == "song":
+            if request.source_s is not None:
+                tasks.check_window(request, request.source_s)
+            adjustments = (*adjustments, *tasks.notes(request))
         columns: dict[str, Any] = {}
         decision = await self._admit(request, caller, kind)
         if decision is not None:

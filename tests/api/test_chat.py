@@ -281,3 +281,62 @@ async def test_a_chat_that_takes_too_long_ends_with_504(build: Build) -> None:
     assert (answer.status_code, answer.json()["detail"]) == (504, "Generation timeout")
     assert answer.headers["x-should-retry"] == "false"  # the job goes on; OpenAI's client would make another
     assert site.service.store.counts()["queued"] == 1
+
+
+DESCRIPTIONS = [
+    "Genre: synthwave\nMood: nostalgic\nTempo: 100 bpm\nInstruments: analog synths",
+    "**Style:** pop\n**Voice:** soft\n**Key:** C\n**Length:** short",
+    "- fast\n- loud\n- angry\n- short",
+    "1. quiet start\n2. slow rise\n3. big drop\n4. end",
+    "Write a song for me\nabout my dog\nwith a happy feel\nand a big ending",
+    "Please make a track\nlike the old days\nfull of hope\nand rain",
+    "A slow piano ballad.\nFemale vocals.\nStrings at the end.\nFades out.",
+    "dark, slow, heavy, doom\nfuzz, drone, low, tuned\nraw, live, loud, long\nepic, huge, wide, wet",
+    "风格：流行\n情绪：快乐\n速度：快\n人声：女声",
+    "calm piano [instrumental]",
+    "a song with a [chorus] about love",
+]
+VERSES = [
+    LYRICS,
+    "Give me your hand\nand I will go\nwherever you stand\nthrough the snow",
+    "[Verse 1: softly]\nla la",
+    "Verse 1:\nI walk alone\n\nChorus:\nOh yeah",
+    "主歌：\n你好\n世界",
+]
+
+
+async def test_what_a_text_without_tags_was_taken_for_is_said(build: Build, subtests: pytest.Subtests) -> None:
+    site = build(chat_timeout_s=0.001, max_queue=1000, max_backlog_s=1e9)
+
+    async def taken(content: str, **fields: Any) -> tuple[str, str, list[Any]]:
+        body = {"messages": [{"role": "user", "content": content}], **fields}
+        assert (await site.client.post("/v1/chat/completions", json=body)).status_code == 504
+        job = site.service.store.page(limit=1)[0]
+        return job.request.prompt, job.request.lyrics, [a.given for a in job.adjustments if a.field == "messages"]
+
+    for text in DESCRIPTIONS:
+        with subtests.test(text):
+            assert await taken(text) == (text, "", ["prompt"] if "\n" in text else [])
+    for text in VERSES:
+        with subtests.test(text):
+            assert await taken(text) == ("", text, ["lyrics"])
+    mixed = ["prompt and lyrics"]
+    assert await taken("A sad rock song\n[Verse]\nla\n[Chorus]\nlo") == (
+        "A sad rock song",
+        "[Verse]\nla\n[Chorus]\nlo",
+        mixed,
+    )
+    assert await taken("Style: pop\n\n## Lyrics:\nla la\nlo") == ("Style: pop", "la la\nlo", mixed)
+    assert await taken(f"<lyrics>{LYRICS}</lyrics>") == ("", LYRICS, [])
+    assert await taken(LYRICS, lyrics="la") == (LYRICS, "la", [])
+
+
+async def test_every_field_of_a_task_is_one_of_a_chat(build: Build) -> None:
+    site = build(chat_timeout_s=0.001)
+    sent = {"shift": 2, "duration": "0:30", "bpm": "90 BPM", "sampler_mode": "heun", "stop": "x", "colour": "blue"}
+    body = {"messages": [{"role": "user", "content": "x"}], **sent}
+    assert (await site.client.post("/v1/chat/completions", json=body)).status_code == 504
+    job = site.service.store.page()[0]
+    request = job.request
+    assert (request.shift, request.duration, request.bpm, request.sampler) == (2.0, 30.0, 90, "heun")
+    assert {a.field for a in job.adjustments} == {"stop", "colour"}

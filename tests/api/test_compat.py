@@ -78,7 +78,7 @@ CORPUS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"prompt": "a", "use_random_seed": False, "seed": "5,x,-1,9"}, {"seed": (5, 9)}),
     ({"prompt": "a", "use_random_seed": False, "seed": "7", "batch_size": 3}, {"seed": (7, 8, 9)}),
     ({"prompt": "a", "vocal_language": "zh"}, {"vocal_language": "zh"}),
-    ({"prompt": "a", "vocal_language": "en"}, {"vocal_language": None}),
+    ({"prompt": "a", "vocal_language": "en"}, {"vocal_language": "en"}),
     ({"prompt": "a", "language": "en", "cot-language": False}, {"vocal_language": "en"}),
     ({"prompt": "a", "lm_top_p": 1, "lm_top_k": 40}, {"lm_top_p": 0.9, "lm_top_k": 40}),
     ({"prompt": "a", "task_type": "cover"}, {"task": "text2music"}),
@@ -212,7 +212,7 @@ async def test_files_that_nobody_reads_are_named(site: Site, wav: bytes) -> None
 
 async def test_repainting_says_which_strength_has_no_use(site: Site, wav: bytes) -> None:
     for mode, said in (("balanced", []), ("aggressive", ["repaint_strength"])):
-        fields = {"prompt": "x", "task_type": "repaint", "repaint_mode": mode, "repaint_strength": "0.2"}
+        fields = {"prompt": "x", "task_type": "repaint", "repaint_mode": mode, "repaint_strength": "0.2", "to": "0.5"}
         data = await release(site, data=fields, files={"src_audio": ("a.wav", wav)})
         told = [w["field"] for w in data["warnings"]]
         assert told == ["src_audio", *said]  # of one second: short
@@ -566,9 +566,15 @@ async def test_models_stats_and_inventory(site: Site) -> None:
     await release(site, {"prompt": "x"})
     stats = (await site.client.get("/v1/stats")).json()["data"]
     assert stats == {
-        "jobs": {"total": 1, "queued": 1, "running": 0, "succeeded": 0, "failed": 0}, "queue_size": 1, "queue_maxsize": 200,
+        "jobs": {"total": 1, "queued": 1, "running": 0, "succeeded": 0, "failed": 0, "cancelled": 0}, "queue_size": 1, "queue_maxsize": 200,
         "avg_job_seconds": 5.0,
     }  # fmt: skip
+    await site.client.post("/v1/cancel", json={"task_id": site.service.store.page()[0].id})
+    jobs = (await site.client.get("/v1/stats")).json()["data"]["jobs"]
+    assert (jobs["failed"], jobs["cancelled"]) == (0, 1)
+    one = (await site.client.get("/v1/models/acestep/acestep-v15-turbo")).json()
+    assert one == {**listed["data"][0], "object": "model", "owned_by": "acestep", "created": one["created"]}
+    assert (await site.client.get("/v1/models/acestep/other")).status_code == 404
     health = (await site.client.get("/health")).json()
     assert (health["data"]["status"], health["data"]["models_initialized"], health["code"]) == ("ok", True, 200)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from acestep.dit.tasks import RULES, TaskRule
+from acestep.dit.tasks import NO_CODES, RULES, TaskRule
 from acestep.errors import InvalidRequest
 from acestep.plan import NUM_CODES
-from acestep.request import TRACKS
-from deployments.api.compat.fields import FIELDS, Values, to_list
+from acestep.words import WINDOW_END, WINDOW_START, looks_like_window, split_names
+from deployments.api.compat.fields import FIELDS, Values
 
 _CODE = re.compile(r"<\|audio_code_(\d+)\|>|(?<![\w.])(\d+)(?![\w.])")
 REPAINTING: tuple[str, ...] = (
@@ -34,6 +34,8 @@ def source_fields(v: Values, kind: str) -> dict[str, Any]:
         task = "text2music"
     rule = RULES[task]  # type: ignore[index]
     if codes is not None and kind == "song" and rule.source == "yes":
+        if src is None:
+            raise InvalidRequest(f"src_audio_path: task {task} needs source audio; {NO_CODES}", field="src_audio_path")
         v.warn("audio_code_string", "codes", None, f"task {task} works on source audio")
         codes = None
     noise = v["cover_noise_strength"]
@@ -43,9 +45,11 @@ def source_fields(v: Values, kind: str) -> dict[str, Any]:
     if kind == "song" and src is not None and rule.source == "no" and noise == 0.0:
         v.warn("src_audio_path", "source audio", None, f"task {task} does not use it; ask for cover or repaint")
         src = None
+    if rule.window:
+        _check_window_is_read(v, task)
     start, end = v["repainting_start"], v["repainting_end"]
-    if end is not None and end <= 0.0:
-        end = None  # -1 and 0 mean the end of the song
+    if end is not None and end <= 0.0 and not (end == 0.0 and start < 0.0):
+        end = None  # -1 and 0 mean the end of the song; after a start before it, 0 is its beginning
     if not rule.window and (start != 0.0 or end is not None):
         v.warn("repainting_start", [start, end], None, f"task {task} has no use for it")
         start, end = 0.0, None
@@ -82,6 +86,19 @@ def source_fields(v: Values, kind: str) -> dict[str, Any]:
     }
 
 
+def _check_window_is_read(v: Values, task: str) -> None:
+    """What a window keeps of the source is lost where the window is misread: nothing of it is guessed."""
+    for name in ("repainting_start", "repainting_end"):
+        if name in v.unread:
+            raise InvalidRequest(f"{name}: {v.unread[name]}", field=name)
+    if stray := next((name for name in v.unknown if looks_like_window(name)), None):
+        raise InvalidRequest(
+            f"{stray[:100]}: unknown field, which may have been meant for the part that {task} makes anew; that is set by "
+            f"{WINDOW_START[0]} and {WINDOW_END[0]}, in seconds",
+            field=stray[:100],
+        )
+
+
 def _warn_of_repainting(v: Values, task: str, rule: TaskRule) -> None:
     names, reason = REPAINTING, f"task {task} has no use for it"
     if rule.window:
@@ -113,19 +130,12 @@ def _track(v: Values, task: str) -> str | None:
     if task not in ("extract", "lego"):
         v.warn("track_name", v["track_name"], None, f"task {task} has no use for it")
         return None
-    return _known_track(v["track_name"], "track_name")
+    return str(v["track_name"])
 
 
 def _tracks(v: Values, task: str) -> tuple[str, ...] | None:
-    names = to_list(v["track_classes"] or [])
+    names = split_names(v["track_classes"] or [])
     if names and task != "complete":
         v.warn("track_classes", ", ".join(names), None, f"task {task} has no use for it")
         return None
-    return tuple(_known_track(name, "track_classes") for name in names) or None
-
-
-def _known_track(name: str, field: str) -> str:
-    track = name.strip().lower().replace(" ", "_")
-    if track not in TRACKS:
-        raise InvalidRequest(f"{field} must be one of {', '.join(TRACKS)}", field=field)
-    return track
+    return tuple(names) or None

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from acestep import words
 from acestep.request import Adjustment
 
-Kind = Literal["str", "bool", "int", "float", "raw"]
+Kind = Literal["str", "text", "bool", "int", "float", "raw"]
 TRUE = ("1", "true", "yes", "y", "on")
 FALSE = ("0", "false", "no", "n", "off")
-UNSAID = ("n/a", "auto", "none", "null")  # how results and forms write that there is no number
 METADATA_SOURCES = ("metas", "meta", "metadata", "user_metadata", "userMetadata")
 OBJECTS = ("param_obj", *METADATA_SOURCES)
 MAX_UNKNOWN = 20  # unknown fields that are named in the answer
@@ -35,6 +34,8 @@ class Field:
         choices: Other values are refused.
         no_effect: Why the field changes nothing here; said as a warning where it is sent with another value than the default.
         empty_is_value: An empty text in JSON is meant, not missing.
+        read: Reads the value; what it cannot read is left out, with a warning.
+        join: Between the entries of a list, for texts.
     """
 
     name: str
@@ -47,6 +48,8 @@ class Field:
     no_effect: str = ""
     empty_is_value: bool = False
     about: str = ""
+    read: Callable[[Any], Any] | None = None
+    join: str = ", "
 
 
 def _fields() -> Iterable[Field]:
@@ -55,16 +58,31 @@ def _fields() -> Iterable[Field]:
     i: Kind = "int"
     f: Kind = "float"
     # Text and mode
-    yield Field("prompt", s, "", ("caption",), about="Description of the music.")
-    yield Field("lyrics", s, "", about="Empty, [inst] or [instrumental] means instrumental.")
-    yield Field("global_caption", s, "", about="The whole song, for tasks on single tracks.")
+    t: Kind = "text"
+    yield Field("prompt", t, "", ("caption",), about="Description of the music.")
+    yield Field("lyrics", t, "", join="\n", about="Empty, [inst], (Instrumental), N/A: instrumental.")
+    yield Field(
+        "instrumental",
+        b,
+        False,
+        ("isInstrumental", "is_instrumental", "makeInstrumental", "make_instrumental"),
+        about="Nobody sings.",
+    )
+    yield Field("global_caption", t, "", about="The whole song, for tasks on single tracks.")
     yield Field("thinking", b, False, about="The planner writes audio codes first.")
     yield Field("sample_mode", b, False, ("sampleMode",), about="The planner writes the song's text.")
     yield Field(
-        "sample_query", s, "", ("sampleQuery", "description", "desc"), about="What about; switches sample mode on."
+        "sample_query", t, "", ("sampleQuery", "description", "desc"), about="What about; switches sample mode on."
     )
     yield Field("use_format", b, False, ("useFormat", "format"), about="The planner rewrites caption and lyrics.")
-    yield Field("vocal_language", s, "en", ("vocalLanguage", "language"))
+    yield Field(
+        "vocal_language",
+        s,
+        None,
+        ("vocalLanguage", "language"),
+        read=words.read_language,
+        about="Left out: the planner decides.",
+    )
     yield Field("model", s, None, ("model_name", "modelName", "dit_model", "ditModel"))
     yield Field("task_type", s, "text2music", ("taskType",))
     yield Field("instruction", s, "")
@@ -74,11 +92,17 @@ def _fields() -> Iterable[Field]:
     yield Field("full_analysis_only", b, False, ("fullAnalysisOnly",), about="Describe the source audio.")
     yield Field("extract_codes_only", b, False, ("extractCodesOnly",), about="Audio codes of the source audio.")
     # Music
-    yield Field("bpm", i, None, low=30, high=300)
-    yield Field("key_scale", s, "", ("keyscale", "keyScale", "key"))
-    yield Field("time_signature", s, "", ("timesignature", "timeSignature"))
+    yield Field("bpm", i, None, low=30, high=300, read=words.read_bpm)
+    yield Field("key_scale", s, None, ("keyscale", "keyScale", "key"), read=words.read_key)
+    yield Field("time_signature", s, None, ("timesignature", "timeSignature"), read=words.read_time_signature)
     yield Field(
-        "audio_duration", f, None, ("duration", "audioDuration", "target_duration", "targetDuration"), low=10, high=600
+        "audio_duration",
+        f,
+        None,
+        ("duration", "audioDuration", "target_duration", "targetDuration"),
+        low=10,
+        high=600,
+        read=words.read_duration,
     )
     # Sampling
     yield Field("inference_steps", i, None, ("inferenceSteps",), low=1, high=200)
@@ -94,13 +118,13 @@ def _fields() -> Iterable[Field]:
     yield Field("use_adg", b, False)
     yield Field("cfg_interval_start", f, 0.0, low=0, high=1)
     yield Field("cfg_interval_end", f, 1.0, low=0, high=1)
-    yield Field("audio_format", s, "mp3", choices=("mp3", "wav", "wav32", "flac", "opus", "aac"))
+    yield Field("audio_format", s, "mp3", ("audioFormat",), choices=words.FORMATS, read=words.read_format)
     yield Field("sampler_mode", s, "euler", ("samplerMode",), choices=("euler", "heun"))
     # Source audio
     yield Field("reference_audio_path", s, None, ("ref_audio_path", "referenceAudioPath", "refAudioPath"))
     yield Field("src_audio_path", s, None, ("ctx_audio_path", "sourceAudioPath", "srcAudioPath", "ctxAudioPath"))
-    yield Field("repainting_start", f, 0.0, low=-600, high=600)
-    yield Field("repainting_end", f, None, low=-1, high=1200)
+    yield Field("repainting_start", f, 0.0, words.WINDOW_START[1:], low=-600, high=600, read=words.read_seconds)
+    yield Field("repainting_end", f, None, words.WINDOW_END[1:], low=-1, high=1200, read=words.read_seconds)
     yield Field(
         "audio_cover_strength", f, 1.0, ("audioCoverStrength", "cover_strength", "coverStrength"), low=0, high=1
     )
@@ -130,7 +154,8 @@ def _fields() -> Iterable[Field]:
     yield Field("lm_top_k", i, 0, low=0, high=1_000_000)
     yield Field("lm_top_p", f, 0.9)
     yield Field("lm_repetition_penalty", f, 1.0, low=0.1, high=10)
-    yield Field("lm_negative_prompt", s, "NO USER INPUT", empty_is_value=True)
+    yield Field("lm_negative_prompt", t, "NO USER INPUT", empty_is_value=True)
+    yield Field("use_cot_metas", b, True, ("cot_metas", "cot-metas"))
     yield Field("use_cot_caption", b, True, ("cot_caption", "cot-caption"))
     yield Field("use_cot_language", b, True, ("cot_language", "cot-language"))
     yield Field(
@@ -167,10 +192,10 @@ def _fields() -> Iterable[Field]:
     yield Field("guidance_variant", s, "apg_classic", no_effect=not_here)
     yield Field("guidance_params", "raw", None, no_effect=not_here)
     yield Field("dcw_enabled", b, False, no_effect=not_here)
-    yield Field("dcw_mode", s, "double", no_effect=not_here)
-    yield Field("dcw_scaler", f, 0.05, no_effect=not_here)
-    yield Field("dcw_high_scaler", f, 0.02, no_effect=not_here)
-    yield Field("dcw_wavelet", s, "haar", no_effect=not_here)
+    yield Field("dcw_mode", s, None, no_effect=not_here)
+    yield Field("dcw_scaler", f, None, no_effect=not_here)
+    yield Field("dcw_high_scaler", f, None, no_effect=not_here)
+    yield Field("dcw_wavelet", s, None, no_effect=not_here)
 
 
 FIELDS: dict[str, Field] = {f.name: f for f in _fields()}
@@ -189,10 +214,14 @@ class Values:
 
     Attributes:
         warnings: What was changed or has no effect.
+        unread: Fields whose value could not be read, and what would have done.
+        unknown: Names that no field has.
     """
 
     values: dict[str, Any]
     warnings: list[Adjustment] = field(default_factory=list)
+    unread: dict[str, str] = field(default_factory=dict)
+    unknown: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> Any:
         return self.values[name]
@@ -232,8 +261,17 @@ def read_fields(body: Mapping[str, Any], *, form: bool) -> Values:
     for spec in FIELDS.values():
         value = find(sources, (spec.name, *spec.aliases), skip_empty=form)
         out.values[spec.name] = _read(spec, value, form, out)
+    out.unknown = tuple(n for source in sources for n, v in source.items() if n not in KNOWN and v not in (None, ""))
     out.warnings += [*unreadable_objects(body, OBJECTS), *unknown_fields(body, KNOWN)]
+    _format_of(body, out)
     return out
+
+
+def _format_of(body: Mapping[str, Any], out: Values) -> None:
+    """`format` is `use_format` here; where it names an audio format, that is what is meant."""
+    named = words.readable(words.read_format, body.get("format"))
+    if named is not None and all(body.get(name) in (None, "") for name in ("audio_format", "audioFormat")):
+        out.values["audio_format"] = named
 
 
 def unreadable_objects(body: Mapping[str, Any], names: Iterable[str]) -> list[Adjustment]:
@@ -276,23 +314,27 @@ def _object(value: Any) -> Mapping[str, Any] | None:
 def _read(spec: Field, value: Any, form: bool, out: Values) -> Any:
     if value is _ABSENT or (value == "" and (form or not spec.empty_is_value)):
         return spec.default
-    read: Any
-    match spec.kind:
-        case "bool":
-            read = to_bool(value)
-            if not read and str(value).strip().lower() not in (*FALSE, *UNSAID, ""):
-                out.warn(spec.name, value, False, "not yes or no")
-        case "int" | "float":
-            read = to_int(value, None) if spec.kind == "int" else to_float(value, None)
-            if read is None:
-                read = spec.default
-                if str(value).strip().lower() not in (*UNSAID, ""):
-                    out.warn(spec.name, value, read, "not a number" if spec.kind == "float" else "not a whole number")
-        case "str":
-            read = str(value)
-        case _:
-            read = value
-    if spec.choices:
+    read: Any = value
+    if spec.read is not None:
+        read = _by_reader(spec, value, out)
+    elif spec.kind == "bool":
+        read = to_bool(value)
+        if not read and str(value).strip().lower() not in (*FALSE, *words.UNSAID):
+            out.warn(spec.name, value, False, "not yes or no")
+    elif spec.kind in ("int", "float"):
+        read = to_int(value, None) if spec.kind == "int" else to_float(value, None)
+        if read is None:
+            read = spec.default
+            if str(value).strip().lower() not in words.UNSAID:
+                out.warn(spec.name, value, read, "not a number" if spec.kind == "float" else "not a whole number")
+    elif spec.kind == "text":
+        try:
+            read = words.read_text(value, spec.join)
+        except ValueError as error:
+            read, out.unread[spec.name] = spec.default, str(error)
+    elif spec.kind == "str":
+        read = str(value)
+    if spec.choices and spec.read is None:
         read = str(read).strip().lower()
         if read not in spec.choices:
             raise BadField(f"{spec.name} must be one of {', '.join(spec.choices)}")
@@ -303,11 +345,22 @@ def _read(spec: Field, value: Any, form: bool, out: Values) -> Any:
     return read
 
 
+def _by_reader(spec: Field, value: Any, out: Values) -> Any:
+    assert spec.read is not None, "there is a reader"
+    try:
+        read = spec.read(value)
+    except ValueError as error:
+        if spec.choices:
+            raise BadField(f"{spec.name} {error}") from None
+        out.unread[spec.name] = str(error)
+        out.warn(spec.name, value, spec.default, str(error))
+        return spec.default
+    return spec.default if read is None else read
+
+
 def _within(spec: Field, value: Any, out: Values) -> Any:
     assert spec.low is not None, "fields have both borders or none"
     assert spec.high is not None, "fields have both borders or none"
-    if spec.name in ("bpm", "audio_duration") and value <= 0:
-        return None  # means: the planner decides
     if spec.name == "guidance_scale" and 0 <= value < 1:
         return 1.0  # both mean off
     given = min(max(value, spec.low), spec.high)
@@ -316,13 +369,6 @@ def _within(spec: Field, value: Any, out: Values) -> Any:
         out.warn(spec.name, value, given, f"{spec.low:g} to {spec.high:g} is possible")
         return given
     return value
-
-
-def to_list(value: Any) -> list[str]:
-    """The entries of a list, of its text as JSON or Python write it, or of a text with commas or bars. No empty ones."""
-    parts = value if isinstance(value, list) else [value]
-    texts = (text for part in parts for text in re.split(r"[,|]", str(part)))
-    return [entry for text in texts if (entry := text.strip("[]()\"' \t\r\n"))]
 
 
 def to_bool(value: Any) -> bool:

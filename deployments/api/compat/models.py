@@ -24,7 +24,6 @@ NO_LORA = (
 async def stats(request: Request, service: Svc) -> Any:
     await caller_by_header(request, service)
     counts = await asyncio.to_thread(service.store.counts)
-    failed = counts["failed"] + counts["cancelled"]
     return envelope(
         {
             "jobs": {
@@ -32,7 +31,8 @@ async def stats(request: Request, service: Svc) -> Any:
                 "queued": counts["queued"],
                 "running": counts["running"],
                 "succeeded": counts["succeeded"],
-                "failed": failed,
+                "failed": counts["failed"],
+                "cancelled": counts["cancelled"],
             },
             "queue_size": counts["queued"],
             "queue_maxsize": service.args.max_queue,
@@ -45,24 +45,32 @@ async def stats(request: Request, service: Svc) -> Any:
 async def models(request: Request, service: Svc) -> Any:
     if not service.args.open_models_and_chat:
         await caller_by_header(request, service)
-    created = int(time.time()) - MONTH_S
+    return {"object": "list", "data": [_listed(entry["name"]) for entry in renderers(service)]}
+
+
+@router.get("/v1/models/{model:path}", summary="One model, as OpenRouter lists it")
+async def model(request: Request, model: str, service: Svc) -> Any:
+    if not service.args.open_models_and_chat:
+        await caller_by_header(request, service)
+    name = model.rstrip("/").rpartition("/")[2].casefold()
+    found = next((entry for entry in renderers(service) if entry["name"].casefold() == name), None)
+    if found is None:
+        raise HTTPException(404, f"the model {model[:100]!r} is not served here")
+    return {**_listed(found["name"]), "object": "model", "owned_by": "acestep"}
+
+
+def _listed(name: str) -> dict[str, Any]:
     return {
-        "object": "list",
-        "data": [
-            {
-                "id": f"acestep/{entry['name']}",
-                "name": f"ACE-Step {entry['name']}",
-                "created": created,
-                "input_modalities": ["text", "audio"],
-                "output_modalities": ["audio", "text"],
-                "context_length": 4096,
-                "max_output_length": 300,
-                "pricing": {"prompt": "0", "completion": "0", "request": "0", "image": "0"},
-                "description": "AI music generation model",
-                "architecture": None,
-            }
-            for entry in renderers(service)
-        ],
+        "id": f"acestep/{name}",
+        "name": f"ACE-Step {name}",
+        "created": int(time.time()) - MONTH_S,
+        "input_modalities": ["text", "audio"],
+        "output_modalities": ["audio", "text"],
+        "context_length": 4096,
+        "max_output_length": 300,
+        "pricing": {"prompt": "0", "completion": "0", "request": "0", "image": "0"},
+        "description": "AI music generation model",
+        "architecture": None,
     }
 
 

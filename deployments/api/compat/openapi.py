@@ -6,7 +6,7 @@ from typing import Any
 
 from deployments.api.compat.fields import FIELDS, Field
 
-_TYPES = {"str": "string", "bool": "boolean", "int": "integer", "float": "number"}
+_TYPES = {"str": "string", "text": "string", "bool": "boolean", "int": "integer", "float": "number"}
 _FORMS = ("application/json", "application/x-www-form-urlencoded", "multipart/form-data")
 
 

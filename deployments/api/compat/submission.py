@@ -11,17 +11,10 @@ from typing import Any
 from acestep.cost import TASKS_WITHOUT_PLANNER, defaults_of
 from acestep.dit.tasks import RULES
 from acestep.errors import InvalidRequest
-from acestep.request import (
-    LANGUAGES,
-    MAX_SEED,
-    NO_USER_INPUT,
-    Adjustment,
-    SongRequest,
-    normalise_key,
-    normalise_time_signature,
-)
+from acestep.request import INSTRUMENTAL, MAX_SEED, NO_USER_INPUT, Adjustment, SongRequest
+from acestep.words import is_instrumental, split_names
 from deployments.api.compat.editing import source_fields
-from deployments.api.compat.fields import Values, to_list
+from deployments.api.compat.fields import FIELDS, Values
 from deployments.errands import PREPARE
 
 _LANGUAGE_NAMES = {
@@ -30,7 +23,6 @@ _LANGUAGE_NAMES = {
     "thai": "th", "vietnamese": "vi", "indonesian": "id", "turkish": "tr", "dutch": "nl", "polish": "pl",
 }  # fmt: skip
 _WORDS_TOO = ("hi", "id", "it")  # codes that are everyday words as well
-NO_VOICE = ("[inst]", "[instrumental]")  # as lyrics
 WRITTEN = ("prompt", "lyrics", "bpm", "key_scale", "time_signature", "audio_duration")  # by sample mode
 
 
@@ -58,6 +50,10 @@ def build(v: Values, served: Served) -> Submission:
     Raises:
         InvalidRequest, pydantic.ValidationError: a field is wrong in a way that cannot be put right.
     """
+    for name, why in v.unread.items():
+        if FIELDS[name].kind == "text":
+            raise InvalidRequest(f"{name}: {why}", field=name)
+    _voice(v)
     kind = "understand" if v["full_analysis_only"] else "codes" if v["extract_codes_only"] else "song"
     if kind == "song" and v["analysis_only"]:
         kind = "plan"
@@ -97,33 +93,26 @@ def _text(v: Values) -> dict[str, Any]:
     return {"prompt": v["prompt"], "lyrics": v["lyrics"], "instruction": instruction or None}
 
 
+def _voice(v: Values) -> None:
+    """`instrumental` is a way to write lyrics."""
+    if not v["instrumental"]:
+        return
+    if is_instrumental(v["lyrics"]):
+        v.values["lyrics"] = v["lyrics"] or INSTRUMENTAL
+    else:
+        v.warn("instrumental", True, False, "the request brings its lyrics")
+
+
 def _music(v: Values) -> dict[str, Any]:
-    key = normalise_key(v["key_scale"]) if v["key_scale"].strip() else None
-    if key is None and v["key_scale"].strip().lower() not in ("", "n/a", "auto"):
-        v.warn("key_scale", v["key_scale"], None, "not a key such as 'F# minor'; the planner decides")
-    time = normalise_time_signature(v["time_signature"]) if v["time_signature"].strip() else None
-    if time is None and v["time_signature"].strip().lower() not in ("", "n/a", "auto"):
-        v.warn("time_signature", v["time_signature"], None, "not one of 2, 3, 4, 6; the planner decides")
     return {
         "duration": v["audio_duration"],
         "bpm": v["bpm"],
-        "key_scale": key,
-        "time_signature": time,
-        "vocal_language": _language(v),
+        "key_scale": v["key_scale"],
+        "time_signature": v["time_signature"],
+        "vocal_language": v["vocal_language"],
         "batch_size": v["batch_size"],
         "seed": _seed(v),
     }
-
-
-def _language(v: Values) -> str | None:
-    code = v["vocal_language"].strip().lower()
-    if code in ("", "unknown", "auto"):
-        return None
-    if code not in LANGUAGES:
-        v.warn("vocal_language", v["vocal_language"], None, "not a known language code; the planner decides")
-        return None
-    # "en" is what clients send who do not know; where the planner may look at the lyrics, it knows better.
-    return None if code == "en" and v["use_cot_language"] else code
 
 
 def _seed(v: Values) -> int | tuple[int, ...] | None:
@@ -134,7 +123,7 @@ def _seed(v: Values) -> int | tuple[int, ...] | None:
             v.warn("seed", asked, None, "use_random_seed is true, which it is unless the request says otherwise")
         return None
     seeds, bad = [], []
-    for text in to_list(asked):
+    for text in split_names(asked):
         if re.fullmatch(r"\d{1,19}(\.0+)?", text, re.ASCII) and (seed := int(text.partition(".")[0])) <= MAX_SEED:
             seeds.append(seed)
         elif text != "-1":
@@ -156,7 +145,7 @@ def _planner(v: Values, served: Served) -> dict[str, Any]:
         v.warn("lm_model_path", v["lm_model_path"], served.planner, "this server's planner was chosen when it started")
     return {
         "thinking": v["thinking"],
-        "use_cot_metas": not _wants_sample(v),
+        "use_cot_metas": v["use_cot_metas"] and not _wants_sample(v),
         "use_cot_caption": v["use_cot_caption"],
         "use_cot_language": v["use_cot_language"],
         "lm_temperature": v["lm_temperature"],
@@ -260,13 +249,12 @@ def _prepare(v: Values, fields: dict[str, Any]) -> list[dict[str, Any]]:
     if _wants_sample(v):
         query = v["sample_query"].strip() or NO_USER_INPUT
         instrumental, language = read_query(query)
-        no_voice = v["lyrics"].strip().lower() in NO_VOICE
+        no_voice = bool(v["lyrics"].strip()) and is_instrumental(v["lyrics"])
         instrumental = instrumental or no_voice
         for name in WRITTEN:
             if v[name] not in (None, "") and not (name == "lyrics" and no_voice):
                 v.warn(name, v[name], None, "sample mode writes its own")
-        if (said := v["vocal_language"].strip().lower()) not in ("", "en", "unknown") and said in LANGUAGES:
-            language = said
+        language = v["vocal_language"] or language
         wish = {"query": query, "instrumental": instrumental, "vocal_language": language, **sampling}
         steps.append({"ask": "inspire", "fields": wish})
     if v["use_format"]:

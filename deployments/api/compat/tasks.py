@@ -8,7 +8,7 @@ import json
 import os
 import posixpath
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -74,13 +74,11 @@ async def submit(
     body: Body,
     *,
     idempotency_key: str | None = None,
-    changes: Mapping[str, Any] | None = None,
     warnings: Iterable[Adjustment] = (),
 ) -> Job:
     """The job that a body asks for.
 
     Args:
-        changes: To the request, where its caller's interface has more fields than this one.
         warnings: What that caller has to say besides.
     """
     values = read_fields(body.fields, form=body.form)
@@ -105,7 +103,7 @@ async def submit(
             values.warn(name, part.filename, None, f"audio is read from {' or '.join(SOURCE_PARTS + REFERENCE_PARTS)}")
     submission = await resolved(service, caller, values)
     job, _ = await service.submit(
-        submission.request.model_copy(update=dict(changes or {})), caller, kind=submission.kind,
+        submission.request, caller, kind=submission.kind,
         adjustments=submission.warnings, extra=submission.extra, idempotency_key=idempotency_key, body_hash=body_hash,
     )  # fmt: skip
     return job

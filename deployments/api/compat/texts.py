@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -13,23 +13,21 @@ from typing import Any
 from fastapi import APIRouter, HTTPException, Request
 from fastapi.responses import JSONResponse
 
+from acestep import words
 from acestep.errors import AceStepError, Unavailable
 from acestep.lm.work import TEXT_TEMPERATURE, Sample
 from acestep.request import (
     INSTRUMENTAL,
-    LANGUAGES,
     MAX_DURATION_S,
     MAX_LYRICS_CHARS,
     MAX_PROMPT_CHARS,
     NO_USER_INPUT,
     Adjustment,
-    normalise_key,
-    normalise_time_signature,
 )
 from deployments.api.compat.answers import CompatRoute, caller_by_body, envelope, soft_error
 from deployments.api.compat.bodies import Body, read_body
 from deployments.api.compat.fields import (
-    UNSAID,
+    FIELDS,
     adjustment,
     as_object,
     to_bool,
@@ -44,9 +42,13 @@ from deployments.api.service import Svc
 
 log = logging.getLogger(__name__)
 router = APIRouter(tags=["ACE-Step's own API"], route_class=CompatRoute)
-FORMAT_FIELDS = ("prompt", "lyrics", "temperature", "param_obj", "time_signature", "ai_token")
-FORMAT_METADATA = ("duration", "bpm", "key", "key_scale", "time_signature", "language")
-SAMPLE_FIELDS = ("query", "instrumental", "vocal_language", "temperature", "ai_token")
+_NAMES = {
+    name: (name, *FIELDS[name].aliases)
+    for name in ("audio_duration", "bpm", "key_scale", "time_signature", "vocal_language")
+}
+FORMAT_FIELDS = ("prompt", "lyrics", "temperature", "param_obj", *_NAMES["time_signature"], "ai_token")
+FORMAT_METADATA = tuple(alias for names in _NAMES.values() for alias in names)
+SAMPLE_FIELDS = ("query", "instrumental", *_NAMES["vocal_language"], "temperature", "ai_token")
 MAX_TEMPERATURE = 2.0
 NO_PLANNER = "LLM not initialized. Set ACESTEP_INIT_LLM=true in .env to enable."
 
@@ -55,22 +57,23 @@ NO_PLANNER = "LLM not initialized. Set ACESTEP_INIT_LLM=true in .env to enable."
 async def format_input(request: Request, service: Svc) -> Any:
     body = await read_body(request, optional=True)
     await caller_by_body(request, service, body)
-    caption, lyrics = _text(body, "prompt", MAX_PROMPT_CHARS), _text(body, "lyrics", MAX_LYRICS_CHARS)
+    caption, lyrics = _text(body, "prompt", MAX_PROMPT_CHARS), _text(body, "lyrics", MAX_LYRICS_CHARS, "\n")
+    if lyrics.strip() and words.is_instrumental(lyrics):
+        lyrics = INSTRUMENTAL
     given = as_object(body.fields.get("param_obj"))
     unread = unreadable_objects(body.fields, ["param_obj"])
     said = _Said([*unread, *unknown_fields(body.fields, FORMAT_FIELDS), *unknown_fields(given, FORMAT_METADATA)])
-    bpm = said.number("bpm", given.get("bpm"), 30, 300)
-    duration = said.number("duration", given.get("duration"), 10, MAX_DURATION_S)
-    key = said.word("key", given.get("key") or given.get("key_scale"), normalise_key)
-    meter = given.get("time_signature") or body.fields.get("time_signature")
-    time = said.word("time_signature", meter, normalise_time_signature)
-    language = said.word("language", given.get("language"), _language)
+    bpm = said.number("bpm", [given], words.read_bpm, 30, 300)
+    duration = said.number("audio_duration", [given], words.read_duration, 10, MAX_DURATION_S)
+    key = said.word("key_scale", [given], words.read_key)
+    time = said.word("time_signature", [given, body.fields], words.read_time_signature)
+    language = said.word("vocal_language", [given], words.read_language)
     temperature = said.temperature(body)
     if not caption.strip() and not lyrics.strip():
         return soft_error(500, "format_sample error: give a prompt, lyrics or both")
     try:
         sample = await service.talk.format(
-            caption=caption, lyrics=lyrics, bpm=None if bpm is None else round(bpm), duration=duration, keyscale=key,
+            caption=caption, lyrics=lyrics, bpm=bpm, duration=duration, keyscale=key,
             timesignature=time, language=language, temperature=temperature,
         )  # fmt: skip
     except Unavailable as error:
@@ -98,7 +101,7 @@ async def create_sample(request: Request, service: Svc) -> Any:
     body = await read_body(request, optional=True)
     await caller_by_body(request, service, body)
     said = _Said(unknown_fields(body.fields, SAMPLE_FIELDS))
-    language = said.word("vocal_language", body.fields.get("vocal_language"), _language)
+    language = said.word("vocal_language", [body.fields], words.read_language)
     temperature = said.temperature(body)
     try:
         sample: Sample = await service.talk.inspire(
@@ -143,9 +146,11 @@ def samples(kind: str) -> list[dict[str, Any]]:
     return found
 
 
-def _text(body: Body, name: str, most: int) -> str:
-    value = body.fields.get(name)
-    text = "" if value is None else str(value)
+def _text(body: Body, name: str, most: int, join: str = ", ") -> str:
+    try:
+        text = words.read_text(body.fields.get(name), join)
+    except ValueError as error:
+        raise HTTPException(400, f"{name}: {error}") from None
     if len(text) > most or "\0" in text:
         raise HTTPException(400, f"{name}: at most {most} characters, without NUL")
     return text
@@ -157,23 +162,27 @@ class _Said:
     def __init__(self, told: list[Adjustment]) -> None:
         self._told = told
 
-    def number(self, name: str, value: Any, low: float, high: float) -> float | None:
-        """A number in its range; None where there is none."""
-        read = to_float(value, None)
-        if read is not None and low <= read <= high:
-            return read
-        if value not in (None, "") and not (read is not None and read <= 0):  # 0 and -1 mean: unknown
-            self._told.append(adjustment(name, value, None, f"not a number from {low:g} to {high:g}"))
-        return None
+    def number(
+        self, field: str, sources: Sequence[Mapping[str, Any]], read: Callable[[Any], Any], low: float, high: float
+    ) -> Any:
+        """A number that `read` knows, in its range; None where there is none."""
 
-    def word(self, name: str, value: Any, read: Callable[[str], str | None]) -> str | None:
-        """A word that `read` knows; None where there is none."""
-        text = "" if value is None else str(value).strip()
-        if text.lower() in ("", "unknown", *UNSAID):
+        def within(value: Any) -> Any:
+            if (number := read(value)) is not None and not low <= number <= high:
+                raise ValueError(f"must be from {low:g} to {high:g}")
+            return number
+
+        return self.word(field, sources, within)
+
+    def word(self, field: str, sources: Sequence[Mapping[str, Any]], read: Callable[[Any], Any]) -> Any:
+        """What `read` makes of a field under any of its names; None where it says nothing, or nothing that is known."""
+        found = ((name, source.get(name)) for source in sources for name in _NAMES[field])
+        name, value = next(((n, v) for n, v in found if v not in (None, "")), (field, None))
+        try:
+            return read(value)
+        except ValueError as error:
+            self._told.append(adjustment(name, value, None, str(error)))
             return None
-        if (known := read(text)) is None:
-            self._told.append(adjustment(name, value, None, "not known here"))
-        return known
 
     def temperature(self, body: Body) -> float:
         asked = body.fields.get("temperature")
@@ -186,10 +195,6 @@ class _Said:
 
     def warnings(self) -> dict[str, Any]:
         return {"warnings": [a.model_dump(mode="json") for a in self._told]} if self._told else {}
-
-
-def _language(text: str) -> str | None:
-    return text.lower() if text.lower() in LANGUAGES else None
 
 
 def _no_planner(error: Unavailable) -> JSONResponse:
