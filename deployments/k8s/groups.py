@@ -6,6 +6,7 @@ A group is a plain dict in the shape of KubeRay's `WorkerGroupSpec`. Which node 
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,11 +27,21 @@ GPU_RESOURCE = "nvidia.com/gpu"
 DRA_DEVICE_CLASS = DRA_DRIVER = "gpu.nvidia.com"
 CPU_GROUP = "cpu"
 ANY_GPU = "any"
+ROUTER_PODS = {**PART_OF, "ray.io/group": CPU_GROUP}  # KubeRay's own label names the group
 ROUTER_RESOURCE = "acestep_router"  # one per worker without a GPU, so that several routers spread over them
 HOME = "/var/lib/acestep"
 MODELS = "/models"
 STORAGE_SECRET = f"{NAME}-storage"  # what every pod may know: object store, model hub
 ROUTER_SECRET = f"{NAME}-router"  # what only pods with routers may: API keys, the job store
+
+# Two routers on one node would go with it.
+_SPREAD: Manifest = {
+    "maxSkew": 1,
+    "topologyKey": "kubernetes.io/hostname",
+    "whenUnsatisfiable": "DoNotSchedule",
+    "nodeTaintsPolicy": "Honor",  # a node that is being drained is no place that stays free
+    "labelSelector": {"matchLabels": ROUTER_PODS},
+}
 
 # A pod that must go may finish its songs first: as long as a leaving replica may, and a minute for Serve to notice and Ray to leave.
 DRAIN_S = int(PoolArgs.model_fields["graceful_shutdown_s"].default)
@@ -113,7 +124,24 @@ def cpu_group(*, min_replicas: int = 1, max_replicas: int = 1) -> Manifest:
         "labels": {ROLE_LABEL: "cpu"},
         "resources": {"CPU": str(SIZES[CPU_GROUP].cpu), ROUTER_RESOURCE: "1"},
         "rayStartParams": _ray_start_params(),
-        "template": {"metadata": {"labels": dict(PART_OF)}, "spec": _pod(SIZES[CPU_GROUP], ROUTER_SECRET)},
+        "template": {
+            "metadata": {"labels": dict(PART_OF)},
+            "spec": {**_pod(SIZES[CPU_GROUP], ROUTER_SECRET), "topologySpreadConstraints": [copy.deepcopy(_SPREAD)]},
+        },
+    }
+
+
+def router_budget() -> Manifest:
+    """The PodDisruptionBudget of several routers: their node's drain leaves one standing. No other budget may hold these pods."""
+    return {
+        "apiVersion": "policy/v1",
+        "kind": "PodDisruptionBudget",
+        "metadata": {"name": f"{NAME}-routers", "labels": dict(PART_OF)},
+        "spec": {
+            "minAvailable": 1,  # a whole number, see base/disruption.yaml
+            "unhealthyPodEvictionPolicy": "AlwaysAllow",
+            "selector": {"matchLabels": dict(ROUTER_PODS)},
+        },
     }
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from deployments.k8s.check import rayservice_of
 from deployments.k8s.cluster import Cluster, Document
@@ -10,6 +11,8 @@ from deployments.k8s.findings import Finding, error, groups_of, items, mapping, 
 from deployments.k8s.plan import plan
 
 CRD = "rayservices.ray.io"
+OPERATOR = "kuberay-operator"
+DASHBOARD = 8265  # through which the operator deploys
 VERBS = (
     ("get", "ray.io", "rayservices"),
     ("patch", "ray.io", "rayservices"),
@@ -22,7 +25,7 @@ def preflight(cluster: Cluster, documents: list[Document]) -> list[Finding]:
     """Findings about the cluster, for these manifests."""
     service = rayservice_of(documents)
     return [
-        *_operator(cluster),
+        *_operator(cluster, documents),
         *_kinds(cluster, documents),
         *_cards(cluster, service),
         *_volumes(cluster, documents),
@@ -30,7 +33,7 @@ def preflight(cluster: Cluster, documents: list[Document]) -> list[Finding]:
     ]
 
 
-def _operator(cluster: Cluster) -> Iterator[Finding]:
+def _operator(cluster: Cluster, documents: list[Document]) -> Iterator[Finding]:
     definition = cluster.get("CustomResourceDefinition", CRD, "apiextensions.k8s.io/v1")
     if definition is None:
         yield error("cluster", f"has no {CRD}: install the kuberay-operator chart, 1.7 or newer")
@@ -53,11 +56,39 @@ def _operator(cluster: Cluster) -> Iterator[Finding]:
             break
     else:
         yield error("cluster", f"{CRD} does not serve v1: KubeRay 1.7 or newer is needed")
-    operators = cluster.find(
-        "Deployment", "apps/v1", everywhere=True, selector="app.kubernetes.io/name=kuberay-operator"
-    )
-    if not any(mapping(o, "status").get("availableReplicas") for o in operators):
+    operators = [d for d in cluster.find("Deployment", "apps/v1", everywhere=True) if _runs_operator(d)]
+    available = [o for o in operators if mapping(o, "status").get("availableReplicas")]
+    if not available:
         yield error("cluster", "no kuberay-operator is available; without it a RayService is only a text")
+    policies = [d for d in documents if d["kind"] == "NetworkPolicy" and mapping(d, "spec").get("ingress") is not None]
+    for operator in available:
+        labels = mapping(operator, "spec", "template", "metadata", "labels") or mapping(operator, "metadata", "labels")
+        if policies and not any(_admits(rule, labels) for p in policies for rule in items(p, "spec", "ingress")):
+            name = mapping(operator, "metadata").get("name")
+            shown = ", ".join(f"{k}: {v}" for k, v in sorted(labels.items())) or "none"
+            yield error(
+                "cluster",
+                f"the operator ({name}) runs under labels ({shown}) that no NetworkPolicy here admits to port {DASHBOARD}: it could never deploy "
+                "the Serve config; name its labels in base/network.yaml",
+            )
+
+
+def _runs_operator(deployment: Document) -> bool:
+    """Whether a Deployment is KubeRay's operator, by its usual label or, where somebody chose another, its image."""
+    if mapping(deployment, "metadata", "labels").get("app.kubernetes.io/name") == OPERATOR:
+        return True
+    images = [str(c.get("image")) for c in items(deployment, "spec", "template", "spec", "containers")]
+    return any("kuberay" in image and "operator" in image for image in images)
+
+
+def _admits(rule: Mapping[str, Any], labels: Mapping[str, Any]) -> bool:
+    """Whether an ingress rule lets pods with these labels, in another namespace, reach the head's dashboard."""
+    ports = items(rule, "ports")
+    if ports and not any(port.get("port") in (None, DASHBOARD) for port in ports):
+        return False
+    peers = [p for p in items(rule, "from") if "namespaceSelector" in p]
+    wanted = [mapping(p, "podSelector", "matchLabels") for p in peers]
+    return not items(rule, "from") or any(all(labels.get(k) == v for k, v in w.items()) for w in wanted)
 
 
 def _kinds(cluster: Cluster, documents: list[Document]) -> Iterator[Finding]:

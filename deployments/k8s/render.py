@@ -27,6 +27,7 @@ from deployments.k8s.groups import (
     cpu_group,
     gpu_group,
     group_name,
+    router_budget,
 )
 
 GROUPS = "/spec/rayClusterConfig/workerGroupSpecs"
@@ -167,8 +168,13 @@ def fleet(
         ],
         "patches": [{"target": {"kind": "RayService"}, "path": "sizes.yaml"}],
     }
+    files = {}
+    if routers > 1:
+        kustomization["resources"] = ["disruption.yaml"]
+        files["disruption.yaml"] = FLEET_HEADER + to_yaml(router_budget())
     return {
         FILE: FLEET_HEADER + to_yaml(kustomization),
+        **files,
         "sizes.yaml": FLEET_HEADER + to_yaml(sizes_patch(sizes)),
         "serve_config.yaml": FLEET_HEADER + to_yaml(config),
     }

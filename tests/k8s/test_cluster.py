@@ -285,6 +285,12 @@ def ready_cluster(api: FakeApi) -> None:
         {
             "kind": "Deployment",
             "metadata": {"name": "kuberay-operator", "labels": labels},
+            "spec": {
+                "template": {
+                    "metadata": {"labels": dict(labels)},
+                    "spec": {"containers": [{"name": "operator", "image": "quay.io/kuberay/operator:v1.7.0"}]},
+                }
+            },
             "status": {"availableReplicas": 1},
         },
         "kuberay",
@@ -316,6 +322,13 @@ def test_a_cluster_that_has_everything(api: FakeApi, cluster: Cluster, fleet: li
     assert [str(f) for f in preflight(cluster, fleet)] == []
 
 
+def relabelled(api: FakeApi) -> None:
+    """A chart with another `nameOverride`."""
+    operator = api.get("Deployment", "kuberay-operator", "kuberay")
+    for metadata in (operator["metadata"], operator["spec"]["template"]["metadata"]):
+        metadata["labels"] = {"app.kubernetes.io/name": "ray-operator"}
+
+
 def old_kuberay(api: FakeApi) -> None:
     crd = api.get("CustomResourceDefinition", "rayservices.ray.io")
     crd["spec"]["versions"][0]["schema"] = {}
@@ -329,6 +342,7 @@ def old_kuberay(api: FakeApi) -> None:
             "install the kuberay-operator",
         ),
         (old_kuberay, "older than 1.7"),
+        (relabelled, "(app.kubernetes.io/name: ray-operator) that no NetworkPolicy here admits to port 8265"),
         (
             lambda a: a.get("Deployment", "kuberay-operator", "kuberay").pop("status"),
             "no kuberay-operator is available",

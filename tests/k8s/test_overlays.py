@@ -128,3 +128,34 @@ def test_pods_may_finish_the_longest_song(overlay: str, rendered: Rendered) -> N
         pod = group["template"]["spec"]
         hook = mapping(pod["containers"][0], "lifecycle", "preStop", "exec")["command"]
         assert longest <= int(hook[-1]) < pod["terminationGracePeriodSeconds"]
+
+
+def test_routers_are_apart_and_never_all_evicted(rendered: Callable[[str], list[Document]]) -> None:
+    """No pod may have two disruption budgets, else none of its evictions is answered."""
+    objects = rendered("production")
+    budgets = [d["spec"] for d in objects if d["kind"] == "PodDisruptionBudget"]
+    (service,) = (d for d in objects if d["kind"] == "RayService")
+    groups = {g["groupName"]: g["template"] for g in service["spec"]["rayClusterConfig"]["workerGroupSpecs"]}
+    for name, template in groups.items():
+        labels = {**template["metadata"]["labels"], "ray.io/node-type": "worker", "ray.io/group": name}
+        mine = [b for b in budgets if selects(b["selector"], labels)]
+        assert [b["minAvailable"] for b in mine] == [1], name
+        alike = [
+            other
+            for other in groups
+            if other != name and any(selects(b["selector"], {**labels, "ray.io/group": other}) for b in mine)
+        ]
+        assert (name == "cpu") == (not alike)
+    (spread,) = groups["cpu"]["spec"]["topologySpreadConstraints"]
+    assert (spread["topologyKey"], spread["whenUnsatisfiable"]) == ("kubernetes.io/hostname", "DoNotSchedule")
+    cpu = {**groups["cpu"]["metadata"]["labels"], "ray.io/group": "cpu"}
+    assert selects(spread["labelSelector"], cpu)
+    assert not selects(spread["labelSelector"], {**cpu, "ray.io/group": "gpu-tier5"})
+
+
+def selects(selector: Document, labels: dict[str, str]) -> bool:
+    """A label selector, as Kubernetes reads it; of the operators only the one that is used."""
+    assert all(e["operator"] == "NotIn" for e in selector.get("matchExpressions", ()))
+    return all(labels.get(k) == v for k, v in selector.get("matchLabels", {}).items()) and all(
+        labels.get(e["key"]) not in e["values"] for e in selector.get("matchExpressions", ())
+    )

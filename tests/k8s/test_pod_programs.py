@@ -87,8 +87,8 @@ def replica() -> Iterator[Callable[[float], psutil.Process]]:
     """A process that is named like a Serve replica, for some seconds."""
     started = []
 
-    def start(seconds: float) -> psutil.Process:
-        process = subprocess.Popen(["bash", "-c", f'exec -a "ray::ServeReplica:dit:dit.render" sleep {seconds}'])
+    def start(seconds: float, title: str = "dit-tier4:dit.render") -> psutil.Process:
+        process = subprocess.Popen(["bash", "-c", f'exec -a "ray::ServeReplica:{title}" sleep {seconds}'])
         started.append(process)
         found = psutil.Process(process.pid)
         while not any(p.startswith(drain.REPLICA_TITLE) for p in found.cmdline()):
@@ -106,11 +106,11 @@ def test_ray_is_told_and_replicas_are_waited_for(
 ) -> None:
     called = ray(0)
     working = replica(1.5)
-    assert drain.serving([working, psutil.Process()]) == 1
+    assert drain.serving([working, psutil.Process()]) == ["dit"]
     assert drain.drain(30, lambda: [p for p in (working, psutil.Process()) if p.is_running()])
     assert called.read_text().split()[:3] == ["drain-node", "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
     assert called.read_text().split()[-2:] == ["--deadline-remaining-seconds", "30"]
-    assert drain.serving([working]) == 0
+    assert drain.serving([working]) == []
 
 
 def test_the_time_ends_the_waiting(ray: Callable[[int], Path], replica: Callable[[float], psutil.Process]) -> None:
@@ -118,6 +118,17 @@ def test_the_time_ends_the_waiting(ray: Callable[[int], Path], replica: Callable
     working = replica(60)
     assert not drain.drain(1, lambda: [working])
     assert working.is_running()
+
+
+def test_a_router_whose_replacement_has_no_place_is_not_waited_for(
+    ray: Callable[[int], Path], replica: Callable[..., psutil.Process], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray(0)
+    monkeypatch.setattr(drain, "ROUTER_S", 0.5)
+    router, working = replica(600, "router:router"), replica(600)
+    assert drain.drain(600, lambda: [router])
+    assert router.is_running()
+    assert not drain.drain(2, lambda: [router, working])  # songs are
 
 
 def test_where_ray_refuses_nobody_waits(ray: Callable[[int], Path], caplog: pytest.LogCaptureFixture) -> None:

@@ -110,6 +110,7 @@ def test_several_routers_need_workers_of_their_own() -> None:
     router = config["applications"][0]
     assert router["args"]["num_replicas"] == 2
     assert router["deployments"][0]["ray_actor_options"]["resources"] == {"acestep_router": 1}
+    assert "disruption.yaml" not in fleet(dict(map(parse_group, ("tier6=1",))), components="c")
     with pytest.raises(InvalidRequest, match="cpu=3-3"):
         fleet(sizes, components="c", routers=3)
     with pytest.raises(InvalidRequest, match="no tier has a card"):
