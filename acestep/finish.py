@@ -114,6 +114,7 @@ def _finish_item(
     return SongItem(
         index=item.index,
         seed=item.seed,
+        lm_seed=request.lm_seeds[item.index] if plan.model else None,
         duration=samples / SAMPLE_RATE,
         samples=samples,
         gain_db=round(level.gain_db, 3),

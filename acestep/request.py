@@ -22,6 +22,9 @@ MAX_BATCH = 8
 MAX_PROMPT_CHARS = 2_048
 MAX_LYRICS_CHARS = 8_192
 MAX_SEED = 2**63 - 1
+_ITEM_BITS = (
+    50  # of a planner's seed: above them stands which item of its batch a song was, exact in JSON's numbers everywhere
+)
 NO_USER_INPUT = "NO USER INPUT"
 INSTRUMENTAL = "[Instrumental]"
 
@@ -134,7 +137,10 @@ class SongRequest(BaseModel):
         None,
         ge=-1,
         le=MAX_SEED,
-        description="The planner's own seed (item i uses it + i); null takes each item's, -1 draws one.",
+        description=(
+            "The planner's own seed: of what the items of a batch share, and plus i of item i's codes. Null takes the first item's seed, "
+            "-1 draws one. The `lm_seed` of a result's item makes that item again alone."
+        ),
     )
     lm_share_cot: bool = Field(True, description="All items of a batch share one set of metadata.")
     plan: Plan | None = Field(None, description="A plan made (and perhaps edited) earlier: skips the planner.")
@@ -275,6 +281,28 @@ class SongRequest(BaseModel):
         if isinstance(self.seed, tuple):
             return self.seed
         return tuple((self.seed + i) % (MAX_SEED + 1) for i in range(self.batch_size))
+
+    @property
+    def lm_seeds(self) -> tuple[int, ...]:
+        """What makes each item's plan again as the `lm_seed` of a request of its own. Only after `with_seeds()`.
+
+        Items that share metadata share the low bits, and the high ones say which of them it is.
+        """
+        if not self.lm_share_cot:
+            own = self.seeds if self.lm_seed is None else range(self.lm_seed, self.lm_seed + self.batch_size)
+            return tuple(seed % (MAX_SEED + 1) for seed in own)
+        first = self.seeds[0] if self.lm_seed is None else self.lm_seed
+        return tuple((first + (i << _ITEM_BITS)) % (MAX_SEED + 1) for i in range(self.batch_size))
+
+    @property
+    def metadata_seeds(self) -> tuple[int, ...]:
+        """The seed that each item's metadata are drawn from."""
+        return tuple(seed % (1 << _ITEM_BITS) for seed in self.lm_seeds)
+
+    @property
+    def codes_seeds(self) -> tuple[int, ...]:
+        """The seed that each item's codes are drawn from."""
+        return tuple(seed % (1 << _ITEM_BITS) + (seed >> _ITEM_BITS) for seed in self.lm_seeds)
 
     def own_plan(self) -> Plan:
         """The plan where no planner runs: what the caller gave."""

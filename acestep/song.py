@@ -43,6 +43,10 @@ class SongItem(BaseModel):
     model_config = ConfigDict(frozen=True)
     index: int
     seed: int
+    lm_seed: int | None = Field(
+        None,
+        description="With `seed` and the same request, what makes this item again alone; null where no planner ran.",
+    )
     duration: float = Field(description="Seconds, exact: samples / sample_rate.")
     samples: int
     sample_rate: int = SAMPLE_RATE

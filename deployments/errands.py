@@ -66,7 +66,7 @@ class Errands:
             adjustments = job.adjustments
             request = job.request
             # The request's own seed: who sends it again gets the same text, and so the same song.
-            seed = request.seeds[0] if request.lm_seed is None else request.lm_seed
+            seed = request.metadata_seeds[0]
             fields = {"seed": seed, **step["fields"]}
             await self._placed(job)
             try:

@@ -204,7 +204,8 @@ def _report(job: dict[str, Any]) -> None:
         )
     for item in result["items"]:
         names = ", ".join(a["file"] for a in item["audio"])
-        line(f"song     {names}: {item['duration']:.2f} s, {item['sample_rate']} Hz, seed {item['seed']}")
+        planner = "" if item.get("lm_seed") in (None, item["seed"]) else f", lm_seed {item['lm_seed']}"
+        line(f"song     {names}: {item['duration']:.2f} s, {item['sample_rate']} Hz, seed {item['seed']}{planner}")
     times = {k: v for part in result["timings"].values() for k, v in part.items() if k.endswith("_s") and v >= 0.005}
     line("time     " + ", ".join(f"{k.removesuffix('_s')} {v:.2f} s" for k, v in times.items()))
     for warning in job["warnings"]:

@@ -32,13 +32,6 @@ _BLOCK_TOKENS = 17  # tags and line ends around the fields, and the end of the t
 _RENDER_GROWTH = 1.3  # a caption rendered as YAML has more tokens than as it was drawn: folds and quotes
 
 
-def planning_seeds(request: SongRequest) -> tuple[int, ...]:
-    """The planner's seed of each item: `lm_seed + i` where given, else the item's own."""
-    if request.lm_seed is None:
-        return request.seeds
-    return tuple((request.lm_seed + i) % (MAX_SEED + 1) for i in range(request.batch_size))
-
-
 @dataclass(frozen=True)
 class FlowBuilder:
     """Makes flows for one model.
@@ -63,7 +56,7 @@ class FlowBuilder:
     def _plan(self, work: PlanWork) -> Flow:
         request = work.request
         limit = _longest(work)
-        seeds = planning_seeds(request)
+        seeds = request.codes_seeds
         thinks = request.thinking and request.task in CODES_TASKS and request.audio_codes is None
         uncond = self._unconditional(work) if thinks and request.lm_cfg_scale > 1.0 else None
         edited = request.plan
@@ -75,7 +68,7 @@ class FlowBuilder:
             metadata = [edited.metadata_of(i).model_copy(update=own) for i in range(request.batch_size)]
             shared = not edited.item_metadata
         else:
-            metadata = yield from self._metadata(request, limit, seeds, thinks, len(uncond or ()))
+            metadata = yield from self._metadata(request, limit, thinks, len(uncond or ()))
             shared = request.lm_share_cot
         result = Plan(metadata=metadata[0], item_metadata=() if shared else tuple(metadata), lm_seeds=seeds)
         if request.audio_codes is not None:
@@ -86,7 +79,7 @@ class FlowBuilder:
         return result.model_copy(update={"codes": codes})
 
     def _metadata(
-        self, request: SongRequest, limit: float, seeds: tuple[int, ...], thinks: bool, uncond: int
+        self, request: SongRequest, limit: float, thinks: bool, uncond: int
     ) -> Generator[list[Job], None, list[Metadata]]:
         """Phase 1, once per request or once per item."""
         duration = min(request.duration, limit) if request.duration is not None else None
@@ -114,7 +107,7 @@ class FlowBuilder:
                 else self._open(len(prompt), MAX_CAPTION_TOKENS * 2, reasoning_only=True),
                 seed,
             )
-            for seed in (seeds[:1] if request.lm_share_cot else seeds)
+            for seed in request.metadata_seeds[: 1 if request.lm_share_cot else None]
         ]
         yield self._jobs(prompt, None, outputs, params, METADATA_STREAM)
         found = [self._read_metadata(program, limit, given) for program, _ in outputs]

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from acestep import words
-from acestep.request import MAX_LYRICS_CHARS, MAX_PROMPT_CHARS, Adjustment
+from acestep.request import MAX_LYRICS_CHARS, MAX_PROMPT_CHARS, MAX_SEED, Adjustment
 from deployments.api.compat.fields import adjustment, unknown_fields
 
 _TAGS = {
@@ -101,6 +101,7 @@ class ChatRequest(_Open):
     max_tokens: int | None = Field(None, ge=1)
     stream: bool = False
     seed: int | str | None = None
+    lm_seed: int | None = Field(None, ge=0, le=MAX_SEED)
     thinking: bool | None = None
     guidance_scale: float | None = None
     batch_size: int | None = None
@@ -298,7 +299,7 @@ def task_fields(chat: ChatRequest, meaning: Meaning) -> dict[str, Any]:
     }
     same = (
         "guidance_scale", "use_format", "use_cot_caption", "use_cot_language", "use_cot_metas", "task_type", "repainting_start",
-        "repainting_end", "audio_cover_strength", "inference_steps", "infer_method", "lm_cfg_scale", "cover_noise_strength",
+        "repainting_end", "audio_cover_strength", "inference_steps", "infer_method", "lm_seed", "lm_cfg_scale", "cover_noise_strength",
         "enable_normalization", "normalization_db",
     )  # fmt: skip
     fields |= {name: getattr(chat, name) for name in same}

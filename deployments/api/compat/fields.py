@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from acestep import words
-from acestep.request import Adjustment
+from acestep.request import MAX_SEED, Adjustment
 
 Kind = Literal["str", "text", "bool", "int", "float", "raw"]
 TRUE = ("1", "true", "yes", "y", "on")
@@ -149,6 +149,9 @@ def _fields() -> Iterable[Field]:
         "lm_backend", s, "vllm", choices=("vllm", "pt", "mlx"), no_effect="every planner here has its own engine"
     )
     yield Field("lm_model_path", s, None)
+    yield Field(
+        "lm_seed", i, None, low=0, high=MAX_SEED, about="Of a result's entry: with its seed, that song again alone."
+    )
     yield Field("lm_temperature", f, 0.85, low=0, high=2)
     yield Field("lm_cfg_scale", f, 2.5, low=1, high=20)
     yield Field("lm_top_k", i, 0, low=0, high=1_000_000)

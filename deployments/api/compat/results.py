@@ -149,6 +149,8 @@ def _succeeded(service: Service, job: Job, created: int) -> list[dict[str, Any]]
             "progress": 1.0,
             "stage": "succeeded",
             "url": url,
+            "seed": item.seed,
+            "lm_seed": item.lm_seed,
         }
         entries.append({**entry, "warnings": warnings} if warnings else entry)
     return entries

@@ -148,6 +148,7 @@ def _planner(v: Values, served: Served) -> dict[str, Any]:
         "use_cot_metas": v["use_cot_metas"] and not _wants_sample(v),
         "use_cot_caption": v["use_cot_caption"],
         "use_cot_language": v["use_cot_language"],
+        "lm_seed": v["lm_seed"],
         "lm_temperature": v["lm_temperature"],
         "lm_cfg_scale": v["lm_cfg_scale"],
         "lm_top_k": v["lm_top_k"],
