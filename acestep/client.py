@@ -105,7 +105,8 @@ class Client:
 
     def audio(self, url: str) -> bytes:
         """The bytes behind an audio URL of a job."""
-        response = self._request("GET", url)
+        # A path in an answer is one of the server's host, with the path that the server lies under in front.
+        response = self._request("GET", str(httpx.URL(self.url).join(url)))
         return response.content
 
     def _json(self, method: str, path: str, **kwargs: Any) -> dict[str, Any]:

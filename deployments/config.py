@@ -140,6 +140,12 @@ class RouterArgs(_Args):
         "are opened from a file, and every sandboxed frame of any page. Without keys, others may not even post.",
     )
     cors_origin_regex: str | None = r"^https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?$"
+    public_url: str | None = Field(
+        None,
+        pattern=r"^https?://[^/?#\s@]+(/[A-Za-z0-9._~-]+)*/?$",
+        description="Address under which callers reach the router through a proxy, such as https://example.org/music. Its path goes in front of "
+        "every URL in answers, and webhooks name jobs with the whole of it. Null: X-Forwarded-Prefix and Serve's route_prefix say the path.",
+    )
     allowed_hosts: tuple[str, ...] = Field(
         (),
         description="Host headers besides this machine's own (localhost, 127.0.0.1, [::1]) that a server on a loopback address answers to, "

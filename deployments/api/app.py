@@ -11,9 +11,15 @@ from starlette.middleware.cors import CORSMiddleware
 from acestep import __version__
 from deployments.api import chat, cluster, files, health, native, plans, problems, webhooks
 from deployments.api.compat import models, tasks, texts
-from deployments.api.middleware import BodyLimit, LostProxy, OptionalPrefix, Strangers
+from deployments.api.links import Prefix
+from deployments.api.middleware import BodyLimit, LostProxy, OptionalPrefix, Strangers, host_of
 from deployments.api.service import Service
 
+# Headers of answers that pages may read, besides those that they always may.
+EXPOSED = (
+    "Accept-Ranges", "Content-Disposition", "Content-Length", "Content-Range", "ETag", "Idempotent-Replayed", "Location",
+    "Preference-Applied", "Retry-After", "X-Request-Id",
+)  # fmt: skip
 CHAT_PATH = "/v1/chat/completions"  # takes audio inside its JSON
 
 
@@ -38,18 +44,19 @@ def build_app(service: Service) -> FastAPI:
         allow_origins=list(service.args.cors_origins),
         allow_origin_regex=service.args.cors_origin_regex,
         allow_methods=["GET", "HEAD", "POST", "DELETE", "OPTIONS"],
-        allow_headers=["Content-Type", "Authorization", "Idempotency-Key", "Prefer", "Last-Event-ID", "Range"],
-        expose_headers=["Location", "Retry-After", "Preference-Applied", "Idempotent-Replayed", "Content-Range"],
+        allow_headers=["*"],  # whatever is asked: SDKs and frameworks send headers of their own
+        expose_headers=EXPOSED,
     )
     app.add_middleware(
         Strangers,
         bound=lambda: service.fleet.view.http_host,
-        hosts=service.args.allowed_hosts,
+        hosts=(*service.args.allowed_hosts, host_of(service.args.public_url or "")),
         origins=service.args.cors_origins,
         origin_regex=service.args.cors_origin_regex,
         keys=service.keys.required and not service.args.open_models_and_chat,
     )
     app.add_middleware(OptionalPrefix)
+    app.add_middleware(Prefix, public_url=service.args.public_url)
     app.add_middleware(LostProxy)
     for module in (health, cluster, native, plans, files, webhooks, tasks, texts, models, chat):
         app.include_router(module.router)

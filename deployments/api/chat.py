@@ -21,9 +21,9 @@ from deployments.api.compat.bodies import Body, read_body
 from deployments.api.compat.fields import adjustment
 from deployments.api.compat.results import error_text, warnings_of
 from deployments.api.compat.tasks import QUEUE_FULL, submit
+from deployments.api.links import audio_path, public
 from deployments.api.problems import STATUS, AsciiJSONResponse, in_one_line
 from deployments.api.service import Service, Svc
-from deployments.api.views import audio_path
 from deployments.api.waiting import wait_for_end
 from deployments.jobs.store import SUCCEEDED, Busy, Job
 
@@ -139,7 +139,10 @@ async def _submit(service: Service, caller: Caller, chat: ChatRequest, meaning: 
     if len(meaning.audio) > len(roles):
         warnings.append(adjustment("input_audio", len(meaning.audio), len(roles), f"all that {chat.task_type} can use"))
     for role, data in zip(roles, meaning.audio, strict=False):
-        record = await service.sources.upload(data, "chat-audio", caller, field="input_audio")
+        if isinstance(data, str):
+            record = await service.source(data, caller, "input_audio")
+        else:
+            record = await service.sources.upload(data, "chat-audio", caller, field="input_audio")
         fields[role] = record.id
     return await submit(service, caller, Body(fields), warnings=warnings)
 
@@ -211,7 +214,7 @@ def audio_parts(service: Service, job: Job) -> list[dict[str, Any]] | None:
     for item in job.result.items:
         file = item.files[0]
         if file.bytes > left:
-            url = service.signer.sign(audio_path(job.id, item.index, file.format))
+            url = public(service.signer.sign(audio_path(job.id, item.index, file.format)))
         else:
             left -= file.bytes
             data = base64.b64encode(service.storage.read(file.path)).decode("ascii")

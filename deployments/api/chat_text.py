@@ -35,6 +35,7 @@ NOT_OURS = frozenset((
     "response_format", "user", "store", "metadata", "logprobs", "top_logprobs", "logit_bias", "frequency_penalty", "presence_penalty",
     "service_tier", "reasoning_effort", "prediction", "verbosity", "web_search_options", "safety_identifier", "prompt_cache_key",
 ))  # fmt: skip
+_SONG_URL = re.compile(r"\s*(?:https?:/|)/\S{0,200}?(?<=/)(?:v1/audio\?|v1/jobs/)")
 NOTHING = "No valid prompt, lyrics, sample query, or input audio found in request"
 
 
@@ -53,10 +54,17 @@ class InputAudio(_Open):
     format: str = "mp3"
 
 
+class AudioUrl(_Open):
+    """As answers have it."""
+
+    url: str
+
+
 class Part(_Open):
     type: str
     text: str | None = None
     input_audio: InputAudio | None = None
+    audio_url: AudioUrl | None = None
 
 
 class Message(_Open):
@@ -149,7 +157,7 @@ class Meaning:
     caption: str = ""
     lyrics: str = ""
     query: str = ""
-    audio: tuple[bytes, ...] = ()
+    audio: tuple[bytes | str, ...] = ()  # what was sent, or the URL of a song of this server
     guessed: str = ""
 
 
@@ -170,7 +178,14 @@ def read_messages(chat: ChatRequest) -> Meaning:
     if len(text) > MAX_TEXT_CHARS:  # before any pattern looks at it
         raise ValueError(f"messages: a text of {len(text)} characters; at most {MAX_TEXT_CHARS} make a song")
     text = words.read_text(text).strip()
-    audio = tuple(decode_audio(p.input_audio.data) for p in parts if p.type == "input_audio" and p.input_audio)
+    audio = tuple(
+        decode_audio(data)
+        for p in parts
+        for data in (
+            [p.input_audio.data] if p.type == "input_audio" and p.input_audio
+            else [p.audio_url.url] if p.type == "audio_url" and p.audio_url else []
+        )
+    )  # fmt: skip
     caption, rest = _take(text, "prompt")
     lyrics, rest = _take(rest, "lyrics")
     query = guessed = ""
@@ -196,8 +211,9 @@ def unused(chat: ChatRequest, meaning: Meaning) -> list[Adjustment]:
     found = unknown_fields({**theirs, "max_tokens": chat.max_tokens}, ("modalities",), no_effect)
     for part in (chat.audio_config, chat.audio, chat.stream_options):
         found += unknown_fields((part and part.model_extra) or {}, (), no_effect)
-    if other := {p.type for p in _parts(chat) if p.type not in ("text", "input_audio")}:
-        found.append(adjustment("messages", ", ".join(sorted(other)), None, "parts are read as text and input_audio"))
+    if other := {p.type for p in _parts(chat) if p.type not in ("text", "input_audio", "audio_url")}:
+        read = "parts are read as text, input_audio and audio_url"
+        found.append(adjustment("messages", ", ".join(sorted(other)), None, read))
     if meaning.guessed:
         taken = {"prompt": meaning.caption, "lyrics": meaning.lyrics}
         given = " and ".join(name for name, text in taken.items() if text)
@@ -258,18 +274,20 @@ def _words_of(line: str) -> list[str]:
     return re.findall(r"[\w'-]+", line.casefold())
 
 
-def decode_audio(data: str) -> bytes:
-    """Base64, or a data URL of it.
+def decode_audio(data: str) -> bytes | str:
+    """Base64, or a data URL of it; the URL of a song stays one.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: it is none of them.
     """
+    if _SONG_URL.match(data):
+        return data
     if data.startswith("data:"):
         data = data.partition(",")[2]
     try:
         return base64.b64decode("".join(data.split()), validate=True)
     except (binascii.Error, ValueError):
-        raise ValueError("input_audio: data is not base64") from None
+        raise ValueError("input_audio: data is neither base64 nor the URL of a song of this server") from None
 
 
 def task_fields(chat: ChatRequest, meaning: Meaning) -> dict[str, Any]:

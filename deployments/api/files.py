@@ -10,6 +10,7 @@ from pydantic import Field
 
 from deployments.api import examples
 from deployments.api.auth import Auth
+from deployments.api.links import public
 from deployments.api.problems import PROBLEMS, NotFound
 from deployments.api.service import Service, Svc
 from deployments.api.views import file_view
@@ -29,7 +30,7 @@ async def upload(
 ) -> dict[str, Any]:
     """The `id` goes into `src_audio` or `reference_audio` of a song request."""
     record = await service.sources.upload(file, file.filename or "", caller)
-    response.headers["Location"] = f"/v1/files/{record.id}"
+    response.headers["Location"] = public(f"/v1/files/{record.id}")
     return file_view(record, service.args.keep_uploads_s)
 
 

@@ -17,11 +17,12 @@ from acestep.errors import InvalidRequest, error_from_dict
 from acestep.request import SongRequest
 from deployments.api import examples
 from deployments.api.audio import send_file
-from deployments.api.auth import Auth, Caller, header_key
+from deployments.api.auth import Auth, Caller, caller_of
 from deployments.api.events import stream
+from deployments.api.links import audio_path, events_path, job_path, public, read_audio_path
 from deployments.api.problems import PROBLEMS, Conflict, NotFound
 from deployments.api.service import Service, Svc, check_idempotency_key, hash_of
-from deployments.api.views import audio_path, job_view
+from deployments.api.views import job_view
 from deployments.api.waiting import wait_for_end
 from deployments.jobs.store import CANCELLED, SUCCEEDED, TERMINAL, Job
 from deployments.jobs.webhooks import check_url
@@ -34,6 +35,25 @@ IdempotencyKey = Annotated[
     str | None, Header(description="The same key and body again give the same job; another body is refused.")
 ]
 Prefer = Annotated[str | None, Header(description="`wait=n`: answer when the job has ended, or after n seconds.")]
+
+
+Expires = Annotated[str | None, Query(max_length=12, description="Unix seconds; comes with the URL.")]
+Signature = Annotated[str | None, Query(max_length=64, description="Instead of a key; comes with the URL.")]
+
+
+async def by_signature_or_key(
+    service: Service, request: Request, path: str, expires: str | None, signature: str | None
+) -> Caller | None:
+    """None where the signature of `path` holds, which is as good as its owner's key; else the caller by key.
+
+    Raises:
+        Forbidden: the signature is forged, for something else or expired.
+        Unauthorized: there is neither.
+    """
+    if expires is None and signature is None:
+        return await caller_of(request)
+    service.signer.check(path, expires, signature)
+    return None
 
 
 class SongSubmission(SongRequest):
@@ -76,7 +96,7 @@ async def accept(
         request, caller, kind=kind, extra=extra, deadline=deadline, idempotency_key=check_idempotency_key(idempotency_key),
         body_hash=hash_of(kind, submission.model_dump(mode="json", exclude_defaults=True)),
     )  # fmt: skip
-    response.headers["Location"] = f"/v1/jobs/{job.id}"
+    response.headers["Location"] = public(job_path(job.id))
     if not created:
         response.headers["Idempotent-Replayed"] = "true"
     if (seconds := wait_seconds(prefer, service.args.max_wait_s)) is not None:
@@ -164,10 +184,16 @@ async def cancel_job(job_id: JobId, service: Svc, caller: Auth) -> dict[str, Any
                204: {"description": "The job has ended and every event was seen: do not reconnect"}},
 )  # fmt: skip
 async def job_events(
-    job_id: JobId, service: Svc, caller: Auth,
+    request: Request, job_id: JobId, service: Svc,
     last_event_id: Annotated[str | None, Header(description="Go on after this event.")] = None,
+    expires: Expires = None, signature: Signature = None,
 ) -> Response:  # fmt: skip
-    job = await existing(service, job_id, caller)
+    """With a key, or with the signature that `links.events` of the job's view has: a browser's `EventSource` sends no key."""
+    job = await service.job(
+        job_id, await by_signature_or_key(service, request, events_path(job_id), expires, signature)
+    )
+    if job is None:
+        raise NotFound(f"there is no job {job_id[:64]!r}")
     after = int(last_event_id) if last_event_id and re.fullmatch(r"[0-9]{1,18}", last_event_id) else 0
     if job.state in TERMINAL and after and not await asyncio.to_thread(service.store.events_after, job_id, after, 1):
         return Response(status_code=204)
@@ -181,20 +207,15 @@ async def job_events(
 )
 async def get_audio(
     request: Request, job_id: JobId, file: Annotated[str, Field(max_length=16)], service: Svc,
-    expires: Annotated[str | None, Query(max_length=12)] = None,
-    signature: Annotated[str | None, Query(max_length=64)] = None,
+    expires: Expires = None, signature: Signature = None,
 ) -> Response:  # fmt: skip
     """`{index}.{format}`, with the signature that the job's view gives or with a key; with a key also `{index}` alone."""
-    match = re.fullmatch(r"([0-9]{1,3})(?:\.([a-z0-9]{1,8}))?", file, re.ASCII)
-    if match is None:
+    named = read_audio_path(f"{job_path(job_id)}/audio/{file}")
+    if named is None:
         raise NotFound("audio is named by index and format, such as 0.wav")
-    index, format = int(match.group(1)), match.group(2)
-    caller: Caller | None = None
-    if expires is not None or signature is not None:
-        service.signer.check(audio_path(job_id, index, format or ""), expires, signature)
-    else:
-        caller = service.keys.check(header_key(request))
-    job = await service.job(job_id, caller)
+    _, index, format = named
+    signed = audio_path(job_id, index, format or "")
+    job = await service.job(job_id, await by_signature_or_key(service, request, signed, expires, signature))
     if job is None:
         raise NotFound(f"there is no job {job_id[:64]!r}")
     if job.state != SUCCEEDED or job.result is None:

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
+from urllib.parse import parse_qs, urlsplit
 
 from fastapi import Depends, Request
 
@@ -19,7 +20,9 @@ from acestep.errors import InvalidRequest
 from acestep.limits import check_sources
 from acestep.request import Adjustment, SongRequest
 from deployments.api.auth import Caller, Keyring, RateLimit, environment_keys
+from deployments.api.links import audio_path, read_audio_path
 from deployments.api.middleware import made_here
+from deployments.api.problems import Forbidden
 from deployments.api.signing import Signer
 from deployments.api.sources import Sources
 from deployments.config import RouterArgs
@@ -66,13 +69,16 @@ class Service:
         self.keys = Keyring(self.args, environment_keys())
         self.rates = RateLimit(Rates(self.store.engine))
         self.signer = Signer(shared_secret(self.store.engine, "url", "ACESTEP_URL_SECRET"), self.args.url_lifetime_s)
-        self.sources = Sources(self.args, self.storage, FileRecords(self.store.engine), self._may_use)
+        self.sources = Sources(
+            self.args, self.storage, FileRecords(self.store.engine), self._may_use, self._song_of_url
+        )
         self.line = Line(self.store.engine)
         self.talk = Talk(self.fleet, self.routing)
         self.webhook_secret = shared_secret(self.store.engine, "webhook", "ACESTEP_WEBHOOK_SECRET")
         self.outbox = Outbox(
             self.store.engine, self.webhook_secret, retry_s=self.args.webhook_retry_s,
             networks=self.args.webhook_networks, timeout_s=self.args.webhook_timeout_s,
+            public_url=self.args.public_url,
         )  # fmt: skip
 
     async def submit(
@@ -199,6 +205,25 @@ class Service:
     def _may_use(self, caller: Caller, job_id: str) -> bool:
         job = self.store.get(job_id)
         return job is not None and self.may_see(caller, job)
+
+    def _song_of_url(self, caller: Caller, url: str) -> str | None:
+        """The stored file of a song's URL, with whatever host and folder in front, that is the caller's or that its signature opens."""
+        try:
+            parts = urlsplit(url)
+        except ValueError:
+            return None
+        if (named := read_audio_path(parts.path)) is None or (job := self.store.get(named[0])) is None:
+            return None
+        given = {name: values[0] for name, values in parse_qs(parts.query).items()}
+        try:
+            self.signer.check(
+                audio_path(named[0], named[1], named[2] or ""), given.get("expires"), given.get("signature")
+            )
+        except Forbidden:
+            if not self.may_see(caller, job):
+                return None
+        files = [f for item in (job.result.items if job.result else ()) if item.index == named[1] for f in item.files]
+        return next((f.path for f in files if named[2] in (None, f.format)), None)
 
     async def mean_seconds(self) -> float:
         """How long a song took lately."""

@@ -30,8 +30,12 @@ from deployments.threads import with_files
 ABSOLUTE = "absolute audio file paths are not allowed"
 TRAVERSAL = "path traversal in audio file paths is not allowed"
 NOT_FOUND = "audio file not found"
+ELSEWHERE = (
+    "is no URL of a song of this server that the caller may use; other servers are not asked, upload the file instead"
+)
 AT_ONCE = 4  # files in memory, whole: at most so many times `max_upload_bytes`
 MAX_PATH = 4096
+MAX_WRAPS = 4
 _FILE_ID = re.compile(r"file-[0-9a-f]{32}")
 _SONG_FILE = re.compile(r"songs/([0-9A-Za-z-]{1,64})/[0-9A-Za-z.-]{1,64}")
 
@@ -44,15 +48,18 @@ class Sources:
         storage: Where copies go.
         records: Who uploaded what.
         may_use: Whether a caller may use the songs of a job, by its id.
+        song_of_url: The file in the store that a song's URL is of; None where it is no such URL, or not the caller's and not signed.
     """
 
     def __init__(
-        self, args: RouterArgs, storage: Storage, records: FileRecords, may_use: Callable[[Caller, str], bool]
-    ) -> None:
+        self, args: RouterArgs, storage: Storage, records: FileRecords, may_use: Callable[[Caller, str], bool],
+        song_of_url: Callable[[Caller, str], str | None],
+    ) -> None:  # fmt: skip
         self.args = args
         self.storage = storage
         self.records = records
         self.may_use = may_use
+        self.song_of_url = song_of_url
         self.limits = ReadLimits(max_bytes=args.max_upload_bytes)
         self._turn = asyncio.Semaphore(AT_ONCE)
 
@@ -87,9 +94,13 @@ class Sources:
 
     def _admit(self, value: str, caller: Caller, field: str, loopback: bool) -> FileRecord:
         value = _path_of_url(value.strip())
+        if named := self.song_of_url(caller, value):
+            value = named
+        elif re.match(r"https?://", value):
+            raise InvalidRequest(f"{field}: {ELSEWHERE}", field=field)
         if not value or "\0" in value or len(value) > MAX_PATH:
             raise InvalidRequest(NOT_FOUND, field=field)
-        name = self._stored(value)
+        name = named or self._stored(value)
         file_id = name.removeprefix(FOLDER)
         if _FILE_ID.fullmatch(file_id):
             record = self.records.get(file_id)
@@ -97,7 +108,7 @@ class Sources:
                 raise InvalidRequest(f"{field}: there is no uploaded file {file_id}", field=field)
             return record
         if song := _SONG_FILE.fullmatch(name):
-            if not self.may_use(caller, song.group(1)) or self.storage.size(name) is None:
+            if not (named or self.may_use(caller, song.group(1))) or self.storage.size(name) is None:
                 raise InvalidRequest(NOT_FOUND, field=field)
             data = self.storage.read(name)
         else:
@@ -160,8 +171,13 @@ def find_file(value: str, roots: Sequence[Path], field: str) -> Path:
 
 
 def _path_of_url(value: str) -> str:
-    """`/v1/audio?path=...` as results carry it, or the same with a host in front, to the path in it."""
-    parts = urlsplit(value)
-    if parts.path.removeprefix("/api") == "/v1/audio" and (path := parse_qs(parts.query).get("path")):
-        return path[0]
+    """`/v1/audio?path=...` as results carry it, whatever host and folder stand in front, to the path in it; some clients wrap it again."""
+    for _ in range(MAX_WRAPS):
+        try:
+            parts = urlsplit(value)
+        except ValueError:
+            break
+        if not parts.path.endswith("/v1/audio") or not (path := parse_qs(parts.query).get("path")):
+            break
+        value = path[0].strip()
     return value

@@ -5,16 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from acestep.request import SongRequest
+from deployments.api.links import audio_path, events_path, job_path, public
 from deployments.api.redact import public_error
 from deployments.api.service import Service
 from deployments.jobs.files import FOLDER, FileRecord
 from deployments.jobs.queue import Place
 from deployments.jobs.store import Job
-
-
-def audio_path(job_id: str, index: int, format: str) -> str:
-    """Path of one audio file; what its URL signs."""
-    return f"/v1/jobs/{job_id}/audio/{index}.{format}"
 
 
 async def job_view(service: Service, job: Job, place: Place | None = None) -> dict[str, Any]:
@@ -41,7 +37,7 @@ async def job_view(service: Service, job: Job, place: Place | None = None) -> di
         "plan": job.plan.model_dump(mode="json") if job.plan else None,
         "error": public_error(job.error) if job.ended else None,
         "result": None,
-        "links": {"self": f"/v1/jobs/{job.id}", "events": f"/v1/jobs/{job.id}/events"},
+        "links": {"self": public(job_path(job.id)), "events": public(service.signer.sign(events_path(job.id)))},
     }
     if song := job.result:
         items = []
@@ -49,7 +45,7 @@ async def job_view(service: Service, job: Job, place: Place | None = None) -> di
             audio = [
                 {
                     **file.model_dump(exclude={"path"}),
-                    "url": service.signer.sign(audio_path(job.id, item.index, file.format)),
+                    "url": public(service.signer.sign(audio_path(job.id, item.index, file.format))),
                 }
                 for file in item.files
             ]

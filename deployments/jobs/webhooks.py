@@ -170,17 +170,20 @@ class Outbox:
         retry_s: Pauses between attempts; one more attempt than pauses.
         networks: Private networks that may be reached.
         timeout_s: For one attempt.
+        public_url: What stands in front of the paths of jobs.
     """
 
     def __init__(
-        self, engine: Engine, secret: bytes, *, retry_s: Sequence[float], networks: Sequence[str], timeout_s: float
-    ) -> None:
+        self, engine: Engine, secret: bytes, *, retry_s: Sequence[float], networks: Sequence[str], timeout_s: float,
+        public_url: str | None = None,
+    ) -> None:  # fmt: skip
         self._engine = engine
         self._writer = writer(engine)
         self._secret = secret
         self.retry_s = tuple(retry_s)
         self.networks = tuple(networks)
         self.timeout_s = timeout_s
+        self.public_url = (public_url or "").rstrip("/")
         self._tls = (
             httpx.create_ssl_context()
         )  # once: reading the authorities takes a while (SSL_CERT_FILE names others)
@@ -277,7 +280,7 @@ class Outbox:
                 "type": message.type,
                 "timestamp": datetime.fromtimestamp(message.created_at, UTC).isoformat().replace("+00:00", "Z"),
                 "data": {"job_id": message.job_id, "state": message.type.removeprefix("job."),
-                         "url": f"/v1/jobs/{message.job_id}"},
+                         "url": f"{self.public_url}/v1/jobs/{message.job_id}"},
             },
             separators=(",", ":"),
         ).encode()  # fmt: skip

@@ -10,6 +10,7 @@ from urllib.parse import quote
 from acestep.lm.work import Sample
 from acestep.plan import Metadata
 from acestep.song import Song, SongItem
+from deployments.api.links import public
 from deployments.api.redact import redact
 from deployments.api.service import Service
 from deployments.errands import ANSWER
@@ -71,7 +72,7 @@ def audio_url(service: Service, path: str) -> str:
     """The relative URL of a stored file. On this machine alone, its `path` is the file's own."""
     local = service.storage.local_path(path)
     shown = str(local) if local is not None and service.loopback else path
-    return f"/v1/audio?path={quote(shown, safe='')}"
+    return public(f"/v1/audio?path={quote(shown, safe='')}")
 
 
 def _item(
