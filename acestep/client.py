@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import time
 from collections.abc import Callable
@@ -33,6 +34,13 @@ def server_url(asked: str | None = None) -> str:
     return url
 
 
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+
+
 class Client:
     """Talks to one server.
 
@@ -46,7 +54,16 @@ class Client:
         # The server's variable may hold several keys; any of them will do.
         key = api_key if api_key is not None else os.environ.get("ACESTEP_API_KEY", "").partition(",")[0].strip()
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout_s)
+        try:
+            # A proxy that the shell names is not meant for this machine, and could not reach it.
+            own = _is_loopback(httpx.URL(self.url).host)
+            self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout_s, trust_env=not own)
+        except (ImportError, ValueError, httpx.InvalidURL) as error:
+            raise InvalidRequest(
+                f"the proxy that ALL_PROXY, HTTP_PROXY or HTTPS_PROXY names cannot be used ({error}); unset it, or list the server's host in "
+                "NO_PROXY",
+                field="proxy",
+            ) from error
 
     def __enter__(self) -> Client:
         return self

@@ -61,3 +61,25 @@ def test_a_refusal_is_not_asked_again(server: http.server.HTTPServer) -> None:
     server.script = [PROBLEM]  # type: ignore[attr-defined]
     with client_of(server) as client, pytest.raises(InvalidRequest, match="duration: too long"):
         client.wait("x")
+
+
+PROXIES = ("ALL_PROXY", "HTTP_PROXY", "HTTPS_PROXY")
+
+
+@pytest.mark.parametrize("name", [name for upper in PROXIES for name in (upper, upper.lower())])
+@pytest.mark.parametrize("proxy", ["socks://127.0.0.1:9", "socks5://127.0.0.1:9", "http://127.0.0.1:9", "nonsense"])
+def test_a_server_on_this_machine_is_asked_without_the_shell_s_proxy(
+    server: http.server.HTTPServer, monkeypatch: pytest.MonkeyPatch, name: str, proxy: str
+) -> None:
+    monkeypatch.setenv(name, proxy)
+    for host in ("127.0.0.1", "localhost"):
+        server.script = [DONE]  # type: ignore[attr-defined]
+        with Client(f"http://{host}:{server.server_port}", timeout_s=5.0) as client:
+            assert client.job("x")["state"] == "succeeded"
+
+
+def test_a_proxy_that_cannot_be_used_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALL_PROXY", "socks://127.0.0.1:9")
+    with pytest.raises(InvalidRequest, match="ALL_PROXY") as caught:
+        Client("http://music.example:8000")
+    assert "\n" not in caught.value.message
