@@ -33,6 +33,7 @@ ROUTER = "deployments.app:router"
 HEAD_RESOURCE = "node:__internal_head__"
 _PREFIX = re.compile(r"/|(?:/[A-Za-z0-9._~-]+)+")
 A = typing.TypeVar("A", bound=BaseModel)
+_SECRET = re.compile("password|secret|token|api_?key", re.IGNORECASE)
 # Where the drivers look for what a URL does not say.
 SECRETS = {
     "database_url": "PGPASSWORD, or PGPASSFILE with a file that only the server reads,",
@@ -88,6 +89,10 @@ def problems(config: Mapping[str, Any], *, several: bool = False, shared_home: b
             found += [f"{'.'.join(str(p) for p in e['loc']) or 'file'}: {e['msg']}" for e in error.errors()]
         except (ValueError, AttributeError, TypeError) as error:  # its own validators walk what is not validated yet
             found.append(str(error))
+    found += [
+        f"{path}: a secret, which Serve shows in its dashboard and status to whoever sees them. Set it where Ray starts"
+        for path in _secret_variables(config, "")
+    ]
     listed = config.get("applications")
     applications = [a for a in listed if isinstance(a, dict)] if isinstance(listed, list) else []
     for application in applications:
@@ -143,8 +148,21 @@ def has_password(url: str) -> bool:
         parts = urlsplit(url)
     except ValueError:
         return False  # whoever opens it says what is wrong with it
-    secret = any(re.search("password|secret|token", name, re.IGNORECASE) for name, _ in parse_qsl(parts.query))
-    return bool(parts.password) or secret
+    return bool(parts.password) or any(_SECRET.search(name) for name, _ in parse_qsl(parts.query))
+
+
+def _secret_variables(value: Any, path: str) -> Iterator[str]:
+    """Paths of variables in any `env_vars` whose names say that they are secret."""
+    if isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _secret_variables(item, f"{path}[{index}]")
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            here = f"{path}.{key}" if path else str(key)
+            if key == "env_vars" and isinstance(item, dict):
+                yield from (f"{here}.{name}" for name in item if _SECRET.search(str(name)))
+            else:
+                yield from _secret_variables(item, here)
 
 
 def _fleet_problems(applications: list[dict[str, Any]]) -> Iterator[str]:

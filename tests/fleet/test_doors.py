@@ -74,6 +74,26 @@ def test_a_password_in_the_database_url_is_refused_without_being_repeated(url: s
         assert "secret" not in " ".join(found)
 
 
+@pytest.mark.parametrize(
+    "name", ["ACESTEP_API_KEY", "PGPASSWORD", "ACESTEP_URL_SECRET", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY"]
+)
+def test_secrets_among_a_configs_variables_are_refused_without_being_repeated(name: str) -> None:
+    environment = {"env_vars": {name: "hidden", "ACESTEP_DEVICE": "cpu"}}
+    for place in ("application", "deployment", "controller"):
+        config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
+        if place == "application":
+            config["applications"][0]["runtime_env"] = environment
+        elif place == "deployment":
+            actor = {"ray_actor_options": {"runtime_env": environment}}
+            config["applications"][0]["deployments"] = [{"name": "router", **actor}]
+        else:
+            config["controller_options"]["runtime_env"] = environment
+        found = problems(config)
+        assert len(found) == 1, found
+        assert f"env_vars.{name}: a secret" in found[0]
+        assert "hidden" not in found[0]
+
+
 def test_config_build_writes_no_password(tmp_path: Path) -> None:
     target = tmp_path / "fleet.yaml"
     asked = [ACESTEP, "config", "build", "--tiers", "tier4:2", "-o", str(target), "--database-url"]
