@@ -24,14 +24,15 @@ AUTH_MODE, TOKEN, TOKEN_PATH, TEMPORARY = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RA
 
 # Named after the systems on which Ray does so by default: its node is 127.0.0.1, and it listens there only.
 LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+ADDRESS, LOCAL = "RAY_ADDRESS", "local"
+ALONE = {ADDRESS: LOCAL, LOOPBACK: "0"}
 
 
 def ray_env(environ: Mapping[str, str] | None = None, alone: bool = False) -> dict[str, str]:
     """What to add to the environment of whatever starts Ray or talks to it. What is set there already is left as it is.
 
     Args:
-        alone: The Ray that is started is not to be reached from other machines. Where one runs already that is to be joined, nothing is
-            added for that.
+        alone: Start a Ray that no other machine reaches, and join none that runs already, unless RAY_ADDRESS names one.
 
     Raises:
         StoragePermission: the token or the temporary folder cannot be made, or is not this user's alone.
@@ -44,15 +45,15 @@ def ray_env(environ: Mapping[str, str] | None = None, alone: bool = False) -> di
         found[TOKEN_PATH] = str(token_file())
     if not given.get(TEMPORARY):
         found[TEMPORARY] = str(_temporary())
-    if alone and not given.get(LOOPBACK) and not running_ray({**given, **found}):
-        found[LOOPBACK] = "0"
+    if alone and (given.get(ADDRESS) or LOCAL) == LOCAL:
+        found |= {name: value for name, value in ALONE.items() if not given.get(name)}
     return found
 
 
 def running_ray(environ: Mapping[str, str]) -> str | None:
     """The address of the Ray that `serve run` would join in this environment: the one named, else the one of `ray start` in this folder."""
-    if named := environ.get("RAY_ADDRESS"):
-        return None if named == "local" else named
+    if named := environ.get(ADDRESS):
+        return None if named == LOCAL else named
     try:
         return Path(environ.get(TEMPORARY) or "/tmp", "ray", "ray_current_cluster").read_text().strip() or None
     except OSError:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from acestep.ray_env import LOOPBACK
+from acestep.ray_env import ALONE
 from tests.server import ROOT, START_TIMEOUT_S, Server
 
 
@@ -37,7 +37,7 @@ class Cluster(Server):
             data["proxy_location"] = "HeadOnly"
 
         super().__init__(edit=edit, env=env)
-        del self.env[LOOPBACK]
+        self.env = {k: v for k, v in self.env.items() if k not in ALONE}
         self.cards = cards
 
     def start(self, ready: bool = True) -> Cluster:

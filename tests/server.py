@@ -20,7 +20,7 @@ from typing import Any
 import httpx
 import yaml
 
-from acestep.ray_env import LOOPBACK
+from acestep.ray_env import ALONE
 
 ROOT = Path(__file__).resolve().parents[1]
 START_TIMEOUT_S = 120.0
@@ -67,7 +67,7 @@ class Server:
             "RAY_TMPDIR": str(self.folder),
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self.home / "ray-token"),  # made by start(), as `make run` does
-            LOOPBACK: "0",  # as `make run` has it
+            **ALONE,  # as `make run` has it
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_DISABLE_DOCKER_CPU_WARNING": "1",
             "HF_HUB_OFFLINE": "1",

@@ -86,18 +86,19 @@ def test_what_the_operator_sets_wins(home: Path) -> None:
     assert set(ray_env({"RAY_AUTH_MODE": "", "RAY_AUTH_TOKEN": "", **rest})) == {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"}
 
 
-def test_a_ray_of_ones_own_keeps_to_loopback_unless_one_is_joined(home: Path, tmp_path: Path) -> None:
-    own = {"RAY_TMPDIR": str(tmp_path)}
-    name = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
-    assert ray_env(own, alone=True)[name] == "0"
-    assert ray_env(own | {"RAY_ADDRESS": "local"}, alone=True)[name] == "0"
-    assert name not in ray_env(own)
-    assert name not in ray_env(own | {"RAY_ADDRESS": "10.0.0.1:6379"}, alone=True)
+def test_a_ray_of_ones_own_joins_none_that_runs_unless_it_is_named(home: Path, tmp_path: Path) -> None:
+    own = {"RAY_TMPDIR": str(tmp_path), "RAY_AUTH_MODE": "disabled"}
+    alone = {"RAY_ADDRESS": "local", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # which keeps it to loopback
+    assert ray_env(own) == {}
+    assert ray_env(own, alone=True) == alone
     (tmp_path / "ray").mkdir()
     (tmp_path / "ray" / "ray_current_cluster").write_text("10.0.0.2:6379\n")
     assert running_ray(own) == "10.0.0.2:6379"
-    assert running_ray(own | {"RAY_ADDRESS": "local"}) is None
-    assert name not in ray_env(own, alone=True)
+    assert ray_env(own, alone=True) == alone
+    assert running_ray(own | alone) is None
+    named = own | {"RAY_ADDRESS": "10.0.0.1:6379"}
+    assert ray_env(named, alone=True) == {}
+    assert running_ray(named) == "10.0.0.1:6379"
 
 
 def test_the_token_of_a_fleet_is_kept_and_replaces_no_other(home: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from acestep.client import Client
-from acestep.ray_env import LOOPBACK
+from acestep.ray_env import ALONE
 from tests.e2e.test_chaos import patiently
 from tests.server import START_TIMEOUT_S, Server, _kill_session, free_port
 
@@ -34,7 +34,7 @@ class TwoNodes(Server):
 
     def __init__(self) -> None:
         super().__init__(edit=simulated)
-        del self.env[LOOPBACK]
+        self.env = {k: v for k, v in self.env.items() if k not in ALONE}
         self.gcs = f"{HEAD}:{free_port()}"
         self.head: subprocess.Popen[bytes] | None = None
         self.env |= {

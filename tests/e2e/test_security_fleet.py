@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from acestep.ray_env import LOOPBACK
+from acestep.ray_env import ALONE
 from tests.server import START_TIMEOUT_S, Server, _kill_session, free_port
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
@@ -33,7 +33,7 @@ class Started(Server):
 
     def __init__(self) -> None:
         super().__init__()
-        plain = {k: v for k, v in self.env.items() if not k.startswith("RAY_AUTH") and k != LOOPBACK}
+        plain = {k: v for k, v in self.env.items() if not k.startswith("RAY_AUTH") and k not in ALONE}
         told = self.run("acestep", "ray-env", env=plain).stdout
         exports = dict(shlex.split(line)[1].split("=", 1) for line in told.splitlines())
         assert exports == {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.home / "ray-token")}
