@@ -89,7 +89,7 @@ class Strangers:
     ) -> None:  # fmt: skip
         self.app = app
         self.bound = bound
-        self.hosts = {h.lower() for h in hosts}
+        self.hosts = {h.lower() for h in hosts if h}  # a header without a name is no configured one
         self.origins = origins
         self.origin_regex = re.compile(origin_regex) if origin_regex else None
         self.keys = keys
