@@ -114,7 +114,11 @@ class RouterArgs(_Args):
     num_cpus: float = Field(0.1, ge=0)
     database_url: str | None = Field(None, description="SQLAlchemy URL of the job store. Null: SQLite in ACESTEP_HOME.")
     files_url: str | None = Field(None, description="The renderers' file store. Null: ACESTEP_HOME/files.")
-    lease_s: float = Field(15.0, gt=0, description="A router that is silent for this long loses its jobs to another.")
+    lease_s: float = Field(
+        15.0,
+        ge=3,
+        description="A router that is silent for this long, by the database's clock, loses its jobs to another.",
+    )
 
     stage_calls: Literal["grpc", "actor"] = Field(
         "grpc",
@@ -163,7 +167,7 @@ class RouterArgs(_Args):
         50.0, ge=0, description="Longest `Prefer: wait=n`: below the 60 s after which most proxies give up."
     )
     max_run_s: float = Field(
-        3600.0, gt=0, description="A job that runs for longer, counted from its start, is cancelled."
+        3600.0, gt=0, description="A job one of whose stages runs for longer is given up. Waiting does not count."
     )
     chat_timeout_s: float = Field(
         600.0, gt=0, description="A chat completion that is not streamed ends with 504 after it."

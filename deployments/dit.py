@@ -6,18 +6,21 @@ Audio is encoded and stored here, where it was made; only names, sizes and hashe
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from acestep.cost import CLIP_FRAMES
-from acestep.errors import AceStepError
+from acestep.errors import AceStepError, Cancelled
 from acestep.finish import Maker, finish
 from acestep.plan import Plan
 from acestep.request import TASKS, SongRequest
 from acestep.simulated import NOTICE, SimulatedRenderer
 from acestep.song import Progress, Song
+from deployments import retry
 from deployments.adapters import adapter_roots, with_adapter
 from deployments.config import RendererArgs, parse_args
 from deployments.logs import about, join_serve
@@ -89,7 +92,8 @@ class RendererDeployment:
         try:
             parsed, made = SongRequest.model_validate(request), Plan.model_validate(plan)
             parsed = with_adapter(parsed, self.lora_roots)
-            with local_files(self.storage, [*filter(None, [parsed.src_audio]), *parsed.reference_audio]) as paths:
+            names = [*filter(None, [parsed.src_audio]), *parsed.reference_audio]
+            async with local_files(self.storage, names) as paths:
                 source = paths.pop(0) if parsed.src_audio else None
                 work = RenderWork(
                     parsed,
@@ -108,10 +112,10 @@ class RendererDeployment:
                     took = item.timings
                     engine = {"conditions": took.conditions_s, "denoise": took.denoise_s, "decode": took.decode_s}
                     parts(engine, job_id=job_id)
-                    storing = asyncio.ensure_future(self._store(job_id, parsed, made, item))
-                    # Said at once: the router sends the next song for the device, which is free from here on.
-                    yield {"progress": Progress(stage="encoding", total=len(item.items)).model_dump()}
-                    song = await storing
+                    async with self._storing(job_id, parsed, made, item) as storing:
+                        # Said at once: the router sends the next song for the device, which is free from here on.
+                        yield {"progress": Progress(stage="encoding", total=len(item.items)).model_dump()}
+                        song = await asyncio.shield(storing)
                     log.info(
                         "job %s: %d item(s) rendered in %.2f s after %.2f s in the queue, encoded in %.2f s",
                         job_id,
@@ -127,7 +131,7 @@ class RendererDeployment:
     async def codes(self, name: str) -> dict[str, Any]:
         """5 Hz audio codes of a stored file: one `{"result": ...}` or `{"error": ...}`."""
         try:
-            with local_files(self.storage, [name]) as (path,):
+            async with local_files(self.storage, [name]) as (path,):
                 ticket = self.renderer.submit_codes(path, priority=TALK_PRIORITY)
                 try:
                     codes: tuple[int, ...] = await asyncio.wrap_future(ticket.future)
@@ -138,12 +142,33 @@ class RendererDeployment:
         except AceStepError as error:
             return failure(error)
 
-    async def _store(self, job_id: str, request: SongRequest, plan: Plan, rendered: Rendered) -> Song:
+    @contextlib.asynccontextmanager
+    async def _storing(
+        self, job_id: str, request: SongRequest, plan: Plan, rendered: Rendered
+    ) -> AsyncIterator[asyncio.Future[Song]]:
+        """Encode and store in a thread, which is over with the context: whoever leaves early stops it before its next file."""
+        left = threading.Event()
+
+        def put(name: str, data: bytes) -> None:
+            if left.is_set():
+                raise Cancelled("nobody waits for it any more")
+            retry.patiently(retry.FILES, f"storing {name}", lambda: self.storage.put(name, data), given_up=left.is_set)
+
+        storing = asyncio.ensure_future(self._store(job_id, request, plan, rendered, put))
+        try:
+            yield storing
+        finally:
+            left.set()
+            await asyncio.wait({storing})
+            if not storing.cancelled():
+                storing.exception()  # retrieved, also where nobody waits for it any more
+
+    async def _store(
+        self, job_id: str, request: SongRequest, plan: Plan, rendered: Rendered, put: Callable[[str, bytes], None]
+    ) -> Song:
         maker = Maker(self.info.model, self.info.model_hash, self.info.device, self.info.notice)
         with span("encode", job_id=job_id, items=len(rendered.items)):
-            return await asyncio.to_thread(
-                finish, request, plan, rendered, maker, self.storage.put, prefix=f"songs/{job_id}/"
-            )
+            return await asyncio.to_thread(finish, request, plan, rendered, maker, put, prefix=f"songs/{job_id}/")
 
     async def describe(self) -> dict[str, Any]:
         return {**self.info.to_dict(), "stats": self.renderer.stats()}

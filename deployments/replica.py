@@ -11,6 +11,7 @@ from ray import serve
 
 from acestep.checkpoints import Checkpoint
 from acestep.checkpoints import resolve as resolve_checkpoint
+from acestep.checkpoints.published import Kind
 from acestep.cost import Profile
 from acestep.devices import Device, cap_process_memory
 from acestep.errors import DeviceUnavailable
@@ -20,6 +21,7 @@ from acestep.paths import home, writable
 from acestep.profiles import find, named
 from acestep.settings import Resolved
 from acestep.settings import resolve as resolve_settings
+from deployments import retry
 from deployments.config import PoolArgs
 
 log = logging.getLogger(__name__)
@@ -74,7 +76,8 @@ class Start:
 
     def checkpoint(self) -> Checkpoint:
         """The pool's checkpoint, downloaded or made where it is not here yet."""
-        return resolve_checkpoint(str(self.model), "planner" if self.role == "plan" else "renderer")
+        kind: Kind = "planner" if self.role == "plan" else "renderer"
+        return retry.patiently(retry.START, "the checkpoint", lambda: resolve_checkpoint(str(self.model), kind))
 
     @property
     def device(self) -> Device:

@@ -11,6 +11,7 @@ from typing import Any
 import ray
 from fastapi import FastAPI
 
+from deployments import retry
 from deployments.api.app import build_app
 from deployments.api.health import readiness
 from deployments.api.middleware import is_loopback
@@ -21,7 +22,7 @@ from deployments.dispatch import Dispatcher
 from deployments.fleet import Fleet
 from deployments.jobs.backlog import ACTIVE, read_backlogs
 from deployments.jobs.retention import Retention
-from deployments.jobs.store import JobStore
+from deployments.jobs.store import UNREACHABLE, JobStore
 from deployments.listening import NO_KEY, NO_TOKEN, close_rays_own_token, listeners, token_needed
 from deployments.logs import join_serve
 from deployments.metrics import RouterMeter
@@ -42,7 +43,10 @@ class Router:
         join_serve()
         asyncio.get_running_loop().set_default_executor(store_pool())
         parsed = parse_args(RouterArgs, args, "router")
-        store = JobStore(parsed.database_url)
+        # Where everything starts again after a power cut, the database may come last; a router that gives up too soon is not started again.
+        store = await asyncio.to_thread(
+            retry.patiently, retry.START, "the job store", lambda: JobStore(parsed.database_url), UNREACHABLE
+        )
         storage = Storage(parsed.files_url)
         fleet = Fleet()
         self._meter = RouterMeter()
@@ -100,6 +104,7 @@ class Router:
         log.info("Application startup complete")  # what some clients of ACE-Step's own server wait for in the log
 
     def check_health(self) -> None:
+        self.service.dispatcher.check()
         for task in self._background:
             if task.done() and not task.cancelled() and task.exception() is None:
                 continue

@@ -9,10 +9,11 @@ import contextlib
 import os
 import posixpath
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -21,6 +22,7 @@ from acestep.errors import AceStepError, InvalidRequest, StoragePermission, Unav
 from acestep.paths import home, writable
 
 CHUNK = 4 << 20
+PART = ".part"  # how the name of a file ends that is being written
 
 
 @dataclass(frozen=True)
@@ -67,9 +69,13 @@ class Storage:
         except PermissionError as error:
             raise StoragePermission(f"no access to {path}: {error.strerror or error}", path=path) from error
         except Exception as error:
-            if self.is_local:
+            if not self.is_local:
+                why = f"the file store cannot be reached ({type(error).__name__})"
+            elif isinstance(error, OSError):  # such as a full disk
+                why = f"the file store fails: {error.strerror or type(error).__name__}"
+            else:
                 raise
-            raise Unavailable(f"the file store cannot be reached ({type(error).__name__})", retry_after=5) from error
+            raise Unavailable(why, retry_after=5) from error
 
     def put(self, name: str, data: bytes) -> None:
         """Write a whole file atomically: readers see the old one, the new one, or none."""
@@ -83,12 +89,17 @@ class Storage:
                 return
             folder = os.path.dirname(path)
             os.makedirs(folder, exist_ok=True)
-            temporary = f"{path}.{uuid.uuid4().hex}.part"
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+            temporary = f"{path}.{uuid.uuid4().hex}{PART}"
+            try:
+                with open(temporary, "wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, path)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.remove(temporary)
+                raise
             if hasattr(os, "O_DIRECTORY"):  # the name, too, must survive a power cut
                 descriptor = os.open(folder, os.O_DIRECTORY)
                 os.fsync(descriptor)
@@ -117,9 +128,7 @@ class Storage:
                 return None
         if facts["type"] != "file":
             return None
-        written = facts.get("mtime", facts.get("LastModified"))  # a folder's word for it, and S3's
-        at = written.timestamp() if isinstance(written, datetime) else written
-        return Stored(int(facts["size"]), None if at is None else float(at))
+        return _stored(facts)
 
     def size(self, name: str) -> int | None:
         """Bytes, or None where there is no such file."""
@@ -130,8 +139,25 @@ class Storage:
         """The file's path on this machine, where the store is a local folder."""
         return Path(self._path(name)) if self.is_local else None
 
+    def list(self, folder: str) -> dict[str, Stored]:
+        """All files in a folder and below it, by name."""
+        path = self._path(folder)
+        with self._reaching(path):
+            try:
+                found = self._fs.find(path, detail=True)
+            except FileNotFoundError:
+                return {}
+        root = self._fs._strip_protocol(self._root).rstrip("/") + "/"
+        return {name.removeprefix(root): _stored(facts) for name, facts in found.items()}
+
     def delete(self, name: str) -> None:
         """Delete a file or a whole folder; absent is fine."""
         path = self._path(name)
         with self._reaching(path), contextlib.suppress(FileNotFoundError):
             self._fs.rm(path, recursive=True)
+
+
+def _stored(facts: Mapping[str, Any]) -> Stored:
+    written = facts.get("mtime", facts.get("LastModified"))  # a folder's word for it, and S3's
+    at = written.timestamp() if isinstance(written, datetime) else written
+    return Stored(int(facts["size"]), None if at is None else float(at))

@@ -7,6 +7,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from acestep.errors import ModelMissing
 from acestep.paths import home, refusal
@@ -59,7 +60,8 @@ def download_model(
         download: False: from the local cache alone.
 
     Raises:
-        ModelMissing: not cached and offline, no such repository, revision or folder, no access, no network, disk full.
+        ModelMissing: not cached and offline, no such repository, revision or folder, no access, no network, disk full. With
+            `retry_after` where the Hub may answer later.
         StoragePermission: the cache cannot be written.
     """
     import huggingface_hub
@@ -94,19 +96,27 @@ def download_model(
             if offline
             else "it is not in the local cache and the Hub cannot be reached: check network and proxy, or give a folder"
         )
-        raise _missing(where, repository, hint) from error
+        raise _missing(where, repository, hint, passes=not offline) from error
     except (errors.HfHubHTTPError, errors.HFValidationError, errors.FileMetadataError, OSError, RuntimeError) as error:
         if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise refusal(Path(error.filename or cache), error, "set HF_HOME to a directory that is") from error
         reason = str(error).strip().splitlines()
         raise _missing(
-            where, repository, f"{type(error).__name__}: {reason[0] if reason else 'no reason given'}"
-        ) from error
+            where, repository, f"{type(error).__name__}: {reason[0] if reason else 'no reason given'}",
+            passes=isinstance(error, errors.HfHubHTTPError) and _server_is_at_fault(error),
+        ) from error  # fmt: skip
     place = snapshot / folder if folder else snapshot
     if not place.is_dir():
         raise _missing(where, repository, "the repository has no such folder, or it is not in the local cache")
     return Place(place, snapshot.name)
 
 
-def _missing(where: str, repository: str, why: str) -> ModelMissing:
-    return ModelMissing(f"checkpoint {where} is not available: {why}.", repository=repository)
+def _server_is_at_fault(error: Any) -> bool:
+    status = getattr(error.response, "status_code", None)
+    return status is None or status == 429 or status >= 500
+
+
+def _missing(where: str, repository: str, why: str, *, passes: bool = False) -> ModelMissing:
+    """`passes`: asked again later, it may be there; the error then has `retry_after`."""
+    later = {"retry_after": 15} if passes else {}
+    return ModelMissing(f"checkpoint {where} is not available: {why}.", repository=repository, **later)

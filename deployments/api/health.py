@@ -13,6 +13,7 @@ from deployments.fleet import FleetView, Pool, Role
 from deployments.pools import label_selector, node_labels
 
 router = APIRouter(tags=["health"])
+SILENT_S = 5.0  # without a word from the job store: it is looked at twice a second
 
 
 def readiness(view: FleetView) -> tuple[bool, dict[str, Any]]:
@@ -58,9 +59,13 @@ async def livez() -> dict[str, str]:
     return {"status": "ok"}
 
 
-@router.get("/readyz", summary="Both stages can serve; 503 with the reasons otherwise")
+@router.get("/readyz", summary="Both stages can serve, and the job store answers; 503 with the reasons otherwise")
 async def readyz(response: Response, service: Annotated[Service, Depends(service_of)]) -> dict[str, Any]:
     ready, body = readiness(service.fleet.view)
+    silent_s = service.dispatcher.silent_s
+    if silent_s > SILENT_S:
+        ready = body["ready"] = False
+        body["missing"].insert(0, f"the job store has not answered for {silent_s:.0f} s")
     if not ready:
         response.status_code = 503
         response.headers["Retry-After"] = "2"

@@ -12,11 +12,23 @@ from alembic.command import upgrade
 from alembic.config import Config
 from alembic.util import CommandError
 from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import FunctionElement
 
 from acestep.errors import InvalidRequest
 from acestep.paths import home, writable
 from deployments.jobs.urls import driver_url
 
+SILENT_S = 15.0  # after which a PostgreSQL that says nothing any more is taken for gone
+# What libpq and the server need to notice that the other end lost its power or its network, in libpq's words. A URL may say otherwise.
+_POSTGRES = {
+    "connect_timeout": 5,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 2,
+    "tcp_user_timeout": int(SILENT_S * 1000),
+    "options": f"-c statement_timeout={int(SILENT_S * 1000)}",
+}
 POOL_SIZE, POOL_OVERFLOW = 8, 24  # together, one connection for each of the router's threads
 _MIGRATION_LOCK = 0x0ACE57E9  # PostgreSQL advisory lock: routers that start together migrate one after another
 
@@ -52,6 +64,23 @@ def storable(text: str) -> bool:
     return "\x00" not in text and not any(0xD800 <= ord(c) <= 0xDFFF for c in text)
 
 
+class DatabaseNow(FunctionElement[float]):
+    """Unix seconds by the database's clock: the same for all routers, whatever their own say."""
+
+    inherit_cache = True
+    type = sa.Float()
+
+
+@compiles(DatabaseNow, "sqlite")
+def _now_sqlite(element: Any, compiler: Any, **_: Any) -> str:
+    return "((julianday('now') - 2440587.5) * 86400.0)"
+
+
+@compiles(DatabaseNow)
+def _now(element: Any, compiler: Any, **_: Any) -> str:
+    return "CAST(extract(epoch FROM clock_timestamp()) AS double precision)"
+
+
 def migrate(engine: Engine, revision: str = "head") -> None:
     """Run the missing migrations, in one transaction under a lock.
 
@@ -62,6 +91,7 @@ def migrate(engine: Engine, revision: str = "head") -> None:
     config.set_main_option("script_location", str(resources.files("deployments.jobs") / "migrations"))
     with writer(engine).begin() as connection:
         if connection.dialect.name == "postgresql":
+            connection.exec_driver_sql("SET LOCAL statement_timeout TO 0")  # of a large table it takes its time
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
         config.attributes["connection"] = connection
         try:
@@ -92,8 +122,17 @@ def engine_for(url: str) -> Engine:
             "database_url: PostgreSQL needs the extra: pip install 'acestep-serve[postgres]'", field="database_url"
         )
     if backend != "sqlite":
-        engine = sa.create_engine(parsed, pool_pre_ping=True, pool_size=POOL_SIZE, max_overflow=POOL_OVERFLOW)
+        facts = {k: v for k, v in _POSTGRES.items() if k not in parsed.query} if backend == "postgresql" else {}
+        engine = sa.create_engine(
+            parsed, pool_pre_ping=True, pool_size=POOL_SIZE, max_overflow=POOL_OVERFLOW, connect_args=facts
+        )
         if backend == "postgresql":
+
+            @sa.event.listens_for(engine, "do_connect")
+            def _connect(dialect: Any, record: Any, arguments: Any, parameters: Any) -> Any:
+                from deployments.jobs.postgres import Connection as Bounded
+
+                return Bounded.connect(*arguments, **parameters)
 
             @sa.event.listens_for(engine, "begin")
             def _commit_mode(connection: Connection) -> None:
@@ -106,7 +145,9 @@ def engine_for(url: str) -> Engine:
             "database_url: SQLite needs a file, such as sqlite:////var/lib/acestep/jobs.sqlite3", field="database_url"
         )
     writable(Path(parsed.database).parent)
-    connect_args = {"timeout": 30.0, "check_same_thread": False}
+    connect_args: dict[str, Any] = {"check_same_thread": False}
+    if "timeout" not in parsed.query:  # seconds to wait for another writer
+        connect_args["timeout"] = 30.0
     engine = sa.create_engine(parsed, pool_size=POOL_SIZE, max_overflow=POOL_OVERFLOW, connect_args=connect_args)
 
     @sa.event.listens_for(engine, "connect")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 import sqlalchemy as sa
@@ -62,9 +62,10 @@ class FileRecords:
         with self._writer.begin() as db:
             db.execute(files.delete().where(files.c.id.in_(list(file_ids))))
 
-    def stale(self, before: float, limit: int = 200) -> Sequence[FileRecord]:
-        """Files older than `before` that no unfinished job uses, oldest first."""
-        query = sa.select(files).where(files.c.created_at < before).order_by(files.c.created_at).limit(limit)
+    def stale(self, before: float, limit: int = 200, but: Collection[str] = ()) -> Sequence[FileRecord]:
+        """Files, `but` these ids, older than `before` that no unfinished job uses, oldest first."""
+        old = sa.select(files).where(files.c.created_at < before, files.c.id.not_in(but))
+        query = old.order_by(files.c.created_at).limit(limit)
         with self._engine.connect() as db:
             found = [FileRecord(**row) for row in db.execute(query).mappings()]
             unfinished = sa.select(jobs.c.request).where(jobs.c.state.in_((QUEUED, RUNNING)))

@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 
 from deployments.jobs.backlog import RENDER_STAGES
+from deployments.jobs.database import DatabaseNow
 from deployments.jobs.schema import jobs
 from deployments.jobs.store import Job
 from deployments.ordering import Waiting, next_jobs, patience_of
@@ -26,14 +27,17 @@ _COLUMNS = (
 )  # fmt: skip
 
 
+def claimable() -> sa.ColumnElement[bool]:
+    """Queued, or running under a lease that has run out."""
+    over = sa.or_(jobs.c.lease_until.is_(None), jobs.c.lease_until < DatabaseNow())
+    return sa.or_(jobs.c.state == "queued", sa.and_(jobs.c.state == "running", over))
+
+
 def read_queue(engine: Engine, limit: int = LIMIT, *, orphans: bool = True) -> list[Waiting]:
     """Jobs that may be claimed now: queued ones, and (`orphans`) running ones whose router went silent. Oldest first."""
-    orphaned = sa.and_(
-        jobs.c.state == "running", sa.or_(jobs.c.lease_until.is_(None), jobs.c.lease_until < time.time())
-    )
     query = (
         sa.select(*_COLUMNS)
-        .where(sa.or_(jobs.c.state == "queued", orphaned) if orphans else jobs.c.state == "queued")
+        .where(claimable() if orphans else jobs.c.state == "queued")
         .order_by(jobs.c.priority, jobs.c.created_at)
         .limit(limit)
     )

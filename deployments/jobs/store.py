@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -22,7 +22,8 @@ from acestep.errors import AceStepError, InvalidRequest
 from acestep.plan import Plan
 from acestep.request import Adjustment, SongRequest
 from acestep.song import Progress, Song
-from deployments.jobs.database import default_database_url, open_database, storable, writer
+from deployments.jobs.database import DatabaseNow, default_database_url, open_database, storable, writer
+from deployments.jobs.queue import claimable
 from deployments.jobs.schema import events, jobs, webhooks
 
 QUEUED, RUNNING, SUCCEEDED, FAILED, CANCELLED = "queued", "running", "succeeded", "failed", "cancelled"
@@ -236,15 +237,14 @@ class JobStore:
 
         A job that used up its attempts, or was cancelled while nobody held it, is closed here instead.
         """
-        now = time.time()
         with self._passing.begin() as db:
             row = (
                 db.execute(
                     jobs.update()
-                    .where(jobs.c.id == job_id, _claimable(now))
+                    .where(jobs.c.id == job_id, claimable())
                     .values(
-                        state=RUNNING, lease_owner=owner, lease_until=now + lease_s, attempts=jobs.c.attempts + 1,
-                        started_at=now,  # of this attempt: what lay still since the last one did not run
+                        state=RUNNING, lease_owner=owner, lease_until=DatabaseNow() + lease_s, attempts=jobs.c.attempts + 1,
+                        started_at=time.time(),  # of this attempt: what lay still since the last one did not run
                     )
                     .returning(jobs)
                 )
@@ -272,7 +272,7 @@ class JobStore:
             rows = db.execute(
                 jobs.update()
                 .where(jobs.c.id.in_(job_ids), jobs.c.lease_owner == owner, jobs.c.state == RUNNING)
-                .values(lease_until=time.time() + lease_s)
+                .values(lease_until=DatabaseNow() + lease_s)
                 .returning(jobs.c.id, jobs.c.cancel_requested)
             ).all()
         return {r.id for r in rows}, {r.id for r in rows if r.cancel_requested}
@@ -426,11 +426,11 @@ class JobStore:
 
     # -- keeping
 
-    def ended_before(self, at: float, limit: int = 200) -> list[str]:
-        """Ids of jobs that ended before `at`, oldest first."""
+    def ended_before(self, at: float, limit: int = 200, but: Collection[str] = ()) -> list[str]:
+        """Ids of jobs, `but` these, that ended before `at`, oldest first."""
         query = (
             sa.select(jobs.c.id)
-            .where(jobs.c.state.in_(TERMINAL), jobs.c.finished_at < at)
+            .where(jobs.c.state.in_(TERMINAL), jobs.c.finished_at < at, jobs.c.id.not_in(but))
             .order_by(jobs.c.finished_at)
             .limit(limit)
         )
@@ -452,13 +452,6 @@ class JobStore:
 
 _CANCELLED_ERROR = {"type": "cancelled", "message": "cancelled by the caller"}
 _LATE_ERROR = {"type": "deadline_exceeded", "message": "the job's deadline passed while it waited"}
-
-
-def _claimable(now: float) -> sa.ColumnElement[bool]:
-    return sa.or_(
-        jobs.c.state == QUEUED,
-        sa.and_(jobs.c.state == RUNNING, sa.or_(jobs.c.lease_until.is_(None), jobs.c.lease_until < now)),
-    )
 
 
 def _mine(job_id: str, owner: str) -> sa.Update:

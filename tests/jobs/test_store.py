@@ -163,6 +163,21 @@ def test_whoever_lost_the_lease_cannot_write(store: JobStore) -> None:
     store.succeed(job.id, "b", SONG)
 
 
+@pytest.mark.parametrize("ahead_s", [-3600.0, 3600.0])
+def test_a_lease_ends_by_the_database_s_clock(store: JobStore, monkeypatch: pytest.MonkeyPatch, ahead_s: float) -> None:
+    """A router whose own clock is wrong takes no living job from another, and loses none."""
+    job, original = add(store), time.time
+    assert store.claim(job.id, "a", 10) is not None
+    monkeypatch.setattr(time, "time", lambda: original() + ahead_s)
+    assert store.claim(job.id, "b", 10) is None
+    assert read_queue(store.engine) == []
+    assert store.renew([job.id], "a", 0.01) == ({job.id}, set())
+    time.sleep(0.05)
+    assert [waiting.id for waiting in read_queue(store.engine)] == [job.id]
+    assert read_queue(store.engine, orphans=False) == []
+    assert store.claim(job.id, "b", 10) is not None
+
+
 def test_attempts_are_limited_and_a_drain_costs_none(store: JobStore) -> None:
     job = add(store)
     for _ in range(5):
