@@ -13,9 +13,8 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 
 from deployments.jobs.backlog import RENDER_STAGES
-from deployments.jobs.database import DatabaseNow
 from deployments.jobs.schema import jobs
-from deployments.jobs.store import Job
+from deployments.jobs.store import Job, claimable
 from deployments.ordering import Waiting, next_jobs, patience_of
 
 LIMIT = 5_000
@@ -25,12 +24,6 @@ _COLUMNS = (
     jobs.c.id, jobs.c.owner_key, jobs.c.state, jobs.c.stage, jobs.c.plan_pool, jobs.c.render_pool, jobs.c.est_plan_s,
     jobs.c.est_render_s, jobs.c.planned_at, jobs.c.created_at, jobs.c.deadline, jobs.c.priority,
 )  # fmt: skip
-
-
-def claimable() -> sa.ColumnElement[bool]:
-    """Queued, or running under a lease that has run out."""
-    over = sa.or_(jobs.c.lease_until.is_(None), jobs.c.lease_until < DatabaseNow())
-    return sa.or_(jobs.c.state == "queued", sa.and_(jobs.c.state == "running", over))
 
 
 def read_queue(engine: Engine, limit: int = LIMIT, *, orphans: bool = True) -> list[Waiting]:

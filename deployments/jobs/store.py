@@ -23,7 +23,6 @@ from acestep.plan import Plan
 from acestep.request import Adjustment, SongRequest
 from acestep.song import Progress, Song
 from deployments.jobs.database import DatabaseNow, default_database_url, open_database, storable, writer
-from deployments.jobs.queue import claimable
 from deployments.jobs.schema import events, jobs, webhooks
 
 QUEUED, RUNNING, SUCCEEDED, FAILED, CANCELLED = "queued", "running", "succeeded", "failed", "cancelled"
@@ -452,6 +451,12 @@ class JobStore:
 
 _CANCELLED_ERROR = {"type": "cancelled", "message": "cancelled by the caller"}
 _LATE_ERROR = {"type": "deadline_exceeded", "message": "the job's deadline passed while it waited"}
+
+
+def claimable() -> sa.ColumnElement[bool]:
+    """Queued, or running under a lease that has run out."""
+    over = sa.or_(jobs.c.lease_until.is_(None), jobs.c.lease_until < DatabaseNow())
+    return sa.or_(jobs.c.state == QUEUED, sa.and_(jobs.c.state == RUNNING, over))
 
 
 def _mine(job_id: str, owner: str) -> sa.Update:
