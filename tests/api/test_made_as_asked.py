@@ -10,6 +10,7 @@ import base64
 import contextlib
 import itertools
 import json
+import threading
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
@@ -17,6 +18,8 @@ from typing import Any
 
 import pytest
 
+from acestep.errors import Unavailable
+from deployments import retry
 from deployments.dit import RendererDeployment
 from deployments.fleet import FleetView
 from deployments.lm import PlannerDeployment
@@ -242,3 +245,46 @@ async def test_a_plan_made_alone_is_the_plan_of_its_song(whole: Site) -> None:
         _, whole_song = await made(whole, await ask(whole, "/v1/music", NATIVE))
     assert songs == whole_song
     assert from_plan["plan"]["codes"] == planned["plan"]["codes"]
+
+
+async def test_files_are_stored_again_until_the_store_answers(
+    whole: Site, stages: Stages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage, failures = whole.service.storage, [Unavailable("away", retry_after=5)] * 3
+    original = storage.put
+
+    def put(name: str, data: bytes) -> None:
+        if failures:
+            raise failures.pop()
+        original(name, data)
+
+    monkeypatch.setattr(storage, "put", put)
+    monkeypatch.setattr(retry, "FILES", retry.Policy(first_s=0.01))
+    async with running(whole):
+        job, (song,) = await made(whole, await ask(whole, *WAYS["native, nothing planned"]))
+    assert (song[:4], job["attempts"], failures) == (b"RIFF", 1, [])
+
+
+async def test_who_leaves_while_a_song_is_stored_ends_its_writing(
+    whole: Site, stages: Stages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage, written = whole.service.storage, []
+    begun, go = asyncio.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+
+    def put(name: str, data: bytes) -> None:
+        written.append(name)
+        loop.call_soon_threadsafe(begun.set)
+        assert go.wait(10)
+
+    monkeypatch.setattr(storage, "put", put)
+    path, body = WAYS["native, nothing planned"]
+    async with running(whole):
+        job_id = await ask(whole, path, {**body, "formats": ["wav", "flac"]})
+        await asyncio.wait_for(begun.wait(), 60)
+        loop.call_later(0.3, go.set)
+        await whole.client.delete(f"/v1/jobs/{job_id}")
+        view = (await whole.client.get(f"/v1/jobs/{job_id}", headers={"Prefer": "wait=20"})).json()
+    assert view["state"] == "cancelled"
+    await asyncio.sleep(0.5)
+    assert len(written) == 1
