@@ -27,7 +27,10 @@ _POSTGRES = {
     "keepalives_interval": 5,
     "keepalives_count": 2,
     "tcp_user_timeout": int(SILENT_S * 1000),
-    "options": f"-c statement_timeout={int(SILENT_S * 1000)}",
+    # The server's side of the same: a transaction whose router went away must not keep its locks until TCP gives up, after hours.
+    "options": " ".join(
+        f"-c {name}={int(SILENT_S * 1000)}" for name in ("statement_timeout", "idle_in_transaction_session_timeout")
+    ),
 }
 POOL_SIZE, POOL_OVERFLOW = 8, 24  # together, one connection for each of the router's threads
 _MIGRATION_LOCK = 0x0ACE57E9  # PostgreSQL advisory lock: routers that start together migrate one after another
