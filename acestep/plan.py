@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from acestep import words
 
 CODES_PER_SECOND = 5
+MAX_CODES = 600 * CODES_PER_SECOND  # of one item
 NUM_CODES = 64_000  # FSQ levels 8*8*8*5*5*5
 
 
@@ -16,40 +17,44 @@ def _language(value: Any) -> str | None:
     return "unknown" if value == "unknown" else words.read_language(value)  # the planner says so, and reads it again
 
 
+Word = Annotated[str, Field(max_length=words.MAX_CHARS)]
+Codes = Annotated[tuple[Annotated[int, Field(ge=0, lt=NUM_CODES)], ...], Field(max_length=MAX_CODES)]
+
+
 class Metadata(BaseModel):
     """The planner's reasoning block. Field names are the protocol's (lm.md §3)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     bpm: Annotated[Annotated[int, Field(ge=30, le=300)] | None, BeforeValidator(words.read_bpm)] = None
     caption: str | None = Field(None, max_length=8_192)
     duration: Annotated[Annotated[float, Field(gt=0.0, le=600.0)] | None, BeforeValidator(words.read_duration)] = Field(
         None, description="Seconds."
     )
-    keyscale: Annotated[str | None, BeforeValidator(words.read_key)] = None
-    language: Annotated[str | None, BeforeValidator(_language)] = None
-    timesignature: Annotated[str | None, BeforeValidator(words.read_time_signature)] = None
+    keyscale: Annotated[Word | None, BeforeValidator(words.read_key)] = None
+    language: Annotated[Word | None, BeforeValidator(_language)] = None
+    timesignature: Annotated[Word | None, BeforeValidator(words.read_time_signature)] = None
 
 
 class PlanTimings(BaseModel):
     """Wall seconds inside the planner."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     queued_s: float = 0.0
     metadata_s: float = 0.0
     codes_s: float = 0.0
-    steps: int = Field(0, description="Decoder forwards that this request took part in.")
+    steps: int = Field(0, ge=0, lt=2**63, description="Decoder forwards that this request took part in.")
 
 
 class Plan(BaseModel):
     """Metadata and, where the planner was asked to think, one list of audio codes per item (5 per second)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     metadata: Metadata = Metadata()
     item_metadata: tuple[Metadata, ...] = Field(
         (), max_length=8, description="One per item where the items do not share `metadata` (lm_share_cot off)."
     )
-    codes: tuple[tuple[Annotated[int, Field(ge=0, lt=NUM_CODES)], ...], ...] | None = Field(None, max_length=8)
-    lm_seeds: tuple[int, ...] = ()
+    codes: tuple[Codes, ...] | None = Field(None, max_length=8)
+    lm_seeds: tuple[Annotated[int, Field(ge=0, lt=2**63)], ...] = Field((), max_length=8)
     model: str | None = Field(None, max_length=256, description="Planner checkpoint; null where none ran.")
     model_hash: str | None = Field(None, max_length=128)
     notice: str | None = Field(None, max_length=256)

@@ -75,14 +75,15 @@ def _text(value: str) -> str:
 Text = Annotated[str, AfterValidator(_text)]
 Caption = Annotated[Text, BeforeValidator(words.read_caption)]
 Lyrics = Annotated[Text, BeforeValidator(words.read_text)]
+Word = Annotated[str, Field(max_length=words.MAX_CHARS)]
 Bpm = Annotated[Annotated[int, Field(ge=30, le=300)] | None, BeforeValidator(words.read_bpm)]
 Duration = Annotated[
     Annotated[float, Field(ge=MIN_DURATION_S, le=MAX_DURATION_S)] | None, BeforeValidator(words.read_duration)
 ]
-Key = Annotated[str | None, BeforeValidator(words.read_key)]
-TimeSignature = Annotated[str | None, BeforeValidator(words.read_time_signature)]
-Language = Annotated[str | None, BeforeValidator(words.read_language)]
-Track = Annotated[str | None, BeforeValidator(words.read_track)]
+Key = Annotated[Word | None, BeforeValidator(words.read_key)]
+TimeSignature = Annotated[Word | None, BeforeValidator(words.read_time_signature)]
+Language = Annotated[Word | None, BeforeValidator(words.read_language)]
+Track = Annotated[Word | None, BeforeValidator(words.read_track)]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -117,8 +118,8 @@ class SongRequest(BaseModel):
     time_signature: TimeSignature = Field(None, description="2, 3, 4 or 6; also as '6/8'.")
     vocal_language: Language = Field(None, description="Code or name, such as en, zh-CN, Deutsch.")
     batch_size: int = Field(1, ge=1, le=MAX_BATCH, description="Number of variants.")
-    seed: Annotated[int | tuple[int, ...] | None, BeforeValidator(_seed)] = Field(
-        None, description="One seed (item i uses seed + i), one per item, or null / -1 for a random one."
+    seed: Annotated[int | Annotated[tuple[int, ...], Field(max_length=MAX_BATCH)] | None, BeforeValidator(_seed)] = (
+        Field(None, description="One seed (item i uses seed + i), one per item, or null / -1 for a random one.")
     )
 
     # Planner
@@ -153,7 +154,7 @@ class SongRequest(BaseModel):
     task: Task = "text2music"
     instruction: Text | None = Field(None, max_length=512, description="Overrides the task's own instruction.")
     track_name: Track = Field(None, description=f"The models learned {', '.join(TRACKS)}.")
-    track_classes: Annotated[tuple[Text, ...] | None, BeforeValidator(_tracks)] = Field(None, max_length=32)
+    track_classes: Annotated[tuple[Word, ...] | None, BeforeValidator(_tracks)] = Field(None, max_length=32)
     global_caption: Caption = Field("", max_length=MAX_PROMPT_CHARS)
     steps: int | None = Field(None, ge=1, le=200, description="Null means the checkpoint's default.")
     guidance_scale: float | None = Field(None, ge=1.0, le=30.0, description="Null means the checkpoint's default.")
@@ -173,7 +174,7 @@ class SongRequest(BaseModel):
     source_s: SkipJsonSchema[float | None] = Field(
         None, ge=0.0, description="Seconds of src_audio; measured, not asked."
     )
-    reference_audio: tuple[Text, ...] = Field((), max_length=4)
+    reference_audio: tuple[Annotated[Text, Field(max_length=1024)], ...] = Field((), max_length=4)
     repainting_start: Annotated[float, BeforeValidator(_window_start)] = Field(
         0.0, ge=-MAX_DURATION_S, le=MAX_DURATION_S, description="Seconds; < 0 outpaints.",
         validation_alias=AliasChoices(*words.WINDOW_START),

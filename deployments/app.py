@@ -15,6 +15,9 @@ from deployments.config import PlannerArgs, RendererArgs, RouterArgs, parse_args
 from deployments.deployer import check_environment
 from deployments.pools import deployment_options, settled
 
+# Requests that wait cost a router next to nothing, and one beyond this hangs, a probe of its health, too: keys have limits, the router has none.
+MAX_ONGOING = 1_000_000
+
 
 def _deployment(cls: type) -> Deployment:
     made = serve.deployment(cls)
@@ -31,7 +34,7 @@ def router(args: dict[str, Any]) -> Application:
     deployment = _deployment(serve.ingress()(Router)).options(
         name="router",
         num_replicas=parsed.num_replicas,
-        max_ongoing_requests=1000,
+        max_ongoing_requests=MAX_ONGOING,
         ray_actor_options={"num_cpus": parsed.num_cpus},
         graceful_shutdown_timeout_s=15.0,
         graceful_shutdown_wait_loop_s=0.2,

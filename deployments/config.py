@@ -161,8 +161,18 @@ class RouterArgs(_Args):
         3600.0, gt=0, description="Jobs that would wait longer than this for a card are refused (429)."
     )
     max_queue: int = Field(200, ge=1, description="Jobs that may wait; beyond it 429.")
-    max_body_bytes: int = Field(16 << 20, ge=1024, description="Of a request without files.")
+    max_body_bytes: int = Field(1 << 20, ge=1024, description="Of a request without files.")
     max_upload_bytes: int = Field(128 << 20, ge=1024, description="Of a request with files, chat included.")
+    max_kept_upload_bytes: int | None = Field(
+        8 << 30,
+        ge=1024,
+        description="Uploads of one key that are kept at the same time; beyond it 429. Null: no limit.",
+    )
+    max_waiting: int = Field(
+        2000,
+        ge=1,
+        description="Event streams, `Prefer: wait` and chats of one key that one router holds open; beyond it 429.",
+    )
     max_wait_s: float = Field(
         50.0, ge=0, description="Longest `Prefer: wait=n`: below the 60 s after which most proxies give up."
     )

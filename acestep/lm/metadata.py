@@ -18,10 +18,9 @@ MAX_CAPTION_CHARS = 8_192
 KEYS = tuple(f"{n}{a} {m}" for n in "ABCDEFG" for a in ("", "#", "b", "♯", "♭") for m in ("major", "minor"))
 MISSING = ("", "n/a")
 
-_TAGS = re.compile(r"<think>(.*?)</think>", re.DOTALL)
 _FIELD = re.compile(r"^([A-Za-z_]+)\s*:(.*)$")
 _LYRIC_HEADER = re.compile(
-    r"\A(?:#\s*languages?[^\n]*\n(?:(?!#)[^\n]*\n)*)?\s*#\s*lyrics?\s*:?[ \t]*(?:\n|\Z)", re.IGNORECASE
+    r"\A(?:#\s*languages?[^\n]*\n(?:(?![ \t]*#)[^\n]*\n)*+)?\s*#\s*lyrics?\s*:?[ \t]*(?:\n|\Z)", re.IGNORECASE
 )
 _CODES = re.compile(r"<\|audio_code_(\d+)\|>")
 
@@ -98,8 +97,8 @@ def render_metadata(metadata: Metadata) -> str:
 
 def parse_reasoning(text: str) -> dict[str, str]:
     """Fields of a reasoning block that was written without the grammar. Unknown keys are left out."""
-    match = _TAGS.search(text)
-    block = match[1] if match else _CODES.split(text, maxsplit=1)[0]
+    block, closed, _ = text.partition("<think>")[2].partition("</think>")
+    block = block if closed else _CODES.split(text, maxsplit=1)[0]
     lines = [line for line in block.splitlines() if line.strip() and not line.startswith("<")]
     fields = _read_yaml("\n".join(lines)) or _read_lines(lines)
     return {field: fields[field] for field in (*FIELDS, "genres") if fields.get(field, "").strip()}

@@ -20,7 +20,7 @@ EXPOSED = (
     "Accept-Ranges", "Content-Disposition", "Content-Length", "Content-Range", "ETag", "Idempotent-Replayed", "Location",
     "Preference-Applied", "Retry-After", "X-Request-Id",
 )  # fmt: skip
-CHAT_PATH = "/v1/chat/completions"  # takes audio inside its JSON
+FORM_PATHS, JSON_PATHS = ("/v1/files", "/release_task"), ("/v1/chat/completions",)  # where source audio may come
 
 
 def build_app(service: Service) -> FastAPI:
@@ -37,7 +37,8 @@ def build_app(service: Service) -> FastAPI:
         BodyLimit,
         limit=service.args.max_body_bytes,
         upload_limit=service.args.max_upload_bytes,
-        upload_paths=(CHAT_PATH,),
+        form_paths=FORM_PATHS,
+        json_paths=JSON_PATHS,
     )
     app.add_middleware(
         CORSMiddleware,

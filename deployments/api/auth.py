@@ -7,20 +7,25 @@ key the server is open to everybody, as ACE-Step's own.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
 import os
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import Depends, Request
+from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from deployments.api.problems import Unauthorized
 from deployments.config import RouterArgs
 from deployments.jobs.rates import Rates
 from deployments.jobs.store import Busy, Caps
 
+WAITING_RETRY_S = 5.0
 MISSING, WRONG = "Missing Authorization header", "Invalid API key"
 
 
@@ -122,11 +127,59 @@ class RateLimit:
             raise Busy(f"more than {limit} requests per minute with this key", limit=limit, retry_after=wait_s)
 
 
+class Waiting:
+    """What callers hold open in this router: event streams, waits and chats.
+
+    Args:
+        most: Of one caller.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._open: Counter[str] = Counter()
+
+    @contextlib.contextmanager
+    def hold(self, owner: str) -> Iterator[None]:
+        """One more, as long as the context lasts.
+
+        Raises:
+            Busy: the caller has as many open as it may.
+        """
+        if self._open[owner] >= self.most:
+            raise Busy(
+                f"this key holds {self.most} event streams, waits and chats open, as many as it may",
+                limit=self.most, retry_after=WAITING_RETRY_S,
+            )  # fmt: skip
+        self._open[owner] += 1
+        try:
+            yield
+        finally:
+            self._open[owner] -= 1
+            if not self._open[owner]:
+                del self._open[owner]
+
+
+class HeldStream(StreamingResponse):
+    """A stream that gives a place back when it has ended, in whichever way."""
+
+    def __init__(self, content: AsyncIterator[bytes], place: contextlib.ExitStack, **options: Any) -> None:
+        super().__init__(content, **options)
+        self._place = place
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._place:
+            await super().__call__(scope, receive, send)
+
+
 async def caller_of(request: Request) -> Caller:
-    """FastAPI dependency: the caller by the Authorization header, counted against its rate."""
+    """FastAPI dependency: the caller by the Authorization header, counted once against its rate."""
+    known: Caller | None = getattr(request.state, "caller", None)
+    if known is not None:
+        return known
     service = request.app.state.service
     caller: Caller = service.keys.check(header_key(request))
     await service.rates.take(caller)
+    request.state.caller = caller
     return caller
 
 

@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 from fastapi import APIRouter, HTTPException, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from pydantic import ValidationError
 
+from acestep.request import Adjustment
 from acestep.validation import validation_problems
-from deployments.api.auth import Caller
+from deployments.api.auth import Caller, HeldStream
 from deployments.api.chat_text import ChatRequest, Meaning, read_messages, task_fields, unused
 from deployments.api.compat.answers import CompatRoute, caller_by_header, detail
-from deployments.api.compat.bodies import Body, read_body
+from deployments.api.compat.bodies import Body, parse_body
 from deployments.api.compat.fields import adjustment
 from deployments.api.compat.results import error_text, warnings_of
 from deployments.api.compat.tasks import QUEUE_FULL, submit
 from deployments.api.links import audio_path, public
-from deployments.api.problems import STATUS, AsciiJSONResponse, in_one_line
+from deployments.api.problems import STATUS, AsciiJSONResponse, in_one_line, retry_after
 from deployments.api.service import Service, Svc
 from deployments.api.waiting import wait_for_end
 from deployments.jobs.store import SUCCEEDED, Busy, Job
+from deployments.threads import with_files
 
 HEARTBEAT_S = 2.0
 USAGE = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}  # a song has none
@@ -86,24 +89,28 @@ async def chat_completions(request: Request, service: Svc) -> Any:
         await service.rates.take(caller)
     else:
         caller = await caller_by_header(request, service)
-    body = await read_body(request)
+    with contextlib.ExitStack() as place:
+        place.enter_context(service.waiting.hold(caller.name))
+        async with service.sources.whole(request) as raw:
+            chat, fields, warnings = await _read(service, caller, raw, request.headers.get("content-type", ""))
+            del raw
+        return await _answer(service, caller, chat, fields, warnings, place)
+
+
+async def _answer(
+    service: Service, caller: Caller, chat: ChatRequest, fields: dict[str, Any], warnings: list[Adjustment],
+    place: contextlib.ExitStack,
+) -> Any:  # fmt: skip
+    """The job for what was read, and its end or a stream."""
     try:
-        chat = ChatRequest.model_validate(body.fields)
-    except ValidationError as error:
-        found = validation_problems(error.errors(include_url=False, include_input=False))
-        raise HTTPException(400, f"Invalid request format: {in_one_line(found)}") from None
-    try:
-        meaning = read_messages(chat)
-    except ValueError as error:
-        raise HTTPException(400, str(error)) from None
-    try:
-        job = await _submit(service, caller, chat, meaning)
+        job = await submit(service, caller, Body(fields), warnings=warnings)
     except Busy as error:
         text = QUEUE_FULL if error.details.get("limit") == service.args.max_queue else error.message
-        return detail(429, text, {"Retry-After": str(max(1, round(error.details.get("retry_after", 1))))})
+        return detail(429, text, {"Retry-After": retry_after(error.details.get("retry_after", 1))})
     if chat.stream:
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        return StreamingResponse(_stream(service, job, chat), media_type="text/event-stream", headers=headers)
+        frames = _stream(service, job, chat)
+        return HeldStream(frames, place.pop_all(), media_type="text/event-stream", headers=headers)
     job = await wait_for_end(service, job, service.args.chat_timeout_s)
     if not job.ended:
         raise HTTPException(504, "Generation timeout")
@@ -112,7 +119,7 @@ async def chat_completions(request: Request, service: Svc) -> Any:
     message = {
         "role": "assistant",
         "content": markdown(job),
-        "audio": await asyncio.to_thread(audio_parts, service, job),
+        "audio": await with_files(audio_parts, service, job),
         "audio_codes": None,
     }
     answer = {
@@ -123,7 +130,7 @@ async def chat_completions(request: Request, service: Svc) -> Any:
         "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
         "usage": USAGE,
     }
-    return await asyncio.to_thread(JSONResponse, answer | _warnings(job))  # writes megabytes of base64
+    return await with_files(JSONResponse, answer | _warnings(job))  # writes megabytes of base64
 
 
 def _warnings(job: Job) -> dict[str, Any]:
@@ -131,7 +138,23 @@ def _warnings(job: Job) -> dict[str, Any]:
     return {"warnings": told} if told else {}
 
 
-async def _submit(service: Service, caller: Caller, chat: ChatRequest, meaning: Meaning) -> Job:
+def _parse(raw: bytes, content_type: str) -> tuple[ChatRequest, Meaning]:
+    try:
+        chat = ChatRequest.model_validate(parse_body(raw, content_type).fields)
+    except ValidationError as error:
+        found = validation_problems(error.errors(include_url=False, include_input=False))
+        raise HTTPException(400, f"Invalid request format: {in_one_line(found)}") from None
+    try:
+        return chat, read_messages(chat)
+    except ValueError as error:
+        raise HTTPException(400, str(error)) from None
+
+
+async def _read(
+    service: Service, caller: Caller, raw: bytes, content_type: str
+) -> tuple[ChatRequest, dict[str, Any], list[Adjustment]]:
+    """The chat without its messages, the fields of its task, and what is to be said of them. Keeps the audio in the file store."""
+    chat, meaning = await with_files(_parse, raw, content_type)
     fields = task_fields(chat, meaning)
     # Songs from nothing take the audio as an example of style, all other tasks as what they work on.
     roles = ["reference_audio_path"] if chat.task_type == "text2music" else ["src_audio_path", "reference_audio_path"]
@@ -142,9 +165,9 @@ async def _submit(service: Service, caller: Caller, chat: ChatRequest, meaning: 
         if isinstance(data, str):
             record = await service.source(data, caller, "input_audio")
         else:
-            record = await service.sources.upload(data, "chat-audio", caller, field="input_audio")
+            record = await service.sources.keep(data, "chat-audio", caller, field="input_audio")
         fields[role] = record.id
-    return await submit(service, caller, Body(fields), warnings=warnings)
+    return chat.model_copy(update={"messages": []}), fields, warnings
 
 
 async def _stream(service: Service, job: Job, chat: ChatRequest) -> AsyncIterator[bytes]:
@@ -163,8 +186,8 @@ async def _stream(service: Service, job: Job, chat: ChatRequest) -> AsyncIterato
             yield chunk({"content": "."})
         if job.state == SUCCEEDED:
             yield chunk({"content": f"\n\n{markdown(job)}"}, **_warnings(job))
-            audio = await asyncio.to_thread(audio_parts, service, job)
-            yield await asyncio.to_thread(chunk, {"audio": audio})
+            audio = await with_files(audio_parts, service, job)
+            yield await with_files(chunk, {"audio": audio})
             yield chunk({}, "stop")
         else:
             yield chunk({"content": f"\n\nError: {error_text(job)}"})

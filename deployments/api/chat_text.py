@@ -49,9 +49,13 @@ class _Open(BaseModel):
         return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
 
 
+Word = Annotated[str, Field(max_length=256)]
+Long = Annotated[str, Field(max_length=1 << 20)]
+
+
 class InputAudio(_Open):
-    data: str
-    format: str = "mp3"
+    data: str  # as long as the body may be
+    format: Word = "mp3"
 
 
 class AudioUrl(_Open):
@@ -61,32 +65,32 @@ class AudioUrl(_Open):
 
 
 class Part(_Open):
-    type: str
-    text: str | None = None
+    type: Word
+    text: Long | None = None
     input_audio: InputAudio | None = None
     audio_url: AudioUrl | None = None
 
 
 class Message(_Open):
     role: Literal["system", "user", "assistant", "developer", "tool", "function"]
-    content: str | list[Part] | None = None
+    content: Long | Annotated[list[Part], Field(max_length=1000)] | None = None
 
 
 class AudioConfig(_Open):
     model_config = ConfigDict(coerce_numbers_to_str=True)
-    duration: float | str | None = None
-    format: str | None = None
-    bpm: float | str | None = None
-    key_scale: str | None = None
-    time_signature: str | None = None
-    vocal_language: str | None = None
+    duration: float | Word | None = None
+    format: Word | None = None
+    bpm: float | Word | None = None
+    key_scale: Word | None = None
+    time_signature: Word | None = None
+    vocal_language: Word | None = None
     instrumental: bool | None = None
 
 
 class OutputAudio(_Open):
     """OpenAI's way to ask for a format. Its `voice` means nothing to a song."""
 
-    format: str | None = None
+    format: Word | None = None
 
 
 class StreamOptions(_Open):
@@ -108,24 +112,24 @@ class ChatRequest(_Open):
     top_k: int | None = Field(None, ge=0)
     max_tokens: int | None = Field(None, ge=1)
     stream: bool = False
-    seed: int | str | None = None
+    seed: int | Word | None = None
     lm_seed: int | None = Field(None, ge=0, le=MAX_SEED)
     thinking: bool | None = None
     guidance_scale: float | None = None
     batch_size: int | None = None
-    lyrics: Annotated[str, BeforeValidator(words.read_text)] = ""
+    lyrics: Annotated[Long, BeforeValidator(words.read_text)] = ""
     sample_mode: bool = False
     use_format: bool = False
     use_cot_caption: bool = True
     use_cot_language: bool = True
-    task_type: str = "text2music"
-    repainting_start: float | str = Field(0.0, validation_alias=AliasChoices(*words.WINDOW_START))
-    repainting_end: float | str | None = Field(None, validation_alias=AliasChoices(*words.WINDOW_END))
+    task_type: Word = "text2music"
+    repainting_start: float | Word = Field(0.0, validation_alias=AliasChoices(*words.WINDOW_START))
+    repainting_end: float | Word | None = Field(None, validation_alias=AliasChoices(*words.WINDOW_END))
     audio_cover_strength: float = 1.0
     inference_steps: int | None = None
-    infer_method: str = "ode"
+    infer_method: Word = "ode"
     lm_cfg_scale: float = 2.0
-    audio_codes: str | list[int | str] = ""
+    audio_codes: Long | Annotated[list[int | Word], Field(max_length=3_000)] = ""
     cover_noise_strength: float = 0.0
     use_cot_metas: bool = True
     enable_normalization: bool | None = None

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from deployments.api import examples
 from deployments.api.auth import Auth
+from deployments.api.bodies import KeyFirst
 from deployments.api.links import public
 from deployments.api.problems import PROBLEMS, NotFound
 from deployments.api.service import Service, Svc
@@ -17,11 +18,14 @@ from deployments.api.views import file_view
 from deployments.jobs.files import FileRecord
 from deployments.threads import with_files
 
-router = APIRouter(prefix="/v1", tags=["files"], responses=PROBLEMS)
+router = APIRouter(prefix="/v1", tags=["files"], responses=PROBLEMS, route_class=KeyFirst)
 FileId = Annotated[str, Field(max_length=64)]
 
 
-@router.post("/files", status_code=201, summary="Upload source audio", responses={201: examples.FILE})
+@router.post(
+    "/files", status_code=201, summary="Upload source audio", responses={201: examples.FILE},
+    form_limits={"max_files": 1, "max_fields": 16, "max_part_size": 4_096},
+)  # fmt: skip
 async def upload(
     file: Annotated[UploadFile, File(description="Any common audio format; the content decides, not the name.")],
     response: Response,

@@ -11,10 +11,10 @@ from urllib.parse import urlsplit
 
 from ray.exceptions import RayActorError
 from starlette.datastructures import Headers
-from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.api import problems
+from deployments.api.bodies import Budget, open_budget
 
 PREFIX = "/api"
 
@@ -155,14 +155,19 @@ class BodyLimit:
 
     Args:
         limit: Bytes, for most requests.
-        upload_limit: Bytes, for forms with files and for `upload_paths`.
+        upload_limit: Bytes, where files may come.
+        form_paths: Files come here in forms.
+        json_paths: Files come here inside JSON.
     """
 
-    def __init__(self, app: ASGIApp, limit: int, upload_limit: int, upload_paths: tuple[str, ...]) -> None:
+    def __init__(
+        self, app: ASGIApp, limit: int, upload_limit: int, form_paths: tuple[str, ...], json_paths: tuple[str, ...]
+    ) -> None:
         self.app = app
         self.limit = limit
         self.upload_limit = upload_limit
-        self.upload_paths = upload_paths
+        self.form_paths = form_paths
+        self.json_paths = json_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -170,22 +175,20 @@ class BodyLimit:
             return
         headers = dict(scope["headers"])
         kind = headers.get(b"content-type", b"").strip().lower()
-        uploads = kind.startswith(b"multipart/") or scope["path"] in self.upload_paths
+        path = scope["path"]
+        uploads = path in self.json_paths or (path in self.form_paths and kind.startswith(b"multipart/"))
         limit = self.upload_limit if uploads else self.limit
         length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length) > limit:
-            refusal = problems.problem(413, "too_large", f"the body is {int(length)} bytes; the limit is {limit}")
+        budget = Budget(limit, int(length[:18]) if length.isdigit() else 0)
+        if budget.announced > limit:
+            refusal = problems.problem(413, "too_large", f"the body is {budget.announced} bytes; the limit is {limit}")
             await refusal(scope, receive, send)
             return
-        seen = 0
+        open_budget(scope, budget)
 
         async def counted() -> Message:
-            nonlocal seen
             message = await receive()
-            seen += len(message.get("body", b""))
-            if seen > limit:
-                # Of all exceptions FastAPI lets only these out of the reading of a body.
-                raise HTTPException(413, f"the body is above the limit of {limit} bytes")
+            budget.take(len(message.get("body", b"")))
             return message
 
         await self.app(scope, counted, send)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import contextlib
 import re
 import time
 from typing import Annotated, Any, Literal
@@ -17,7 +18,8 @@ from acestep.errors import InvalidRequest, error_from_dict
 from acestep.request import SongRequest
 from deployments.api import examples
 from deployments.api.audio import send_file
-from deployments.api.auth import Auth, Caller, caller_of
+from deployments.api.auth import Auth, Caller, HeldStream, caller_of
+from deployments.api.bodies import KeyFirst
 from deployments.api.events import stream
 from deployments.api.links import audio_path, events_path, job_path, public, read_audio_path
 from deployments.api.problems import PROBLEMS, Conflict, NotFound
@@ -28,7 +30,7 @@ from deployments.jobs.store import CANCELLED, SUCCEEDED, TERMINAL, Job
 from deployments.jobs.webhooks import check_url
 from deployments.threads import with_files
 
-router = APIRouter(prefix="/v1", tags=["songs"], responses=PROBLEMS)
+router = APIRouter(prefix="/v1", tags=["songs"], responses=PROBLEMS, route_class=KeyFirst)
 State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 JobId = Annotated[str, Field(max_length=64)]
 IdempotencyKey = Annotated[
@@ -92,16 +94,18 @@ async def accept(
         check_url(submission.webhook_url, service.args.webhook_networks)
     extra = {"webhook": submission.webhook_url} if submission.webhook_url else {}
     deadline = time.time() + submission.deadline_s if submission.deadline_s else None
-    job, created = await service.submit(
-        request, caller, kind=kind, extra=extra, deadline=deadline, idempotency_key=check_idempotency_key(idempotency_key),
-        body_hash=hash_of(kind, submission.model_dump(mode="json", exclude_defaults=True)),
-    )  # fmt: skip
-    response.headers["Location"] = public(job_path(job.id))
-    if not created:
-        response.headers["Idempotent-Replayed"] = "true"
-    if (seconds := wait_seconds(prefer, service.args.max_wait_s)) is not None:
-        job = await wait_for_end(service, job, seconds)
-        response.headers["Preference-Applied"] = f"wait={seconds:g}"
+    seconds = wait_seconds(prefer, service.args.max_wait_s)
+    with service.waiting.hold(caller.name) if seconds else contextlib.nullcontext():
+        job, created = await service.submit(
+            request, caller, kind=kind, extra=extra, deadline=deadline, idempotency_key=check_idempotency_key(idempotency_key),
+            body_hash=hash_of(kind, submission.model_dump(mode="json", exclude_defaults=True)),
+        )  # fmt: skip
+        response.headers["Location"] = public(job_path(job.id))
+        if not created:
+            response.headers["Idempotent-Replayed"] = "true"
+        if seconds is not None:
+            job = await wait_for_end(service, job, seconds)
+            response.headers["Preference-Applied"] = f"wait={seconds:g}"
     response.status_code = 200 if job.ended else 202
     return await job_view(service, job)
 
@@ -166,7 +170,8 @@ async def get_job(
 ) -> dict[str, Any]:
     job = await existing(service, job_id, caller)
     if (seconds := wait_seconds(prefer, service.args.max_wait_s)) is not None:
-        job = await wait_for_end(service, job, seconds)
+        with service.waiting.hold(caller.name):
+            job = await wait_for_end(service, job, seconds)
         response.headers["Preference-Applied"] = f"wait={seconds:g}"
     return await job_view(service, job)
 
@@ -197,9 +202,11 @@ async def job_events(
     after = int(last_event_id) if last_event_id and re.fullmatch(r"[0-9]{1,18}", last_event_id) else 0
     if job.state in TERMINAL and after and not await asyncio.to_thread(service.store.events_after, job_id, after, 1):
         return Response(status_code=204)
-    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    frames = stream(service.store, service.dispatcher.notices, job_id, after)
-    return StreamingResponse(frames, media_type="text/event-stream", headers=headers)
+    with contextlib.ExitStack() as place:
+        place.enter_context(service.waiting.hold(job.owner_key))
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        frames = stream(service.store, service.dispatcher.notices, job_id, after)
+        return HeldStream(frames, place.pop_all(), media_type="text/event-stream", headers=headers)
 
 
 @router.get(

@@ -27,11 +27,12 @@ from acestep.request import (
 from acestep.words import is_instrumental
 from deployments.api import examples
 from deployments.api.auth import Auth
+from deployments.api.bodies import KeyFirst
 from deployments.api.native import IdempotencyKey, Prefer, SongSubmission, accept
 from deployments.api.problems import PROBLEMS
 from deployments.api.service import Svc
 
-router = APIRouter(prefix="/v1", tags=["plans"], responses=PROBLEMS)
+router = APIRouter(prefix="/v1", tags=["plans"], responses=PROBLEMS, route_class=KeyFirst)
 
 
 @router.post(
@@ -95,7 +96,8 @@ class UnderstandQuestion(_Question):
 async def inspire(
     question: Annotated[InspireQuestion, Body(openapi_examples=examples.INSPIRE)], service: Svc, caller: Auth
 ) -> Sample:
-    return await service.talk.inspire(**question.model_dump())
+    async with service.question(caller):
+        return await service.talk.inspire(**question.model_dump())
 
 
 @router.post("/format", summary="Describe the same song better", responses={200: examples.SAMPLE})
@@ -112,9 +114,10 @@ async def format_song(
 async def understand(
     question: Annotated[UnderstandQuestion, Body(openapi_examples=examples.UNDERSTAND)], service: Svc, caller: Auth
 ) -> Sample:
-    codes = question.codes
-    if codes is None:
-        source = await service.source(question.src_audio or "", caller, "src_audio")
-        check_sources(source.duration)
-        codes = await service.talk.codes(source.path)
-    return await service.talk.understand(codes, **question.model_dump(exclude={"codes", "src_audio"}))
+    async with service.question(caller):
+        codes = question.codes
+        if codes is None:
+            source = await service.source(question.src_audio or "", caller, "src_audio")
+            check_sources(source.duration)
+            codes = await service.talk.codes(source.path)
+        return await service.talk.understand(codes, **question.model_dump(exclude={"codes", "src_audio"}))

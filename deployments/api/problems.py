@@ -104,6 +104,15 @@ class Forbidden(AceStepError):
     type = "forbidden"
 
 
+class TooLarge(AceStepError):
+    type = "too_large"
+
+
+def retry_after(seconds: float) -> str:
+    """The Retry-After header: whole seconds, never fewer than it takes."""
+    return str(max(1, math.ceil(seconds)))
+
+
 class AsciiJSONResponse(JSONResponse):
     """JSON in ASCII: what a caller wrote into a name may be no text that UTF-8 can hold."""
 
@@ -160,7 +169,7 @@ def from_error(error: AceStepError) -> JSONResponse:
     message = redact(error.message)
     headers = {}
     if (retry := details.pop("retry_after", None)) is not None:
-        headers["Retry-After"] = str(max(1, math.ceil(retry)))
+        headers["Retry-After"] = retry_after(retry)
     if "field" in details:
         entry = {"field": details["field"], "message": message, "limit": details.get("limit")}
         details["errors"] = [{name: value for name, value in entry.items() if value is not None}]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import time
 import uuid
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import AsyncIterator, Collection
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 from urllib.parse import parse_qs, urlsplit
@@ -19,7 +21,7 @@ from acestep.dit import tasks
 from acestep.errors import InvalidRequest
 from acestep.limits import check_sources
 from acestep.request import Adjustment, SongRequest
-from deployments.api.auth import Caller, Keyring, RateLimit, environment_keys
+from deployments.api.auth import Caller, Keyring, RateLimit, Waiting, environment_keys
 from deployments.api.links import audio_path, read_audio_path
 from deployments.api.middleware import made_here
 from deployments.api.problems import Forbidden
@@ -42,6 +44,9 @@ from deployments.storage import Storage
 from deployments.talk import Talk
 from deployments.tracing import TRACE, here
 
+QUESTIONS_AT_ONCE = 4  # of one router
+MAX_QUESTIONS = 32  # of one key, waiting ones included
+QUESTION_S = 5.0
 DEFAULT_JOB_S = 5.0  # ACE-Step's own guess before the first song
 
 
@@ -58,16 +63,20 @@ class Service:
     started: float
     keys: Keyring = field(init=False)
     rates: RateLimit = field(init=False)
+    waiting: Waiting = field(init=False)
     signer: Signer = field(init=False)
     sources: Sources = field(init=False)
     talk: Talk = field(init=False)
     webhook_secret: bytes = field(init=False, repr=False)
     outbox: Outbox = field(init=False)
     line: Line = field(init=False)
+    _asking: Counter[str] = field(init=False, default_factory=Counter)  # questions by caller
+    _turn: asyncio.Semaphore = field(init=False, default_factory=lambda: asyncio.Semaphore(QUESTIONS_AT_ONCE))
 
     def __post_init__(self) -> None:
         self.keys = Keyring(self.args, environment_keys())
         self.rates = RateLimit(Rates(self.store.engine))
+        self.waiting = Waiting(self.args.max_waiting)
         self.signer = Signer(shared_secret(self.store.engine, "url", "ACESTEP_URL_SECRET"), self.args.url_lifetime_s)
         self.sources = Sources(
             self.args, self.storage, FileRecords(self.store.engine), self._may_use, self._song_of_url
@@ -193,6 +202,32 @@ class Service:
 
     async def source(self, value: str, caller: Caller, field: str) -> FileRecord:
         return await self.sources.admit(value, caller, field=field, loopback=self.loopback)
+
+    @contextlib.asynccontextmanager
+    async def question(self, caller: Caller) -> AsyncIterator[None]:
+        """A caller's turn to ask the planner something, as long as the context lasts. Questions take few places, so that songs have the others.
+
+        Raises:
+            Busy: too many wait, or the caller has as many jobs and questions under way as it may.
+        """
+        most = caller.concurrent_jobs
+        self._asking[caller.name] += 1
+        try:
+            if (mine := self._asking[caller.name]) > MAX_QUESTIONS:
+                raise Busy(
+                    f"{MAX_QUESTIONS} questions of this key wait already", limit=MAX_QUESTIONS, retry_after=QUESTION_S
+                )
+            if most is not None and mine + await asyncio.to_thread(self.store.active, caller.name) > most:
+                raise Busy(
+                    f"this key has as many jobs and questions under way as it may: {most}",
+                    limit=most, retry_after=QUESTION_S,
+                )  # fmt: skip
+            async with self._turn:
+                yield
+        finally:
+            self._asking[caller.name] -= 1
+            if not self._asking[caller.name]:
+                del self._asking[caller.name]
 
     async def job(self, job_id: str, caller: Caller | None = None) -> Job | None:
         """A job; None where there is none, or none that the caller may see."""

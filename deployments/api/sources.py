@@ -7,23 +7,27 @@ whether it is audio, not the name.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import os
 import re
 import stat
 import tempfile
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 from starlette.datastructures import UploadFile
+from starlette.requests import Request
 
 from acestep.audio.reading import ReadLimits, audio_seconds
 from acestep.errors import InvalidRequest
 from deployments.api.auth import Caller
+from deployments.api.bodies import SPOOL_BYTES, spooled
 from deployments.config import RouterArgs
 from deployments.jobs.files import FOLDER, FileRecord, FileRecords, new_record
+from deployments.jobs.retention import CLEAN_EVERY_S
 from deployments.storage import Storage
 from deployments.threads import with_files
 
@@ -62,16 +66,33 @@ class Sources:
         self.song_of_url = song_of_url
         self.limits = ReadLimits(max_bytes=args.max_upload_bytes)
         self._turn = asyncio.Semaphore(AT_ONCE)
+        self._parsing = asyncio.Lock()  # what is parsed takes several times its size
 
-    async def upload(self, file: bytes | UploadFile, name: str, caller: Caller, *, field: str = "file") -> FileRecord:
+    async def upload(self, file: UploadFile, name: str, caller: Caller, *, field: str = "file") -> FileRecord:
         """Check that a file is audio and keep it.
 
         Raises:
             InvalidRequest: it is not, or is beyond a limit.
+            Busy: the caller's uploads take too much room already.
         """
         async with self._turn:  # until then a part of a form lies on the disk
-            data = file if isinstance(file, bytes) else await file.read()
-            return await with_files(self._keep, data, name, caller, field)
+            return await self.keep(await file.read(), name, caller, field=field)
+
+    @contextlib.asynccontextmanager
+    async def whole(self, request: Request) -> AsyncIterator[bytes]:
+        """A body with files inside it, such as base64 in JSON. It lies on the disk until its turn to be in memory, which lasts as long as the
+        context: let go inside of everything that is as large. A small one needs no turn.
+        """
+        async with spooled(request) as (file, size):
+            if size <= SPOOL_BYTES:
+                yield file.read()
+                return
+            async with self._parsing:
+                yield await with_files(file.read)
+
+    async def keep(self, data: bytes, name: str, caller: Caller, *, field: str) -> FileRecord:
+        """`upload` for what is in memory already, inside `whole`."""
+        return await with_files(self._keep, data, name, caller, field)
 
     async def admit(self, value: str, caller: Caller, *, field: str, loopback: bool) -> FileRecord:
         """The stored copy of what a request calls its source: a file id, a song's URL or path, or an allowed path.
@@ -147,8 +168,13 @@ class Sources:
             hashlib.sha256(data).hexdigest(),
             seconds,
         )
-        self.storage.put(record.path, data)
-        self.records.add(record)
+        # Its record first: a file without one would stay for ever, and uploads at the same time have to know of each other.
+        self.records.add(record, self.args.max_kept_upload_bytes, self.args.keep_uploads_s + CLEAN_EVERY_S)
+        try:
+            self.storage.put(record.path, data)
+        except BaseException:
+            self.records.delete([record.id])
+            raise
         return record
 
 

@@ -11,11 +11,12 @@ from pydantic import Field
 
 from deployments.api import examples
 from deployments.api.auth import Auth
+from deployments.api.bodies import KeyFirst
 from deployments.api.problems import PROBLEMS, NotFound
 from deployments.api.service import Svc
 from deployments.jobs.webhooks import Message, derived_secret, shown_secret
 
-router = APIRouter(prefix="/v1", tags=["webhooks"], responses=PROBLEMS)
+router = APIRouter(prefix="/v1", tags=["webhooks"], responses=PROBLEMS, route_class=KeyFirst)
 
 
 def _view(message: Message) -> dict[str, Any]:

@@ -11,9 +11,10 @@ from sqlalchemy.engine import Engine
 
 from deployments.jobs.database import storable, writer
 from deployments.jobs.schema import files, jobs
-from deployments.jobs.store import QUEUED, RUNNING
+from deployments.jobs.store import QUEUED, RUNNING, Busy
 
 FOLDER = "uploads/"
+_KEPT_LOCK = 0x0ACE57EB  # PostgreSQL advisory lock: routers count what a key keeps one after another
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,36 @@ class FileRecords:
         self._engine = engine
         self._writer = writer(engine)
 
-    def add(self, record: FileRecord) -> None:
+    def add(self, record: FileRecord, most: int | None = None, keep_s: float = 0.0) -> None:
+        """Write one down.
+
+        Args:
+            most: Bytes that all files of its owner may have together.
+            keep_s: How long files are kept, to say when there is room again.
+
+        Raises:
+            Busy: they would have more.
+        """
+        mine = files.c.owner_key == record.owner_key
         with self._writer.begin() as db:
+            if most is not None:
+                if db.dialect.name == "postgresql":  # SQLite has one writer at a time anyway
+                    db.execute(sa.select(sa.func.pg_advisory_xact_lock(_KEPT_LOCK)))
+                used = int(
+                    db.execute(sa.select(sa.func.coalesce(sa.func.sum(files.c.bytes), 0)).where(mine)).scalar_one()
+                )
+                if (too_much := used + record.bytes - most) > 0:
+                    room_at, freed = record.created_at, 0
+                    oldest = sa.select(files.c.bytes, files.c.created_at).where(mine).order_by(files.c.created_at)
+                    for row in db.execute(oldest):
+                        room_at, freed = row.created_at + keep_s, freed + row.bytes
+                        if freed >= too_much:
+                            break
+                    raise Busy(
+                        f"this key keeps {used} bytes of uploads; with {record.bytes} more it is above its limit of {most}; "
+                        "delete some or wait until they are forgotten",
+                        limit=most, retry_after=max(1.0, room_at - record.created_at),
+                    )  # fmt: skip
             db.execute(files.insert().values(**asdict(record)))
 
     def get(self, file_id: str) -> FileRecord | None:

@@ -414,6 +414,11 @@ class JobStore:
                 found |= {job_id: Latest(seq or 0, state in TERMINAL, said) for job_id, state, said, seq in rows}
         return found
 
+    def active(self, owner_key: str) -> int:
+        """How many jobs of an owner are queued or running."""
+        with self.engine.connect() as db:
+            return _count(db, jobs.c.owner_key == owner_key, jobs.c.state.in_((QUEUED, RUNNING)))
+
     def earlier(self, owner_key: str, key: str, body_hash: str | None) -> Job | None:
         """The job that was made with this idempotency key.
 

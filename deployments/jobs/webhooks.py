@@ -38,6 +38,21 @@ AT_ONCE = 64  # requests of one router: receivers that hang hold up the others n
 SPARE_S = 30.0  # what a claim lasts beyond the request's own limit
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
+# Only what IANA has given out for the internet is public, whatever Python's own tables know: everything else of IPv6 is local or is IPv4
+# in disguise. https://www.iana.org/assignments/ipv6-unicast-address-assignments, .../iana-ipv6-special-registry, ...ipv4-special-registry
+_GLOBAL_V6 = ipaddress.ip_network("2000::/3")
+_NOT_GLOBAL = tuple(
+    ipaddress.ip_network(n)
+    for n in (
+        "2001:db8::/32",
+        "2001:2::/48",
+        "2001:10::/28",
+        "2001:20::/28",
+        "3fff::/20",
+        "192.0.0.0/24",
+        "192.88.99.0/24",
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -81,12 +96,13 @@ def check_url(url: str, networks: Sequence[str]) -> None:
     if parts.username is not None or parts.password is not None:
         raise InvalidRequest("webhook_url: must not hold a user name or password", field="webhook_url")
     address = _written(host)
-    if address is not None and not allowed(address, networks):
+    if "%" in host or (address is not None and not allowed(address, networks)):  # zones are of this machine alone
         raise InvalidRequest("webhook_url: private addresses are not allowed", field="webhook_url")
 
 
 def _written(host: str) -> Address | None:
-    """The address that a host is, in any way of writing one (`127.1` and `2130706433` are 127.0.0.1); None for a name to look up."""
+    """The address that a host is, in any way of writing one (`127.1`, `0x7f.1` and `2130706433` are 127.0.0.1); None for a name to look up."""
+    host = host.rstrip(".").lower()
     if host == "localhost" or host.endswith(".localhost"):
         return ipaddress.IPv4Address("127.0.0.1")
     try:
@@ -103,9 +119,15 @@ def allowed(address: Address, networks: Sequence[str]) -> bool:
     """Whether a message may be sent to this address: public ones, and those of the configured networks."""
     for inner in _meant(address):
         listed = any(inner in ipaddress.ip_network(n, strict=False) for n in networks)
-        if not listed and (not inner.is_global or inner.is_multicast):
+        if not listed and not _public(inner):
             return False
     return True
+
+
+def _public(address: Address) -> bool:
+    if isinstance(address, ipaddress.IPv6Address) and (address not in _GLOBAL_V6 or address.scope_id is not None):
+        return False
+    return address.is_global and not address.is_multicast and not any(address in n for n in _NOT_GLOBAL)
 
 
 def _meant(address: Address) -> list[Address]:
@@ -133,10 +155,10 @@ async def resolve(host: str, port: int, networks: Sequence[str]) -> str:
         found = await with_names(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):  # the second: no name at all, such as one with a label of 64 characters
         raise Refused("the host name cannot be resolved") from None
-    addresses = [str(entry[4][0]).partition("%")[0] for entry in found]
+    addresses = [str(entry[4][0]) for entry in found]
     if not addresses or not all(allowed(ipaddress.ip_address(a), networks) for a in addresses):
         raise Refused("the host's address is private")
-    return addresses[0]
+    return addresses[0].partition("%")[0]
 
 
 # -- signing

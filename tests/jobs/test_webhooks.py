@@ -244,7 +244,9 @@ async def test_nothing_reaches_private_networks(
     [
         "127.0.0.1", "10.0.0.1", "172.16.3.4", "192.168.1.1", "169.254.169.254", "0.0.0.0", "100.64.0.1", "224.0.0.1", "255.255.255.255",
         "::1", "::", "fe80::1", "fc00::1", "ff02::1", "::ffff:127.0.0.1", "::ffff:10.0.0.1", "64:ff9b::7f00:1", "64:ff9b::a9fe:a9fe",
-        "2002:7f00:1::", "2002:0a00:0001::1",
+        "2002:7f00:1::", "2002:0a00:0001::1", "fec0::1", "feff::1", "64:ff9b:1::7f00:1", "64:ff9b:1::808:808", "::ffff:0:127.0.0.1",
+        "::ffff:0:8.8.8.8", "::127.0.0.1", "::8.8.8.8", "100::1", "1::1", "4000::1", "5f00::1", "3fff::1", "2001:db8::1", "2001:2::1",
+        "2001:0:7f00:1::", "192.0.0.9", "192.88.99.1", "198.18.0.1", "203.0.113.1", "240.0.0.1", "2606:4700::1%lo", "::ffff:0.0.0.0",
     ],
 )  # fmt: skip
 def test_private_addresses_in_every_disguise(address: str) -> None:
@@ -264,9 +266,19 @@ def test_public_addresses_and_configured_networks_are_allowed() -> None:
     [
         "ftp://example.com", "file:///etc/passwd", "http://", "http://u:p@example.com", "https://[::1]/x", "http://127.0.0.1",
         "http://[::ffff:10.0.0.1]/", "http://2130706433/", "http://127.1/", "http://0x7f000001/", "http://0177.0.0.1/",
-        "http://localhost:8080/", "http://a.localhost/", "javascript:alert(1)", "http://exa\nmple.com", "http://example.com:99999/", "http://[bad/",
+        "http://localhost:8080/", "http://a.localhost/", "http://localhost./", "http://LOCALHOST../", "http://127.0.0.1./", "http://127.1./",
+        "http://0x7f.1/", "http://017700000001/", "http://[::ffff:7f00:1]/", "http://[fec0::1]/", "http://[::127.0.0.1]/",
+        "http://[::ffff:0:127.0.0.1]/", "http://[64:ff9b:1::7f00:1]/", "http://[fe80::1%25lo]/", "http://[2606:4700::1%25lo]/",
+        "http://[::1%251]/", "http://169.254.169.254./latest", "http://127\u30020.0.1/", "http://\uff11\uff12\uff17.0.0.1/",
+        "http://b\xfccher.localhost/", "javascript:alert(1)", "http://exa\nmple.com", "http://example.com:99999/", "http://[bad/",
     ],
 )  # fmt: skip
 def test_urls_that_are_refused_at_submit(url: str) -> None:
     with pytest.raises(InvalidRequest, match="webhook_url"):
         check_url(url, ())
+
+
+@pytest.mark.parametrize("host", ["localhost.", "127.1", "0x7f.1", "2130706433", "0177.0.0.1", "::1", "ip6-localhost"])
+async def test_the_same_hosts_are_refused_when_a_message_is_sent(host: str) -> None:
+    with pytest.raises(Refused):
+        await resolve(host, 80, ())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 import uuid
 from collections.abc import Callable, Coroutine
@@ -19,9 +18,10 @@ from starlette.exceptions import HTTPException
 from acestep.errors import AceStepError
 from acestep.validation import validation_problems
 from deployments.api.auth import Caller, header_key
-from deployments.api.compat.bodies import Body
+from deployments.api.bodies import KEYLESS_BYTES, read_no_more_than
+from deployments.api.compat.bodies import Body, read_body
 from deployments.api.compat.fields import BadField
-from deployments.api.problems import STATUS, STORE_AWAY, AsciiJSONResponse, in_one_line
+from deployments.api.problems import STATUS, STORE_AWAY, AsciiJSONResponse, Unauthorized, in_one_line, retry_after
 from deployments.api.redact import redact
 from deployments.api.service import Service
 from deployments.jobs.store import UNREACHABLE
@@ -76,7 +76,7 @@ class CompatRoute(APIRoute):
 def from_error(error: AceStepError) -> JSONResponse:
     headers = {}
     if (retry := error.details.get("retry_after")) is not None:
-        headers["Retry-After"] = str(max(1, math.ceil(retry)))
+        headers["Retry-After"] = retry_after(retry)
     status = STATUS.get(error.type, 500)
     return detail(400 if status == 422 else status, redact(error.message), headers or None)
 
@@ -86,6 +86,10 @@ def _entries(error: RequestValidationError) -> list[dict[str, Any]]:
     place = str(error.errors()[0]["loc"][0])
     found = validation_problems(error.errors(), of_request=True)
     return [{"type": "value_error", "loc": [place, *e["field"].split(".")], "msg": e["message"]} for e in found]
+
+
+NO_KEY = "Missing ai_token or Authorization header"
+BEFORE_BODY = f"a body of more than {KEYLESS_BYTES} bytes needs it in the header"
 
 
 async def caller_by_header(request: Request, service: Service) -> Caller:
@@ -99,12 +103,27 @@ async def caller_by_header(request: Request, service: Service) -> Caller:
     return caller
 
 
-async def caller_by_body(request: Request, service: Service, body: Body) -> Caller:
-    """The key in `ai_token`, which goes first, or in the header."""
+async def caller_and_body(request: Request, service: Service, *, optional: bool = False) -> tuple[Caller, Body]:
+    """The key in the header, or in the body's `ai_token`, which goes first, as in ACE-Step's own server; and the body.
+
+    Without a key in the header little of the body is read: until then nobody knows whose it is.
+
+    Raises:
+        Unauthorized, HTTPException: with ACE-Step's texts.
+    """
+    try:
+        caller = service.keys.check(header_key(request), missing=NO_KEY)
+        await service.rates.take(caller)
+    except Unauthorized as error:
+        refusal = error
+        read_no_more_than(request, KEYLESS_BYTES, 401, f"{refusal.message}; {BEFORE_BODY}")
+        caller = None
+    body = await read_body(request, optional=optional)
     token = body.fields.get("ai_token")
-    if token is not None and token != "":
-        caller = service.keys.check(str(token), wrong="Invalid ai_token")
-    else:
-        caller = service.keys.check(header_key(request), missing="Missing ai_token or Authorization header")
-    await service.rates.take(caller)
-    return caller
+    if service.keys.required and token is not None and token != "":
+        if (named := service.keys.check(str(token), wrong="Invalid ai_token")) != caller:
+            await service.rates.take(named)
+        caller = named
+    if caller is None:
+        raise refusal
+    return caller, body

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,13 +12,17 @@ from urllib.parse import parse_qsl
 from fastapi import HTTPException, Request
 from starlette.datastructures import UploadFile
 
+from deployments.api.bodies import parse_json
+
 MALFORMED = "Malformed JSON payload"
 NOT_AN_OBJECT = "JSON payload must be an object"
 HINT = "Invalid JSON body (hint: set 'Content-Type: application/json')"
 BAD_FORM = "Malformed form payload"
+TOO_MANY = "Too many form fields: at most {}"
 MAX_FIELDS = 500
 MAX_FILES = 8
-MAX_TEXT_BYTES = 1 << 20
+MAX_TEXT_BYTES = 128 << 10  # the codes of ten minutes are 60 KB
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 @dataclass
@@ -55,7 +60,20 @@ async def read_body(request: Request, *, optional: bool = False) -> Body:
         files = {name: part for name, part in form.multi_items() if isinstance(part, UploadFile)}
         texts = ((name, part) for name, part in form.multi_items() if isinstance(part, str))
         return Body(_grouped(texts), files, form=True)
-    raw = await request.body()
+    return parse_body(await request.body(), declared, optional=optional)
+
+
+def parse_body(raw: bytes, declared: str, *, optional: bool = False) -> Body:
+    """A body without files.
+
+    Args:
+        declared: Its Content-Type.
+
+    Raises:
+        HTTPException: 400 or 415, with ACE-Step's texts.
+        TooLarge: more values than a song can need.
+    """
+    kind = declared.partition(";")[0].strip().lower()
     if kind == "application/json" or kind.endswith("+json"):
         if not raw.strip() and optional:
             return Body()
@@ -64,7 +82,10 @@ async def read_body(request: Request, *, optional: bool = False) -> Body:
     if text[:1] in (b"{", b"["):
         return Body(_object(text, HINT))
     if b"=" in text:
-        pairs = parse_qsl(text.decode("utf-8", "replace"), keep_blank_values=True, max_num_fields=None)[:MAX_FIELDS]
+        try:
+            pairs = parse_qsl(text.decode("utf-8", "replace"), keep_blank_values=True, max_num_fields=MAX_FIELDS)
+        except ValueError:
+            raise HTTPException(400, TOO_MANY.format(MAX_FIELDS)) from None
         return Body(_grouped(pairs), form=True)
     if not text and optional:
         return Body()
@@ -90,10 +111,10 @@ def _grouped(pairs: Iterable[tuple[str, str]]) -> dict[str, Any]:
 
 def _object(raw: bytes, message: str) -> dict[str, Any]:
     try:
-        value = json.loads(raw)
-        # Lone surrogates can be written in JSON, but neither stored nor sent back.
-        json.dumps(value, ensure_ascii=False).encode()
-    except (ValueError, RecursionError):
+        value = parse_json(raw)
+        if _SURROGATE.search(raw):  # lone ones can be written in JSON, but neither stored nor sent back
+            json.dumps(value, ensure_ascii=False).encode()
+    except ValueError:
         raise HTTPException(400, message) from None
     if not isinstance(value, dict):
         raise HTTPException(400, NOT_AN_OBJECT)

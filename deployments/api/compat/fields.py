@@ -6,7 +6,6 @@ arrive as `8.0` count as 8, which that server loses.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import Any, Literal
 
 from acestep import words
 from acestep.request import MAX_SEED, Adjustment
+from deployments.api.bodies import parse_json
 
 Kind = Literal["str", "text", "bool", "int", "float", "raw"]
 TRUE = ("1", "true", "yes", "y", "on")
@@ -308,8 +308,8 @@ def as_object(value: Any) -> Mapping[str, Any]:
 def _object(value: Any) -> Mapping[str, Any] | None:
     if isinstance(value, str):
         try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
+            value = parse_json(value.encode())
+        except ValueError:
             return None
     return value if isinstance(value, Mapping) else None
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import os
 import posixpath
 import re
@@ -19,19 +18,20 @@ from acestep.errors import InvalidRequest
 from acestep.request import Adjustment
 from deployments.api.audio import send_file
 from deployments.api.auth import Caller
+from deployments.api.bodies import parse_json
 from deployments.api.compat.answers import (
     CompatRoute,
-    caller_by_body,
+    caller_and_body,
     caller_by_header,
     detail,
     envelope,
 )
-from deployments.api.compat.bodies import Body, read_body
+from deployments.api.compat.bodies import Body
 from deployments.api.compat.fields import Values, read_fields
 from deployments.api.compat.openapi import cancel_body, query_body, release_body
 from deployments.api.compat.results import item_of
 from deployments.api.compat.submission import Served, build
-from deployments.api.problems import NotFound
+from deployments.api.problems import NotFound, retry_after
 from deployments.api.service import Service, Svc, check_idempotency_key, hash_of
 from deployments.jobs.store import Busy, Job
 from deployments.threads import with_files
@@ -52,15 +52,13 @@ CONTENT_TYPES = {
 
 @router.post("/release_task", summary="Submit a song", openapi_extra=release_body())
 async def release_task(request: Request, service: Svc) -> Any:
-    body = await read_body(request)
-    caller = await caller_by_body(request, service, body)
+    caller, body = await caller_and_body(request, service)
     key = check_idempotency_key(request.headers.get("idempotency-key"))
     try:
         job = await submit(service, caller, body, idempotency_key=key)
     except Busy as error:
         text = QUEUE_FULL if error.details.get("limit") == service.args.max_queue else error.message
-        retry = max(1, round(error.details.get("retry_after", 1)))
-        return detail(429, text, {"Retry-After": str(retry)})
+        return detail(429, text, {"Retry-After": retry_after(error.details.get("retry_after", 1))})
     place = await service.place(job)
     data: dict[str, Any] = {"task_id": job.id, "status": "queued", "queue_position": max(1, place.position)}
     if job.adjustments:
@@ -84,19 +82,20 @@ async def submit(
     values = read_fields(body.fields, form=body.form)
     values.warnings.extend(warnings)
     parts = {"src_audio_path": _part(body, SOURCE_PARTS), "reference_audio_path": _part(body, REFERENCE_PARTS)}
-    contents = {field: await part.read() for field, part in parts.items() if part is not None}
     body_hash = None
     if idempotency_key is not None:
         sent = {name: value for name, value in body.fields.items() if name != "ai_token"}
-        body_hash = hash_of(sent, {field: hashlib.sha256(data).hexdigest() for field, data in contents.items()})
+        sums = {field: await with_files(_sha256, part) for field, part in parts.items() if part is not None}
+        body_hash = hash_of(sent, sums)
         known = await asyncio.to_thread(service.store.earlier, caller.name, idempotency_key, body_hash)
         if known is not None:
             return known
-    for field, data in contents.items():
-        part = parts[field]
-        record = await service.sources.upload(data, (part and part.filename) or "", caller, field=field)
+    for field, part in parts.items():
+        if part is None:
+            continue
+        record = await service.sources.upload(part, part.filename or "", caller, field=field)
         if values[field]:
-            values.warn(field, values[field], part and part.filename, "the uploaded file goes first")
+            values.warn(field, values[field], part.filename, "the uploaded file goes first")
         values.values[field] = record.id
     for name, part in body.files.items():
         if part not in parts.values() and (part.filename or part.size):
@@ -124,6 +123,14 @@ def served(service: Service) -> Served:
     return Served(tuple(dict.fromkeys(names)), planner)
 
 
+def _sha256(part: UploadFile) -> str:
+    """Of what lies on the disk, without holding all of it. Blocks."""
+    part.file.seek(0)
+    found = hashlib.file_digest(part.file, "sha256").hexdigest()  # type: ignore[arg-type]
+    part.file.seek(0)
+    return found
+
+
 def _part(body: Body, names: tuple[str, ...]) -> UploadFile | None:
     # Browsers send a file input that was left empty as a part without name and content.
     return next((part for name in names if (part := body.files.get(name)) and (part.filename or part.size)), None)
@@ -131,8 +138,7 @@ def _part(body: Body, names: tuple[str, ...]) -> UploadFile | None:
 
 @router.post("/query_result", summary="States and results of jobs", openapi_extra=query_body())
 async def query_result(request: Request, service: Svc) -> Any:
-    body = await read_body(request, optional=True)
-    caller = await caller_by_body(request, service, body)
+    caller, body = await caller_and_body(request, service, optional=True)
     ids = task_ids(body.fields.get("task_id_list"))
     found = await asyncio.to_thread(service.store.many, list(dict.fromkeys(ids)))
     found = {task_id: job for task_id, job in found.items() if service.may_see(caller, job)}
@@ -153,8 +159,8 @@ def task_ids(value: Any) -> list[str]:
     """
     if isinstance(value, str):
         try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
+            value = parse_json(value.encode())
+        except ValueError:
             value = [value] if re.fullmatch(r"[0-9A-Za-z-]{1,64}", value.strip()) else []
     if not isinstance(value, list):
         return []
@@ -205,8 +211,7 @@ def stored_name(service: Service, path: str) -> str:
 
 @router.post("/v1/cancel", summary="Cancel a job", openapi_extra=cancel_body())
 async def cancel(request: Request, service: Svc) -> Any:
-    body = await read_body(request)
-    caller = await caller_by_body(request, service, body)
+    caller, body = await caller_and_body(request, service)
     task_id = body.fields.get("task_id")
     if not isinstance(task_id, str) or not task_id:
         raise InvalidRequest("task_id is missing", field="task_id")

@@ -24,8 +24,8 @@ from acestep.request import (
     NO_USER_INPUT,
     Adjustment,
 )
-from deployments.api.compat.answers import CompatRoute, caller_by_body, envelope, soft_error
-from deployments.api.compat.bodies import Body, read_body
+from deployments.api.compat.answers import CompatRoute, caller_and_body, envelope, soft_error
+from deployments.api.compat.bodies import Body
 from deployments.api.compat.fields import (
     FIELDS,
     adjustment,
@@ -39,6 +39,7 @@ from deployments.api.compat.openapi import format_body, random_body, sample_body
 from deployments.api.problems import STATUS
 from deployments.api.redact import redact
 from deployments.api.service import Svc
+from deployments.jobs.store import Busy
 
 log = logging.getLogger(__name__)
 router = APIRouter(tags=["ACE-Step's own API"], route_class=CompatRoute)
@@ -55,8 +56,7 @@ NO_PLANNER = "LLM not initialized. Set ACESTEP_INIT_LLM=true in .env to enable."
 
 @router.post("/format_input", summary="Rewrite caption and lyrics", openapi_extra=format_body())
 async def format_input(request: Request, service: Svc) -> Any:
-    body = await read_body(request, optional=True)
-    await caller_by_body(request, service, body)
+    caller, body = await caller_and_body(request, service, optional=True)
     caption, lyrics = _text(body, "prompt", MAX_PROMPT_CHARS), _text(body, "lyrics", MAX_LYRICS_CHARS, "\n")
     if lyrics.strip() and words.is_instrumental(lyrics):
         lyrics = INSTRUMENTAL
@@ -72,10 +72,13 @@ async def format_input(request: Request, service: Svc) -> Any:
     if not caption.strip() and not lyrics.strip():
         return soft_error(500, "format_sample error: give a prompt, lyrics or both")
     try:
-        sample = await service.talk.format(
-            caption=caption, lyrics=lyrics, bpm=bpm, duration=duration, keyscale=key,
-            timesignature=time, language=language, temperature=temperature,
-        )  # fmt: skip
+        async with service.question(caller):
+            sample = await service.talk.format(
+                caption=caption, lyrics=lyrics, bpm=bpm, duration=duration, keyscale=key,
+                timesignature=time, language=language, temperature=temperature,
+            )  # fmt: skip
+    except Busy:
+        raise
     except Unavailable as error:
         return _no_planner(error)
     except AceStepError as error:
@@ -98,18 +101,20 @@ async def format_input(request: Request, service: Svc) -> Any:
 
 @router.post("/v1/create_sample", summary="Write a song description for a wish", openapi_extra=sample_body())
 async def create_sample(request: Request, service: Svc) -> Any:
-    body = await read_body(request, optional=True)
-    await caller_by_body(request, service, body)
+    caller, body = await caller_and_body(request, service, optional=True)
     said = _Said(unknown_fields(body.fields, SAMPLE_FIELDS))
     language = said.word("vocal_language", [body.fields], words.read_language)
     temperature = said.temperature(body)
     try:
-        sample: Sample = await service.talk.inspire(
-            query=_text(body, "query", MAX_PROMPT_CHARS).strip() or NO_USER_INPUT,
-            instrumental=to_bool(body.fields.get("instrumental", False)),
-            vocal_language=language,
-            temperature=temperature,
-        )
+        async with service.question(caller):
+            sample: Sample = await service.talk.inspire(
+                query=_text(body, "query", MAX_PROMPT_CHARS).strip() or NO_USER_INPUT,
+                instrumental=to_bool(body.fields.get("instrumental", False)),
+                vocal_language=language,
+                temperature=temperature,
+            )
+    except Busy:
+        raise
     except Unavailable as error:
         return _no_planner(error)
     except AceStepError as error:
@@ -132,8 +137,7 @@ async def create_sample(request: Request, service: Svc) -> Any:
 
 @router.post("/create_random_sample", summary="One of the shipped examples", openapi_extra=random_body())
 async def create_random_sample(request: Request, service: Svc) -> Any:
-    body = await read_body(request, optional=True)
-    await caller_by_body(request, service, body)
+    _, body = await caller_and_body(request, service, optional=True)
     kind = str(body.fields.get("sample_type") or "simple_mode")
     return envelope(random.choice(samples("simple_mode" if kind == "simple_mode" else "custom_mode")))
 
