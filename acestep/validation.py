@@ -22,7 +22,7 @@ _WANTED = {
     "none_required": "null",
 }
 # How pydantic names the branches of a union inside `loc`; fields of ours begin with a small letter and hold no bracket.
-_BRANCH = re.compile(r"int|str|float|bool|none|[A-Z]\w*|[\w-]+\[.*\]", re.DOTALL)
+_BRANCH = re.compile(r"(?:constrained-)?(?:int|str|float|bool)|none|[A-Z]\w*|[\w-]+\[.*\]", re.DOTALL)
 _LIMITS = ("ge", "gt", "le", "lt", "min_length", "max_length", "expected")
 _MOST = 100  # errors of one request that are looked at: there may be one for each of its thousands of codes
 _PLACES = ("body", "query", "path", "header", "cookie")

@@ -107,7 +107,8 @@ async def format_song(
     fields = question.model_dump()
     if fields["lyrics"].strip() and is_instrumental(fields["lyrics"]):
         fields["lyrics"] = INSTRUMENTAL
-    return await service.talk.format(**fields)
+    async with service.question(caller):
+        return await service.talk.format(**fields)
 
 
 @router.post("/understand", summary="Describe audio, or audio codes", responses={200: examples.SAMPLE})

@@ -316,7 +316,8 @@ async def test_questions_count_among_a_key_s_jobs(
     job = (await site.client.post("/v1/music", json=SONG, headers=mine)).json()["id"]
     first = asyncio.create_task(site.client.post(path, json=body, headers=mine))
     await asyncio.wait_for(started.wait(), 20)
-    refused = await site.client.post(path, json=body, headers=mine)
+    async with asyncio.timeout(20):
+        refused = await site.client.post(path, json=body, headers=mine)
     assert (refused.status_code, "it may: 2" in refused.text) == (429, True)
     assert "retry-after" in refused.headers
     site.service.store.request_cancel(job)
