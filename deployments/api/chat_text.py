@@ -49,13 +49,12 @@ class _Open(BaseModel):
         return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
 
 
-Word = Annotated[str, Field(max_length=256)]
-Long = Annotated[str, Field(max_length=1 << 20)]
+Said = Annotated[str, Field(max_length=1 << 20)]  # what is too long to mean anything is warned of, not refused
 
 
 class InputAudio(_Open):
     data: str  # as long as the body may be
-    format: Word = "mp3"
+    format: Said = "mp3"
 
 
 class AudioUrl(_Open):
@@ -65,32 +64,32 @@ class AudioUrl(_Open):
 
 
 class Part(_Open):
-    type: Word
-    text: Long | None = None
+    type: Said
+    text: Said | None = None
     input_audio: InputAudio | None = None
     audio_url: AudioUrl | None = None
 
 
 class Message(_Open):
     role: Literal["system", "user", "assistant", "developer", "tool", "function"]
-    content: Long | Annotated[list[Part], Field(max_length=1000)] | None = None
+    content: Said | Annotated[list[Part], Field(max_length=1000)] | None = None
 
 
 class AudioConfig(_Open):
     model_config = ConfigDict(coerce_numbers_to_str=True)
-    duration: float | Word | None = None
-    format: Word | None = None
-    bpm: float | Word | None = None
-    key_scale: Word | None = None
-    time_signature: Word | None = None
-    vocal_language: Word | None = None
+    duration: float | Said | None = None
+    format: Said | None = None
+    bpm: float | Said | None = None
+    key_scale: Said | None = None
+    time_signature: Said | None = None
+    vocal_language: Said | None = None
     instrumental: bool | None = None
 
 
 class OutputAudio(_Open):
     """OpenAI's way to ask for a format. Its `voice` means nothing to a song."""
 
-    format: Word | None = None
+    format: Said | None = None
 
 
 class StreamOptions(_Open):
@@ -112,24 +111,24 @@ class ChatRequest(_Open):
     top_k: int | None = Field(None, ge=0)
     max_tokens: int | None = Field(None, ge=1)
     stream: bool = False
-    seed: int | Word | None = None
+    seed: int | Said | None = None
     lm_seed: int | None = Field(None, ge=0, le=MAX_SEED)
     thinking: bool | None = None
     guidance_scale: float | None = None
     batch_size: int | None = None
-    lyrics: Annotated[Long, BeforeValidator(words.read_text)] = ""
+    lyrics: Annotated[Said, BeforeValidator(words.read_text)] = ""
     sample_mode: bool = False
     use_format: bool = False
     use_cot_caption: bool = True
     use_cot_language: bool = True
-    task_type: Word = "text2music"
-    repainting_start: float | Word = Field(0.0, validation_alias=AliasChoices(*words.WINDOW_START))
-    repainting_end: float | Word | None = Field(None, validation_alias=AliasChoices(*words.WINDOW_END))
+    task_type: Said = "text2music"
+    repainting_start: float | Said = Field(0.0, validation_alias=AliasChoices(*words.WINDOW_START))
+    repainting_end: float | Said | None = Field(None, validation_alias=AliasChoices(*words.WINDOW_END))
     audio_cover_strength: float = 1.0
     inference_steps: int | None = None
-    infer_method: Word = "ode"
+    infer_method: Said = "ode"
     lm_cfg_scale: float = 2.0
-    audio_codes: Long | Annotated[list[int | Word], Field(max_length=3_000)] = ""
+    audio_codes: Said | Annotated[list[int | Said], Field(max_length=3_000)] = ""
     cover_noise_strength: float = 0.0
     use_cot_metas: bool = True
     enable_normalization: bool | None = None

@@ -18,7 +18,7 @@ from deployments.api.native import SongSubmission
 from deployments.api.plans import FormatQuestion, InspireQuestion, UnderstandQuestion
 
 MODELS = (SongSubmission, InspireQuestion, FormatQuestion, UnderstandQuestion, ChatRequest)
-LIMITED_ELSEWHERE = {"InputAudio.data"}  # by the body: it is the file
+LIMITED_ELSEWHERE = {"InputAudio.data", "AudioUrl.url"}  # by the body: they are files
 
 
 def unbounded(kind: Any, constraints: list[Any], where: str, seen: frozenset[type]) -> Iterator[str]:
