@@ -6,11 +6,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from acestep.checkpoints.adapter_files import FIELD, adapter_files
 from acestep.errors import InvalidRequest
 from acestep.paths import home
 from acestep.request import SongRequest
-
-FIELD = "lora.path"
 
 
 def adapter_roots(configured: Sequence[str] | None) -> list[Path]:
@@ -20,17 +19,39 @@ def adapter_roots(configured: Sequence[str] | None) -> list[Path]:
 
 
 def with_adapter(request: SongRequest, roots: Sequence[Path]) -> SongRequest:
-    """The request with its adapter's path resolved: an absolute one, or a name under one of the folders.
+    """The request with its adapter's path made absolute: an absolute one, or a name under one of the folders.
+
+    Links may lead from any of the folders to any of them. The path keeps their names: those of a cache's files say nothing.
 
     Raises:
-        InvalidRequest: outside the folders or not there. Both answer the same, so that nobody can look for files.
+        InvalidRequest: not there, outside the folders (which answers the same, so that nobody can look for files), behind a link
+            that leads out of them, or not to be read.
     """
     if request.lora is None:
         return request
+    asked = request.lora.path
+    refusal = f"there is no adapter {asked[:100]!r} in the renderers' LoRA folders"
     for root in roots:
-        real = Path(os.path.realpath(root / request.lora.path))  # an absolute path replaces the root
-        if real.is_relative_to(root) and real != root and real.exists():
-            return request.model_copy(update={"lora": request.lora.model_copy(update={"path": str(real)})})
-    raise InvalidRequest(
-        f"{FIELD}: there is no adapter {request.lora.path[:100]!r} in the renderers' LoRA folders", field=FIELD
-    )
+        path = Path(os.path.abspath(root / asked))  # an absolute path replaces the root
+        try:
+            if _inside(path, roots) and path.exists():
+                if all(_inside(file, roots) for file in _files(path)):
+                    return request.model_copy(update={"lora": request.lora.model_copy(update={"path": str(path)})})
+                refusal += ": its files are links that lead out of them"
+            elif path.is_relative_to(root) and not Path(os.path.realpath(path)).is_relative_to(root):
+                refusal += ": it is a link that leads out of them"
+        except OSError as error:
+            refusal = f"the adapter {asked[:100]!r} cannot be read: {error.strerror}"
+    raise InvalidRequest(f"{FIELD}: {refusal}", field=FIELD)
+
+
+def _inside(path: Path, roots: Sequence[Path]) -> bool:
+    real = Path(os.path.realpath(path))
+    return real not in roots and any(real.is_relative_to(root) for root in roots)
+
+
+def _files(path: Path) -> tuple[Path, ...]:
+    try:
+        return adapter_files(path)
+    except InvalidRequest:  # nothing to read; whoever loads it says so
+        return ()

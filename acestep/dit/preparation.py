@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from acestep.audio.reading import read_audio
+from acestep.checkpoints.adapter_files import FIELD, listed
 from acestep.checkpoints.published import VariantDefaults
 from acestep.dit.admission import Admission
 from acestep.dit.conditions import Conditions, reference_excerpt
@@ -112,6 +113,10 @@ class Preparation:
                 Adjustment(field="global_caption", asked=request.global_caption, given="", reason=reason)
             )
         lora = self._loras.get(request.lora)
+        if lora is not None and (left_out := lora.adapter.left_out):
+            reason = f"this renderer applies adapters to its DiT only; left out: {listed(list(left_out))}"
+            given = f"{len(lora.adapter.layers)} of {len(lora.adapter.layers) + len(left_out)} layers"
+            adjustments.append(Adjustment(field=FIELD, asked=lora.adapter.name, given=given, reason=reason))
         source = (yield from self._source(work)) if work.src_audio is not None else None
         references = []
         for path in work.reference_audio:

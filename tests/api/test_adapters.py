@@ -35,3 +35,36 @@ def test_everything_else_is_not_there(tmp_path: Path, monkeypatch: pytest.Monkey
     for path in ("none", "../secret", str(tmp_path / "secret"), "link", "/etc", ".", str(root)):
         with pytest.raises(InvalidRequest, match="there is no adapter"):
             with_adapter(asked(path), roots)
+
+
+def test_links_lead_from_folder_to_folder_but_not_out(tmp_path: Path) -> None:
+    """As people share an adapter between folders, and as a cache of downloads keeps its files."""
+    one, two, secret = tmp_path / "one", tmp_path / "two", tmp_path / "secret"
+    for folder in (one / "blobs", two / "pop", secret):
+        folder.mkdir(parents=True)
+    for file in (one / "blobs" / "abc", two / "pop" / "adapter_model.safetensors", secret / "x.safetensors"):
+        file.write_bytes(b"weights")
+    (one / "pop").symlink_to(two / "pop")
+    (one / "jazz.safetensors").symlink_to(one / "blobs" / "abc")
+    (one / "out").symlink_to(secret)
+    (one / "round").symlink_to(one / "round")
+    (one / "rock").mkdir()
+    (one / "rock" / "adapter_model.safetensors").symlink_to(secret / "x.safetensors")
+    (one / "soul" / "final").mkdir(parents=True)
+    (one / "soul" / "final" / "adapter").symlink_to(secret)
+    (one / "folk").mkdir()
+    (one / "folk" / "adapter_config.json").symlink_to(secret / "x.safetensors")
+    (one / "folk" / "a.safetensors").write_bytes(b"weights")
+    roots = adapter_roots([str(one), str(two)])
+    for name in ("pop", "jazz.safetensors"):
+        path = Path(with_adapter(asked(name), roots).lora.path)  # type: ignore[union-attr]
+        assert path == one.resolve() / name, "its own name, not the cache's"
+    for name in ("out", "out/x.safetensors", "out/nothing", "rock", "soul", "folk"):
+        with pytest.raises(InvalidRequest, match=r"there is no adapter .* lead") as caught:
+            with_adapter(asked(name), roots)
+        assert caught.value.details["field"] == "lora.path"
+    for name in ("round", "out/../../secret", str(secret), str(secret / "x.safetensors")):
+        with pytest.raises(InvalidRequest, match=r"there is no adapter .* folders$"):
+            with_adapter(asked(name), roots)
+    with pytest.raises(InvalidRequest, match="cannot be read: File name too long"):
+        with_adapter(asked("x" * 400), roots)

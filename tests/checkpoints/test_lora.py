@@ -209,6 +209,204 @@ def test_cached_by_content_and_bounded(transformer, tmp_path):
         assert small.bytes == adapter.bytes
 
 
+FOREIGN = {
+    "peft": "base_model.model.{}.lora_A.weight",
+    "peft with the adapter's name": "base_model.model.{}.lora_A.jazz.weight",
+    "comfy": "diffusion_model.decoder.{}.lora_A.weight",
+    "diffusers": "transformer.{}.lora.down.weight",
+    "compiled": "base_model.model._orig_mod.decoder.{}.lora_A.weight",
+    "kohya": "lora_unet_{_}.lora_down.weight",
+    "kohya of the whole model": "lora_unet_decoder_{_}.lora_down.weight",
+    "lycoris": "lycoris_{_}.lora_down.weight",
+    "flat diffusers": "lora_transformer_{_}.lora_down.weight",
+}
+UP = {"lora_A": "lora_B", "lora_down": "lora_up", "lora.down": "lora.up"}
+
+
+def state_as(form, weights, naming=original_name):
+    """The weights under the keys of one of `FOREIGN`."""
+    state = {}
+    for name, (down, up) in weights.items():
+        known = naming(name)
+        key = form.replace("{}", known).replace("{_}", known.replace(".", "_"))
+        first, second = next(pair for pair in UP.items() if pair[0] in key)
+        state[key], state[key.replace(first, second)] = down, up
+    return state
+
+
+def loaded(path, transformer, dtype=F32):
+    return load_adapter(path, transformer, device=CPU, dtype=dtype)
+
+
+def same(adapter, weights, scale=1.0):
+    assert set(adapter.layers) == set(weights)
+    for name, (down, up) in weights.items():
+        layer = adapter.layers[name]
+        assert torch.equal(layer.down, down)
+        assert torch.equal(layer.up, up)
+        assert layer.scale == scale
+
+
+@pytest.mark.parametrize("naming", [original_name, str], ids=["original", "diffusers"])
+@pytest.mark.parametrize("form", FOREIGN.values(), ids=FOREIGN.keys())
+def test_names_that_trainers_and_programs_give(form, naming, transformer, tmp_path):
+    weights = pairs(transformer, targets=(*TARGETS, "time_embed_r.linear_1"))
+    save_file(state_as(form, weights, naming), tmp_path / "any name.safetensors")
+    same(loaded(tmp_path, transformer), weights)
+
+
+@pytest.mark.parametrize("wrapper", ["original_mlp", "base_layer", "original_module", "_checkpoint_wrapped_module"])
+def test_modules_that_were_wrapped(wrapper, transformer, tmp_path):
+    weights = pairs(transformer)
+
+    def wrapped(name):
+        head, _, last = original_name(name).rpartition(".")
+        return f"{head}.{wrapper}.{last}" if head else f"{last}.{wrapper}"
+
+    for form in ("peft", "kohya"):
+        save_file(state_as(FOREIGN[form], weights, wrapped), tmp_path / "w.safetensors")
+        same(loaded(tmp_path, transformer), weights)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "adapter_model.safetensors",
+        "final/adapter/adapter_model.safetensors",
+        "final/adapter_model.safetensors",
+        "adapter/adapter_model.safetensors",
+        "pytorch_lora_weights.safetensors",
+        "jazz-v3.safetensors",
+        "final/adapter/jazz-v3.safetensors",
+    ],
+)
+def test_places_where_trainers_leave_it(place, transformer, tmp_path):
+    weights = pairs(transformer)
+    file = write_peft((tmp_path / place).parent, weights) / "adapter_model.safetensors"
+    file.rename(tmp_path / place)
+    (tmp_path / "._adapter_model.safetensors").write_bytes(b"macOS")
+    (tmp_path / "training_state.pt").write_bytes(b"never read")
+    for path in (tmp_path, tmp_path / place):
+        same(loaded(path, transformer), weights, ALPHA / RANK)
+
+
+def test_a_known_name_wins_and_several_others_are_named(transformer, tmp_path):
+    weights = pairs(transformer)
+    write_peft(tmp_path, weights)
+    other = state_as(FOREIGN["peft"], pairs(transformer, seed=3))
+    for name in ("epoch_1.safetensors", "epoch_2.safetensors"):
+        save_file(other, tmp_path / name)
+    same(loaded(tmp_path, transformer), weights, ALPHA / RANK)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    refused(tmp_path, transformer, r"several .safetensors files \(epoch_1.safetensors, epoch_2.safetensors\)")
+
+
+def test_a_convolution_as_peft_trains_it(transformer, tmp_path):
+    """`proj_in` is a `Conv1d`: PEFT's own forward, all rows and single ones."""
+    config = LoraConfig(r=3, lora_alpha=6, target_modules=["proj_in_conv", "to_q"], init_lora_weights=False)
+    torch.manual_seed(0)
+    model = inject_adapter_in_model(config, copy.deepcopy(transformer))
+    original = {"proj_in_conv": "proj_in.1", "to_q": "q_proj"}
+    state = {}
+    for key, value in get_peft_model_state_dict(model).items():
+        for ours, theirs in original.items():
+            key = key.replace(ours, theirs)
+        state[f"base_model.model.{key}"] = value.contiguous()
+    assert state["base_model.model.proj_in.1.lora_A.weight"].ndim == 3
+    save_file(state, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 3, "lora_alpha": 6}))
+    active = LoraCache(transformer, CPU, F32).get(Lora(path=str(tmp_path)))
+    batch = inputs()
+    plain, changed = run(transformer, **batch), run(model, **batch)
+    with applied(transformer, [active] * 3):
+        assert relative(run(transformer, **batch), changed) < 1e-6
+    with applied(transformer, [None, active, None]):
+        mixed = run(transformer, **batch)
+    assert relative(mixed[1], changed[1]) < 1e-6
+    assert relative(mixed[::2], plain[::2]) < 1e-6
+
+
+def test_what_is_not_of_the_dit_is_left_out_and_named(transformer, tmp_path):
+    weights = pairs(transformer)
+    state = state_as(FOREIGN["kohya"], weights)
+    state |= state_as("lora_{_}.lora_down.weight", {"te.layers.0.mlp.fc1": (torch.ones(4, 8), torch.ones(8, 4))})
+    state["lora_te_layers_0_mlp_fc1.alpha"] = torch.tensor(4.0)
+    state |= state_as(FOREIGN["kohya"], {"proj_out.1": (torch.ones(4, 48, 2), torch.ones(8, 4, 1))})
+    save_file(state, tmp_path / "k.safetensors")
+    adapter = loaded(tmp_path, transformer)
+    same(adapter, weights)
+    assert adapter.left_out == ("proj_out_conv", "te_layers_0_mlp_fc1")
+    # The greater part of it, or any layer of the DiT, is another model's adapter.
+    foreign = {f"encoder.layers.{i}.q_proj": (torch.ones(4, 8), torch.ones(8, 4)) for i in range(len(weights))}
+    save_file(state_as(FOREIGN["peft"], {**weights, **foreign}), tmp_path / "k.safetensors")
+    refused(tmp_path, transformer, "greater part no LoRA of this renderer's DiT: encoder.layers.0.to_q")
+    deeper = {**weights, "layers.9.mlp.up_proj": (torch.ones(4, 48), torch.ones(96, 4))}
+    save_file(state_as(FOREIGN["kohya"], deeper), tmp_path / "k.safetensors")
+    refused(tmp_path, transformer, "no linear layer layers_9_mlp_up_proj")
+
+
+@pytest.mark.parametrize(
+    ("part", "method"),
+    [
+        ("lokr_w1", "LoKr"),
+        ("hada_w1_a", "LoHa"),
+        ("dora_scale", "DoRA"),
+        ("lora_magnitude_vector", "DoRA"),
+        ("lora_E", "AdaLoRA"),
+    ],
+)
+def test_other_methods_are_refused_in_one_sentence(part, method, transformer, tmp_path):
+    state = {f"lycoris_layers_0_self_attn_q_proj.{part}": torch.ones(2, 2)}
+    state |= state_as(FOREIGN["peft"], pairs(transformer))
+    save_file(state, tmp_path / "lokr_weights.safetensors")
+    refused(tmp_path, transformer, f" is {method}; only LoRA is supported.$")
+
+
+@pytest.mark.parametrize("stored", [torch.float64, torch.bfloat16, torch.float8_e4m3fn])
+def test_weights_of_other_types_are_converted(stored, transformer, tmp_path):
+    weights = {name: (a.to(stored), b.to(stored)) for name, (a, b) in pairs(transformer).items()}
+    save_file(state_as(FOREIGN["peft"], weights), tmp_path / "a.safetensors")
+    same(loaded(tmp_path, transformer), {name: (a.to(F32), b.to(F32)) for name, (a, b) in weights.items()})
+
+
+def test_numbers_that_do_not_fit_are_named(transformer, tmp_path):
+    weights = pairs(transformer)
+    good = state_as(FOREIGN["kohya"], weights)
+    module = "lora_unet_layers_0_self_attn_q_proj"
+
+    def changed(match, dtype=F32, **changes):
+        save_file({**good, **{f"{module}.{k}": v for k, v in changes.items()}}, tmp_path / "a.safetensors")
+        with pytest.raises(InvalidRequest, match=match):
+            loaded(tmp_path, transformer, dtype)
+
+    changed("not finite in float16", torch.float16, **{"lora_down.weight": torch.full((RANK, 48), 1e6)})
+    changed("is int8, not one of bfloat16, float16", **{"lora_down.weight": torch.ones((RANK, 48), dtype=torch.int8)})
+    changed(
+        "is float4", **{"lora_down.weight": torch.zeros((RANK, 24), dtype=torch.uint8).view(torch.float4_e2m1fn_x2)}
+    )
+    changed(r"A \(\)", **{"lora_down.weight": torch.tensor(1.0)})
+    changed(r"A \(4, 48, 1\)", **{"lora_down.weight": torch.ones(RANK, 48, 1)})
+    changed(r"B \(64,\)", **{"lora_up.weight": torch.ones(64)})
+    for alpha in (torch.ones(2), torch.tensor(float("nan")), torch.ones(0), torch.ones(1, dtype=torch.complex64)):
+        changed(f"{module}.alpha in .* is not one finite number", alpha=alpha)
+    twice = {"layers.0.self_attn.to_q.lora_A.weight": weights["layers.0.self_attn.to_q"][0].clone()}
+    save_file({**good, **twice}, tmp_path / "a.safetensors")
+    refused(tmp_path, transformer, "more than one adapter")
+
+
+def test_patterns_of_alpha_by_the_names_of_the_trained_model(transformer, tmp_path):
+    patterns = {r"^layers\.0\.self_attn\.q_proj$": 2, "decoder.layers.1.mlp.original_mlp.down_proj": 3, "v_proj": 16}
+    folder = write_peft(tmp_path, pairs(transformer), alpha_pattern=patterns)
+    layers = loaded(folder, transformer).layers
+    for name, alpha in {
+        "layers.0.self_attn.to_q": 2, "layers.1.mlp.down_proj": 3, "layers.1.cross_attn.to_v": 16, "layers.1.self_attn.to_q": ALPHA,
+    }.items():  # fmt: skip
+        assert layers[name].scale == alpha / RANK
+    refused(
+        write_peft(tmp_path, pairs(transformer), alpha_pattern={"(a+)+": 2}), transformer, r"alpha_pattern .*\(a\+\)\+"
+    )
+
+
 def refused(path, transformer, match):
     with pytest.raises(InvalidRequest, match=match) as caught:
         LoraCache(transformer, CPU, F32).get(Lora(path=str(path)))
@@ -267,6 +465,12 @@ def test_what_does_not_fit_is_listed(transformer, tmp_path):
         ({"use_dora": True}, "use_dora"),
         ({"modules_to_save": ["norm_out"]}, "modules_to_save"),
         ({"bias": "all"}, "bias"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"init_lora_weights": "pissa_niter_16"}, "pissa_niter_16"),
+        ({"lora_alpha": float("nan")}, "lora_alpha"),
+        ({"lora_alpha": True}, "lora_alpha"),
+        ({"lora_alpha": 10**400}, "lora_alpha"),
+        ({"alpha_pattern": {"to_q": "loud"}}, "to_q .* 'loud'"),
         ({"lora_alpha": "loud"}, "lora_alpha"),
         ({"alpha_pattern": [1]}, "alpha_pattern"),
     ],
@@ -275,7 +479,7 @@ def test_other_kinds_of_adapters_are_refused_by_name(config, match, transformer,
     refused(write_peft(tmp_path, pairs(transformer), **config), transformer, match)
 
 
-@pytest.mark.parametrize("text", ["", "[1]", "{"])
+@pytest.mark.parametrize("text", ["", "[1]", "{", "[" * 100_000])
 def test_a_broken_config_is_an_error(text, transformer, tmp_path):
     write_peft(tmp_path, pairs(transformer))
     (tmp_path / "adapter_config.json").write_text(text)

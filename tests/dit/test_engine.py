@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from acestep.dit import preparation
@@ -478,6 +478,19 @@ class TestLora:
         assert rel(with_it, changed.items[0].audio) <= 1e-6
         assert rel(again, changed.items[0].audio) <= 1e-6
         assert rel(without, plain) <= 1e-6
+
+    def test_what_is_left_out_is_said(self, make_renderer: Make, tmp_path: Path) -> None:
+        renderer = make_renderer("tiny")
+        file = self.write(tmp_path / "style", renderer) / "adapter_model.safetensors"
+        text = {f"lora_te_fc1.lora_{side}.weight": torch.ones(4, 4) for side in ("down", "up")}
+        save_file({**load_file(file), **text}, file)
+        (said,) = (
+            a
+            for a in renderer.submit(work_of(lora=Lora(path=str(file.parent)))).result(60).adjustments
+            if "lora" in a.field
+        )
+        assert (said.field, said.asked, said.given) == ("lora.path", "style", "3 of 4 layers")
+        assert "te_fc1" in said.reason
 
     def test_an_absent_adapter_is_refused(self, renderers: dict[str, Renderer], tmp_path: Path) -> None:
         with pytest.raises(InvalidRequest, match="lora"):
