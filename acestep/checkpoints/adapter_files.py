@@ -13,8 +13,8 @@ MAX_FILE_BYTES = 8 * 1024**3
 _SUFFIX = ".safetensors"
 _SHOWN = 10
 
-# In a folder that a request names; the first place that holds weights is taken. ACE-Step's trainer ends with final/adapter.
-_PLACES = ("", "adapter", "final/adapter", "final")
+# In a folder that a request names; the first place that holds weights is taken. ACE-Step's trainers end with final and best.
+_PLACES = (".", "adapter", "final/adapter", "final", "best/adapter", "best")
 # PEFT's name and diffusers'; else the only file there.
 _WEIGHTS = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 
@@ -28,7 +28,8 @@ def adapter_files(path: Path) -> tuple[Path, ...]:
     """
     weights = _in_folder(path) if path.is_dir() else path
     if weights is None or weights.suffix != _SUFFIX or not weights.is_file():
-        raise invalid(f"{path.name} holds no {_SUFFIX} file (pickle files are never loaded)")
+        places = f", nor do {', '.join(_PLACES[1:])} in it" if path.is_dir() else ""
+        raise invalid(f"{path.name} holds no {_SUFFIX} file{places} (pickle files are never loaded)")
     if weights.stat().st_size > MAX_FILE_BYTES:
         raise invalid(f"{weights.name} is larger than {MAX_FILE_BYTES} bytes", limit=MAX_FILE_BYTES)
     config = weights.parent / CONFIG

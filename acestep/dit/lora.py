@@ -46,7 +46,8 @@ _CACHE_BYTES = 1024**3
 # What trainers, other programs and wrappers of modules write before and between the names of the DiT's own modules.
 _FOREIGN = (
     "base_model", "model", "transformer", "diffusion_model", "decoder", "dit", "lora", "unet", "lycoris",
-    "original_mlp", "original_module", "base_layer", "module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module",
+    "original_mlp", "original_attn", "original_self_attn", "original_cross_attn", "original_module", "original_layer", "base_layer",
+    "module", "inner", "wrapped", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module",
 )  # fmt: skip
 _FOREIGN_WORD = re.compile(rf"(?:(?<=[._])|^)(?:{'|'.join(_FOREIGN)})[._]")
 _SIDES = {"A": "down", "down": "down", "B": "up", "up": "up"}

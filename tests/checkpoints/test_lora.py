@@ -6,13 +6,13 @@ import pickle
 
 import pytest
 import torch
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from acestep.checkpoints import resolve
 from acestep.checkpoints.load import load_renderer
-from acestep.dit.lora import LoraCache, applied, load_adapter
+from acestep.dit.lora import LoraCache, _aliases, _module_name, _names, applied, load_adapter
 from acestep.errors import InvalidRequest
 from acestep.request import Lora
 
@@ -164,6 +164,40 @@ def test_peft_itself_agrees(transformer, tmp_path):
         assert relative(run(transformer, **batch), run(model, **batch)) < 1e-6
 
 
+@pytest.mark.parametrize("writer", ["peft", "diffusers"])
+def test_folders_as_libraries_write_them(writer, transformer, tmp_path):
+    """The whole way: saved by the library itself, with rsLoRA and an alpha of its own for some, against its own forward."""
+    config = LoraConfig(
+        r=4, lora_alpha=8, target_modules=["to_q", "up_proj", "to_out.0"], init_lora_weights=False, use_rslora=True,
+        alpha_pattern={"layers.1.mlp.up_proj": 3, "to_out.0": 5}, rank_pattern={"to_q": 2},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = copy.deepcopy(transformer)
+    if writer == "peft":
+        wrapped = get_peft_model(model, config)
+        wrapped.save_pretrained(tmp_path / "final" / "adapter")
+        model = wrapped.get_base_model()
+    else:
+        model.add_adapter(config)
+        model.save_lora_adapter(tmp_path)
+        assert [p.name for p in tmp_path.iterdir()] == ["pytorch_lora_weights.safetensors"]
+    active = LoraCache(transformer, CPU, F32).get(Lora(path=str(tmp_path)))
+    batch = inputs()
+    plain, changed = run(transformer, **batch), run(model, **batch)
+    assert relative(changed, plain) > 0.01
+    with applied(transformer, [active] * 3):
+        assert relative(run(transformer, **batch), changed) < 1e-6
+
+
+def test_no_name_of_the_model_is_foreign_or_shared(transformer):
+    names = [name for name, _ in transformer.named_modules()]
+    known = _names(transformer)
+    for name in names[1:]:
+        assert [_module_name(alias.replace(".", joint), known) for alias in _aliases(name) for joint in "._"] == [
+            name
+        ] * 4
+
+
 def test_other_names_and_places_of_alpha(transformer, tmp_path):
     weights = pairs(transformer, targets=ATTENTION)
 
@@ -255,7 +289,7 @@ def test_names_that_trainers_and_programs_give(form, naming, transformer, tmp_pa
     same(loaded(tmp_path, transformer), weights)
 
 
-@pytest.mark.parametrize("wrapper", ["original_mlp", "base_layer", "original_module", "_checkpoint_wrapped_module"])
+@pytest.mark.parametrize("wrapper", ["original_mlp", "original_self_attn", "base_layer", "_checkpoint_wrapped_module"])
 def test_modules_that_were_wrapped(wrapper, transformer, tmp_path):
     weights = pairs(transformer)
 
@@ -275,6 +309,7 @@ def test_modules_that_were_wrapped(wrapper, transformer, tmp_path):
         "final/adapter/adapter_model.safetensors",
         "final/adapter_model.safetensors",
         "adapter/adapter_model.safetensors",
+        "best/adapter_model.safetensors",
         "pytorch_lora_weights.safetensors",
         "jazz-v3.safetensors",
         "final/adapter/jazz-v3.safetensors",
