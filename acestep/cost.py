@@ -177,12 +177,12 @@ def expected_duration(request: SongRequest, plan: Plan | None = None) -> tuple[f
     if request.duration is not None:  # codes are cut or continued to it
         return request.duration, True
     plan = plan or request.plan
+    if plan is not None and plan.duration is not None:
+        return plan.duration, True
     if request.audio_codes is not None:
         return len(request.audio_codes) / CODES_PER_SECOND, True
     if plan is not None and plan.codes:
         return max(map(len, plan.codes)) / CODES_PER_SECOND, True
-    if plan is not None and plan.metadata.duration is not None:
-        return plan.metadata.duration, True
     if request.instrumental:
         return EXPECTED_DURATION_S, False
     return min(300.0, max(60.0, len(request.lyrics) / LYRIC_CHARS_PER_S)), False

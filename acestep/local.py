@@ -15,7 +15,7 @@ from acestep.devices import cap_process_memory
 from acestep.dit import tasks
 from acestep.errors import InvalidRequest
 from acestep.finish import Maker, finish
-from acestep.limits import apply_limits, check_sources, without_planner
+from acestep.limits import apply_limits, check_sources, over_plan, without_planner
 from acestep.plan import Plan
 from acestep.request import Adjustment, SongRequest
 from acestep.settings import Resolved
@@ -104,8 +104,9 @@ class Studio:
             tasks.check_window(request, source_s)
         lengths = [audio_seconds(path, field="reference_audio", beginning=True) for path in references]
         told = [*check_sources(request.source_s, lengths, strict=request.strict), *tasks.notes(request)]
-        request, adjustments = apply_limits(request.with_seeds(), self.settings.limits)
-        adjustments = [*told, *adjustments]
+        request, changed = over_plan(request.with_seeds())
+        request, adjustments = apply_limits(request, self.settings.limits)
+        adjustments = [*told, *changed, *adjustments]
         plan = request.own_plan()
         if needs_planner(request):
             if self.settings.lm_enabled:
@@ -129,7 +130,8 @@ class Studio:
         song = finish(request, plan, rendered, maker, files.__setitem__)
         by_item = {(item.index, f.format): files[f.path] for item in song.items for f in item.files}
         song = song.model_copy(update={"plan": plan})
-        return Made(request, song, (*adjustments, *song.adjustments), by_item, time.monotonic() - began)
+        told = [*adjustments, *(a for a in song.adjustments if a not in adjustments)]
+        return Made(request, song, tuple(told), by_item, time.monotonic() - began)
 
     def _plan(self, request: SongRequest, on_progress: OnProgress | None) -> Plan:
         from acestep.lm.work import PlanWork

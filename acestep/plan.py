@@ -75,5 +75,10 @@ class Plan(BaseModel):
         return self.codes[item if len(self.codes) > 1 else 0]
 
     @property
+    def duration(self) -> float | None:
+        """Seconds of its longest item."""
+        return max((m.duration for m in self.item_metadata or (self.metadata,) if m.duration is not None), default=None)
+
+    @property
     def total_codes(self) -> int:
         return sum(len(c) for c in self.codes or ())

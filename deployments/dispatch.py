@@ -357,8 +357,8 @@ class Dispatcher:
             failures = [r for r in results if isinstance(r, Exception)]
             if not failures:
                 song = merge_songs(done).model_copy(update={"plan": plan})
-                if song.adjustments:
-                    changed = (*adjustments, *song.adjustments)
+                if new := [a for a in song.adjustments if a not in adjustments]:
+                    changed = (*adjustments, *new)
                     await written(self.store.save_request, job.id, self.owner, request, changed)
                 return song
             await self._try_again(job, choice.renderer, failures[0])

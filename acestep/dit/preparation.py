@@ -31,6 +31,7 @@ from acestep.dit.vae import Vae
 from acestep.dit.window import Splice, Window, window_of
 from acestep.dit.work import RenderWork
 from acestep.errors import InvalidOutput
+from acestep.limits import fit_codes, unique
 from acestep.plan import CODES_PER_SECOND
 from acestep.request import Adjustment
 from acestep.song import SAMPLE_RATE, SAMPLES_PER_FRAME
@@ -175,7 +176,7 @@ class Preparation:
                     reason="there are no audio codes to follow",
                 )
             )  # fmt: skip
-        return Prepared(tuple(items), pass_frames, sampling, lora, tuple(_unique(adjustments)))
+        return Prepared(tuple(items), pass_frames, sampling, lora, tuple(unique(adjustments)))
 
     def _project(self, tokens: Tensor, lora: ActiveLora | None) -> Projected:
         self._residency.need("dit")
@@ -322,39 +323,29 @@ def work_codes(work: RenderWork, index: int) -> tuple[int, ...] | None:
 
 
 def song_samples(work: RenderWork, codes: tuple[int, ...] | None, source: _Source | None) -> int:
-    """Length of an item in samples: the source's, else as asked, as coded, as planned, or a minute."""
+    """Length of an item in samples: the source's, else as asked, as planned, as coded, or a minute."""
     if source is not None:
         return int(source.audio.shape[1])
-    if work.request.duration is not None:
-        seconds = work.request.duration
-    elif codes:
-        seconds = len(codes) / CODES_PER_SECOND
-    else:
-        seconds = work.plan.metadata.duration or DEFAULT_SECONDS
+    seconds = _asked_seconds(work)
+    if seconds is None:
+        seconds = len(codes) / CODES_PER_SECOND if codes else DEFAULT_SECONDS
     return round(seconds * SAMPLE_RATE)
+
+
+def _asked_seconds(work: RenderWork) -> float | None:
+    return work.request.duration if work.request.duration is not None else work.plan.metadata.duration
 
 
 def _length_adjustments(
     work: RenderWork, samples: int, source: _Source | None, codes: tuple[int, ...] | None
 ) -> list[Adjustment]:
-    asked = work.request.duration
-    if asked is None:
-        return []
     if source is None:
-        if codes and abs(len(codes) - asked * CODES_PER_SECOND) > 1.0:
-            done = "cut to it" if len(codes) > asked * CODES_PER_SECOND else "continued with silence"
-            reason = f"the duration that is asked for decides the length: the codes are {done}"
-            coded = f"{len(codes) / CODES_PER_SECOND:g} s"
-            return [Adjustment(field="audio_codes", asked=coded, given=f"{asked:g} s", reason=reason)]
-        return []
-    if round(asked * SAMPLE_RATE) == samples:
+        told: list[Adjustment] = []
+        field = "plan.codes" if work.request.audio_codes is None else "audio_codes"
+        fit_codes(codes or (), _asked_seconds(work) if codes else None, field, told)
+        return told
+    asked = work.request.duration
+    if asked is None or round(asked * SAMPLE_RATE) == samples:
         return []
     given = round(samples / SAMPLE_RATE, 3)
     return [Adjustment(field="duration", asked=asked, given=given, reason="the source audio decides the length")]
-
-
-def _unique(adjustments: list[Adjustment]) -> list[Adjustment]:
-    seen: dict[tuple[str, str], Adjustment] = {}
-    for adjustment in adjustments:
-        seen.setdefault((adjustment.field, adjustment.reason), adjustment)
-    return list(seen.values())

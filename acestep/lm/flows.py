@@ -10,6 +10,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 from acestep.errors import InvalidOutput, InvalidRequest, LimitExceeded
+from acestep.limits import over_plan
 from acestep.lm.grammar import MAX_CAPTION_TOKENS, CodesProgram, CotProgram, Grammar, OpenProgram
 from acestep.lm.job import Job
 from acestep.lm.metadata import known_fields, metadata_of, parse_lyrics, parse_reasoning, printable, unquote
@@ -54,7 +55,7 @@ class FlowBuilder:
     # -- songs
 
     def _plan(self, work: PlanWork) -> Flow:
-        request = work.request
+        request, _ = over_plan(work.request)
         limit = _longest(work)
         seeds = request.codes_seeds
         thinks = request.thinking and request.task in CODES_TASKS and request.audio_codes is None
@@ -63,9 +64,7 @@ class FlowBuilder:
         if edited is not None:
             if edited.codes or not thinks:
                 return edited if request.audio_codes is None else _with_codes(edited, request.audio_codes)
-            # The caller's own duration goes before the plan's, as for the renderer.
-            own = {} if request.duration is None else {"duration": request.duration}
-            metadata = [edited.metadata_of(i).model_copy(update=own) for i in range(request.batch_size)]
+            metadata = [edited.metadata_of(i) for i in range(request.batch_size)]
             shared = not edited.item_metadata
         else:
             metadata = yield from self._metadata(request, limit, thinks, len(uncond or ()))
@@ -76,14 +75,20 @@ class FlowBuilder:
         if not thinks:
             return result
         codes = yield from self._codes(request, metadata, limit, seeds, uncond)
-        return result.model_copy(update={"codes": codes})
+        result = result.model_copy(update={"codes": codes})
+        if request.duration is None and not request.constrained_decoding:  # it may have ended early
+            metadata = [_as_coded(m, c) for m, c in zip(metadata, codes, strict=True)]
+            shared = shared and len(set(metadata)) == 1
+            own = () if shared else tuple(metadata)
+            result = result.model_copy(update={"metadata": metadata[0], "item_metadata": own})
+        return result
 
     def _metadata(
         self, request: SongRequest, limit: float, thinks: bool, uncond: int
     ) -> Generator[list[Job], None, list[Metadata]]:
         """Phase 1, once per request or once per item."""
         duration = min(request.duration, limit) if request.duration is not None else None
-        if request.audio_codes is not None:
+        if duration is None and request.audio_codes is not None:
             duration = len(request.audio_codes) / CODES_PER_SECOND
         given = Metadata(
             bpm=request.bpm, duration=duration, keyscale=request.key_scale, timesignature=request.time_signature,
@@ -147,8 +152,8 @@ class FlowBuilder:
         programs: dict[int, CodesProgram | OpenProgram] = {}
         for same in dict.fromkeys(metadata):
             prompt = self.prompts.codes(request.prompt, lyrics, same)
-            if request.plan is None and len(prompt) + (_code_count(same, limit) or 1) + 1 > self.max_len:
-                # A drawn caption that grew in YAML more than was reckoned with; the renderer has it all the same.
+            if len(prompt) + (_code_count(same, limit) or 1) + 1 > self.max_len:
+                # A caption that grew in YAML more than was reckoned with, or a plan's; the renderer has it all the same.
                 prompt = self.prompts.codes(request.prompt, lyrics, same.model_copy(update={"caption": None}))
             items = [i for i, m in enumerate(metadata) if m == same]
             for i in items:
@@ -299,6 +304,13 @@ def _code_count(metadata: Metadata, limit: float) -> int | None:
     if metadata.duration is None:
         return None
     return max(1, int(min(metadata.duration, limit) * CODES_PER_SECOND))
+
+
+def _as_coded(metadata: Metadata, codes: Sequence[int]) -> Metadata:
+    """A song is as long as what was written of it."""
+    if metadata.duration is None or len(codes) >= int(metadata.duration * CODES_PER_SECOND):
+        return metadata
+    return metadata.model_copy(update={"duration": len(codes) / CODES_PER_SECOND})
 
 
 def _with_codes(plan: Plan, codes: tuple[int, ...]) -> Plan:

@@ -19,7 +19,7 @@ from fastapi import Depends, Request
 from acestep.cost import defaults_of, expected_duration
 from acestep.dit import tasks
 from acestep.errors import InvalidRequest
-from acestep.limits import check_sources
+from acestep.limits import check_sources, over_plan
 from acestep.request import Adjustment, SongRequest
 from deployments.api.auth import Caller, Keyring, RateLimit, Waiting, environment_keys
 from deployments.api.links import audio_path, read_audio_path
@@ -121,7 +121,8 @@ class Service:
             if known is not None:
                 return known, False
         request, told = await self.with_sources(request, caller)
-        adjustments = (*told, *adjustments)
+        request, changed = over_plan(request)
+        adjustments = (*told, *adjustments, *changed)
         if kind == "song":
             if request.source_s is not None:
                 tasks.check_window(request, request.source_s)

@@ -177,7 +177,7 @@ def test_silence_beyond_what_is_stored_repeats(load_parts: Callable[..., Rendere
         ({}, Plan(), 60.0),
         ({"duration": 12.34}, Plan(), 12.34),
         ({}, Plan(metadata=Metadata(duration=17)), 17.0),
-        ({}, Plan(metadata=Metadata(duration=17), codes=((1,) * 52,)), 10.4),
+        ({}, Plan(metadata=Metadata(duration=17), codes=((1,) * 52,)), 17.0),
         ({"duration": 20}, Plan(codes=((1,) * 52,)), 20.0),
         ({"audio_codes": (1,) * 55}, Plan(), 11.0),
     ],
