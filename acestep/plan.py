@@ -25,23 +25,29 @@ class Metadata(BaseModel):
     """The planner's reasoning block. Field names are the protocol's (lm.md §3)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-    bpm: Annotated[Annotated[int, Field(ge=30, le=300)] | None, BeforeValidator(words.read_bpm)] = None
-    caption: str | None = Field(None, max_length=8_192)
+    bpm: Annotated[Annotated[int, Field(ge=30, le=300)] | None, BeforeValidator(words.read_bpm)] = Field(
+        None, description="Beats per minute."
+    )
+    caption: str | None = Field(None, max_length=8_192, description="The music, in the planner's words.")
     duration: Annotated[Annotated[float, Field(gt=0.0, le=600.0)] | None, BeforeValidator(words.read_duration)] = Field(
         None, description="Seconds."
     )
-    keyscale: Annotated[Word | None, BeforeValidator(words.read_key)] = None
-    language: Annotated[Word | None, BeforeValidator(_language)] = None
-    timesignature: Annotated[Word | None, BeforeValidator(words.read_time_signature)] = None
+    keyscale: Annotated[Word | None, BeforeValidator(words.read_key)] = Field(None, description="Such as 'F# minor'.")
+    language: Annotated[Word | None, BeforeValidator(_language)] = Field(
+        None, description="Code of the lyrics' language, or `unknown`."
+    )
+    timesignature: Annotated[Word | None, BeforeValidator(words.read_time_signature)] = Field(
+        None, description="2, 3, 4 or 6."
+    )
 
 
 class PlanTimings(BaseModel):
     """Wall seconds inside the planner."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-    queued_s: float = 0.0
-    metadata_s: float = 0.0
-    codes_s: float = 0.0
+    queued_s: float = Field(0.0, description="Before it had a place in the planner's batch.")
+    metadata_s: float = Field(0.0, description="Writing metadata or texts.")
+    codes_s: float = Field(0.0, description="Writing audio codes.")
     steps: int = Field(0, ge=0, lt=2**63, description="Decoder forwards that this request took part in.")
 
 
@@ -49,16 +55,20 @@ class Plan(BaseModel):
     """Metadata and, where the planner was asked to think, one list of audio codes per item (5 per second)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-    metadata: Metadata = Metadata()
+    metadata: Metadata = Field(Metadata(), description="What all items share.")
     item_metadata: tuple[Metadata, ...] = Field(
         (), max_length=8, description="One per item where the items do not share `metadata` (lm_share_cot off)."
     )
-    codes: tuple[Codes, ...] | None = Field(None, max_length=8)
-    lm_seeds: tuple[Annotated[int, Field(ge=0, lt=2**63)], ...] = Field((), max_length=8)
+    codes: tuple[Codes, ...] | None = Field(
+        None, max_length=8, description="Audio codes, 5 per second: one list per item, or one for all; null: none."
+    )
+    lm_seeds: tuple[Annotated[int, Field(ge=0, lt=2**63)], ...] = Field(
+        (), max_length=8, description="The planner's seed of each item; empty where none ran."
+    )
     model: str | None = Field(None, max_length=256, description="Planner checkpoint; null where none ran.")
-    model_hash: str | None = Field(None, max_length=128)
-    notice: str | None = Field(None, max_length=256)
-    timings: PlanTimings = PlanTimings()
+    model_hash: str | None = Field(None, max_length=128, description="Checksum of its weights, where it is known.")
+    notice: str | None = Field(None, max_length=256, description="What is to be known of the checkpoint.")
+    timings: PlanTimings = Field(PlanTimings(), description="How long planning took.")
 
     def metadata_of(self, item: int) -> Metadata:
         """Metadata of batch item `item`."""

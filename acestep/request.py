@@ -91,7 +91,7 @@ class Lora(BaseModel):
     """A LoRA adapter for this request: a folder or file of safetensors under an allow-listed root."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    path: Text = Field(min_length=1, max_length=1024)
+    path: Text = Field(min_length=1, max_length=1024, description="Folder or file, under one of `lora_roots`.")
     scale: float = Field(1.0, ge=0.0, le=4.0, description="Multiplies the adapter's own alpha / r.")
 
 
@@ -124,16 +124,22 @@ class SongRequest(BaseModel):
 
     # Planner
     thinking: bool = Field(True, description="The planner writes audio codes for the renderer.")
-    use_cot_metas: bool = True
-    use_cot_caption: bool = True
-    use_cot_language: bool = True
-    constrained_decoding: bool = True
-    lm_temperature: float = Field(0.85, ge=0.0, le=2.0)
+    use_cot_metas: bool = Field(True, description="The planner decides bpm, key and other metadata that are not given.")
+    use_cot_caption: bool = Field(True, description="The renderer reads the planner's description instead of `prompt`.")
+    use_cot_language: bool = Field(True, description="The planner decides the language where none is given.")
+    constrained_decoding: bool = Field(True, description="Hold the planner to the form of its metadata.")
+    lm_temperature: float = Field(
+        0.85, ge=0.0, le=2.0, description="Of the planner's sampling; 0 always takes the likeliest."
+    )
     lm_cfg_scale: float = Field(2.0, ge=1.0, le=20.0, description="1 switches guidance off.")
     lm_top_k: int = Field(0, ge=0, le=1_000_000, description="0 switches it off.")
     lm_top_p: float = Field(0.9, gt=0.0, le=1.0, description="1 switches it off.")
-    lm_repetition_penalty: float = Field(1.0, ge=0.1, le=10.0)
-    lm_negative_prompt: Caption = Field(NO_USER_INPUT, max_length=MAX_PROMPT_CHARS)
+    lm_repetition_penalty: float = Field(
+        1.0, ge=0.1, le=10.0, description="Above 1 the planner repeats itself less; 1 switches it off."
+    )
+    lm_negative_prompt: Caption = Field(
+        NO_USER_INPUT, max_length=MAX_PROMPT_CHARS, description="What the planner's guidance leads away from."
+    )
     lm_seed: int | None = Field(
         None,
         ge=-1,
@@ -151,30 +157,43 @@ class SongRequest(BaseModel):
 
     # Renderer
     model: Text | None = Field(None, max_length=128, description="Renderer checkpoint; null means the pool's default.")
-    task: Task = "text2music"
+    task: Task = Field(
+        "text2music",
+        description="All but text2music work on `src_audio`; extract, lego and complete need a base checkpoint.",
+    )
     instruction: Text | None = Field(None, max_length=512, description="Overrides the task's own instruction.")
     track_name: Track = Field(None, description=f"The models learned {', '.join(TRACKS)}.")
-    track_classes: Annotated[tuple[Word, ...] | None, BeforeValidator(_tracks)] = Field(None, max_length=32)
-    global_caption: Caption = Field("", max_length=MAX_PROMPT_CHARS)
+    track_classes: Annotated[tuple[Word, ...] | None, BeforeValidator(_tracks)] = Field(
+        None, max_length=32, description="Tracks that `complete` adds; names as `track_name` has them."
+    )
+    global_caption: Caption = Field(
+        "", max_length=MAX_PROMPT_CHARS, description="Of `lego`: the whole song, where `prompt` describes the track."
+    )
     steps: int | None = Field(None, ge=1, le=200, description="Null means the checkpoint's default.")
     guidance_scale: float | None = Field(None, ge=1.0, le=30.0, description="Null means the checkpoint's default.")
     shift: float | None = Field(None, ge=0.1, le=10.0, description="Null means the checkpoint's default.")
     timesteps: tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...] | None = Field(
         None, min_length=1, max_length=200, description="Own schedule, falling from 1; overrides steps and shift."
     )
-    infer_method: Literal["ode", "sde"] = "ode"
-    sampler: Literal["euler", "heun"] = "euler"
-    use_adg: bool = False
-    cfg_interval_start: Probability = 0.0
-    cfg_interval_end: Probability = 1.0
-    lora: Lora | None = None
+    infer_method: Literal["ode", "sde"] = Field("ode", description="sde: fresh noise in every step.")
+    sampler: Literal["euler", "heun"] = Field("euler", description="heun: two forwards a step, more exact.")
+    use_adg: bool = Field(False, description="Angle-based guidance; for base checkpoints.")
+    cfg_interval_start: Probability = Field(0.0, description="Guidance is on from this time, 1 being noise, ...")
+    cfg_interval_end: Probability = Field(1.0, description="... to this one.")
+    lora: Lora | None = Field(None, description="Adapter for this song; null: none.")
 
     # Source audio: ids of uploaded files or allow-listed paths, resolved by the API before a stage sees them.
-    src_audio: Text | None = Field(None, max_length=1024)
+    src_audio: Text | None = Field(
+        None,
+        max_length=1024,
+        description="What the task works on: id of an upload, URL of an own song, or an allowed path.",
+    )
     source_s: SkipJsonSchema[float | None] = Field(
         None, ge=0.0, description="Seconds of src_audio; measured, not asked."
     )
-    reference_audio: tuple[Annotated[Text, Field(max_length=1024)], ...] = Field((), max_length=4)
+    reference_audio: tuple[Annotated[Text, Field(max_length=1024)], ...] = Field(
+        (), max_length=4, description="Examples of style, named as `src_audio` is."
+    )
     repainting_start: Annotated[float, BeforeValidator(_window_start)] = Field(
         0.0, ge=-MAX_DURATION_S, le=MAX_DURATION_S, description="Seconds; < 0 outpaints.",
         validation_alias=AliasChoices(*words.WINDOW_START),
@@ -185,8 +204,11 @@ class SongRequest(BaseModel):
         None, description="Seconds; null or -1 = to the end.",
         validation_alias=AliasChoices(*words.WINDOW_END),
     )  # fmt: skip
-    repaint_mode: Literal["conservative", "balanced", "aggressive"] = "balanced"
-    repaint_strength: Probability = 0.5
+    repaint_mode: Literal["conservative", "balanced", "aggressive"] = Field(
+        "balanced",
+        description="How much of the source the window keeps; aggressive: nothing, and nothing outside as it was read.",
+    )
+    repaint_strength: Probability = Field(0.5, description="Of `balanced`: 0 keeps more of the source, 1 nothing.")
     repaint_latent_crossfade_frames: int | None = Field(
         None,
         ge=0,
@@ -202,12 +224,20 @@ class SongRequest(BaseModel):
     chunk_mask_mode: Literal["explicit", "auto"] = Field(
         "explicit", description="explicit: the model is told where the window is; auto: the whole song."
     )
-    audio_cover_strength: Probability = 1.0
-    cover_noise_strength: Probability = 0.0
+    audio_cover_strength: Probability = Field(
+        1.0, description="Of `cover`: the share of steps, from the first, that follow the source."
+    )
+    cover_noise_strength: Probability = Field(
+        0.0, description="Of `cover`: begin from the source instead of noise, the more so the higher."
+    )
 
     # Output
     formats: Annotated[tuple[AudioFormat, ...], BeforeValidator(_formats)] = Field(
-        DEFAULT_FORMATS, min_length=1, max_length=7, validation_alias=AliasChoices("formats", "format", "audio_format")
+        DEFAULT_FORMATS,
+        min_length=1,
+        max_length=7,
+        description="Every song comes in each of these. Also: format, audio_format.",
+        validation_alias=AliasChoices("formats", "format", "audio_format"),
     )
     bitrate_kbps: int | None = Field(None, ge=32, le=512, description="For mp3, opus and aac.")
     normalize: bool | None = Field(
@@ -332,7 +362,7 @@ class Adjustment(BaseModel):
     """A value that was changed, and why: part of the response, never silent."""
 
     model_config = ConfigDict(frozen=True)
-    field: str
-    asked: Any
-    given: Any
-    reason: str
+    field: str = Field(description="Name in the request.")
+    asked: Any = Field(description="What was sent.")
+    given: Any = Field(description="What holds instead.")
+    reason: str = Field(description="Why.")

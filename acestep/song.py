@@ -22,10 +22,10 @@ class Progress(BaseModel):
     """`done` of `total` units in a stage: codes while planning, steps while rendering, frames while decoding."""
 
     model_config = ConfigDict(frozen=True)
-    stage: StageName
-    done: int = 0
-    total: int = 0
-    item: int | None = None
+    stage: StageName = Field(description="The stage that is at work.")
+    done: int = Field(0, description="Units that are done.")
+    total: int = Field(0, description="Units that there are; 0 where that is unknown.")
+    item: int | None = Field(None, description="Of the batch, where it is about one.")
 
 
 class AudioFile(BaseModel):
@@ -64,11 +64,11 @@ class RenderTimings(BaseModel):
     """Wall seconds inside the renderer."""
 
     model_config = ConfigDict(frozen=True)
-    queued_s: float = 0.0
-    conditions_s: float = 0.0
-    denoise_s: float = 0.0
-    decode_s: float = 0.0
-    encode_s: float = 0.0
+    queued_s: float = Field(0.0, description="Before the card was free.")
+    conditions_s: float = Field(0.0, description="Reading texts, codes and source audio.")
+    denoise_s: float = Field(0.0, description="The steps.")
+    decode_s: float = Field(0.0, description="From latents to sound.")
+    encode_s: float = Field(0.0, description="Writing the files.")
 
 
 class Song(BaseModel):

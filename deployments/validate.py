@@ -187,6 +187,11 @@ def _fleet_problems(applications: list[dict[str, Any]]) -> Iterator[str]:
                 f"application {name!r}: route_prefix {prefix!r} can be no request's path: say / or segments of letters, digits and "
                 "-._~ such as /music; Serve keeps /- for itself"
             )
+        elif str(prefix).split("/")[1] == "v1":
+            yield (
+                f"application {name!r}: route_prefix {prefix!r} begins as the server's own paths do and cannot be told from them: say "
+                "another path, such as /music"
+            )
 
 
 def _http_problems(config: Mapping[str, Any], applications: list[dict[str, Any]]) -> Iterator[str]:

@@ -70,6 +70,7 @@ def download_model(
     # fnmatch's `*` crosses slashes: one pattern takes the folder's sub-folders along.
     patterns = [f"{folder}/{p}" if folder else p for p in _PATTERNS]
     offline = constants.HF_HUB_OFFLINE or not download
+    no_proxy = None if offline else _unusable_proxy()  # then what is cached still serves
     where = f"{repository}/{folder}" if folder else repository
     if revision is not None:
         where += f" at revision {revision}"
@@ -79,7 +80,11 @@ def download_model(
     try:
         snapshot = Path(
             huggingface_hub.snapshot_download(
-                repository, revision=revision, cache_dir=cache, allow_patterns=patterns, local_files_only=offline
+                repository,
+                revision=revision,
+                cache_dir=cache,
+                allow_patterns=patterns,
+                local_files_only=offline or no_proxy is not None,
             )
         )
     except errors.GatedRepoError as error:
@@ -91,7 +96,7 @@ def download_model(
     except errors.RevisionNotFoundError as error:
         raise _missing(where, repository, "there is no such revision") from error
     except errors.LocalEntryNotFoundError as error:
-        hint = (
+        hint = no_proxy or (
             "it is not in the local cache and downloads are off: unset HF_HUB_OFFLINE, or give a folder"
             if offline
             else "it is not in the local cache and the Hub cannot be reached: check network and proxy, or give a folder"
@@ -109,6 +114,20 @@ def download_model(
     if not place.is_dir():
         raise _missing(where, repository, "the repository has no such folder, or it is not in the local cache")
     return Place(place, snapshot.name)
+
+
+def _unusable_proxy() -> str | None:
+    """Why the Hub's client cannot work with the proxy that the environment names; None where it can."""
+    from huggingface_hub import get_session
+
+    try:
+        get_session()
+    except Exception as error:  # a missing package, an unknown scheme, no URL: each of its own kind
+        return (
+            f"the proxy that ALL_PROXY, HTTP_PROXY or HTTPS_PROXY names cannot be used ({error}): unset it, or name one with http://, "
+            "https:// or socks5://"
+        )
+    return None
 
 
 def _server_is_at_fault(error: Any) -> bool:

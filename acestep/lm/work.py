@@ -83,15 +83,15 @@ class Sample(BaseModel):
     """A song described: the answer of understand, inspire and format."""
 
     model_config = ConfigDict(frozen=True)
-    caption: str | None = None
-    lyrics: str = ""
-    bpm: int | None = None
+    caption: str | None = Field(None, description="Description of the music.")
+    lyrics: str = Field("", description="Lyrics.")
+    bpm: int | None = Field(None, description="Beats per minute.")
     duration: float | None = Field(None, description="Seconds.")
-    keyscale: str | None = None
-    language: str | None = None
-    timesignature: str | None = None
-    instrumental: bool = False
-    seed: int = 0
-    model: str | None = None
-    notice: str | None = None
-    timings: PlanTimings = PlanTimings()
+    keyscale: str | None = Field(None, description="Such as 'F# minor'.")
+    language: str | None = Field(None, description="Code of the lyrics' language, or `unknown`.")
+    timesignature: str | None = Field(None, description="2, 3, 4 or 6.")
+    instrumental: bool = Field(False, description="Nobody sings.")
+    seed: int = Field(0, description="Makes the same answer again.")
+    model: str | None = Field(None, description="Planner checkpoint.")
+    notice: str | None = Field(None, description="What is to be known of the checkpoint.")
+    timings: PlanTimings = Field(PlanTimings(), description="How long it took.")

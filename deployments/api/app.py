@@ -9,7 +9,7 @@ from fastapi.openapi.utils import get_openapi
 from starlette.middleware.cors import CORSMiddleware
 
 from acestep import __version__
-from deployments.api import chat, cluster, files, health, native, plans, problems, webhooks
+from deployments.api import answers, chat, cluster, files, health, native, plans, problems, webhooks
 from deployments.api.compat import models, tasks, texts
 from deployments.api.links import Prefix
 from deployments.api.middleware import BodyLimit, LostProxy, OptionalPrefix, Strangers, host_of
@@ -69,7 +69,13 @@ def _document(app: FastAPI) -> dict[str, Any]:
     """The OpenAPI document, with what FastAPI cannot know."""
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+        for operation in (o for path in document["paths"].values() for o in path.values()):
+            if "HTTPValidationError" in str(operation["responses"].get("422")):  # FastAPI's own, which nobody gets
+                operation["responses"]["422"] = problems.DETAIL
+        for name in ("HTTPValidationError", "ValidationError"):
+            document["components"]["schemas"].pop(name, None)
         chat.add_schemas(document)
+        answers.add_schemas(document)
         schemes = document["components"].setdefault("securitySchemes", {})
         schemes["key"] = {"type": "http", "scheme": "bearer", "description": "Only where the server has keys."}
         document["security"] = [{"key": []}, {}]

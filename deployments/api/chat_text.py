@@ -53,47 +53,49 @@ Said = Annotated[str, Field(max_length=1 << 20)]  # what is too long to mean any
 
 
 class InputAudio(_Open):
-    data: str  # as long as the body may be
-    format: Said = "mp3"
+    data: str = Field(description="Base64, or a data URL.")  # as long as the body may be
+    format: Said = Field("mp3", description="Of the data; what it really is decides.")
 
 
 class AudioUrl(_Open):
     """As answers have it."""
 
-    url: str
+    url: str = Field(description="Data URL, or URL of an own song.")
 
 
 class Part(_Open):
-    type: Said
-    text: Said | None = None
-    input_audio: InputAudio | None = None
-    audio_url: AudioUrl | None = None
+    type: Said = Field(description="text, input_audio or audio_url.")
+    text: Said | None = Field(None, description="Of type text.")
+    input_audio: InputAudio | None = Field(None, description="Of type input_audio.")
+    audio_url: AudioUrl | None = Field(None, description="Of type audio_url.")
 
 
 class Message(_Open):
-    role: Literal["system", "user", "assistant", "developer", "tool", "function"]
-    content: Said | Annotated[list[Part], Field(max_length=1000)] | None = None
+    role: Literal["system", "user", "assistant", "developer", "tool", "function"] = Field(
+        description="The last of user counts."
+    )
+    content: Said | Annotated[list[Part], Field(max_length=1000)] | None = Field(None, description="Text, or parts.")
 
 
 class AudioConfig(_Open):
     model_config = ConfigDict(coerce_numbers_to_str=True)
-    duration: float | Said | None = None
-    format: Said | None = None
-    bpm: float | Said | None = None
-    key_scale: Said | None = None
-    time_signature: Said | None = None
-    vocal_language: Said | None = None
-    instrumental: bool | None = None
+    duration: float | Said | None = Field(None, description="Seconds, also as '3:30'; left out: the planner decides.")
+    format: Said | None = Field(None, description="Such as mp3, which it is by default, wav, flac.")
+    bpm: float | Said | None = Field(None, description="Beats per minute.")
+    key_scale: Said | None = Field(None, description="Such as 'F# minor'.")
+    time_signature: Said | None = Field(None, description="2, 3, 4 or 6; also as '6/8'.")
+    vocal_language: Said | None = Field(None, description="Code or name.")
+    instrumental: bool | None = Field(None, description="Nobody sings.")
 
 
 class OutputAudio(_Open):
     """OpenAI's way to ask for a format. Its `voice` means nothing to a song."""
 
-    format: Said | None = None
+    format: Said | None = Field(None, description="As in audio_config.")
 
 
 class StreamOptions(_Open):
-    include_usage: bool = False
+    include_usage: bool = Field(False, description="End the stream with its usage.")
 
 
 class ChatRequest(_Open):
@@ -101,38 +103,50 @@ class ChatRequest(_Open):
     answer says that they mean nothing here."""
 
     model: str = Field("", max_length=256, description="What follows the first / names the checkpoint.")
-    messages: list[Message] = Field(min_length=1, max_length=1000)
-    audio_config: AudioConfig | None = None
-    audio: OutputAudio | None = None
+    messages: list[Message] = Field(min_length=1, max_length=1000, description="The last one of the user is the song.")
+    audio_config: AudioConfig | None = Field(None, description="Metadata and format of the song.")
+    audio: OutputAudio | None = Field(None, description="A format, as OpenAI has it.")
     n: int | None = Field(None, ge=1, description="As batch_size.")
-    stream_options: StreamOptions | None = None
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, ge=0, le=1)
-    top_k: int | None = Field(None, ge=0)
-    max_tokens: int | None = Field(None, ge=1)
-    stream: bool = False
-    seed: int | Said | None = None
-    lm_seed: int | None = Field(None, ge=0, le=MAX_SEED)
-    thinking: bool | None = None
-    guidance_scale: float | None = None
-    batch_size: int | None = None
-    lyrics: Annotated[Said, BeforeValidator(words.read_text)] = ""
-    sample_mode: bool = False
-    use_format: bool = False
-    use_cot_caption: bool = True
-    use_cot_language: bool = True
-    task_type: Said = "text2music"
-    repainting_start: float | Said = Field(0.0, validation_alias=AliasChoices(*words.WINDOW_START))
-    repainting_end: float | Said | None = Field(None, validation_alias=AliasChoices(*words.WINDOW_END))
-    audio_cover_strength: float = 1.0
-    inference_steps: int | None = None
-    infer_method: Said = "ode"
-    lm_cfg_scale: float = 2.0
-    audio_codes: Said | Annotated[list[int | Said], Field(max_length=3_000)] = ""
-    cover_noise_strength: float = 0.0
-    use_cot_metas: bool = True
-    enable_normalization: bool | None = None
-    normalization_db: float | None = None
+    stream_options: StreamOptions | None = Field(None, description="What a stream holds.")
+    temperature: float | None = Field(None, ge=0, le=2, description="Of the planner's sampling.")
+    top_p: float | None = Field(
+        None, ge=0, le=1, description="The planner chooses among the likeliest tokens of this probability together."
+    )
+    top_k: int | None = Field(None, ge=0, description="The planner chooses among so many tokens; 0 switches it off.")
+    max_tokens: int | None = Field(None, ge=1, description="Has no effect on a song.")
+    stream: bool = Field(False, description="Answer as server-sent events.")
+    seed: int | Said | None = Field(None, description="One, or one per song, with commas; left out: random.")
+    lm_seed: int | None = Field(None, ge=0, le=MAX_SEED, description="The planner's own seed.")
+    thinking: bool | None = Field(None, description="The planner writes audio codes.")
+    guidance_scale: float | None = Field(None, description="Left out: the checkpoint's default.")
+    batch_size: int | None = Field(None, description="Number of songs.")
+    lyrics: Annotated[Said, BeforeValidator(words.read_text)] = Field(
+        "", description="Instead of lyrics in the message."
+    )
+    sample_mode: bool = Field(False, description="The message is a wish; the planner writes the song.")
+    use_format: bool = Field(False, description="The planner writes the description anew first.")
+    use_cot_caption: bool = Field(True, description="The renderer reads the planner's description.")
+    use_cot_language: bool = Field(True, description="The planner decides the language where none is given.")
+    task_type: Said = Field("text2music", description="As `task` of /v1/music.")
+    repainting_start: float | Said = Field(
+        0.0, validation_alias=AliasChoices(*words.WINDOW_START), description="Seconds; begin of the window."
+    )
+    repainting_end: float | Said | None = Field(
+        None, validation_alias=AliasChoices(*words.WINDOW_END), description="Seconds; end of the window."
+    )
+    audio_cover_strength: float = Field(1.0, description="The share of steps, from the first, that follow the source.")
+    inference_steps: int | None = Field(None, description="Left out: the checkpoint's default.")
+    infer_method: Said = Field("ode", description="ode or sde.")
+    lm_cfg_scale: float = Field(2.0, description="The planner's guidance; 1 switches it off.")
+    audio_codes: Said | Annotated[list[int | Said], Field(max_length=3_000)] = Field(
+        "", description="Skips the planning of codes."
+    )
+    cover_noise_strength: float = Field(
+        0.0, description="Begin from the source instead of noise, the more so the higher."
+    )
+    use_cot_metas: bool = Field(True, description="The planner decides metadata that are not given.")
+    enable_normalization: bool | None = Field(None, description="As `normalize` of /v1/music.")
+    normalization_db: float | None = Field(None, description="dBFS of the highest sample.")
 
     @model_validator(mode="before")
     @classmethod

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends
 
+from deployments.api.answers import Cluster
 from deployments.api.auth import caller_of
 from deployments.api.health import readiness
 from deployments.api.redact import redact
@@ -30,7 +31,10 @@ _SHOWN = (
 )
 
 
-@router.get("/cluster", summary="Nodes, cards, pools, replicas and load; what is missing, and the label it needs")
+@router.get(
+    "/cluster", summary="Nodes, cards, pools, replicas and load; what is missing, and the label it needs",
+    response_model=Cluster, response_model_exclude_unset=True,
+)  # fmt: skip
 async def cluster(service: Annotated[Service, Depends(service_of)]) -> dict[str, Any]:
     view = service.fleet.view
     backlogs = service.routing.backlogs

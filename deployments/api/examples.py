@@ -34,11 +34,11 @@ _ID = "3f7c3c1e-6f0e-4a53-9f0d-0f4a7a3f1b52"
 _JOB: dict[str, Any] = {
     "id": _ID, "kind": "song", "state": "queued", "stage": "queued", "progress": None,
     "position": 1, "eta_s": 12.5, "cost": {"audio_s": 30.0, "plan_s": 6.1, "render_s": 4.4}, "usage": None,
-    "created_at": 1790000000.0, "started_at": None, "finished_at": None, "attempts": 0,
+    "created_at": 1790000000.0, "started_at": None, "finished_at": None, "cancel_requested": False, "attempts": 0,
     "placement": {"planner": "lm", "renderer": "dit"},
     "request": {"prompt": "warm lo-fi piano, rain on the window, slow", "duration": 30.0, "seed": 1234}, "seeds": [1234],
     "warnings": [], "plan": None, "error": None, "result": None,
-    "links": {"self": f"/v1/jobs/{_ID}", "events": f"/v1/jobs/{_ID}/events"},
+    "links": {"self": f"/v1/jobs/{_ID}", "events": f"/v1/jobs/{_ID}/events"}, "notice": None,
 }  # fmt: skip
 _PLAN: dict[str, Any] = {
     "metadata": {"bpm": 72, "caption": "Warm lo-fi piano over steady rain", "duration": 30.0, "keyscale": "D minor",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, File, Response, UploadFile
 from pydantic import Field
 
 from deployments.api import examples
+from deployments.api.answers import FileView
 from deployments.api.auth import Auth
 from deployments.api.bodies import KeyFirst
 from deployments.api.links import public
@@ -19,7 +20,7 @@ from deployments.jobs.files import FileRecord
 from deployments.threads import with_files
 
 router = APIRouter(prefix="/v1", tags=["files"], responses=PROBLEMS, route_class=KeyFirst)
-FileId = Annotated[str, Field(max_length=64)]
+FileId = Annotated[str, Field(max_length=64, description="`id` of the file.")]
 
 
 @router.post(
@@ -31,7 +32,7 @@ async def upload(
     response: Response,
     service: Svc,
     caller: Auth,
-) -> dict[str, Any]:
+) -> FileView:
     """The `id` goes into `src_audio` or `reference_audio` of a song request."""
     record = await service.sources.upload(file, file.filename or "", caller)
     response.headers["Location"] = public(f"/v1/files/{record.id}")
@@ -39,7 +40,7 @@ async def upload(
 
 
 @router.get("/files/{file_id}", summary="What is known of an uploaded file", responses={200: examples.FILE})
-async def get_file(file_id: FileId, service: Svc, caller: Auth) -> dict[str, Any]:
+async def get_file(file_id: FileId, service: Svc, caller: Auth) -> FileView:
     return file_view(await _existing(service, file_id, caller.name), service.args.keep_uploads_s)
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Response
 
+from deployments.api.answers import Alive, Health, HealthData, Readiness
 from deployments.api.redact import redact
 from deployments.api.service import Service, service_of
 from deployments.fleet import FleetView, Pool, Role
@@ -55,12 +56,15 @@ def missing_nodes(view: FleetView) -> list[str]:
 
 
 @router.get("/livez", summary="The router answers")
-async def livez() -> dict[str, str]:
-    return {"status": "ok"}
+async def livez() -> Alive:
+    return Alive(status="ok")
 
 
-@router.get("/readyz", summary="Both stages can serve, and the job store answers; 503 with the reasons otherwise")
-async def readyz(response: Response, service: Annotated[Service, Depends(service_of)]) -> dict[str, Any]:
+@router.get(
+    "/readyz", summary="Both stages can serve, and the job store answers; 503 with the reasons otherwise", response_model_exclude_unset=True,
+    responses={503: {"model": Readiness, "description": "Not now; Retry-After says when to ask again"}},
+)  # fmt: skip
+async def readyz(response: Response, service: Annotated[Service, Depends(service_of)]) -> Readiness:
     ready, body = readiness(service.fleet.view)
     silent_s = service.dispatcher.silent_s
     if silent_s > SILENT_S:
@@ -69,15 +73,17 @@ async def readyz(response: Response, service: Annotated[Service, Depends(service
     if not ready:
         response.status_code = 503
         response.headers["Retry-After"] = "2"
-    return body
+    return Readiness(**body)
 
 
-@router.get("/health", summary="Status in the envelope of ACE-Step's own server")
-async def health(service: Annotated[Service, Depends(service_of)]) -> dict[str, Any]:
+@router.get(
+    "/health", summary="Status in the envelope of ACE-Step's own server", response_model_exclude_unset=True
+)  # fmt: skip
+async def health(service: Annotated[Service, Depends(service_of)]) -> Health:
     view = service.fleet.view
     planner = next((p.info for p in view.of("plan") if p.running and p.info), None)
     renderer = next((p.info for p in view.of("render") if p.running and p.info), None)
-    data = {
+    data: dict[str, Any] = {
         "status": "ok",
         "service": "ACE-Step API",
         "version": "1.0",
@@ -88,4 +94,4 @@ async def health(service: Annotated[Service, Depends(service_of)]) -> dict[str, 
     }
     if notice := (renderer or {}).get("notice") or (planner or {}).get("notice"):
         data["notice"] = notice
-    return {"data": data, "code": 200, "error": None, "timestamp": int(time.time() * 1000), "extra": None}
+    return Health(data=HealthData(**data), code=200, error=None, timestamp=int(time.time() * 1000), extra=None)

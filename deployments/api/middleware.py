@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection
 from contextvars import ContextVar
 from urllib.parse import urlsplit
 
-from ray.exceptions import RayActorError
+from ray.exceptions import RayError
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -135,7 +135,8 @@ class Strangers:
 
 
 class LostProxy:
-    """A request whose Serve proxy died ends as if its client had left: when the server stops, proxies go first."""
+    """A request whose Serve proxy died or gave it up ends as its client left: when the server stops, proxies go first, and of a client
+    that leaves with half of its body sent Serve says so by an error."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -144,7 +145,7 @@ class LostProxy:
         async def received() -> Message:
             try:
                 return await receive()
-            except RayActorError:
+            except RayError:
                 return {"type": "http.disconnect"}
 
         await self.app(scope, received, send)

@@ -8,7 +8,7 @@ import binascii
 import contextlib
 import re
 import time
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
 from fastapi import APIRouter, Body, Header, Query, Request, Response
 from fastapi.responses import StreamingResponse
@@ -17,6 +17,7 @@ from pydantic import Field
 from acestep.errors import InvalidRequest, error_from_dict
 from acestep.request import SongRequest
 from deployments.api import examples
+from deployments.api.answers import JobPage, JobView, Kind, State
 from deployments.api.audio import send_file
 from deployments.api.auth import Auth, Caller, HeldStream, caller_of
 from deployments.api.bodies import KeyFirst
@@ -31,14 +32,20 @@ from deployments.jobs.webhooks import check_url
 from deployments.threads import with_files
 
 router = APIRouter(prefix="/v1", tags=["songs"], responses=PROBLEMS, route_class=KeyFirst)
-State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
-JobId = Annotated[str, Field(max_length=64)]
+JobId = Annotated[str, Field(max_length=64, description="`id` of the job.")]
 IdempotencyKey = Annotated[
     str | None, Header(description="The same key and body again give the same job; another body is refused.")
 ]
 Prefer = Annotated[str | None, Header(description="`wait=n`: answer when the job has ended, or after n seconds.")]
 
 
+EVENT_STREAM = {
+    "type": "string",
+    "description": "Events as `JobEvent` has them: lines `id`, `event` and `data`, which is JSON; comments between.",
+    "contentMediaType": "text/event-stream",
+    "contentSchema": {"type": "array", "items": {"$ref": "#/components/schemas/JobEvent"}},
+}
+CANCEL_WAIT_S = 5.0  # a stage stops between two steps
 Expires = Annotated[str | None, Query(max_length=12, description="Unix seconds; comes with the URL.")]
 Signature = Annotated[str | None, Query(max_length=64, description="Instead of a key; comes with the URL.")]
 
@@ -86,7 +93,7 @@ async def existing(service: Service, job_id: str, caller: Caller) -> Job:
 async def accept(
     service: Service, caller: Caller, submission: SongSubmission, response: Response, *, kind: str,
     idempotency_key: str | None, prefer: str | None,
-) -> dict[str, Any]:  # fmt: skip
+) -> JobView:  # fmt: skip
     """Submit and answer: 202 with the job, or 200 where it ended within the time that `Prefer` allows."""
     request = submission.song()
     check_prompt(request)
@@ -118,13 +125,13 @@ def wait_seconds(prefer: str | None, most: float) -> float | None:
 
 @router.post(
     "/music", status_code=202, summary="Ask for a song",
-    responses={202: examples.JOB_202, 200: {**examples.JOB_200, "description": "It ended within `Prefer: wait=n`"}},
+    responses={202: examples.JOB_202, 200: {**examples.JOB_200, "model": JobView, "description": "It ended within `Prefer: wait=n`"}},
 )  # fmt: skip
 async def create_song(
     submission: Annotated[SongSubmission, Body(openapi_examples=examples.SONGS)],
     response: Response, service: Svc, caller: Auth,
     idempotency_key: IdempotencyKey = None, prefer: Prefer = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> JobView:  # fmt: skip
     return await accept(
         service, caller, submission, response, kind="song", idempotency_key=idempotency_key, prefer=prefer
     )
@@ -135,17 +142,17 @@ async def list_jobs(
     service: Svc,
     caller: Auth,
     state: Annotated[list[State] | None, Query(description="Only these states.")] = None,
-    kind: Literal["song", "plan", "codes", "understand"] | None = None,
-    limit: Annotated[int, Query(ge=1, le=200)] = 50,
+    kind: Annotated[Kind | None, Query(description="Only this kind.")] = None,
+    limit: Annotated[int, Query(ge=1, le=200, description="Jobs on a page.")] = 50,
     cursor: Annotated[str | None, Query(max_length=200, description="`next` of the page before.")] = None,
-) -> dict[str, Any]:
+) -> JobPage:
     owner = caller.name if service.keys.required else None
     page = await asyncio.to_thread(
         service.store.page, states=state or (), kind=kind, owner_key=owner, before=_decode(cursor), limit=limit + 1
     )
     places = await service.places(page)
     views = [await job_view(service, job, places[job.id]) for job in page[:limit]]
-    return {"jobs": views, "next": _encode(page[limit - 1]) if len(page) > limit else None}
+    return JobPage(jobs=views, next=_encode(page[limit - 1]) if len(page) > limit else None)
 
 
 def _encode(job: Job) -> str:
@@ -165,9 +172,7 @@ def _decode(cursor: str | None) -> tuple[float, str] | None:
 
 
 @router.get("/jobs/{job_id}", summary="State, progress, plan and result of a job", responses={200: examples.JOB_200})
-async def get_job(
-    job_id: JobId, service: Svc, caller: Auth, response: Response, prefer: Prefer = None
-) -> dict[str, Any]:
+async def get_job(job_id: JobId, service: Svc, caller: Auth, response: Response, prefer: Prefer = None) -> JobView:
     job = await existing(service, job_id, caller)
     if (seconds := wait_seconds(prefer, service.args.max_wait_s)) is not None:
         with service.waiting.hold(caller.name):
@@ -177,15 +182,16 @@ async def get_job(
 
 
 @router.delete("/jobs/{job_id}", summary="Cancel a job; an ended one stays as it is", responses={200: examples.JOB_200})
-async def cancel_job(job_id: JobId, service: Svc, caller: Auth) -> dict[str, Any]:
-    await existing(service, job_id, caller)
-    await service.dispatcher.cancel(job_id)
-    return await job_view(service, await existing(service, job_id, caller))
+async def cancel_job(job_id: JobId, service: Svc, caller: Auth) -> JobView:
+    """The job after it: `cancelled`, or with `cancel_requested` where its card does not let go within seconds."""
+    job = await existing(service, job_id, caller)
+    job = await service.dispatcher.cancel(job_id) or job
+    return await job_view(service, await wait_for_end(service, job, min(CANCEL_WAIT_S, service.args.max_wait_s)))
 
 
 @router.get(
     "/jobs/{job_id}/events", summary="What happens to a job, as server-sent events", response_class=StreamingResponse,
-    responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}, "example": examples.EVENTS}}},
+    responses={200: {"content": {"text/event-stream": {"schema": EVENT_STREAM, "example": examples.EVENTS}}},
                204: {"description": "The job has ended and every event was seen: do not reconnect"}},
 )  # fmt: skip
 async def job_events(
@@ -213,7 +219,7 @@ async def job_events(
     "/jobs/{job_id}/audio/{file}", summary="One song as a file", response_class=Response, responses=examples.AUDIO
 )
 async def get_audio(
-    request: Request, job_id: JobId, file: Annotated[str, Field(max_length=16)], service: Svc,
+    request: Request, job_id: JobId, file: Annotated[str, Field(max_length=16, description="`{index}.{format}`, such as 0.wav.")], service: Svc,
     expires: Expires = None, signature: Signature = None,
 ) -> Response:  # fmt: skip
     """`{index}.{format}`, with the signature that the job's view gives or with a key; with a key also `{index}` alone."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Body, Response
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -26,6 +26,7 @@ from acestep.request import (
 )
 from acestep.words import is_instrumental
 from deployments.api import examples
+from deployments.api.answers import JobView
 from deployments.api.auth import Auth
 from deployments.api.bodies import KeyFirst
 from deployments.api.native import IdempotencyKey, Prefer, SongSubmission, accept
@@ -37,41 +38,48 @@ router = APIRouter(prefix="/v1", tags=["plans"], responses=PROBLEMS, route_class
 
 @router.post(
     "/plans", status_code=202, summary="Plan a song without rendering it",
-    responses={202: examples.JOB_202, 200: {**examples.JOB_200, "description": "It ended within `Prefer: wait=n`"}},
+    responses={202: examples.JOB_202, 200: {**examples.JOB_200, "model": JobView, "description": "It ended within `Prefer: wait=n`"}},
 )  # fmt: skip
 async def create_plan(
     submission: Annotated[SongSubmission, Body(openapi_examples=examples.SONGS)],
     response: Response, service: Svc, caller: Auth,
     idempotency_key: IdempotencyKey = None, prefer: Prefer = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> JobView:  # fmt: skip
     """The job's `plan` may be edited and sent as `plan` of a song request: nothing of it is planned again."""
     return await accept(
         service, caller, submission, response, kind="plan", idempotency_key=idempotency_key, prefer=prefer
     )
 
 
+WARMTH = "Of the planner's sampling; 0 always takes the likeliest."
+
+
 class _Question(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-    temperature: float = Field(TEXT_TEMPERATURE, ge=0.0, le=2.0)
-    top_k: int = Field(0, ge=0, le=1_000_000)
-    top_p: float = Field(1.0, gt=0.0, le=1.0)
+    temperature: float = Field(TEXT_TEMPERATURE, ge=0.0, le=2.0, description=WARMTH)
+    top_k: int = Field(0, ge=0, le=1_000_000, description="Choose among so many tokens; 0 switches it off.")
+    top_p: float = Field(
+        1.0, gt=0.0, le=1.0, description="Choose among the likeliest of this probability together; 1 switches it off."
+    )
     seed: int | None = Field(None, ge=0, le=MAX_SEED, description="Null draws one; the answer names it.")
 
 
 class InspireQuestion(_Question):
     query: Caption = Field(min_length=1, max_length=MAX_PROMPT_CHARS, description="A wish in everyday words.")
-    instrumental: bool = False
-    vocal_language: Language = None
+    instrumental: bool = Field(False, description="Nobody sings.")
+    vocal_language: Language = Field(
+        None, description="Code or name, such as en, zh-CN, Deutsch; null: the planner decides."
+    )
 
 
 class FormatQuestion(_Question):
-    caption: Caption = Field("", max_length=MAX_PROMPT_CHARS)
-    lyrics: Lyrics = Field("", max_length=MAX_LYRICS_CHARS)
-    bpm: Bpm = None
-    duration: Duration = None
-    keyscale: Key = None
-    timesignature: TimeSignature = None
-    language: Language = None
+    caption: Caption = Field("", max_length=MAX_PROMPT_CHARS, description="Description of the music.")
+    lyrics: Lyrics = Field("", max_length=MAX_LYRICS_CHARS, description="Lyrics.")
+    bpm: Bpm = Field(None, description="Kept where it is given, as are all below; null: the planner decides.")
+    duration: Duration = Field(None, description="Seconds, also as '3:30' or '90s'.")
+    keyscale: Key = Field(None, description="Such as 'F# minor', 'Am', 'A flat minor'.")
+    timesignature: TimeSignature = Field(None, description="2, 3, 4 or 6; also as '6/8'.")
+    language: Language = Field(None, description="Code or name, such as en, zh-CN, Deutsch.")
 
     @model_validator(mode="after")
     def _something(self) -> FormatQuestion:
@@ -81,8 +89,10 @@ class FormatQuestion(_Question):
 
 
 class UnderstandQuestion(_Question):
-    temperature: float = Field(UNDERSTAND_TEMPERATURE, ge=0.0, le=2.0)
-    codes: tuple[Annotated[int, Field(ge=0, lt=NUM_CODES)], ...] | None = Field(None, min_length=1, max_length=3_000)
+    temperature: float = Field(UNDERSTAND_TEMPERATURE, ge=0.0, le=2.0, description=WARMTH)
+    codes: tuple[Annotated[int, Field(ge=0, lt=NUM_CODES)], ...] | None = Field(
+        None, min_length=1, max_length=3_000, description="Audio codes, 5 per second."
+    )
     src_audio: Text | None = Field(None, max_length=1024, description="Instead of codes: a file id or an allowed path.")
 
     @model_validator(mode="after")

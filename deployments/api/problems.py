@@ -14,6 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from acestep.errors import AceStepError, Unavailable
 from acestep.validation import validation_problems
@@ -47,9 +48,9 @@ _SCHEMA = {
     "required": ["type", "title", "status", "detail"],
     "properties": {
         "type": {"type": "string", "description": f"urn:acestep: and one of {', '.join(STATUS)}"},
-        "title": {"type": "string"},
-        "status": {"type": "integer"},
-        "detail": {"type": "string"},
+        "title": {"type": "string", "description": "The type in words."},
+        "status": {"type": "integer", "description": "The HTTP status."},
+        "detail": {"type": "string", "description": "What is wrong and what to do."},
         "errors": {
             "type": "array",
             "items": {"type": "object"},
@@ -76,6 +77,13 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
     429: _documented("Too much at once; Retry-After says when"),
     503: _documented("No replica can answer now; Retry-After says when"),
 }
+# What the others answer.
+DETAIL: dict[str, Any] = {
+    "description": "A parameter is wrong",
+    "content": {"application/json": {"schema": {
+        "type": "object", "required": ["detail"], "properties": {"detail": {"description": "What is wrong."}},
+    }}},
+}  # fmt: skip
 _TITLES = {
     400: "Bad request",
     404: "Not found",
@@ -198,6 +206,10 @@ def install(app: FastAPI) -> None:
         kinds = {404: "not_found", 401: "unauthorized", 403: "forbidden", 413: "too_large"}
         kind = kinds.get(error.status_code, "invalid_request")
         return problem(error.status_code, kind, _unread(error), headers=dict(error.headers or {}) or None)
+
+    @app.exception_handler(ClientDisconnect)
+    async def _left(request: Request, error: ClientDisconnect) -> JSONResponse:
+        return problem(400, "invalid_request", "the caller left before its body was read")  # to nobody
 
     async def _store_away(request: Request, error: Exception) -> JSONResponse:
         log.error("the job store cannot be reached: %s", getattr(error, "orig", error))

@@ -5,15 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from acestep.request import SongRequest
+from deployments.api.answers import FileView, JobView
 from deployments.api.links import audio_path, events_path, job_path, public
 from deployments.api.redact import public_error
 from deployments.api.service import Service
+from deployments.errands import ANSWER
 from deployments.jobs.files import FOLDER, FileRecord
 from deployments.jobs.queue import Place
-from deployments.jobs.store import Job
+from deployments.jobs.store import CANCELLED, Job
 
 
-async def job_view(service: Service, job: Job, place: Place | None = None) -> dict[str, Any]:
+async def job_view(service: Service, job: Job, place: Place | None = None) -> JobView:
     """A job with where it stands, what it costs and, once done, signed URLs of its audio."""
     forecast = await service.forecast(job, place)
     view: dict[str, Any] = {
@@ -21,7 +23,7 @@ async def job_view(service: Service, job: Job, place: Place | None = None) -> di
         "kind": job.kind,
         "state": job.state,
         "stage": job.stage if not job.ended else job.state,
-        "progress": job.progress.model_dump(exclude_none=True) if job.progress and not job.ended else None,
+        "progress": job.progress if not job.ended else None,
         "position": forecast["position"],
         "eta_s": forecast["eta_s"],
         "cost": forecast["cost"],
@@ -29,14 +31,14 @@ async def job_view(service: Service, job: Job, place: Place | None = None) -> di
         "created_at": job.created_at,
         "started_at": job.started_at,
         "finished_at": job.finished_at,
+        "cancel_requested": job.cancel_requested or job.state == CANCELLED,
         "attempts": job.attempts,
         "placement": {"planner": job.plan_pool, "renderer": job.render_pool},
         "request": request_view(job.request),
         "seeds": list(job.request.seeds),
-        "warnings": [a.model_dump(mode="json") for a in job.adjustments],
-        "plan": job.plan.model_dump(mode="json") if job.plan else None,
+        "warnings": list(job.adjustments),
+        "plan": job.plan,
         "error": public_error(job.error) if job.ended else None,
-        "result": None,
         "links": {"self": public(job_path(job.id)), "events": public(service.signer.sign(events_path(job.id)))},
     }
     if song := job.result:
@@ -56,14 +58,13 @@ async def job_view(service: Service, job: Job, place: Place | None = None) -> di
             "renderer_hash": song.renderer_hash,
             "device": song.device,
             "settings": song.settings,
-            "timings": {"plan": song.plan.timings.model_dump(), "render": song.timings.model_dump()},
+            "timings": {"plan": song.plan.timings, "render": song.timings},
         }
-        view["warnings"] += [a.model_dump(mode="json") for a in song.adjustments if a not in job.adjustments]
-        if song.notice:
-            view["notice"] = song.notice
-    elif answer := job.extra.get("answer"):
-        view["result"] = answer
-    return view
+        view["warnings"] += [a for a in song.adjustments if a not in job.adjustments]
+        view["notice"] = song.notice
+    else:
+        view["result"] = job.extra.get(ANSWER)
+    return JobView.model_validate(view)
 
 
 def usage(job: Job) -> dict[str, Any] | None:
@@ -92,13 +93,13 @@ def request_view(request: SongRequest) -> dict[str, Any]:
     return shown
 
 
-def file_view(record: FileRecord, keep_s: float) -> dict[str, Any]:
-    return {
-        "id": record.id,
-        "name": record.name,
-        "bytes": record.bytes,
-        "sha256": record.sha256,
-        "duration": round(record.duration, 3),
-        "created_at": record.created_at,
-        "expires_at": record.created_at + keep_s,
-    }
+def file_view(record: FileRecord, keep_s: float) -> FileView:
+    return FileView(
+        id=record.id,
+        name=record.name,
+        bytes=record.bytes,
+        sha256=record.sha256,
+        duration=round(record.duration, 3),
+        created_at=record.created_at,
+        expires_at=record.created_at + keep_s,
+    )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import asdict
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query
 from pydantic import Field
 
 from deployments.api import examples
+from deployments.api.answers import Secret, WebhookList, WebhookView
 from deployments.api.auth import Auth
 from deployments.api.bodies import KeyFirst
 from deployments.api.problems import PROBLEMS, NotFound
@@ -19,10 +20,10 @@ from deployments.jobs.webhooks import Message, derived_secret, shown_secret
 router = APIRouter(prefix="/v1", tags=["webhooks"], responses=PROBLEMS, route_class=KeyFirst)
 
 
-def _view(message: Message) -> dict[str, Any]:
+def _view(message: Message) -> WebhookView:
     view = asdict(message)
     del view["owner_key"]
-    return view
+    return WebhookView(**view)
 
 
 @router.get("/webhooks", summary="Messages and their deliveries, newest first", responses={200: examples.WEBHOOKS})
@@ -32,15 +33,17 @@ async def list_webhooks(
     state: Annotated[
         Literal["pending", "delivered", "dead"] | None, Query(description="`dead`: given up after all attempts.")
     ] = None,
-    limit: Annotated[int, Query(ge=1, le=200)] = 50,
-) -> dict[str, Any]:
+    limit: Annotated[int, Query(ge=1, le=200, description="Messages in the answer.")] = 50,
+) -> WebhookList:
     owner = caller.name if service.keys.required else None
     messages = await asyncio.to_thread(service.outbox.page, owner_key=owner, state=state, limit=limit)
-    return {"webhooks": [_view(m) for m in messages]}
+    return WebhookList(webhooks=[_view(m) for m in messages])
 
 
 @router.post("/webhooks/{message_id}/retry", summary="Send a dead letter again", responses={200: examples.WEBHOOK})
-async def retry_webhook(message_id: Annotated[str, Field(max_length=64)], service: Svc, caller: Auth) -> dict[str, Any]:
+async def retry_webhook(
+    message_id: Annotated[str, Field(max_length=64, description="`id` of the message.")], service: Svc, caller: Auth
+) -> WebhookView:
     owner = caller.name if service.keys.required else None
     message = await asyncio.to_thread(service.outbox.retry, message_id, owner)
     if message is None:
@@ -51,5 +54,5 @@ async def retry_webhook(message_id: Annotated[str, Field(max_length=64)], servic
 @router.get(
     "/webhooks/secret", summary="Your signing secret, for a Standard Webhooks library", responses={200: examples.SECRET}
 )
-async def webhook_secret(service: Svc, caller: Auth) -> dict[str, str]:
-    return {"secret": shown_secret(derived_secret(service.webhook_secret, caller.name))}
+async def webhook_secret(service: Svc, caller: Auth) -> Secret:
+    return Secret(secret=shown_secret(derived_secret(service.webhook_secret, caller.name)))

@@ -10,15 +10,18 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import soundfile
+from ray.exceptions import RayActorError, TaskCancelledError
 from sqlalchemy.exc import OperationalError
 
-from acestep.errors import StoragePermission
+from acestep.errors import Cancelled, StoragePermission
 from acestep.lm.work import Sample
 from acestep.song import Progress
 from deployments.api import events, examples, native, plans
+from deployments.api.app import build_app
 from deployments.api.redact import redact
 
 from .conftest import Build, Site, fleet_view
@@ -374,6 +377,27 @@ async def test_cancel_and_the_audio_that_never_came(site: Site) -> None:
     assert (await site.client.get(f"/v1/jobs/{job_id}/audio/0.wav")).status_code == 409
 
 
+async def test_cancelling_a_running_job_answers_with_what_became_of_it(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = str((await submit(site))["id"])
+    site.run(job_id)
+
+    async def holder() -> None:
+        while not site.job(job_id).cancel_requested:
+            await asyncio.sleep(0.01)
+        site.service.store.fail(job_id, "test", Cancelled("cancelled by the caller"))
+        site.service.dispatcher.notices.tell()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(native, "CANCEL_WAIT_S", 0.01)
+        still = (await site.client.delete(f"/v1/jobs/{job_id}")).json()
+    assert (still["state"], still["cancel_requested"]) == ("running", True)
+    monkeypatch.setattr(native, "CANCEL_WAIT_S", 60.0)
+    answer, _ = await asyncio.gather(site.client.delete(f"/v1/jobs/{job_id}"), holder())
+    assert (answer.json()["state"], answer.json()["error"]["type"]) == ("cancelled", "cancelled")
+
+
 async def test_plans_are_jobs_of_their_own(site: Site) -> None:
     answer = await site.client.post("/v1/plans", json=SONG)
     job = answer.json()
@@ -559,3 +583,55 @@ def test_urls_of_the_server_are_no_paths() -> None:
     assert redact("ask POST /v1/music or /api/v1/jobs; 4/4; a/b; https://x.org/a/b") == (
         "ask POST /v1/music or /api/v1/jobs; 4/4; a/b; https://x.org/a/b"
     )
+
+
+HALF_JSON = b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+HALF_FORM = (
+    b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=x\r\nContent-Length: 999\r\n\r\n"
+    b'--x\r\nContent-Disposition: form-data; name="prompt"\r\n\r\nabc'
+)
+
+
+@pytest.mark.parametrize("half", [HALF_JSON, HALF_FORM])
+@pytest.mark.parametrize(
+    "path",
+    [b"/v1/music", b"/v1/files", b"/release_task", b"/query_result", b"/v1/create_sample", b"/v1/chat/completions"],
+)
+async def test_a_caller_who_leaves_within_its_body_is_no_error(
+    live: str, half: bytes, path: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("WARNING")
+    _, writer = await asyncio.open_connection("127.0.0.1", int(live.rpartition(":")[2]))
+    writer.write(half % path)
+    await writer.drain()
+    async with httpx.AsyncClient() as other:
+        await other.get(f"{live}/livez")  # what came before it is being answered
+        writer.close()
+        await writer.wait_closed()
+        for _ in range(3):
+            await other.get(f"{live}/livez")
+    assert not [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+
+
+@pytest.mark.parametrize("gone", [RayActorError(), TaskCancelledError()])
+@pytest.mark.parametrize("path", ["/v1/music", "/release_task", "/v1/chat/completions"])
+async def test_serve_says_by_an_error_that_a_caller_left(
+    site: Site, gone: Exception, path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    scope = {
+        "type": "http", "http_version": "1.1", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"",
+        "headers": [(b"host", b"localhost"), (b"content-type", b"application/json"), (b"content-length", b"100")],
+        "scheme": "http", "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 8000), "root_path": "",
+    }  # fmt: skip
+    parts = iter([{"type": "http.request", "body": b"{", "more_body": True}])
+
+    async def receive() -> Any:
+        if part := next(parts, None):
+            return part
+        raise gone
+
+    async def send(message: Any) -> None:
+        pass
+
+    await build_app(site.service)(scope, receive, send)
+    assert not [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]

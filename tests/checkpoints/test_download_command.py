@@ -1,5 +1,11 @@
 """`acestep download` on what needs no network."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
 from typer.testing import CliRunner
 
 from acestep.checkpoints import content_hash, published
@@ -29,3 +35,26 @@ def test_errors_are_those_of_the_library(home):
     assert isinstance(run(home / "absent", "--root", home).exception, ModelMissing)
     assert isinstance(run(home / "tiny", "--kind", "singer", "--root", home).exception, InvalidRequest)
     assert isinstance(run(home / "tiny", "--kind", "planner", "--root", home).exception, ModelMissing)
+
+
+@pytest.mark.parametrize(
+    ("variable", "proxy", "words"),
+    [
+        ("ALL_PROXY", "socks5://127.0.0.1:9", "check network and proxy"),
+        ("ALL_PROXY", "socks5h://127.0.0.1:9", "check network and proxy"),
+        ("ALL_PROXY", "socks://127.0.0.1:9", "name one with http://, https:// or socks5://"),
+        ("HTTPS_PROXY", "socks4://127.0.0.1:9", "name one with http://, https:// or socks5://"),
+        ("HTTPS_PROXY", "http://127.0.0.1:9", "check network and proxy"),
+    ],
+)
+def test_a_proxy_that_does_not_work_is_one_line(tmp_path, variable, proxy, words):
+    """In a process of its own: the Hub's client reads the environment once."""
+    rest = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy") and not k.startswith("HF_")}
+    environment = rest | {variable: proxy, "ACESTEP_HOME": str(tmp_path), "HF_HOME": str(tmp_path / "hub")}
+    command = [Path(sys.executable).with_name("acestep"), "download", "acestep-v15-turbo"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    line = done.stderr.strip().splitlines()[-1]
+    assert line.startswith("error (model_missing): ")
+    assert words in line

@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from acestep.errors import AceStepError
 from acestep.validation import validation_problems
@@ -53,6 +54,8 @@ class CompatRoute(APIRoute):
                 return await handler(request)
             except RequestValidationError as error:
                 return detail(422, _entries(error))
+            except ClientDisconnect:
+                return detail(400, "the caller left before its body was read")  # to nobody
             except HTTPException as error:
                 return detail(error.status_code, error.detail, dict(error.headers or {}) or None)
             except BadField as error:

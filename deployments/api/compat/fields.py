@@ -148,7 +148,7 @@ def _fields() -> Iterable[Field]:
     yield Field(
         "lm_backend", s, "vllm", choices=("vllm", "pt", "mlx"), no_effect="every planner here has its own engine"
     )
-    yield Field("lm_model_path", s, None)
+    yield Field("lm_model_path", s, None, about="Planner checkpoint: the one that was chosen when the server started.")
     yield Field(
         "lm_seed", i, None, low=0, high=MAX_SEED, about="Of a result's entry: with its seed, that song again alone."
     )

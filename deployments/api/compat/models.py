@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, HTTPException, Request
+from fastapi import APIRouter, HTTPException, Path, Request
 from pydantic import BaseModel, Field
 
 from deployments.api.compat.answers import CompatRoute, caller_by_header, envelope, soft_error
@@ -49,7 +49,9 @@ async def models(request: Request, service: Svc) -> Any:
 
 
 @router.get("/v1/models/{model:path}", summary="One model, as OpenRouter lists it")
-async def model(request: Request, model: str, service: Svc) -> Any:
+async def model(
+    request: Request, model: Annotated[str, Path(description="`id` out of the list.")], service: Svc
+) -> Any:
     if not service.args.open_models_and_chat:
         await caller_by_header(request, service)
     name = model.rstrip("/").rpartition("/")[2].casefold()
@@ -118,10 +120,10 @@ async def model_inventory(request: Request, service: Svc) -> Any:
 
 
 class InitBody(BaseModel):
-    model: str | None = Field(None, max_length=256)
-    slot: int | None = Field(None, ge=1, le=3)
-    init_llm: bool = False
-    lm_model_path: str | None = Field(None, max_length=1024)
+    model: str | None = Field(None, max_length=256, description="Renderer checkpoint.")
+    slot: int | None = Field(None, ge=1, le=3, description="Has no meaning here.")
+    init_llm: bool = Field(False, description="Ask for a planner, too.")
+    lm_model_path: str | None = Field(None, max_length=1024, description="Planner checkpoint.")
 
 
 @router.post("/v1/init", summary="Check that a model is loaded; models are chosen when the service starts")
@@ -189,7 +191,9 @@ async def lora_status(request: Request, service: Svc) -> Any:
 
 
 @router.post("/v1/lora/{action}", summary="Refused with a hint: adapters are chosen by request")
-async def lora(request: Request, action: str, service: Svc) -> Any:
+async def lora(
+    request: Request, action: Annotated[str, Path(description="load, unload, toggle or scale.")], service: Svc
+) -> Any:
     await caller_by_header(request, service)
     if action not in ("load", "unload", "toggle", "scale"):
         raise HTTPException(404, "Not Found")

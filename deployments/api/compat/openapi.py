@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from acestep.request import SongRequest
 from deployments.api.compat.fields import FIELDS, Field
 
 _TYPES = {"str": "string", "text": "string", "bool": "boolean", "int": "integer", "float": "number"}
@@ -18,7 +19,8 @@ def _schema(field: Field) -> dict[str, Any]:
         schema["enum"] = list(field.choices)
     if field.default is not None and field.kind != "raw":
         schema["default"] = field.default
-    about = [field.about] if field.about else []
+    known = SongRequest.model_fields.get(field.name)
+    about = [text] if (text := field.about or (known and known.description)) else []
     if field.aliases:
         about.append(f"Also: {', '.join(field.aliases)}.")
     if field.low is not None:
@@ -43,7 +45,7 @@ _TOKEN = {"ai_token": {"type": "string", "description": "The API key, instead of
 
 
 def release_body() -> dict[str, Any]:
-    part = {"type": "string", "format": "binary"}
+    part = {"type": "string", "format": "binary", "description": "Audio, instead of the field with a path."}
     return _body(
         {name: _schema(field) for name, field in FIELDS.items()} | _TOKEN,
         {"prompt": "upbeat synth pop", "lyrics": "[Verse]\nLights go by", "audio_duration": 30, "thinking": True},
@@ -57,15 +59,18 @@ def query_body() -> dict[str, Any]:
 
 
 def cancel_body() -> dict[str, Any]:
-    return _body({"task_id": {"type": "string"}, **_TOKEN}, {"task_id": "3f7c3c1e-6f0e-4a53-9f0d-0f4a7a3f1b52"})
+    return _body(
+        {"task_id": {"type": "string", "description": "As /release_task gave it."}, **_TOKEN},
+        {"task_id": "3f7c3c1e-6f0e-4a53-9f0d-0f4a7a3f1b52"},
+    )
 
 
 def format_body() -> dict[str, Any]:
     return _body(
         {
-            "prompt": {"type": "string"},
-            "lyrics": {"type": "string"},
-            "temperature": {"type": "number", "default": 0.85},
+            "prompt": {"type": "string", "description": "Description of the music."},
+            "lyrics": {"type": "string", "description": "Lyrics."},
+            "temperature": {"type": "number", "default": 0.85, "description": "Of the planner's sampling."},
             "param_obj": {"description": "duration, bpm, key, time_signature, language; an object or its JSON text."},
             **_TOKEN,
         },
@@ -76,10 +81,14 @@ def format_body() -> dict[str, Any]:
 def sample_body() -> dict[str, Any]:
     return _body(
         {
-            "query": {"type": "string"},
-            "instrumental": {"type": "boolean", "default": False},
-            "vocal_language": {"type": "string", "default": "unknown"},
-            "temperature": {"type": "number", "default": 0.85},
+            "query": {"type": "string", "description": "A wish in everyday words."},
+            "instrumental": {"type": "boolean", "default": False, "description": "Nobody sings."},
+            "vocal_language": {
+                "type": "string",
+                "default": "unknown",
+                "description": "Code or name; unknown: the planner decides.",
+            },
+            "temperature": {"type": "number", "default": 0.85, "description": "Of the planner's sampling."},
             **_TOKEN,
         },
         {"query": "a song for a long drive home"},

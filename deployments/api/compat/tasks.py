@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, HTTPException, Query, Request, Response
+from pydantic import Field
 from starlette.datastructures import UploadFile
 
 from acestep.errors import InvalidRequest
@@ -170,7 +171,11 @@ def task_ids(value: Any) -> list[str]:
 
 
 @router.get("/v1/audio", summary="A song's file", response_class=Response)
-async def audio(request: Request, service: Svc, path: Annotated[str, Query(max_length=4096)]) -> Response:
+async def audio(
+    request: Request,
+    service: Svc,
+    path: Annotated[str, Query(max_length=4096, description="As a result's `file` has it.")],
+) -> Response:
     caller = await caller_by_header(request, service)
     name = stored_name(service, path)
     job = await service.job(name.split("/")[1], caller)
@@ -219,7 +224,9 @@ async def cancel(request: Request, service: Svc) -> Any:
 
 
 @router.delete("/v1/tasks/{task_id}", summary="Cancel a job")
-async def delete_task(request: Request, task_id: str, service: Svc) -> Any:
+async def delete_task(
+    request: Request, task_id: Annotated[str, Field(description="As /release_task gave it.")], service: Svc
+) -> Any:
     return await _cancel(service, await caller_by_header(request, service), task_id)
 
 

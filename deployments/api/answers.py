@@ -1,0 +1,414 @@
+"""What the native API answers, typed: the reference in the OpenAPI document, and what every answer is checked against."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from acestep.lm.work import Sample
+from acestep.plan import Metadata, Plan, PlanTimings
+from acestep.request import Adjustment
+from acestep.song import Progress, RenderTimings, StageName
+
+State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+Ended = Literal["succeeded", "failed", "cancelled"]
+Kind = Literal["song", "plan", "codes", "understand"]
+
+
+class _Answer(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class JobError(BaseModel):
+    """Why a job has no result. What belongs to its type (`field`, `limit`, ...) stands beside these."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    type: str = Field(description="One of the stable types, such as limit_exceeded, as problem bodies have them.")
+    message: str = Field(description="One or two sentences: what is wrong and what to do.")
+
+
+class Cost(_Answer):
+    """What a job asks for."""
+
+    audio_s: float = Field(description="Seconds of audio, over all items; 0 for other jobs than songs.")
+    plan_s: float = Field(description="Estimated seconds of planner work.")
+    render_s: float = Field(description="Estimated seconds of renderer work.")
+
+
+class DeviceSeconds(_Answer):
+    """Seconds of a job's own on the devices."""
+
+    plan: float = Field(description="On the planner's card.")
+    render: float = Field(description="On the renderer's card.")
+
+
+class Usage(_Answer):
+    """What an ended job used."""
+
+    audio_s: float = Field(description="Seconds of audio that were made, over all items.")
+    device_s: DeviceSeconds = Field(description="Seconds on the devices, by stage.")
+    total_s: float = Field(description="Seconds from its submission to its end.")
+
+
+class Placement(_Answer):
+    """Where a job goes, or went; null before that is decided and where the stage is not needed."""
+
+    planner: str | None = Field(description="The planner's pool.")
+    renderer: str | None = Field(description="The renderer's pool.")
+
+
+class Audio(_Answer):
+    """One file of a song."""
+
+    format: str = Field(description="As asked for in `formats`.")
+    content_type: str = Field(description="Its MIME type.")
+    bytes: int = Field(description="Its size.")
+    sha256: str = Field(description="Checksum of the file, in hexadecimal digits.")
+    url: str = Field(description="Path of the file, signed: works without a key until it expires.")
+
+
+class Item(_Answer):
+    """One song of a job."""
+
+    index: int = Field(description="Which of the batch, from 0.")
+    seed: int = Field(description="The renderer's seed.")
+    lm_seed: int | None = Field(
+        description="With `seed` and the same request, what makes this item again alone; null where no planner ran."
+    )
+    duration: float = Field(description="Seconds, exact: samples / sample_rate.")
+    samples: int = Field(description="Samples per channel.")
+    sample_rate: int = Field(description="Samples per second.")
+    channels: int = Field(description="2: stereo.")
+    gain_db: float | None = Field(description="What the whole song was turned up by after it was made.")
+    made_gain_db: float | None = Field(
+        description="Where source audio is kept around a window: what the window alone was turned up by, so as not to clip."
+    )
+    audio: list[Audio] = Field(description="The song in every format that was asked for.")
+
+
+class Timings(_Answer):
+    """Wall seconds by stage."""
+
+    plan: PlanTimings = Field(description="Inside the planner.")
+    render: RenderTimings = Field(description="Inside the renderer.")
+
+
+class SongResult(_Answer):
+    """What a song's job made."""
+
+    items: list[Item] = Field(description="One per song of the batch.")
+    renderer: str = Field(description="The renderer's checkpoint.")
+    renderer_hash: str | None = Field(description="Checksum of its weights, where it is known.")
+    device: str | None = Field(description="The card that rendered it.")
+    settings: dict[str, Any] = Field(description="Steps, shift, guidance and other settings by name, as used.")
+    timings: Timings = Field(description="How long it took.")
+
+
+class TextResult(_Answer):
+    """What a job of kind `codes` or `understand` found."""
+
+    codes: list[int] = Field(description="Audio codes of its source, 5 per second.")
+    sample: Sample | None = Field(None, description="The description, of kind `understand`.")
+
+
+class Links(_Answer):
+    """Paths of the job."""
+
+    self: str = Field(description="This view. Needs the key.")
+    events: str = Field(description="Its events, signed: works without a key until it expires.")
+
+
+class JobView(_Answer):
+    """A job: where it stands, what it costs and, once done, its result."""
+
+    id: str = Field(description="Names the job in every path.")
+    kind: Kind = Field(
+        description="`song`; `plan` stops after the planner; `codes` and `understand` are ACE-Step's tasks that make no song."
+    )
+    state: State = Field(
+        description="`queued` (also between planner and renderer of a job that is taken up again), `running`, or one of the three in which it ends and stays."
+    )
+    stage: StageName | Ended = Field(
+        description="What is done for it now: more exact than `state`, and the same once it has ended."
+    )
+    progress: Progress | None = Field(
+        description="How far its stage is; null while nothing is known of it and after the end."
+    )
+    position: int = Field(description="Its place in the queue, 1 for the next; 0 where it does not wait.")
+    eta_s: float | None = Field(description="Estimated seconds until its end; null where unknown, and after the end.")
+    cost: Cost = Field(description="What it asks for, estimated at its submission.")
+    usage: Usage | None = Field(description="What it used; null before its end.")
+    created_at: float = Field(description="Unix seconds of its submission.")
+    started_at: float | None = Field(description="Unix seconds at which work on it began; null before.")
+    finished_at: float | None = Field(description="Unix seconds of its end; null before.")
+    cancel_requested: bool = Field(
+        description="Its caller wants no more: it is cancelled, or will be as soon as its card lets go."
+    )
+    attempts: int = Field(description="How often it was begun; more than 1 after a machine was lost.")
+    placement: Placement = Field(description="The pools that work on it.")
+    request: dict[str, Any] = Field(
+        description="The request, as `POST /v1/music` takes it, with its seed drawn and what was changed; defaults are left out."
+    )
+    seeds: list[int] = Field(description="The renderer's seed of each item.")
+    warnings: list[Adjustment] = Field(description="What was changed of the request or has no effect, and why.")
+    plan: Plan | None = Field(description="What the planner decided; may be edited and sent as `plan`. Null before.")
+    error: JobError | None = Field(description="Why it failed or was cancelled; null for all others.")
+    result: SongResult | TextResult | None = Field(description="What was made; null before its end, and for plans.")
+    links: Links = Field(description="Paths to go on with.")
+    notice: str | None = Field(
+        None, description="What is to be known of the checkpoints, such as that they make noise."
+    )
+
+
+class JobPage(_Answer):
+    """Jobs, newest first."""
+
+    jobs: list[JobView] = Field(description="At most `limit`.")
+    next: str | None = Field(description="`cursor` of the next page; null on the last.")
+
+
+class FileView(_Answer):
+    """An uploaded file."""
+
+    id: str = Field(description="For `src_audio` and `reference_audio`.")
+    name: str = Field(description="As it was uploaded.")
+    bytes: int = Field(description="Its size.")
+    sha256: str = Field(description="Checksum of the file, in hexadecimal digits.")
+    duration: float = Field(description="Seconds of audio.")
+    created_at: float = Field(description="Unix seconds of its upload.")
+    expires_at: float = Field(description="Unix seconds after which it is deleted, unless a job waits for it.")
+
+
+class WebhookView(_Answer):
+    """A message about a job's end, and its delivery."""
+
+    id: str = Field(description="Names the message; the same in every attempt (`webhook-id`).")
+    job_id: str = Field(description="The job that ended.")
+    url: str = Field(description="Where it goes: the job's `webhook_url`.")
+    type: Literal["job.succeeded", "job.failed", "job.cancelled"] = Field(description="What it tells.")
+    state: Literal["pending", "delivered", "dead"] = Field(
+        description="`dead`: given up, after all attempts or since the receiver answered 410."
+    )
+    attempts: int = Field(description="How often it was sent.")
+    next_at: float | None = Field(description="Unix seconds of the next attempt; null where there is none.")
+    last_status: int | None = Field(description="HTTP status of the last answer; null where none came.")
+    last_error: str | None = Field(description="What was wrong with the last attempt.")
+    created_at: float = Field(description="Unix seconds of the job's end.")
+    delivered_at: float | None = Field(description="Unix seconds of its delivery; null before.")
+
+
+class WebhookList(_Answer):
+    """Messages, newest first."""
+
+    webhooks: list[WebhookView] = Field(description="At most `limit`.")
+
+
+class Secret(_Answer):
+    """What webhooks of your key are signed with."""
+
+    secret: str = Field(description="As libraries for Standard Webhooks take it.")
+
+
+# -- events of a job
+
+
+class EventData(_Answer):
+    """What every event tells."""
+
+    job_id: str = Field(description="The job.")
+    at: float = Field(description="Unix seconds.")
+
+
+class StartedData(EventData):
+    """Work on the job began."""
+
+    attempt: int = Field(description="1, or more after a machine was lost.")
+
+
+class PlannedData(EventData, Metadata):
+    """The planner is done; with what it decided."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ProgressData(EventData, Progress):
+    """How far a stage is."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class EndedData(EventData):
+    """The job has ended."""
+
+    error: JobError | None = Field(None, description="Why it failed or was cancelled.")
+
+
+class _Event(_Answer):
+    id: int = Field(description="For `Last-Event-ID`.")
+
+
+class QueuedEvent(_Event):
+    """It waits: newly come, or handed back by a machine that stops."""
+
+    event: Literal["queued", "requeued"] = Field(description="What happened.")
+    data: EventData = Field(description="As JSON.")
+
+
+class StartedEvent(_Event):
+    """It runs."""
+
+    event: Literal["started"] = Field(description="What happened.")
+    data: StartedData = Field(description="As JSON.")
+
+
+class PlannedEvent(_Event):
+    """Its plan is there."""
+
+    event: Literal["planned"] = Field(description="What happened.")
+    data: PlannedData = Field(description="As JSON.")
+
+
+class ProgressEvent(_Answer):
+    """How far its stage is. Has no id: only the latest is kept."""
+
+    event: Literal["progress"] = Field(description="What happened.")
+    data: ProgressData = Field(description="As JSON.")
+
+
+class EndedEvent(_Event):
+    """It has ended: the last event."""
+
+    event: Ended = Field(description="What happened.")
+    data: EndedData = Field(description="As JSON.")
+
+
+JobEvent = Annotated[
+    QueuedEvent | StartedEvent | PlannedEvent | ProgressEvent | EndedEvent, Field(discriminator="event")
+]
+
+
+def add_schemas(document: dict[str, Any]) -> None:
+    """Put the events' schema, which no route has as its answer, into the OpenAPI document as `JobEvent`."""
+    schema = TypeAdapter(JobEvent).json_schema(ref_template="#/components/schemas/{model}", mode="serialization")
+    schemas = document.setdefault("components", {}).setdefault("schemas", {})
+    for name, part in {**schema.pop("$defs", {}), "JobEvent": schema}.items():
+        schemas.setdefault(name, part)
+
+
+# -- health and fleet
+
+
+class Alive(_Answer):
+    """The router answers."""
+
+    status: Literal["ok"] = Field(description="`ok`.")
+
+
+class PoolReadiness(_Answer):
+    """One pool."""
+
+    pool: str = Field(description="Its name.")
+    role: Literal["plan", "render"] = Field(description="Which stage it serves.")
+    running: int = Field(description="Replicas that run.")
+    starting: int = Field(description="Replicas that start.")
+    reason: str | None = Field(None, description="Why it does not serve; left out where it does.")
+
+
+class Readiness(_Answer):
+    """Whether songs can be made."""
+
+    ready: bool = Field(description="Both stages can serve.")
+    missing: list[str] = Field(description="What is missing, in words.")
+    pools: list[PoolReadiness] = Field(description="Every pool.")
+
+
+class HealthData(_Answer):
+    """What ACE-Step's clients read."""
+
+    status: Literal["ok"] = Field(description="`ok`.")
+    service: str = Field(description="`ACE-Step API`.")
+    version: str = Field(description="Of ACE-Step's interface, not of this server.")
+    models_initialized: bool = Field(description="A renderer runs.")
+    llm_initialized: bool = Field(description="A planner runs.")
+    loaded_model: str | None = Field(description="The renderer's checkpoint.")
+    loaded_lm_model: str | None = Field(description="The planner's checkpoint.")
+    notice: str | None = Field(None, description="What is to be known of the checkpoints; left out where nothing is.")
+
+
+class Health(_Answer):
+    """ACE-Step's envelope."""
+
+    data: HealthData = Field(description="The state.")
+    code: int = Field(description="200.")
+    error: None = Field(description="Null.")
+    timestamp: int = Field(description="Unix milliseconds.")
+    extra: None = Field(description="Null.")
+
+
+class Replicas(_Answer):
+    """Replicas of a pool."""
+
+    running: int = Field(description="That run.")
+    starting: int = Field(description="That start.")
+    target: int = Field(description="That there shall be.")
+
+
+class Scale(_Answer):
+    """How far a pool grows and shrinks."""
+
+    min: int = Field(description="Fewest replicas.")
+    max: int = Field(description="Most replicas.")
+
+
+class Load(_Answer):
+    """Work of a pool, in estimated seconds."""
+
+    waiting_s: float = Field(description="That waits.")
+    running_s: float = Field(description="That is left of what runs.")
+    running_jobs: int = Field(description="Jobs that run.")
+
+
+class PoolView(_Answer):
+    """One pool, with what a replica of it said of itself; that is left out until one has."""
+
+    name: str = Field(description="The pool's Serve application.")
+    role: Literal["plan", "render"] = Field(description="Which stage it serves.")
+    tiers: list[str] = Field(description="Tiers of cards that it may use; empty for any.")
+    status: str = Field(description="As Ray Serve has it, such as RUNNING, DEPLOYING.")
+    replicas: Replicas = Field(description="How many there are.")
+    scale: Scale = Field(description="How many there may be.")
+    backlog: Load = Field(description="Its work.")
+    cost_correction: float = Field(description="What measured times are of estimated ones, lately.")
+    reason: str | None = Field(None, description="Why it does not serve.")
+    model: str | None = Field(None, description="Its checkpoint.")
+    notice: str | None = Field(None, description="What is to be known of its checkpoint.")
+    tier: str | None = Field(None, description="The card's tier.")
+    device: str | None = Field(None, description="The card.")
+    memory_gib: float | None = Field(None, description="Memory that counts for the tier, in GiB.")
+    limits: dict[str, Any] | None = Field(None, description="What it can do: durations, batches, modes, by name.")
+    settings: dict[str, Any] | None = Field(None, description="Its settings by name, as resolved.")
+    warnings: list[str] | None = Field(None, description="What was wrong with its settings.")
+    disabled: str | None = Field(None, description="Why a planner does not plan here.")
+    stats: dict[str, Any] | None = Field(None, description="The engine's own numbers, by name.")
+    capacity: int | None = Field(None, description="Pieces of work in flight at once.")
+
+
+class NodeView(_Answer):
+    """A machine of the cluster."""
+
+    name: str = Field(description="As Ray has it.")
+    tier: str | None = Field(description="Its label `acestep/gpu-tier`.")
+    gpus: float = Field(description="Cards.")
+    cpus: float = Field(description="Cores.")
+    labels: dict[str, str] = Field(description="Its labels, without Ray's own.")
+
+
+class Cluster(_Answer):
+    """What the fleet is made of and does now."""
+
+    ready: bool = Field(description="Both stages can serve.")
+    missing: list[str] = Field(description="What is missing, in words, with the label that a pool needs.")
+    jobs: dict[str, int] = Field(description="Number of jobs by state.")
+    pools: list[PoolView] = Field(description="Planners and renderers.")
+    nodes: list[NodeView] = Field(description="Machines that live.")
