@@ -31,7 +31,7 @@ from acestep.dit.vae import Vae
 from acestep.dit.window import Splice, Window, window_of
 from acestep.dit.work import RenderWork
 from acestep.errors import InvalidOutput
-from acestep.limits import fit_codes, unique
+from acestep.limits import fit_codes, refusal, unique
 from acestep.plan import CODES_PER_SECOND
 from acestep.request import Adjustment
 from acestep.song import SAMPLE_RATE, SAMPLES_PER_FRAME
@@ -176,6 +176,8 @@ class Preparation:
                     reason="there are no audio codes to follow",
                 )
             )  # fmt: skip
+        if request.strict and adjustments:
+            raise refusal(adjustments[0])
         return Prepared(tuple(items), pass_frames, sampling, lora, tuple(unique(adjustments)))
 
     def _project(self, tokens: Tensor, lora: ActiveLora | None) -> Projected:

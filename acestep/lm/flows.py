@@ -9,6 +9,8 @@ import secrets
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
+from acestep.dit.prompts import MAX_TEXT_TOKENS, caption_text
+from acestep.dit.tasks import instruction
 from acestep.errors import InvalidOutput, InvalidRequest, LimitExceeded
 from acestep.limits import over_plan
 from acestep.lm.grammar import MAX_CAPTION_TOKENS, CodesProgram, CotProgram, Grammar, OpenProgram
@@ -123,7 +125,7 @@ class FlowBuilder:
     ) -> tuple[int, float]:
         """Caption tokens and seconds that leave room for the codes in `max_len`. A `duration` of None is the planner's to decide."""
         fields = self.grammar.plan({}, max_duration=int(MAX_DURATION_S), caption_tokens=0).max_tokens
-        wanted = MAX_CAPTION_TOKENS if request.use_cot_caption else 0
+        wanted = self._longest_caption(request) if request.use_cot_caption else 0
         least = int(min(wanted, _LEAST_CAPTION_TOKENS) * _RENDER_GROWTH)
         codes = int((MIN_DURATION_S if duration is None else duration) * CODES_PER_SECOND)
         fixed = prompt + fields + _BLOCK_TOKENS
@@ -136,6 +138,16 @@ class FlowBuilder:
         else:
             caption = room - codes
         return min(wanted, int(caption / _RENDER_GROWTH)), limit
+
+    def _longest_caption(self, request: SongRequest) -> int:
+        """Tokens; where the request is strict, no more than the renderer reads beside what else its text holds."""
+        if not request.strict:
+            return MAX_CAPTION_TOKENS
+        rest = Metadata(bpm=300, keyscale="A# minor", timesignature="4")
+        plain = request.model_copy(update={"prompt": ""})
+        codes = request.thinking or request.audio_codes is not None
+        text = caption_text(plain, rest, instruction(request, codes=codes), MAX_DURATION_S)
+        return max(1, min(MAX_CAPTION_TOKENS, MAX_TEXT_TOKENS - len(self.grammar.tokenizer.encode(text))))
 
     def _codes(
         self,

@@ -263,6 +263,15 @@ def test_a_song_that_cannot_fit_is_refused_with_the_numbers(planner: Planner) ->
     assert 0 < details["prompt_tokens"] < details["asked"] - 3_000
 
 
+def test_a_strict_song_is_planned_with_a_caption_that_the_renderer_reads_whole(grammar: Grammar) -> None:
+    flows = FlowBuilder(grammar, PromptBuilder(grammar.tokenizer), 4_096, 2, 16_384)
+    most = {}
+    for strict in (False, True):
+        request = SongRequest(prompt="x", seed=5, duration=10, strict=strict)
+        most[strict] = next(flows.flow(PlanWork(request)))[0].outputs[0].program._caption_tokens
+    assert 0 < most[True] < 256 < most[False]
+
+
 def test_a_long_negative_prompt_is_reckoned_with_before_anything_is_planned(grammar: Grammar) -> None:
     flows = FlowBuilder(grammar, PromptBuilder(grammar.tokenizer), 1_024, 2, 4_096)
     request = SongRequest(prompt="x", seed=5, use_cot_caption=False, lm_negative_prompt="~" * 600)
