@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,10 @@ import httpx
 from acestep.errors import AceStepError, InvalidRequest, Unavailable, error_from_dict
 
 DEFAULT_URL = "http://127.0.0.1:8000"
+# What is answered in the stead of a router that is being replaced: by Serve's proxy (404 before it knows the routes, 500 where the replica
+# died with the request, 503) and by balancers (502 to 504).
+NO_ROUTER = (404, 500, 502, 503, 504)
+AGAIN_S = 1.0
 
 
 def server_url(asked: str | None = None) -> str:
@@ -47,10 +52,17 @@ class Client:
     Args:
         url: Base address; default `ACESTEP_URL`, else a server on this machine.
         api_key: Sent as a bearer token; default `ACESTEP_API_KEY`.
+        timeout_s: For one answer.
+        patience_s: A request is sent again for so long where no router answers it, or one that says when to come again: jobs outlive a
+            restart. A server that never answered is not waited for.
     """
 
-    def __init__(self, url: str | None = None, api_key: str | None = None, timeout_s: float = 30.0) -> None:
+    def __init__(
+        self, url: str | None = None, api_key: str | None = None, timeout_s: float = 30.0, patience_s: float = 60.0
+    ) -> None:
         self.url = server_url(url)
+        self.patience_s = patience_s
+        self._answered = False
         # The server's variable may hold several keys; any of them will do.
         key = api_key if api_key is not None else os.environ.get("ACESTEP_API_KEY", "").partition(",")[0].strip()
         headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -73,7 +85,8 @@ class Client:
 
     def submit(self, request: dict[str, Any]) -> dict[str, Any]:
         """POST /v1/music. Returns the job."""
-        return self._json("POST", "/v1/music", json=request)
+        # The same key each time it is sent, so that it is one job even if the answer was lost.
+        return self._json("POST", "/v1/music", json=request, headers={"Idempotency-Key": str(uuid.uuid4())})
 
     def job(self, job_id: str) -> dict[str, Any]:
         return self._json("GET", f"/v1/jobs/{job_id}")
@@ -91,27 +104,11 @@ class Client:
         return self._json("GET", "/v1/cluster")
 
     def wait(
-        self,
-        job_id: str,
-        on_change: Callable[[dict[str, Any]], None] | None = None,
-        poll_s: float = 0.3,
-        patience_s: float = 60.0,
+        self, job_id: str, on_change: Callable[[dict[str, Any]], None] | None = None, poll_s: float = 0.3
     ) -> dict[str, Any]:
-        """Poll until the job has ended. Raises its error where it did not succeed.
-
-        Args:
-            patience_s: A server that does not answer is asked again for so long: a job outlives a restart of its router.
-        """
-        heard = time.monotonic()
+        """Poll until the job has ended. Raises its error where it did not succeed."""
         while True:
-            try:
-                job = self.job(job_id)
-            except Unavailable:
-                if time.monotonic() - heard > patience_s:
-                    raise
-                time.sleep(max(poll_s, 1.0))
-                continue
-            heard = time.monotonic()
+            job = self.job(job_id)
             if on_change:
                 on_change(job)
             if job["state"] == "succeeded":
@@ -131,6 +128,17 @@ class Client:
         return data
 
     def _request(self, method: str, path: str, **kwargs: Any) -> httpx.Response:
+        until = time.monotonic() + self.patience_s
+        while True:
+            try:
+                return self._sent(method, path, **kwargs)
+            except Unavailable as error:
+                pause = error.details.get("retry_after")
+                if pause is None or time.monotonic() + pause > until:
+                    raise
+            time.sleep(pause)
+
+    def _sent(self, method: str, path: str, **kwargs: Any) -> httpx.Response:
         try:
             response = self._http.request(method, path, **kwargs)
         except httpx.TransportError as error:
@@ -138,19 +146,29 @@ class Client:
                 f"no server answers at {self.url} ({type(error).__name__}). Start one with `make run`, name another with --url "
                 "or ACESTEP_URL, or use --local.",
                 url=self.url,
+                **({"retry_after": AGAIN_S} if self._answered else {}),
             ) from error
+        self._answered = True
         if response.is_error:
             raise problem_error(response)
         return response
 
 
 def problem_error(response: httpx.Response) -> AceStepError:
-    """The error that an answer tells. Every error of the service has a body of its own; one without comes from a proxy that finds none."""
+    """The error that an answer tells; with `retry_after` in seconds where it makes sense to ask again.
+
+    Every error of the service has a body of its own; one without comes from a proxy that finds none.
+    """
     try:
         body = response.json()
     except ValueError:
         body = None
     if not isinstance(body, dict) or "type" not in body:
-        return Unavailable(f"no router answers behind {response.request.url}: HTTP {response.status_code}")
+        again = {"retry_after": AGAIN_S} if response.status_code in NO_ROUTER else {}
+        return Unavailable(f"no router answers behind {response.request.url}: HTTP {response.status_code}", **again)
     kind = str(body["type"]).removeprefix("urn:acestep:")
-    return error_from_dict({"type": kind, "message": str(body.get("detail") or f"HTTP {response.status_code}")})
+    after = response.headers.get("retry-after", "")
+    again = {"retry_after": float(after)} if after.isdecimal() else {}
+    return error_from_dict(
+        {"type": kind, "message": str(body.get("detail") or f"HTTP {response.status_code}"), **again}
+    )

@@ -35,6 +35,7 @@ def router(args: dict[str, Any]) -> Application:
         name="router",
         num_replicas=parsed.num_replicas,
         max_ongoing_requests=MAX_ONGOING,
+        max_surge_percent=100,  # the next router answers before this one leaves
         ray_actor_options={"num_cpus": parsed.num_cpus},
         graceful_shutdown_timeout_s=15.0,
         graceful_shutdown_wait_loop_s=0.2,

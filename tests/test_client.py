@@ -6,6 +6,8 @@ import http.server
 import json
 import threading
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,18 +18,25 @@ DONE = (200, {"id": "x", "state": "succeeded"})
 PROBLEM = (422, {"type": "urn:acestep:invalid_request", "detail": "duration: too long"})
 NO_ROUTER = (404, "Path '/v1/jobs/x' not found.")
 DIED = (500, "Internal Server Error")
+AWAY = (503, {"type": "urn:acestep:unavailable", "detail": "the job store"}, ("Retry-After", "1"))
 
 
 class Scripted(http.server.BaseHTTPRequestHandler):
     """Gives the answers of the server's script, one after the other."""
 
     def do_GET(self) -> None:
-        status, body = self.server.script.pop(0)  # type: ignore[attr-defined]
+        status, body, *headers = self.server.script.pop(0)  # type: ignore[attr-defined]
+        sent = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.server.seen.append((self.headers.get("Idempotency-Key"), sent))  # type: ignore[attr-defined]
         data = (body if isinstance(body, str) else json.dumps(body)).encode()
         self.send_response(status)
+        for header in headers:
+            self.send_header(*header)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
+
+    do_POST = do_DELETE = do_GET
 
     def log_message(self, *_: object) -> None:
         pass
@@ -36,13 +45,14 @@ class Scripted(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server() -> Iterator[http.server.HTTPServer]:
     with http.server.HTTPServer(("127.0.0.1", 0), Scripted) as running:
+        running.seen = []  # type: ignore[attr-defined]
         threading.Thread(target=running.serve_forever, daemon=True).start()
         yield running
         running.shutdown()
 
 
-def client_of(server: http.server.HTTPServer) -> Client:
-    return Client(f"http://127.0.0.1:{server.server_port}", timeout_s=5.0)
+def client_of(server: http.server.HTTPServer, patience_s: float = 60.0) -> Client:
+    return Client(f"http://127.0.0.1:{server.server_port}", timeout_s=5.0, patience_s=patience_s)
 
 
 def test_waiting_outlives_a_router_that_is_replaced(server: http.server.HTTPServer) -> None:
@@ -53,8 +63,63 @@ def test_waiting_outlives_a_router_that_is_replaced(server: http.server.HTTPServ
 
 def test_waiting_ends_where_nothing_answers_for_long(server: http.server.HTTPServer) -> None:
     server.script = [DIED, DIED]  # type: ignore[attr-defined]
-    with client_of(server) as client, pytest.raises(Unavailable, match="HTTP 500"):
-        client.wait("x", poll_s=0.01, patience_s=0.5)
+    with client_of(server, patience_s=0.5) as client, pytest.raises(Unavailable, match="HTTP 500"):
+        client.wait("x", poll_s=0.01)
+
+
+RESTARTS = [NO_ROUTER, DIED, (502, "<html>"), (503, "no replica"), (504, ""), AWAY]
+
+
+@pytest.mark.parametrize("answer", RESTARTS, ids=lambda a: str(a[0]))
+def test_what_is_sent_while_the_router_is_replaced_is_sent_again_and_is_one_job(
+    server: http.server.HTTPServer, tmp_path: Path, answer: tuple[int, Any]
+) -> None:
+    file = tmp_path / "song.wav"
+    file.write_bytes(b"RIFF" * 1000)
+    with client_of(server) as client:
+        for call in (
+            lambda: client.submit({"prompt": "a"}), lambda: client.cancel("x"), lambda: client.audio("/a"),
+            lambda: client.upload(file),
+        ):  # fmt: skip
+            server.seen.clear()  # type: ignore[attr-defined]
+            server.script = [answer, DONE]  # type: ignore[attr-defined]
+            call()
+            first, second = server.seen  # type: ignore[attr-defined]
+            assert first[0] == second[0]
+            assert len(first[1]) == len(second[1])
+        server.seen.clear()  # type: ignore[attr-defined]
+        server.script = [DONE, DONE]  # type: ignore[attr-defined]
+        client.submit({"prompt": "a"})
+        client.submit({"prompt": "a"})
+        assert len({key for key, _ in server.seen} - {None}) == 2  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("answer", [(413, "<html>too large"), (503, {"type": "urn:acestep:unavailable"})])
+def test_what_no_restart_explains_is_not_sent_again(server: http.server.HTTPServer, answer: tuple[int, Any]) -> None:
+    server.script = [answer]  # type: ignore[attr-defined]
+    with client_of(server) as client, pytest.raises(Unavailable):
+        client.submit({"prompt": "a"})
+
+
+def test_a_server_that_went_away_is_waited_for_and_one_that_never_answered_is_not() -> None:
+    with http.server.HTTPServer(("127.0.0.1", 0), Scripted) as first:
+        first.seen, first.script = [], [DONE]  # type: ignore[attr-defined]
+        threading.Thread(target=first.serve_forever, daemon=True).start()
+        client = client_of(first)
+        client.job("x")
+        first.shutdown()
+    with pytest.raises(Unavailable, match="no server answers"):
+        client_of(first).job("x")
+
+    def back() -> None:
+        with http.server.HTTPServer(("127.0.0.1", first.server_port), Scripted) as second:
+            second.seen, second.script = [], [DONE]  # type: ignore[attr-defined]
+            second.handle_request()
+
+    coming = threading.Timer(0.5, back)
+    coming.start()
+    assert client.job("x")["state"] == "succeeded"
+    coming.join()
 
 
 def test_a_refusal_is_not_asked_again(server: http.server.HTTPServer) -> None:

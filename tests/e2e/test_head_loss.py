@@ -12,7 +12,6 @@ import pytest
 
 from acestep.client import Client
 from acestep.ray_env import ALONE
-from tests.e2e.test_chaos import patiently
 from tests.server import START_TIMEOUT_S, Server, _kill_session, free_port
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(500)]
@@ -133,7 +132,7 @@ def replicas(server: Server) -> set[int]:
 
 
 def test_the_head_dies_under_songs_and_comes_back_with_its_storage() -> None:
-    with TwoNodes() as server, Client(server.url) as client:
+    with TwoNodes() as server, Client(server.url, patience_s=120.0) as client:
         before = replicas(server)
         assert len(before) == 3
         ids = [client.submit({"prompt": f"song {n}", "duration": 60, "seed": n})["id"] for n in range(6)]
@@ -141,15 +140,15 @@ def test_the_head_dies_under_songs_and_comes_back_with_its_storage() -> None:
             time.sleep(0.1)
         server.kill_head()
         # The worker's own proxy, router and replicas go on without a head.
-        ids.append(patiently(lambda: client.submit({"prompt": "sent while the head is gone", "duration": 10})["id"]))
+        ids.append(client.submit({"prompt": "sent while the head is gone", "duration": 10})["id"])
         server.start_head()
-        jobs = [client.wait(i, patience_s=120.0) for i in ids]
+        jobs = [client.wait(i) for i in ids]
         assert [j["state"] for j in jobs] == ["succeeded"] * len(ids)
         assert [j["attempts"] for j in jobs] == [1] * len(ids)
         until = time.monotonic() + 120
-        while {p["status"] for p in patiently(client.cluster)["pools"]} != {"RUNNING"}:
+        while {p["status"] for p in client.cluster()["pools"]} != {"RUNNING"}:
             assert time.monotonic() < until, server.output()[-4000:]
             time.sleep(0.5)
         assert replicas(server) == before
-        after = client.wait(patiently(lambda: client.submit({"prompt": "after", "duration": 10})["id"]))
+        after = client.wait(client.submit({"prompt": "after", "duration": 10})["id"])
         assert after["state"] == "succeeded"

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -77,14 +78,17 @@ def replica_starts(server: Server) -> int:
 
 def test_new_args_replace_the_replicas_when_their_songs_are_done(server: Server) -> None:
     with Client(server.url) as client:
-        ids = [
-            client.submit({"prompt": "a song", "duration": 60, "seed": i, "thinking": False})["id"] for i in range(4)
-        ]
+        song = {"prompt": "a song", "duration": 60, "thinking": False}
+        ids = [client.submit(song)["id"]]
         rendering(client, ids[0])
         assert replica_starts(server) == 1
         deploy(server, simulated("rtx-3060-ti-8"))
+        while replica_starts(server) == 1:  # however long the change takes, songs wait for what comes
+            if sum(client.job(i)["state"] in ("queued", "running") for i in ids) < 3:
+                ids.append(client.submit(song)["id"])
+            time.sleep(0.1)
         songs = [client.wait(i) for i in ids]
-        assert [s["attempts"] for s in songs] == [1] * 4
+        assert [s["attempts"] for s in songs] == [1] * len(ids)
         assert denoise_s(songs[0]) == pytest.approx(5.36, abs=0.1)  # it ended where it had begun
         assert denoise_s(songs[-1]) == pytest.approx(4.22, abs=0.1)  # and what waited was made by the new replica
         assert replica_starts(server) == 2
@@ -107,6 +111,26 @@ def test_another_size_restarts_no_replica(server: Server) -> None:
             time.sleep(0.3)
         assert replica_starts(server) == before + 1
         assert client.wait(job["id"])["attempts"] == 1
+
+
+def test_a_router_is_replaced_without_a_request_being_lost(server: Server) -> None:
+    def change(config: dict[str, Any]) -> None:
+        next(a for a in config["applications"] if a["name"] == "router")["args"] = {"max_wait_s": 40}
+
+    before = set(server.pids("ray::ServeReplica:router"))
+    assert before
+    answers = []
+    with ThreadPoolExecutor(1) as pool:
+        deploying = pool.submit(deploy, server, change)
+        until = time.monotonic() + 90
+        while not deploying.done() or before & set(server.pids("ray::ServeReplica:router")):
+            assert time.monotonic() < until, server.output()[-3000:]
+            answers.append(httpx.get(f"{server.url}/v1/jobs", timeout=30))
+            time.sleep(0.05)
+        deploying.result()
+    answers.append(httpx.get(f"{server.url}/v1/jobs", timeout=30))
+    assert {a.status_code for a in answers} == {200}, [a.text for a in answers if a.is_error]
+    assert server.pids("ray::ServeReplica:router")
 
 
 def test_ctrl_c_with_a_long_song_and_a_listener_ends_soon_and_the_song_goes_on_at_the_next_start(
