@@ -536,16 +536,24 @@ def _check(db: Connection, caps: Caps, owner_key: str, audio_s: float, work_s: f
                 limit=caps.work_s, retry_after=max(1.0, min(under_way, under_way + work_s - caps.work_s) / caps.pace),
             )  # fmt: skip
     if caps.audio_s is not None:
-        spent = sa.select(sa.func.coalesce(sa.func.sum(jobs.c.audio_s), 0.0), sa.func.min(jobs.c.created_at)).where(
+        counted = sa.and_(
             jobs.c.owner_key == owner_key, jobs.c.created_at > now - DAY_S, jobs.c.state.not_in((FAILED, CANCELLED)),
             jobs.c.audio_s > 0,
         )  # fmt: skip
-        used, oldest = db.execute(spent).one()
-        if used + audio_s > caps.audio_s:
+        used = float(
+            db.execute(sa.select(sa.func.coalesce(sa.func.sum(jobs.c.audio_s), 0.0)).where(counted)).scalar_one()
+        )
+        if (too_much := used + audio_s - caps.audio_s) > 0:
+            room_at, freed = now, 0.0  # as many of the oldest as it takes have to be a day old
+            oldest = sa.select(jobs.c.audio_s, jobs.c.created_at).where(counted).order_by(jobs.c.created_at)
+            for row in db.execute(oldest):
+                room_at, freed = row.created_at + DAY_S, freed + row.audio_s
+                if freed >= too_much:
+                    break
             raise Busy(
                 f"this key asked for {used:.0f} s of audio within 24 hours; with {audio_s:.0f} s more it is above its "
                 f"limit of {caps.audio_s:.0f} s",
-                limit=caps.audio_s, retry_after=max(1.0, (oldest or now) + DAY_S - now),
+                limit=caps.audio_s, retry_after=max(1.0, room_at - now),
             )  # fmt: skip
 
 

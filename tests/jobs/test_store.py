@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
+import types
 import uuid
 
 import pytest
@@ -15,6 +17,7 @@ from acestep.errors import Cancelled, InvalidRequest, OutOfMemory
 from acestep.plan import Metadata, Plan
 from acestep.request import SongRequest
 from acestep.song import Progress, Song, SongItem
+from deployments.api.problems import retry_after
 from deployments.jobs import queue, rates
 from deployments.jobs.backlog import read_backlogs
 from deployments.jobs.database import migrate
@@ -421,3 +424,27 @@ def test_only_what_must_survive_a_power_cut_waits_for_the_disk(store: JobStore) 
     for engine, expected in ((store._passing, False), (store._writer, True), (store._passing, False)):
         with engine.connect() as connection:
             assert durable() is expected
+
+
+def test_who_waits_as_long_as_told_has_room_again(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests of a minute come one by one; audio of a day when as many of the oldest as it takes are a day old."""
+    now, counted = time.time(), Rates(store.engine)
+    clock = types.SimpleNamespace(time=lambda: now)
+    monkeypatch.setattr(rates, "time", clock)
+    monkeypatch.setattr("deployments.jobs.store.time", clock)
+    draw = random.Random(1)
+    for n in range(300):
+        per_minute, told = draw.randint(1, 200), None
+        while told is None:
+            told = counted.take(f"caller{n}", per_minute)
+            now += draw.random() / per_minute
+        now += int(retry_after(told))  # what the header says, to the second
+        assert counted.take(f"caller{n}", per_minute) is None
+    caps = Caps(audio_s=100.0)
+    for seconds in (10.0, 20.0, 30.0, 40.0):
+        add(store, owner_key="a", audio_s=seconds, caps=caps)
+        now += 1_000.0
+    with pytest.raises(Busy) as refused:
+        add(store, owner_key="a", audio_s=50.0, caps=caps)
+    now += int(retry_after(refused.value.details["retry_after"]))
+    add(store, owner_key="a", audio_s=50.0, caps=caps)

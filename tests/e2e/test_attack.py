@@ -1,0 +1,178 @@
+"""One server under abuse: it goes on answering, and the song that it makes meanwhile is made once."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.server import Server
+
+pytestmark = pytest.mark.e2e
+KEY = {"Authorization": "Bearer right"}
+LIVE_S = 10.0  # the longest that a probe may take: a second on a machine that does nothing else, and a third of what Serve waits
+ROUTES = (
+    "/v1/music", "/v1/plans", "/v1/inspire", "/v1/format", "/v1/understand", "/v1/files", "/release_task", "/query_result",
+    "/v1/cancel", "/format_input", "/v1/create_sample", "/create_random_sample", "/v1/chat/completions",
+)  # fmt: skip
+SILENT = "127.0.0.77"
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    """With a name server that hears everything and answers nothing; the tests' own names are not its business."""
+    made = Server(env={"ACESTEP_API_KEY": "right"})
+    with contextlib.ExitStack() as stack:
+        if os.geteuid() == 0 and shutil.which("unshare"):
+            resolver = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+            resolver.bind((SILENT, 53))
+            names = tmp_path / "resolv.conf"
+            names.write_text(f"nameserver {SILENT}\noptions timeout:10 attempts:2\n")
+            script = 'mount --bind "$0" /etc/resolv.conf && exec "$@"'
+            made.prefix = ["unshare", "--mount", "sh", "-c", script, str(names)]
+        stack.enter_context(made)
+        yield made
+
+
+class Probe:
+    """Asks `/livez` all the time, from a thread of its own, and keeps the longest answer of each part."""
+
+    def __init__(self, url: str) -> None:
+        self.url, self.worst, self.count, self._end = url, {"": 0.0}, 0, threading.Event()
+        self.during = ""
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def _run(self) -> None:
+        with httpx.Client(timeout=60) as client:
+            while not self._end.is_set():
+                began = time.monotonic()
+                client.get(f"{self.url}/livez").raise_for_status()
+                took, self.count = time.monotonic() - began, self.count + 1
+                self.worst[self.during] = max(self.worst.get(self.during, 0.0), round(took, 2))
+                time.sleep(0.05)
+
+    def __enter__(self) -> Probe:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join(70)
+
+
+async def flood(server: Server, wav: bytes, probe: Probe) -> None:
+    async with httpx.AsyncClient(base_url=server.url, timeout=60, limits=httpx.Limits(max_connections=None)) as client:
+
+        async def sent(path: str, **options: Any) -> int:
+            try:
+                return (await client.post(path, **options)).status_code
+            except httpx.TransportError:  # refused before it had all been sent
+                return 0
+
+        probe.during = "tags"
+        tags = {"messages": [{"role": "user", "content": "<prompt>" * 100_000}]}
+        assert await sent("/v1/chat/completions", json=tags, headers=KEY) in (400, 413, 422)
+        probe.during = "brackets"
+        brackets = b"[" + b"[]," * (16 << 20 >> 2) + b"[]]"
+        for path in ROUTES:
+            for headers in ({}, KEY):
+                kind = {"Content-Type": "application/json"}
+                status = await sent(path, content=brackets, headers={**headers, **kind})
+                assert status in (0, 400, 401, 413, 422), (path, status)
+        probe.during = "webhooks"
+        dead = {"prompt": "x", "duration": 10, "deadline_s": 0.001}
+        hooks = [
+            sent("/v1/music", json={**dead, "webhook_url": f"http://host{n}.silent.example/"}, headers=KEY)
+            for n in range(80)
+        ]
+        assert set(await asyncio.gather(*hooks)) <= {202, 200, 429}
+        probe.during = "uploads"
+        uploads = [sent("/v1/files", files={"file": ("a.wav", wav)}, headers=KEY) for _ in range(15)]
+        songs = [sent("/release_task", data={"prompt": "x", "audio_duration": "10"}, files={"ctx_audio": ("a.wav", wav)},
+                      headers=KEY) for _ in range(15)]  # fmt: skip
+        assert set(await asyncio.gather(*uploads, *songs)) <= {200, 201, 429}
+
+
+async def listeners(server: Server, job_id: str, count: int, *, deaf: bool) -> list[asyncio.StreamWriter]:
+    """Connections to a job's events: read by a task, or not read at all."""
+    found: list[asyncio.StreamWriter] = []
+    for _ in range(count):
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(f"GET /v1/jobs/{job_id}/events HTTP/1.1\r\nHost: 127.0.0.1\r\n{HEAD}\r\n\r\n".encode())
+        await writer.drain()
+        if deaf:
+            writer.transport.pause_reading()  # type: ignore[attr-defined]
+        else:
+            reading.add(task := asyncio.create_task(_read(reader)))
+            task.add_done_callback(reading.discard)
+        found.append(writer)
+    return found
+
+
+reading: set[asyncio.Task[None]] = set()
+HEAD = "Authorization: Bearer right"
+
+
+async def _read(reader: asyncio.StreamReader) -> None:
+    with contextlib.suppress(OSError):
+        while await reader.read(65_536):
+            pass
+
+
+async def attack(server: Server, job_id: str, wav: bytes, probe: Probe) -> None:
+    probe.during = "listeners"
+    open_ones = await listeners(server, job_id, 200, deaf=False) + await listeners(server, job_id, 50, deaf=True)
+    await asyncio.sleep(5)
+    await flood(server, wav, probe)
+    probe.during = "many listeners"
+    more = await listeners(server, job_id, 850, deaf=False)
+    async with httpx.AsyncClient(timeout=60) as client:
+        assert (await client.get(f"{server.url}/livez")).status_code == 200
+        assert (await client.get(f"{server.url}/v1/jobs/{job_id}", headers=KEY)).status_code == 200
+    for writer in (*open_ones, *more):
+        writer.close()
+
+
+def test_an_attack_delays_no_probe_and_loses_no_lease(server: Server) -> None:
+    wav = _noise()
+    song = {"prompt": "a long song", "duration": 240, "batch_size": 8}
+    with httpx.Client(base_url=server.url, timeout=60, headers=KEY) as client:
+        answer = client.post("/v1/music", json=song)
+        assert answer.status_code == 202, answer.text
+        job_id = answer.json()["id"]
+        with Probe(server.url) as probe:
+            time.sleep(3)
+            asyncio.run(attack(server, job_id, wav, probe))
+        job = client.get(f"/v1/jobs/{job_id}").json()
+        assert job["state"] in ("queued", "running", "succeeded"), job
+        assert job["attempts"] <= 1, job
+        assert probe.count > 20
+        print(job["state"], job["stage"], job["attempts"], probe.worst, probe.count)
+        assert max(probe.worst.values()) < LIVE_S, probe.worst
+        assert "lease" not in server.output().lower()
+        client.delete(f"/v1/jobs/{job_id}")
+    assert len(server.pids("ray::ServeReplica:router")) == 1
+
+
+def _noise(seconds: float = 60.0) -> bytes:
+    """A WAV of 10 MB."""
+    import io
+
+    import numpy as np
+    import soundfile
+
+    buffer = io.BytesIO()
+    soundfile.write(
+        buffer, np.random.default_rng(1).uniform(-0.1, 0.1, (int(seconds * 48_000), 2)), 48_000, format="WAV"
+    )
+    return buffer.getvalue()
