@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from acestep.gpu_config import GPUConfig, get_lm_model_size, get_profile
-from acestep.options import OPTIONS
+from acestep.settings.options import OPTIONS
 
 _BLOCK = re.compile(r"(<!-- table:([^>]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 _HEAD = """\

@@ -1,6 +1,6 @@
 """Every failure a caller can meet, as a class with a stable `type`.
 
-The HTTP layer turns these into problem bodies in one place (`deployments/api/problems.py`); nothing else decides on a status code.
+The HTTP layer turns these into problem bodies in one place (`deployments/ingress/errors.py`); nothing else decides on a status code.
 """
 
 from __future__ import annotations

@@ -206,8 +206,8 @@ def simulated_as_detected(env: Mapping[str, str] | None = None) -> bool:
 
 def get_gpu_memory_gb(index: int = 0) -> float:
     """GiB of NVIDIA card `index` as NVML reports it (or of the simulated card), 0.0 where there is none. Does not touch CUDA; cards of other
-    makers are known to torch alone: `acestep.devices.list_devices`."""
-    from acestep.cards import list_cards
+    makers are known to torch alone: `acestep.hardware.devices.list_devices`."""
+    from acestep.hardware.cards import list_cards
 
     cards = [device for device in list_cards() if device.is_card]
     return cards[index].gib if index < len(cards) else 0.0

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from benchmarks.checkpoints import PLANNERS, RENDERERS
 
-ACESTEP = [sys.executable, "-c", "from acestep.cli import main; main()"]
+ACESTEP = [sys.executable, "-c", "from acestep.cli.main import main; main()"]
 
 
 @dataclass(frozen=True)

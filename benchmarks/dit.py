@@ -22,14 +22,14 @@ from typing import Any
 import psutil
 import torch
 
-from acestep import host
 from acestep.checkpoints.load import RendererComponents
 from acestep.checkpoints.modules import quiet
 from acestep.checkpoints.published import variant_defaults
 from acestep.dit.renderer import Renderer
 from acestep.dit.work import RenderWork
+from acestep.hardware import host
 from acestep.request import SongRequest
-from acestep.settings import RendererSettings
+from acestep.settings.resolve import RendererSettings
 from benchmarks.dit_checks import Bench, run_checks
 from benchmarks.models import build
 

@@ -24,9 +24,9 @@ from acestep.dit.denoiser import Denoiser, Row
 from acestep.dit.renderer import Renderer
 from acestep.dit.vae import Vae
 from acestep.dit.work import RenderWork
-from acestep.memory import RenderTask, render_need
 from acestep.request import SongRequest
-from acestep.settings import RendererSettings
+from acestep.settings.resolve import RendererSettings
+from acestep.sizing.ledger import RenderTask, render_need
 from acestep.song import LATENT_FPS
 from benchmarks.models import condition_encoder
 

@@ -7,8 +7,8 @@ from collections import deque
 from dataclasses import dataclass
 
 from benchmarks.fleet_simulator import PLANNER_ROWS, PoolSpec
-from deployments.autoscaling import desired
 from deployments.jobs.backlog import Backlog
+from deployments.scheduling.autoscaling import desired
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class ServeDelays:
 
 
 class SecondsOfWork:
-    """`deployments.autoscaling.BacklogPolicy` without its thread and database."""
+    """`deployments.scheduling.autoscaling.BacklogPolicy` without its thread and database."""
 
     def __init__(self, pool: PoolSpec, drain_s: float, delays: Delays = OURS) -> None:
         self.pool = pool

@@ -14,15 +14,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from acestep import profiles
-from acestep.cost import Corrections, expected_duration, plan_rows, plan_seconds, render_seconds
 from acestep.gpu_config import get_gpu_config, get_limits
 from acestep.plan import Plan
+from acestep.sizing import profiles
+from acestep.sizing.cost import Corrections, expected_duration, plan_rows, plan_seconds, render_seconds
 from benchmarks.fleet_traffic import Arrival
-from deployments.autoscaling import desired
 from deployments.jobs.backlog import Backlog, handover_rate
-from deployments.ordering import Usage, Waiting, next_jobs, patience_of, place
-from deployments.placement import Decision, FleetState, PoolState, Promise, choose
+from deployments.scheduling.autoscaling import desired
+from deployments.scheduling.choose import Decision, FleetState, PoolState, Promise, choose
+from deployments.scheduling.fairness import Usage, Waiting, next_jobs, patience_of, place
 
 CANDIDATES = 256  # how many waiting jobs a dispatcher looks at, as the job store hands them out
 RATE_WINDOW_S = 120.0

@@ -6,9 +6,9 @@ import math
 import random
 from dataclasses import dataclass
 
-from acestep import profiles
-from acestep.cost import LYRIC_CHARS_PER_S, estimate
 from acestep.request import SongRequest
+from acestep.sizing import profiles
+from acestep.sizing.cost import LYRIC_CHARS_PER_S, estimate
 
 # A job is late where it takes longer than this and this many times what a typical card alone needs for it.
 PATIENCE_S = 15.0

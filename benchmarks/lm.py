@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from acestep import host
+from acestep.hardware import host
 from acestep.lm.attention import decode_kernel
 from acestep.lm.decoder import Decoder
 from acestep.lm.grammar import CodesProgram, Grammar

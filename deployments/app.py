@@ -11,9 +11,9 @@ from typing import Any
 from ray import serve
 from ray.serve import Application, Deployment
 
-from deployments.config import PlannerArgs, RendererArgs, RouterArgs, parse_args
-from deployments.deployer import check_environment
-from deployments.pools import deployment_options, settled
+from deployments.config.args import PlannerArgs, RendererArgs, RouterArgs, parse_args
+from deployments.config.deployer import check_environment
+from deployments.config.options import deployment_options, settled
 
 # Requests that wait cost a router next to nothing, and one beyond this hangs, a probe of its health, too: keys have limits, the router has none.
 MAX_ONGOING = 1_000_000
@@ -27,7 +27,7 @@ def _deployment(cls: type) -> Deployment:
 
 def router(args: dict[str, Any]) -> Application:
     """The HTTP ingress and dispatcher. Knows no pool by name: it finds them among the running applications."""
-    from deployments.router import Router
+    from deployments.ingress.router import Router
 
     check_environment()
     parsed = parse_args(RouterArgs, args, "router")
@@ -46,7 +46,7 @@ def router(args: dict[str, Any]) -> Application:
 
 def lm(args: dict[str, Any]) -> Application:
     """A planner pool."""
-    from deployments.lm import PlannerDeployment
+    from deployments.stages.planner import PlannerDeployment
 
     check_environment()
     parsed = settled(parse_args(PlannerArgs, args, "lm"), default_share=0.4)
@@ -56,7 +56,7 @@ def lm(args: dict[str, Any]) -> Application:
 
 def dit(args: dict[str, Any]) -> Application:
     """A renderer pool."""
-    from deployments.dit import RendererDeployment
+    from deployments.stages.renderer import RendererDeployment
 
     check_environment()
     parsed = settled(parse_args(RendererArgs, args, "dit"), default_share=0.6)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from acestep.client import Client
+from acestep.cli.client import Client
 from acestep.errors import InvalidRequest, Unavailable
 
 DONE = (200, {"id": "x", "state": "succeeded"})

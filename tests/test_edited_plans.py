@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import soundfile
 
+from acestep.cli.local import Studio
 from acestep.errors import LimitExceeded
 from acestep.lm.flows import _as_coded
-from acestep.local import Studio
 from acestep.plan import Metadata
 from acestep.request import SongRequest
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from acestep.engine import MAX_FAILURES, EngineThread, Ticket
 from acestep.errors import Cancelled, DeadlineExceeded, Internal, InvalidRequest, Unavailable
+from acestep.worker import MAX_FAILURES, EngineThread, Ticket
 
 
 class Counting:

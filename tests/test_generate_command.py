@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from acestep.commands import calibrate, generate
+from acestep.cli import calibrate, generate
 from acestep.errors import AceStepError, InvalidRequest, StoragePermission
-from acestep.settings import resolve
-from deployments import commands as service
+from acestep.settings.resolve import resolve
+from deployments.config import commands as service
 
 
 def run(*arguments: str) -> AceStepError:
@@ -67,7 +67,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path
 def test_other_commands_refuse_such_a_file_too(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, app: Any, arguments: tuple[str, ...]
 ) -> None:
-    monkeypatch.setattr("acestep.local.Studio", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("acestep.cli.local.Studio", lambda *_: pytest.fail("a model was loaded"))
     result = CliRunner().invoke(app, [*arguments, "-o", str(tmp_path / "no" / "file")])
     assert isinstance(result.exception, InvalidRequest)
     assert "--output: there is no folder" in result.exception.message
@@ -107,7 +107,7 @@ def test_settings_by_flag(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
         given.update(overrides)
         raise Stop
 
-    monkeypatch.setattr("acestep.local.Studio", studio)
+    monkeypatch.setattr("acestep.cli.local.Studio", studio)
     flags = ["--set", "threads=3", "-s", "init_llm = false"]
     CliRunner().invoke(generate.app, ["x", "-o", str(tmp_path / "a.wav"), "--local", *flags])
     resolved = resolve("both", given, env={})

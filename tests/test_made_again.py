@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from acestep.local import Studio
+from acestep.cli.local import Studio
 from acestep.request import MAX_SEED, SongRequest
 
 SONG: dict[str, Any] = {"prompt": "calm piano", "duration": 10, "steps": 1}

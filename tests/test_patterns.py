@@ -13,7 +13,7 @@ import pytest
 
 from acestep import words
 from acestep.lm.metadata import parse_lyrics, parse_reasoning
-from deployments.api.chat_text import looks_like_lyrics
+from deployments.ingress.openai.messages import looks_like_lyrics
 
 ROOT = Path(__file__).resolve().parents[1]
 OWN_TEXTS = ("acestep/doc_tables.py",)  # read nothing but this project's own documents

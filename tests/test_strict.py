@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from acestep.cli.local import Studio
 from acestep.errors import LimitExceeded
-from acestep.local import Studio
 from acestep.request import SongRequest
 
 SONG: dict[str, Any] = {"prompt": "calm piano", "duration": 10, "steps": 1}

@@ -7,17 +7,17 @@ from typing import Any
 
 import torch
 
-from acestep import host
 from acestep.checkpoints.load import RendererComponents
-from acestep.memory import RenderTask, admit_render, render_need
-from acestep.settings import RendererSettings
+from acestep.hardware import host
+from acestep.settings.resolve import RendererSettings
+from acestep.sizing.ledger import RenderTask, admit_render, render_need
 from acestep.song import LATENT_FPS
 
 UNLIMITED = 1 << 62
 
 
 class Admission:
-    """Asks `acestep.memory` for this renderer, its components and its device."""
+    """Asks `acestep.sizing.ledger` for this renderer, its components and its device."""
 
     def __init__(self, components: RendererComponents, settings: RendererSettings, device: torch.device) -> None:
         self._settings = settings

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from acestep.checkpoints.modules import AceStepAttnProcessor2_0, apply_rotary_emb
-from acestep.settings import Attention as Backend
+from acestep.settings.resolve import Attention as Backend
 
 log = logging.getLogger(__name__)
 

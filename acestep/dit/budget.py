@@ -6,8 +6,8 @@ import math
 
 import torch
 
-from acestep import profiles
-from acestep.memory import PASS_FRAMES
+from acestep.sizing import profiles
+from acestep.sizing.ledger import PASS_FRAMES
 
 _FRAMES_PER_TOKEN = 2
 

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from acestep.activations import CODED_FRAMES
 from acestep.checkpoints.load import RendererComponents
 from acestep.dit.precision import in_float32
 from acestep.dit.prompts import MAX_LYRIC_TOKENS, MAX_TEXT_TOKENS
 from acestep.errors import InvalidOutput
 from acestep.plan import CODES_PER_SECOND
+from acestep.sizing.activations import CODED_FRAMES
 from acestep.song import LATENT_FPS, SAMPLE_RATE
 
 REFERENCE_SECONDS = 30

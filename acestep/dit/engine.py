@@ -24,9 +24,9 @@ from acestep.dit.residency import Residency
 from acestep.dit.runs import ItemRun, SongRun
 from acestep.dit.vae import Vae
 from acestep.dit.work import CodesWork, Rendered, RenderWork
-from acestep.engine import Ticket
 from acestep.errors import AceStepError, Internal, InvalidOutput, OutOfMemory
 from acestep.song import SAMPLES_PER_FRAME, Progress, RenderTimings
+from acestep.worker import Ticket
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ _MAX_PREEMPTING = 4  # songs that may overtake a running one
 
 
 class RenderEngine:
-    """Implements `acestep.engine.Engine` for `RenderWork` and `CodesWork`.
+    """Implements `acestep.worker.Engine` for `RenderWork` and `CodesWork`.
 
     Args:
         budget: Rows times padded frames that may share a denoising step. A single item always may.
@@ -74,7 +74,7 @@ class RenderEngine:
         self._halved = 0
         self._retried = 0
 
-    # -- acestep.engine.Engine
+    # -- acestep.worker.Engine
 
     def has_room(self, ticket: Ticket[Work, Result]) -> bool:
         ahead = [song for song in self._songs if song.denoising]

@@ -31,9 +31,9 @@ from acestep.dit.vae import Vae
 from acestep.dit.window import Splice, Window, window_of
 from acestep.dit.work import RenderWork
 from acestep.errors import InvalidOutput
-from acestep.limits import fit_codes, refusal, unique
 from acestep.plan import CODES_PER_SECOND
 from acestep.request import Adjustment
+from acestep.sizing.limits import fit_codes, refusal, unique
 from acestep.song import SAMPLE_RATE, SAMPLES_PER_FRAME
 
 T = TypeVar("T")

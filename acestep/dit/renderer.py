@@ -27,12 +27,12 @@ from acestep.dit.preparation import Preparation
 from acestep.dit.residency import Residency
 from acestep.dit.vae import Vae
 from acestep.dit.work import CodesWork, Rendered, RenderWork
-from acestep.engine import EngineThread, Ticket
 from acestep.errors import DeviceUnavailable, InvalidRequest, ModelMissing
 from acestep.request import SongRequest
-from acestep.settings import Attention as Backend
-from acestep.settings import RendererSettings
+from acestep.settings.resolve import Attention as Backend
+from acestep.settings.resolve import RendererSettings
 from acestep.song import Progress
+from acestep.worker import EngineThread, Ticket
 
 log = logging.getLogger(__name__)
 

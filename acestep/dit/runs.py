@@ -16,8 +16,8 @@ from acestep.dit.preparation import Item, Prepared, Steps
 from acestep.dit.sampler import Walk, Walker, reprojected
 from acestep.dit.vae import Vae
 from acestep.dit.work import RenderedItem
-from acestep.engine import Ticket
 from acestep.song import CHANNELS
+from acestep.worker import Ticket
 
 _SPLICED_SAMPLES = 1 << 20  # at once: bounds the copies that a splice makes
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import remove_weight_norm
 
-from acestep import host
-from acestep.activations import SMALLEST_CORE_FRAMES, decode_bytes, encode_bytes
 from acestep.checkpoints.modules import AutoencoderOobleck, Snake1d
 from acestep.dit.precision import in_float32
 from acestep.errors import OutOfMemory
+from acestep.hardware import host
+from acestep.sizing.activations import SMALLEST_CORE_FRAMES, decode_bytes, encode_bytes
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from acestep.lm.job import Job, Output
 from acestep.lm.model import PlannerModel
 from acestep.lm.reading import FlatReader, Reader, Row, StaticReader
 from acestep.lm.sampling import penalise, sample
-from acestep.settings import Attention
+from acestep.settings.resolve import Attention
 
 _CPU = torch.device("cpu")
 # Prompts are read in chunks, and few at a time, so that they do not hold up the songs in flight. The bounds of a row's chunks do not

@@ -1,4 +1,4 @@
-"""The planner's `acestep.engine.Engine`: tickets in, jobs through the decoder, plans and samples out."""
+"""The planner's `acestep.worker.Engine`: tickets in, jobs through the decoder, plans and samples out."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from acestep.engine import Ticket
 from acestep.errors import AceStepError, Internal, LimitExceeded
 from acestep.lm.decoder import Decoder
 from acestep.lm.flows import CODES_STREAM, Flow, FlowBuilder
@@ -17,6 +16,7 @@ from acestep.lm.job import Job
 from acestep.lm.work import PlannerWork, Sample
 from acestep.plan import CODES_PER_SECOND, Plan, PlanTimings
 from acestep.song import Progress
+from acestep.worker import Ticket
 
 log = logging.getLogger(__name__)
 

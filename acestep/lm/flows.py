@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from acestep.dit.prompts import MAX_TEXT_TOKENS, caption_text
 from acestep.dit.tasks import instruction
 from acestep.errors import InvalidOutput, InvalidRequest, LimitExceeded
-from acestep.limits import over_plan
 from acestep.lm.grammar import MAX_CAPTION_TOKENS, CodesProgram, CotProgram, Grammar, OpenProgram
 from acestep.lm.job import Job
 from acestep.lm.metadata import known_fields, metadata_of, parse_lyrics, parse_reasoning, printable, unquote
@@ -21,6 +20,7 @@ from acestep.lm.sampling import SamplingParams
 from acestep.lm.work import FormatWork, InspireWork, PlannerWork, PlanWork, Sample, TextWork, UnderstandWork
 from acestep.plan import CODES_PER_SECOND, Metadata, Plan
 from acestep.request import INSTRUMENTAL, MAX_DURATION_S, MAX_SEED, MIN_DURATION_S, SongRequest
+from acestep.sizing.limits import over_plan
 from acestep.words import is_instrumental
 
 Flow = Generator[list[Job], None, Plan | Sample]

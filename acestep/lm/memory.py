@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from acestep import host
 from acestep.errors import OutOfMemory
+from acestep.hardware import host
 from acestep.lm.model import PlannerModel
-from acestep.settings_planner import WORK_BYTES
+from acestep.settings.planner import WORK_BYTES
 
 _CPU_SHARE = 0.5  # of free host memory, where nothing was said
 _DEVICE_RESERVE = 0.1  # of the device's memory, for activations, logits and graphs

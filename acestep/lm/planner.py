@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from acestep.engine import EngineThread, Ticket
 from acestep.errors import DeviceUnavailable, OutOfMemory
 from acestep.lm.attention import decode_kernel
 from acestep.lm.decoder import Decoder
@@ -24,8 +23,9 @@ from acestep.lm.prompts import PromptBuilder
 from acestep.lm.tokenizer import PlannerTokenizer
 from acestep.lm.work import PlannerWork, Sample
 from acestep.plan import Plan
-from acestep.settings import PlannerSettings
+from acestep.settings.resolve import PlannerSettings
 from acestep.song import TINY_NOTICE, Progress
+from acestep.worker import EngineThread, Ticket
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from sqlalchemy.engine import Engine
 from deployments.jobs.backlog import RENDER_STAGES
 from deployments.jobs.schema import jobs
 from deployments.jobs.store import Job, claimable
-from deployments.ordering import Waiting, next_jobs, patience_of
+from deployments.scheduling.fairness import Waiting, next_jobs, patience_of
 
 LIMIT = 5_000
 FRESH_S = 0.5
@@ -73,7 +73,7 @@ class Line:
         """The places of waiting jobs, by id. Blocks.
 
         Args:
-            usage: Seconds of work that each caller had lately; see `deployments.ordering`.
+            usage: Seconds of work that each caller had lately; see `deployments.scheduling.fairness`.
             known: Running jobs that are not to be counted: who asks knows better how far they are.
         """
         with self._lock:

@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable
 
 from acestep.errors import AceStepError
-from deployments.jobs.files import FOLDER, FileRecords
+from deployments.jobs.blobs import PART, Storage
 from deployments.jobs.store import JobStore
-from deployments.storage import PART, Storage
+from deployments.jobs.uploads import FOLDER, FileRecords
 
 log = logging.getLogger(__name__)
 CLEAN_EVERY_S = 300.0

@@ -14,7 +14,9 @@ from typing import Any
 import yaml
 
 from acestep.errors import InvalidRequest
-from deployments.config import PoolArgs, RendererArgs, RouterArgs, parse_args
+from deployments.config.args import PoolArgs, RendererArgs, RouterArgs, parse_args
+from deployments.config.options import gpu_share, label_selector
+from deployments.config.validate import BUILDERS, on_the_head, problems
 from deployments.k8s.findings import (
     Finding,
     Manifest,
@@ -29,8 +31,6 @@ from deployments.k8s.findings import (
     warning,
 )
 from deployments.k8s.groups import HOME, RAY_VERSION
-from deployments.pools import gpu_share, label_selector
-from deployments.validate import BUILDERS, on_the_head, problems
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 SERVE_PORT = 8000

@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from acestep.errors import InvalidRequest
 from acestep.gpu_config import TIERS, mib_ranges
-from deployments.config import PoolArgs
-from deployments.pools import ROLE_LABEL, TIER_LABEL
+from deployments.config.args import PoolArgs
+from deployments.config.options import ROLE_LABEL, TIER_LABEL
 
 Manifest = dict[str, Any]
 Source = Literal["plugin", "dra"]

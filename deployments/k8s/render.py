@@ -16,7 +16,7 @@ import yaml
 
 from acestep.errors import InvalidRequest
 from acestep.gpu_config import TIERS, mib_ranges
-from deployments.build import ON_HEAD, Cards, build_config
+from deployments.config.build import ON_HEAD, Cards, build_config
 from deployments.k8s.groups import (
     ANY_GPU,
     CPU_GROUP,

@@ -16,16 +16,16 @@ import pytest
 
 from acestep.gpu_config import get_gpu_config, get_limits
 from acestep.plan import Metadata, Plan, PlanTimings
-from acestep.profiles import find
+from acestep.sizing.profiles import find
 from acestep.song import AudioFile, RenderTimings, Song, SongItem
-from deployments.api.app import build_app
-from deployments.api.service import Service
-from deployments.config import PlannerArgs, RendererArgs, RouterArgs
-from deployments.dispatch import Dispatcher
-from deployments.fleet import Fleet, FleetView, Pool
+from deployments.config.args import PlannerArgs, RendererArgs, RouterArgs
+from deployments.dispatch.dispatcher import Dispatcher
+from deployments.fleet.watch import Fleet, FleetView, Pool
+from deployments.ingress.app import build_app
+from deployments.ingress.service import Service
+from deployments.jobs.blobs import Storage
 from deployments.jobs.store import Job, JobStore
-from deployments.routing import Routing
-from deployments.storage import Storage
+from deployments.scheduling.ledger import Routing
 
 WAV = b"RIFF" + bytes(40)
 

@@ -8,7 +8,7 @@ import pytest
 
 from acestep.errors import InvalidRequest
 from acestep.request import SongRequest
-from deployments.adapters import adapter_roots, with_adapter
+from deployments.stages.adapters import adapter_roots, with_adapter
 
 
 def asked(path: str) -> SongRequest:

@@ -7,7 +7,7 @@ from typing import Any
 
 from acestep.request import SongRequest
 from deployments.jobs.schema import jobs
-from deployments.ordering import patience_of
+from deployments.scheduling.fairness import patience_of
 from tests.api.conftest import Build, Site
 
 from .test_limits import key

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from starlette.datastructures import UploadFile
 
-from deployments.api import bodies, sources
-from deployments.api.bodies import KEYLESS_BYTES, MAX_VALUES
-from deployments.storage import Storage
+from deployments.ingress import bodies
+from deployments.ingress import source_audio as sources
+from deployments.ingress.bodies import KEYLESS_BYTES, MAX_VALUES
+from deployments.jobs.blobs import Storage
 
 from .conftest import Build, Site
 from .test_limits import key
@@ -46,7 +47,7 @@ def guarded(build: Build) -> Site:
 
 async def post(site: Site, path: str, body: Sent, **headers: str) -> Any:
     """In pieces as a server gets them: httpx would hand the application the whole body at once."""
-    from deployments.api.app import build_app
+    from deployments.ingress.app import build_app
 
     answer: dict[str, Any] = {"body": b""}
     parts = aiter(body)
@@ -329,7 +330,7 @@ async def test_questions_count_among_a_key_s_jobs(
 
 async def test_questions_take_few_places_at_once(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     from acestep.lm.work import Sample
-    from deployments.api.service import MAX_QUESTIONS, QUESTIONS_AT_ONCE
+    from deployments.ingress.service import MAX_QUESTIONS, QUESTIONS_AT_ONCE
 
     asked, most, end = 0, 0, asyncio.Event()
 

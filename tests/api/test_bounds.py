@@ -13,9 +13,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from acestep.plan import Plan
-from deployments.api.chat_text import ChatRequest
-from deployments.api.native import SongSubmission
-from deployments.api.plans import FormatQuestion, InspireQuestion, UnderstandQuestion
+from deployments.ingress.native.songs import SongSubmission
+from deployments.ingress.native.texts import FormatQuestion, InspireQuestion, UnderstandQuestion
+from deployments.ingress.openai.messages import ChatRequest
 
 MODELS = (SongSubmission, InspireQuestion, FormatQuestion, UnderstandQuestion, ChatRequest)
 LIMITED_ELSEWHERE = {"InputAudio.data", "AudioUrl.url"}  # by the body: they are files

@@ -12,8 +12,8 @@ import openai
 import pytest
 
 from acestep.errors import AceStepError, Cancelled, InvalidRequest, LimitExceeded, OutOfMemory
-from deployments.api import chat
-from deployments.api.chat_text import ChatRequest, looks_like_lyrics, read_messages
+from deployments.ingress.openai import chat
+from deployments.ingress.openai.messages import ChatRequest, looks_like_lyrics, read_messages
 
 from .conftest import Build, Site
 

@@ -16,9 +16,9 @@ import pytest
 from acestep.errors import OutOfMemory
 from acestep.lm.work import Sample
 from acestep.song import Progress
-from deployments.api.compat.fields import FIELDS, read_fields
-from deployments.api.compat.submission import read_query
-from deployments.errands import PREPARE
+from deployments.dispatch.errands import PREPARE
+from deployments.ingress.acestep.fields import FIELDS, read_fields
+from deployments.ingress.acestep.submission import read_query
 
 from .conftest import Build, Site, fleet_view
 

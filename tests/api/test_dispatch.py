@@ -16,11 +16,11 @@ import sqlalchemy as sa
 from acestep.errors import AceStepError
 from acestep.plan import Metadata, Plan
 from acestep.request import SongRequest
-from deployments import dispatch
-from deployments.dispatch import Dispatcher
+from deployments.dispatch import dispatcher as dispatch
+from deployments.dispatch.dispatcher import Dispatcher
 from deployments.jobs.store import Job, JobStore
-from deployments.ordering import Waiting
-from deployments.places import Place
+from deployments.scheduling.fairness import Waiting
+from deployments.scheduling.slots import Place
 
 from .conftest import Site
 

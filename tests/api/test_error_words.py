@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from acestep.errors import InvalidRequest
-from deployments.config import RouterArgs, parse_args
+from deployments.config.args import RouterArgs, parse_args
 from tests.api.conftest import Build, Site, fleet_view
 
 # Names of types, of errors, and how Python prints values.

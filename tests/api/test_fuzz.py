@@ -19,15 +19,15 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from schemathesis import GenerationMode
 
-from deployments.api.app import build_app
-from deployments.api.compat.fields import FIELDS
-from deployments.api.service import Service
-from deployments.config import RouterArgs
-from deployments.dispatch import Dispatcher
-from deployments.fleet import Fleet
+from deployments.config.args import RouterArgs
+from deployments.dispatch.dispatcher import Dispatcher
+from deployments.fleet.watch import Fleet
+from deployments.ingress.acestep.fields import FIELDS
+from deployments.ingress.app import build_app
+from deployments.ingress.service import Service
+from deployments.jobs.blobs import Storage
 from deployments.jobs.store import JobStore
-from deployments.routing import Routing
-from deployments.storage import Storage
+from deployments.scheduling.ledger import Routing
 
 from .conftest import fleet_view
 

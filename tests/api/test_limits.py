@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import pytest
 
 from acestep.errors import InvalidRequest
-from deployments.api.auth import Keyring, environment_keys
-from deployments.api.middleware import is_loopback
-from deployments.config import RouterArgs, parse_args
-from deployments.router import Router
+from deployments.config.args import RouterArgs, parse_args
+from deployments.ingress.auth import Keyring, environment_keys
+from deployments.ingress.middleware import is_loopback
+from deployments.ingress.router import Router
 
 from .conftest import Build, fleet_view
 

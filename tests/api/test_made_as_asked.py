@@ -19,10 +19,10 @@ from typing import Any
 import pytest
 
 from acestep.errors import Unavailable
-from deployments import retry
-from deployments.dit import RendererDeployment
-from deployments.fleet import FleetView
-from deployments.lm import PlannerDeployment
+from deployments.dispatch import retry
+from deployments.fleet.watch import FleetView
+from deployments.stages.planner import PlannerDeployment
+from deployments.stages.renderer import RendererDeployment
 
 from .conftest import Build, Site, fleet_view
 

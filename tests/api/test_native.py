@@ -20,9 +20,11 @@ from sqlalchemy.exc import OperationalError
 from acestep.errors import Cancelled, StoragePermission
 from acestep.lm.work import Sample
 from acestep.song import Progress
-from deployments.api import events, examples, native, plans
-from deployments.api.app import build_app
-from deployments.api.redact import redact
+from deployments.ingress.app import build_app
+from deployments.ingress.native import events, examples
+from deployments.ingress.native import songs as native
+from deployments.ingress.native import texts as plans
+from deployments.ingress.redact import redact
 
 from .conftest import Build, Site, fleet_view
 
@@ -203,7 +205,7 @@ async def test_signed_urls_cannot_be_forged_or_used_elsewhere(build: Build, monk
     assert (await site.client.get(path)).status_code == 401
     assert (await site.client.get(path, headers=key)).status_code == 200
     late = build(url_lifetime_s=1e-9)
-    monkeypatch.setattr("deployments.api.signing.time.time", lambda: 1e9)
+    monkeypatch.setattr("deployments.ingress.signing.time.time", lambda: 1e9)
     old = late.service.signer.sign(path)
     monkeypatch.undo()
     assert (await site.client.get(old)).status_code == 403
@@ -285,7 +287,7 @@ async def test_events_stream_and_resume(site: Site) -> None:
 async def test_progress_is_told_between_the_events_and_is_no_place_to_resume_from(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from deployments import notices
+    from deployments.dispatch import notices
 
     monkeypatch.setattr(notices, "POLL_S", 0.01)
     store, job_id = site.service.store, str((await submit(site))["id"])
@@ -317,7 +319,7 @@ async def test_progress_is_told_between_the_events_and_is_no_place_to_resume_fro
 
 
 async def test_events_beat_while_nothing_happens(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    from deployments import notices
+    from deployments.dispatch import notices
 
     monkeypatch.setattr(notices, "POLL_S", 0.01)
     job_id = str((await submit(site))["id"])

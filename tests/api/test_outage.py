@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 
 from acestep.song import Progress
-from deployments import dispatch
-from deployments.api import health
-from deployments.config import RouterArgs
+from deployments.config.args import RouterArgs
+from deployments.dispatch import dispatcher as dispatch
+from deployments.ingress.native import health
 from deployments.jobs import database
 from tests.postgres import running as postgres_running
 

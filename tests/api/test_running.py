@@ -19,9 +19,12 @@ from acestep.errors import AceStepError, DeviceUnavailable, InvalidOutput, OutOf
 from acestep.plan import Metadata, Plan
 from acestep.request import SongRequest
 from acestep.song import Progress, RenderTimings, Song, SongItem
-from deployments import busy, dispatch, placement, retry
-from deployments.dispatch import Dispatcher
-from deployments.fleet import Fleet
+from deployments.dispatch import dispatcher as dispatch
+from deployments.dispatch import retry
+from deployments.dispatch.dispatcher import Dispatcher
+from deployments.fleet import busy
+from deployments.fleet.watch import Fleet
+from deployments.scheduling import choose as placement
 
 from .conftest import Site
 

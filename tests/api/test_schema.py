@@ -13,7 +13,7 @@ from referencing import Registry, Resource
 from acestep.errors import Internal, LimitExceeded
 from acestep.lm.work import Sample
 from acestep.song import Progress
-from deployments.api.app import build_app
+from deployments.ingress.app import build_app
 from tests.api.conftest import Site
 
 SONG = {"prompt": "calm piano", "duration": 30, "batch_size": 2, "formats": ["wav", "mp3"]}

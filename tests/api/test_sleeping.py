@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from acestep.lm.work import Sample
-from deployments import dispatch, talk
-from deployments.autoscaling import desired
-from deployments.config import PlannerArgs, PoolArgs, RendererArgs
-from deployments.fleet import FleetView
+from deployments.config.args import PlannerArgs, PoolArgs, RendererArgs
+from deployments.dispatch import dispatcher as dispatch
+from deployments.dispatch import talk
+from deployments.fleet.watch import FleetView
 from deployments.jobs.backlog import Backlog, read_backlogs
+from deployments.scheduling.autoscaling import desired
 
 from .conftest import Build, Site, fleet_view
 from .test_running import Stage, running, until

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import soundfile
 
+from acestep.cli.local import Studio
 from acestep.errors import InvalidRequest, LimitExceeded
-from acestep.local import Studio
 from acestep.request import SongRequest
 
 from .conftest import Site, fleet_view

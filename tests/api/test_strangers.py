@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from deployments.api.app import build_app
+from deployments.ingress.app import build_app
 from tests.api.conftest import Build, Site, fleet_view
 from tests.api.test_limits import key
 

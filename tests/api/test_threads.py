@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from deployments.api import events
-from deployments.jobs import webhooks
-from deployments.jobs.webhooks import AT_ONCE, Refused
-from deployments.storage import Storage
+from deployments.ingress.native import events
+from deployments.jobs import outbox as webhooks
+from deployments.jobs.blobs import Storage
+from deployments.jobs.outbox import AT_ONCE, Refused
 
 from .conftest import Build, Site
 

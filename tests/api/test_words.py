@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from acestep import words
-from acestep.commands import generate
+from acestep.cli import generate
 from acestep.errors import AceStepError
 from acestep.lm.work import Sample
 from acestep.request import AudioFormat, SongRequest
@@ -107,7 +107,7 @@ def command_line(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str)
             made.append(request)
             raise AceStepError("far enough")
 
-    monkeypatch.setattr("acestep.local.Studio", Studio)
+    monkeypatch.setattr("acestep.cli.local.Studio", Studio)
     result = CliRunner().invoke(generate.app, [*arguments, "--local"])
     assert made, result.output + repr(result.exception)
     return made[0]

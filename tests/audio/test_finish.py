@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from acestep.audio.finish import Maker, finish
 from acestep.dit.work import Rendered, RenderedItem
 from acestep.errors import InvalidOutput
-from acestep.finish import Maker, finish
 from acestep.plan import Plan
 from acestep.request import SongRequest
 from acestep.song import RenderTimings

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from acestep.checkpoints import content_hash, published
-from acestep.commands.download import app
+from acestep.cli.download import app
 from acestep.errors import InvalidRequest, ModelMissing
 
 

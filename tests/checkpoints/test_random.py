@@ -12,7 +12,7 @@ from acestep.lm.planner import Planner
 from acestep.lm.work import PlanWork
 from acestep.plan import Plan
 from acestep.request import SongRequest
-from acestep.settings import PlannerSettings
+from acestep.settings.resolve import PlannerSettings
 from acestep.song import TINY_NOTICE
 from benchmarks.checkpoints import PLANNERS, RENDERERS, write_planner, write_renderer
 

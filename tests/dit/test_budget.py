@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from acestep.dit.budget import batch_frames, card_frames
-from acestep.memory import PASS_FRAMES
+from acestep.sizing.ledger import PASS_FRAMES
 
 CLIP = 250  # frames of 10 s
 

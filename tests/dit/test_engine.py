@@ -19,10 +19,10 @@ from acestep.dit.denoiser import Row
 from acestep.dit.renderer import Renderer
 from acestep.dit.residency import Residency
 from acestep.dit.work import Rendered, RenderWork
-from acestep.engine import Ticket
 from acestep.errors import Cancelled, DeadlineExceeded, InvalidOutput, InvalidRequest, OutOfMemory, Unavailable
 from acestep.request import Lora, SongRequest
 from acestep.song import Progress
+from acestep.worker import Ticket
 
 Make = Callable[..., Renderer]
 

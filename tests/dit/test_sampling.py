@@ -14,7 +14,6 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from acestep.checkpoints.published import VariantDefaults, variant_defaults
-from acestep.cost import forwards
 from acestep.dit.denoiser import Projected, Row
 from acestep.dit.guidance import Guidance, angle_guidance
 from acestep.dit.renderer import Renderer
@@ -23,6 +22,7 @@ from acestep.dit.sampling import Sampling, resolve
 from acestep.dit.schedule import start_at_noise, timesteps
 from acestep.dit.work import RenderWork
 from acestep.request import SongRequest
+from acestep.sizing.cost import forwards
 
 CPU = torch.device("cpu")
 CONDITION, NULL = (Projected((torch.zeros(1),), (torch.zeros(1),), torch.zeros(1)) for _ in range(2))

@@ -13,6 +13,7 @@ import soundfile
 import torch
 from torch import Tensor
 
+from acestep.audio.finish import Maker, finish
 from acestep.checkpoints import variant_defaults
 from acestep.dit import conditions
 from acestep.dit.preparation import Item
@@ -22,10 +23,9 @@ from acestep.dit.tasks import RULES, instruction
 from acestep.dit.window import Splice, window_of
 from acestep.dit.work import Rendered, RenderWork
 from acestep.errors import AceStepError, InvalidRequest, LimitExceeded
-from acestep.finish import Maker, finish
 from acestep.plan import Plan
 from acestep.request import SongRequest
-from acestep.settings import RendererSettings
+from acestep.settings.resolve import RendererSettings
 from acestep.song import SongItem
 
 SECONDS = 4.0

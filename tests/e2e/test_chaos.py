@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from acestep.client import Client
+from acestep.cli.client import Client
 from tests.server import Server
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]

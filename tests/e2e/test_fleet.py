@@ -12,8 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
-from acestep.client import Client
-from deployments.build import build_config, parse_tiers
+from acestep.cli.client import Client
+from deployments.config.build import build_config, parse_tiers
 from tests.cluster import Cluster
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from acestep.client import Client
+from acestep.cli.client import Client
 from acestep.ray_env import ALONE
 from tests.server import START_TIMEOUT_S, Server, _kill_session, free_port
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from acestep.client import Client
+from acestep.cli.client import Client
 from tests.server import ROOT, Server, as_user, free_port
 
 pytestmark = pytest.mark.e2e

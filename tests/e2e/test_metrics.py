@@ -10,7 +10,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from acestep.client import Client
+from acestep.cli.client import Client
 from tests.server import Server
 
 pytestmark = pytest.mark.e2e

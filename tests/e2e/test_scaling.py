@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from acestep.client import Client
+from acestep.cli.client import Client
 from tests.server import Server
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from acestep.client import Client
+from acestep.cli.client import Client
 from tests.server import Server
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from acestep.client import Client
+from acestep.cli.client import Client
 from acestep.song import TINY_NOTICE
 from tests.server import Server
 

@@ -16,7 +16,7 @@ import httpx
 import pytest
 import yaml
 
-from acestep.client import Client
+from acestep.cli.client import Client
 from tests.server import Server
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]

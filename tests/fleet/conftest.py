@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from acestep import profiles
 from acestep.gpu_config import get_gpu_config, get_limits
-from deployments.placement import PoolState
+from acestep.sizing import profiles
+from deployments.scheduling.choose import PoolState
 
 PLANNER, RENDERER = "acestep-5Hz-lm-1.7B", "acestep-v15-turbo"
 MakePool = Callable[..., PoolState]

@@ -20,13 +20,13 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
 from acestep.request import SongRequest
 from benchmarks.fleet_policies import Delays, ServeDelays
-from deployments import autoscaling
-from deployments.autoscaling import BacklogPolicy, PeakHold, desired
 from deployments.jobs import backlog as backlog_module
 from deployments.jobs.backlog import Backlog, read_backlog, read_backlogs, summarise
 from deployments.jobs.store import JobStore
+from deployments.scheduling import autoscaling
+from deployments.scheduling.autoscaling import BacklogPolicy, PeakHold, desired
 
-POLICY = "deployments.autoscaling:BacklogPolicy"
+POLICY = "deployments.scheduling.autoscaling:BacklogPolicy"
 
 backlogs = st.builds(
     Backlog,
@@ -214,7 +214,7 @@ def test_serve_can_carry_the_policy_to_its_controller(tmp_path: Any) -> None:
         f"raw, kwargs = cloudpickle.loads(open({str(path)!r}, 'rb').read())\n"
         "policy = cloudpickle.loads(raw)(**kwargs)\n"
         "ctx = types.SimpleNamespace(target_num_replicas=2, capacity_adjusted_min_replicas=0, capacity_adjusted_max_replicas=4)\n"
-        "print(policy(ctx)[0], 'torch' in sys.modules, 'deployments.autoscaling' in sys.modules)"
+        "print(policy(ctx)[0], 'torch' in sys.modules, 'deployments.scheduling.autoscaling' in sys.modules)"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.split() == ["2", "False", "False"]
@@ -351,7 +351,7 @@ def test_the_simulated_serve_delays_as_serve_does(seed: int) -> None:
 
 
 def test_the_module_is_light() -> None:
-    code = "import sys, deployments.autoscaling; print(sorted({'torch', 'ray', 'sqlalchemy', 'pydantic'} & set(sys.modules)))"
+    code = "import sys, deployments.scheduling.autoscaling; print(sorted({'torch', 'ray', 'sqlalchemy', 'pydantic'} & set(sys.modules)))"
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )

@@ -11,17 +11,17 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from acestep.cost import render_seconds
 from acestep.errors import DeviceUnavailable, InvalidRequest, StoragePermission
 from acestep.gpu_config import TIERS, get_gpu_config, get_limits
-from acestep.profiles import find
 from acestep.request import SongRequest
-from deployments.build import CPU, Cards, as_text, build_config, cards_of_nodes, parse_tiers
-from deployments.commands import STAGES, _folders_writable, _prepare_pool
-from deployments.config import PlannerArgs, PoolArgs, RendererArgs
-from deployments.pools import deployment_options, gpu_share, label_selector, settled
-from deployments.replica import settle
-from deployments.validate import problems
+from acestep.sizing.cost import render_seconds
+from acestep.sizing.profiles import find
+from deployments.config.args import PlannerArgs, PoolArgs, RendererArgs
+from deployments.config.build import CPU, Cards, as_text, build_config, cards_of_nodes, parse_tiers
+from deployments.config.commands import STAGES, _folders_writable, _prepare_pool
+from deployments.config.options import deployment_options, gpu_share, label_selector, settled
+from deployments.config.validate import problems
+from deployments.stages.start import settle
 
 FLEETS = st.dictionaries(st.sampled_from(TIERS), st.integers(1, 12), min_size=1).map(
     lambda d: [Cards(t, d[t]) for t in TIERS if t in d]

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from acestep import profiles
-from acestep.calibrate import _fit
-from acestep.commands.calibrate import app
-from acestep.cost import estimate
+from acestep.cli.calibrate import app
 from acestep.request import SongRequest
+from acestep.sizing import profiles
+from acestep.sizing.calibrate import _fit
+from acestep.sizing.cost import estimate
 
 positive = st.floats(1e-6, 10.0)
 

@@ -10,8 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from acestep import profiles
-from acestep.cost import (
+from acestep.errors import InvalidRequest
+from acestep.plan import Metadata, Plan
+from acestep.request import SongRequest
+from acestep.sizing import profiles
+from acestep.sizing.cost import (
     NOTHING,
     Corrections,
     estimate,
@@ -24,9 +27,6 @@ from acestep.cost import (
     render_seconds,
     renderer_size,
 )
-from acestep.errors import InvalidRequest
-from acestep.plan import Metadata, Plan
-from acestep.request import SongRequest
 
 
 def song(**fields: object) -> SongRequest:
@@ -253,7 +253,7 @@ def test_corrections_find_a_wrong_profile_in_a_few_songs_and_shrug_off_one_stall
 
 def test_the_cost_model_is_light() -> None:
     """Routers, autoscalers and manifest builders import it: no torch, no Ray."""
-    code = "import sys, acestep.profiles, deployments.placement, deployments.ordering; print('torch' in sys.modules, 'ray' in sys.modules)"
+    code = "import sys, acestep.sizing.profiles, deployments.scheduling.choose, deployments.scheduling.fairness; print('torch' in sys.modules, 'ray' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.split() == ["False", "False"]
 

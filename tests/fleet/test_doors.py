@@ -15,9 +15,9 @@ from ray.serve._private.http_util import configure_http_options_with_defaults
 from ray.serve.config import HTTPOptions
 from ray.serve.schema import ServeDeploySchema
 
-from deployments.build import as_text, build_config, parse_tiers
-from deployments.deployer import lost
-from deployments.validate import problems
+from deployments.config.build import as_text, build_config, parse_tiers
+from deployments.config.deployer import lost
+from deployments.config.validate import problems
 from tests.server import ROOT, free_port
 
 LONGEST_BALANCER_S = 600  # Google's; AWS and nginx 60

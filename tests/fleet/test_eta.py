@@ -8,9 +8,9 @@ import pytest
 
 from acestep.plan import Metadata, Plan
 from acestep.request import SongRequest
-from deployments.eta import remaining_s
-from deployments.placement import FleetState, PoolState, choose
-from deployments.waits import handed_over
+from deployments.scheduling.choose import FleetState, PoolState, choose
+from deployments.scheduling.eta import remaining_s
+from deployments.scheduling.simulate import handed_over
 from tests.fleet.conftest import make_pool
 
 REQUEST = SongRequest(prompt="folk", duration=120)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deployments.ordering import FORGIVEN, SLACK_S, Usage, Waiting, next_jobs, place
+from deployments.scheduling.fairness import FORGIVEN, SLACK_S, Usage, Waiting, next_jobs, place
 
 NOW = 1_000_000.0
 

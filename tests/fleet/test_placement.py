@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from acestep import profiles
 from acestep.errors import LimitExceeded
 from acestep.gpu_config import TIERS
 from acestep.plan import Metadata, Plan
 from acestep.request import SongRequest
-from deployments.placement import FleetState, PoolState, Promise, choose, choose_pool, wait_s
+from acestep.sizing import profiles
+from deployments.scheduling.choose import FleetState, PoolState, Promise, choose, choose_pool, wait_s
 from tests.fleet.conftest import make_pool
 
 

@@ -21,12 +21,12 @@ from ray import serve
 from acestep.errors import InvalidRequest
 from acestep.gpu_config import TIERS
 from acestep.request import SongRequest
-from deployments.build import build_config, parse_tiers
-from deployments.config import PlannerArgs, RendererArgs, RouterArgs, parse_args
-from deployments.fleet import SETTLE_S, Fleet, FleetView, Node, Pool, unplaced
-from deployments.lm import PlannerDeployment
-from deployments.pools import deployment_options, label_selector, settled
-from deployments.validate import problems
+from deployments.config.args import PlannerArgs, RendererArgs, RouterArgs, parse_args
+from deployments.config.build import build_config, parse_tiers
+from deployments.config.options import deployment_options, label_selector, settled
+from deployments.config.validate import problems
+from deployments.fleet.watch import SETTLE_S, Fleet, FleetView, Node, Pool, unplaced
+from deployments.stages.planner import PlannerDeployment
 from tests.server import ROOT
 
 SIMULATED = {"engine": "simulated", "profile": "h100-sxm", "num_cpus": 0.1}

@@ -16,30 +16,30 @@ from typing import Any
 import pytest
 from ray.serve._private.request_router.common import ReplicaQueueLengthCache
 
-from acestep.cost import render_seconds
 from acestep.errors import InvalidRequest
 from acestep.gpu_config import get_gpu_config, get_limits
 from acestep.plan import Metadata, Plan
-from acestep.profiles import find
 from acestep.request import SongRequest
+from acestep.sizing.cost import render_seconds
+from acestep.sizing.profiles import find
 from acestep.song import RenderTimings, Song, SongItem
-from deployments import busy
-from deployments import fleet as fleet_module
-from deployments.api.health import readiness
-from deployments.build import build_config, parse_tiers
-from deployments.config import PlannerArgs, PoolArgs, RendererArgs
-from deployments.eta import remaining_s
-from deployments.fleet import Fleet, FleetView, Node, Pool, parse_details
+from deployments.config.args import PlannerArgs, PoolArgs, RendererArgs
+from deployments.config.build import build_config, parse_tiers
+from deployments.fleet import busy
+from deployments.fleet import watch as fleet_module
+from deployments.fleet.replica_choice import LeastBusy, ranked
+from deployments.fleet.watch import Fleet, FleetView, Node, Pool, parse_details
+from deployments.ingress.native.health import readiness
 from deployments.jobs.backlog import Backlog, handover_rate
 from deployments.jobs.queue import Place as LinePlace
 from deployments.jobs.queue import turn_of
 from deployments.jobs.store import Job
-from deployments.least_busy import LeastBusy, ranked
-from deployments.ordering import Waiting
-from deployments.outlook import pool_limits
-from deployments.placement import Decision, PoolState
-from deployments.places import Place
-from deployments.routing import NoPool, Routing
+from deployments.scheduling.choose import Decision, PoolState
+from deployments.scheduling.eta import remaining_s
+from deployments.scheduling.fairness import Waiting
+from deployments.scheduling.ledger import NoPool, Routing
+from deployments.scheduling.slots import Place
+from deployments.scheduling.snapshot import pool_limits
 
 GPU = {"acestep/role": "gpu"}
 

@@ -12,9 +12,9 @@ import yaml
 from typer.testing import CliRunner
 
 from acestep.errors import InvalidRequest
-from deployments import commands
-from deployments.build import build_config, parse_tiers
-from deployments.validate import problems, read_config
+from deployments.config import commands
+from deployments.config.build import build_config, parse_tiers
+from deployments.config.validate import problems, read_config
 
 Config = dict[str, Any]
 DATABASE, FILES = "postgresql+psycopg://db/acestep", "s3://songs/files"

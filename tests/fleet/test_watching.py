@@ -16,12 +16,12 @@ from ray._common.formatters import JSONFormatter
 from ray._common.logging_constants import LogKey
 from rich.console import Console
 
-from acestep.commands.status import table
-from acestep.engine import Ticket
+from acestep.cli.status import table
 from acestep.song import Progress
-from deployments import tracing
-from deployments.logs import about, join_serve
-from deployments.streaming import ProgressMailbox, follow
+from acestep.worker import Ticket
+from deployments.stages.messages import ProgressMailbox, follow
+from deployments.telemetry import tracing
+from deployments.telemetry.logs import about, join_serve
 
 FIELD = "acestep_job_id"
 
@@ -59,7 +59,7 @@ def lines() -> Iterator[Lines]:
 
 
 async def test_lines_about_a_job_carry_its_id_as_a_field(lines: Lines) -> None:
-    ours, library = logging.getLogger("deployments.dit"), logging.getLogger("acestep.finish")
+    ours, library = logging.getLogger("deployments.stages.renderer"), logging.getLogger("acestep.audio.finish")
 
     async def work(job_id: str) -> None:
         about(job_id)

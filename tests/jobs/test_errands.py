@@ -8,7 +8,7 @@ from typing import Any
 
 from acestep.lm.work import Sample
 from acestep.request import MAX_PROMPT_CHARS, SongRequest
-from deployments.errands import PREPARE, Errands, with_sample
+from deployments.dispatch.errands import PREPARE, Errands, with_sample
 from deployments.jobs.store import JobStore
 
 ASKED = SongRequest(prompt="mine", lyrics="la", bpm=90, key_scale="C major", duration=30, vocal_language="de", seed=1)

@@ -11,10 +11,10 @@ import sqlalchemy as sa
 
 from acestep.request import SongRequest
 from deployments.jobs.backlog import ACTIVE, read_backlogs
-from deployments.jobs.files import FileRecords, new_record
 from deployments.jobs.queue import Line, read_queue
 from deployments.jobs.schema import jobs
 from deployments.jobs.store import Busy, Caps, JobStore
+from deployments.jobs.uploads import FileRecords, new_record
 
 REQUEST = SongRequest(prompt="x", seed=1)
 ENDED = 4_000

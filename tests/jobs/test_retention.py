@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from acestep.request import SongRequest
-from deployments.jobs.files import FileRecords, new_record
+from deployments.jobs.blobs import Storage
 from deployments.jobs.retention import ABANDONED_S, Retention
 from deployments.jobs.store import JobStore
-from deployments.storage import Storage
+from deployments.jobs.uploads import FileRecords, new_record
 
 
 def test_old_jobs_and_uploads_go_with_their_files(store: JobStore, tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ import pytest
 from s3fs import S3FileSystem
 
 from acestep.errors import InvalidRequest, StoragePermission, Unavailable
-from deployments import storage as module
-from deployments.storage import Storage
+from deployments.jobs import blobs as module
+from deployments.jobs.blobs import Storage
 
 
 @pytest.fixture(params=["folder", "s3"])

@@ -17,18 +17,19 @@ from acestep.errors import Cancelled, InvalidRequest, OutOfMemory
 from acestep.plan import Metadata, Plan
 from acestep.request import SongRequest
 from acestep.song import Progress, Song, SongItem
-from deployments.api.problems import retry_after
-from deployments.jobs import queue, rates
+from deployments.ingress.errors import retry_after
+from deployments.jobs import limits as rates
+from deployments.jobs import queue
 from deployments.jobs.backlog import read_backlogs
 from deployments.jobs.database import migrate
-from deployments.jobs.files import FileRecords
+from deployments.jobs.limits import Rates
 from deployments.jobs.queue import Line, read_queue
-from deployments.jobs.rates import Rates
 from deployments.jobs.schema import metadata
 from deployments.jobs.secrets import shared_secret
 from deployments.jobs.store import Busy, Caps, IdempotencyConflict, Job, JobStore, LeaseLost
+from deployments.jobs.uploads import FileRecords
 from deployments.jobs.urls import driver_url
-from deployments.ordering import Waiting, next_jobs
+from deployments.scheduling.fairness import Waiting, next_jobs
 
 REQUEST = SongRequest(prompt="quiet piano", duration=10, seed=1)
 SONG = Song(items=(SongItem(index=0, seed=1, duration=10.0, samples=480_000),), plan=Plan(), renderer="tiny")

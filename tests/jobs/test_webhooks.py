@@ -23,8 +23,8 @@ import trustme
 
 from acestep.errors import InvalidRequest
 from acestep.request import SongRequest
+from deployments.jobs.outbox import Outbox, Refused, allowed, check_url, derived_secret, resolve, shown_secret
 from deployments.jobs.store import JobStore
-from deployments.jobs.webhooks import Outbox, Refused, allowed, check_url, derived_secret, resolve, shown_secret
 
 SECRET = b"s" * 32
 LOCAL = ("127.0.0.0/8",)
@@ -71,7 +71,7 @@ def outbox(store: JobStore, **options: object) -> Outbox:
 
 @contextlib.asynccontextmanager
 async def sending(box: Outbox, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[None]:
-    monkeypatch.setattr("deployments.jobs.webhooks.POLL_S", 0.02)
+    monkeypatch.setattr("deployments.jobs.outbox.POLL_S", 0.02)
     task = asyncio.create_task(box.run())
     yield
     task.cancel()
@@ -161,7 +161,7 @@ async def test_a_message_of_a_router_that_died_is_sent_by_another(
     store: JobStore, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended_job(store, receiver.url)
-    monkeypatch.setattr("deployments.jobs.webhooks.SPARE_S", 0.1)
+    monkeypatch.setattr("deployments.jobs.outbox.SPARE_S", 0.1)
     assert len(outbox(store, timeout_s=0.1).claim()) == 1  # claimed, and never sent
     box = outbox(store)
     async with sending(box, monkeypatch):

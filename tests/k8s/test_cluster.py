@@ -17,7 +17,7 @@ import pytest
 import yaml
 from kubernetes import client
 
-from acestep import cli
+from acestep.cli import main as cli
 from acestep.errors import AceStepError, InvalidRequest, Unavailable
 from deployments.k8s.apply import apply_all
 from deployments.k8s.changes import Effect

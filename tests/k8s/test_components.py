@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from acestep.errors import ERROR_TYPES
-from deployments.config import RouterArgs
+from deployments.config.args import RouterArgs
 from deployments.k8s.check import check_all, rayservice_of
 from deployments.k8s.findings import groups_of
 from deployments.k8s.render import COMPONENT

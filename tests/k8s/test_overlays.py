@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import yaml
 
-from deployments.config import PoolArgs, RouterArgs
+from deployments.config.args import PoolArgs, RouterArgs
 from deployments.k8s.check import check_all, rayservice_of
 from deployments.k8s.findings import groups_of, items, mapping
 from deployments.k8s.fleet_rules import pools, serve_config

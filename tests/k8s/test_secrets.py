@@ -10,10 +10,10 @@ import pytest
 
 from acestep.errors import Unavailable
 from deployments.jobs.backlog import read_backlog
+from deployments.jobs.blobs import Storage
 from deployments.jobs.store import JobStore
 from deployments.k8s.check import rayservice_of
 from deployments.k8s.fleet_rules import pools, serve_config
-from deployments.storage import Storage
 from tests.jobs.conftest import postgres  # noqa: F401 - the fixture
 from tests.k8s.conftest import Document
 from tests.postgres import Postgres

@@ -24,7 +24,7 @@ import httpx
 import pytest
 import yaml
 
-from acestep.client import Client
+from acestep.cli.client import Client
 from deployments.k8s.check import rayservice_of
 from deployments.k8s.readers import autoscaling_config
 from tests.k8s.conftest import Document

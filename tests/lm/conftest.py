@@ -15,7 +15,7 @@ from acestep.lm.loading import load_model
 from acestep.lm.model import PlannerModel
 from acestep.lm.planner import Planner
 from acestep.lm.tokenizer import PlannerTokenizer, byte_level_bpe
-from acestep.settings import PlannerSettings
+from acestep.settings.resolve import PlannerSettings
 
 MAX_LEN = 2_048
 torch.set_num_threads(1)  # tiny products: a second thread only waits

@@ -12,7 +12,6 @@ import psutil
 import pytest
 import torch
 
-from acestep.engine import Ticket
 from acestep.errors import InvalidOutput, LimitExceeded
 from acestep.lm.decoder import Decoder
 from acestep.lm.engine import PlannerEngine
@@ -27,7 +26,8 @@ from acestep.lm.sampling import SamplingParams
 from acestep.lm.work import PlanWork
 from acestep.plan import Metadata, Plan
 from acestep.request import SongRequest
-from acestep.settings import PlannerSettings
+from acestep.settings.resolve import PlannerSettings
+from acestep.worker import Ticket
 
 GIVEN = {"bpm": 120, "key_scale": "A minor", "time_signature": "4"}
 

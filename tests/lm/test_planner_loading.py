@@ -19,7 +19,7 @@ from acestep.lm.loading import load_model
 from acestep.lm.planner import Planner
 from acestep.lm.pointwise import Pointwise
 from acestep.lm.tokenizer import PlannerTokenizer
-from acestep.settings import PlannerSettings
+from acestep.settings.resolve import PlannerSettings
 from acestep.song import TINY_NOTICE
 
 
@@ -203,7 +203,7 @@ def test_other_failures_have_their_own_classes(checkpoint: Path) -> None:
 def test_on_a_cpu_keys_and_values_take_half_of_what_the_process_may_have(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("acestep.host.memory", lambda: (64 << 30, 8 << 20))
+    monkeypatch.setattr("acestep.hardware.host.memory", lambda: (64 << 30, 8 << 20))
     planner = Planner.load(checkpoint, PlannerSettings(slots=64, max_len=1_024))
     planner.close()
     assert planner.info.kv_bytes == 4 << 20

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from acestep.cards import Device
 from acestep.gpu_config import GIB
+from acestep.hardware.cards import Device
 
 MakeCard = Callable[..., Device]
 

@@ -11,12 +11,12 @@ import pynvml
 import pytest
 import torch
 
-from acestep import devices, host, nvml
-from acestep.cards import Device, cpu_device, list_cards, pick, tier_row
-from acestep.devices import list_devices
 from acestep.errors import DeviceUnavailable, InvalidRequest
 from acestep.gpu_config import GIB
-from acestep.settings import resolve
+from acestep.hardware import devices, host, nvml
+from acestep.hardware.cards import Device, cpu_device, list_cards, pick, tier_row
+from acestep.hardware.devices import list_devices
+from acestep.settings.resolve import resolve
 
 MIB = 2**20
 

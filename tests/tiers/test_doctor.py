@@ -14,13 +14,13 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from acestep import paths, probes
-from acestep.cards import Device, cpu_device
+from acestep import paths
 from acestep.checkpoints import resolve
-from acestep.commands import doctor as command
-from acestep.doctor import Report, build_mismatches, misspelt, report
-from acestep.doctor_view import print_report
-from acestep.probes import Finding
+from acestep.cli.doctor import command, probes
+from acestep.cli.doctor.probes import Finding
+from acestep.cli.doctor.report import Report, build_mismatches, misspelt, report
+from acestep.cli.doctor.view import print_report
+from acestep.hardware.cards import Device, cpu_device
 from tests.tiers.conftest import MakeCard, shared_checkpoints
 
 

@@ -223,7 +223,7 @@ def test_documented_tables_are_the_data() -> None:
 
 def test_no_torch_is_imported() -> None:
     code = (
-        "import sys, acestep.gpu_config as g, acestep.limits, acestep.cards; g.get_gpu_memory_gb(); g.main([]); "
+        "import sys, acestep.gpu_config as g, acestep.sizing.limits, acestep.hardware.cards; g.get_gpu_memory_gb(); g.main([]); "
         "sys.exit('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

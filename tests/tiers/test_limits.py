@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from acestep.cost import expected_duration
 from acestep.errors import LimitExceeded
 from acestep.gpu_config import PROFILES, Limits, get_gpu_config, get_limits
-from acestep.limits import apply_limits, asked_seconds, best_limits, fits, without_planner
 from acestep.plan import Metadata, Plan
 from acestep.request import SongRequest
+from acestep.sizing.cost import expected_duration
+from acestep.sizing.limits import apply_limits, asked_seconds, best_limits, fits, without_planner
 
 SMALL = get_limits(get_gpu_config(6.0, detected=False), "render")  # 360 s, 1 song
 ROLES = st.sampled_from(["plan", "render", "both"])

@@ -17,7 +17,6 @@ from hypothesis import event, given
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
-from acestep import activations, weights
 from acestep.checkpoints import Checkpoint, resolve
 from acestep.checkpoints.load import load_renderer
 from acestep.checkpoints.tiny_planner import write_tiny_planner
@@ -28,7 +27,9 @@ from acestep.dit.vae import Vae, fold
 from acestep.errors import OutOfMemory
 from acestep.gpu_config import GIB
 from acestep.lm.planner import Planner
-from acestep.memory import (
+from acestep.settings.resolve import PlannerSettings, RendererSettings
+from acestep.sizing import activations, weights
+from acestep.sizing.ledger import (
     RenderTask,
     admit_render,
     known_configs,
@@ -37,7 +38,6 @@ from acestep.memory import (
     read_configs,
     render_need,
 )
-from acestep.settings import PlannerSettings, RendererSettings
 from tests.tiers.conftest import shared_checkpoints
 
 torch.set_num_threads(1)  # tiny products: a second thread only waits

@@ -11,13 +11,13 @@ import pytest
 from hypothesis import event, given
 from hypothesis import strategies as st
 
-from acestep.cards import Device, cpu_device
 from acestep.errors import DeviceUnavailable, InvalidRequest, OutOfMemory
 from acestep.gpu_config import GIB
-from acestep.memory import RenderTask, admit_render, is_guided, known_configs, plan_need
-from acestep.options import OPTIONS
-from acestep.settings import Resolved, resolve
-from acestep.weights import PLANNERS
+from acestep.hardware.cards import Device, cpu_device
+from acestep.settings.options import OPTIONS
+from acestep.settings.resolve import Resolved, resolve
+from acestep.sizing.ledger import RenderTask, admit_render, is_guided, known_configs, plan_need
+from acestep.sizing.weights import PLANNERS
 from tests.tiers.conftest import MakeCard
 
 HOST = Device(0, "cpu", "host", 64 * GIB, 48 * GIB, usable=True)
@@ -27,8 +27,8 @@ TURBO = {"model": "acestep-v15-turbo"}
 @pytest.fixture(autouse=True)
 def known_surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
     """The packages of the `gpu` extra count as installed and the host as roomy: what matters is the rule, not this machine."""
-    monkeypatch.setattr("acestep.settings_renderer._installed", lambda *names: True)
-    monkeypatch.setattr("acestep.settings.cpu_device", lambda: HOST)
+    monkeypatch.setattr("acestep.settings.renderer._installed", lambda *names: True)
+    monkeypatch.setattr("acestep.settings.resolve.cpu_device", lambda: HOST)
 
 
 def value(resolved: Resolved, name: str) -> Any:
@@ -326,7 +326,7 @@ def test_flash_attention_can_be_switched_off(card: MakeCard) -> None:
 
 
 def test_missing_packages_are_named(card: MakeCard, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("acestep.settings_renderer._installed", lambda *names: False)
+    monkeypatch.setattr("acestep.settings.renderer._installed", lambda *names: False)
     r = resolve("render", TURBO, device=card(7.99), env={"ACESTEP_QUANTIZATION": "int8_weight_only"})
     assert r.renderer is not None
     assert (r.renderer.int8, r.renderer.attention, r.renderer.compile) == (False, "sdpa", False)

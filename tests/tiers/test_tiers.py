@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from acestep.cards import Device
-from acestep.devices import list_devices
 from acestep.errors import LimitExceeded
 from acestep.gpu_config import Role
-from acestep.limits import apply_limits, without_planner
+from acestep.hardware.cards import Device
+from acestep.hardware.devices import list_devices
 from acestep.request import SongRequest
-from acestep.settings import Resolved, resolve
+from acestep.settings.resolve import Resolved, resolve
+from acestep.sizing.limits import apply_limits, without_planner
 
 # size, as a card reports it | tier | (s, songs) with the planner on the card | without | planner on where nobody says
 SIZES = [

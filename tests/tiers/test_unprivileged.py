@@ -36,7 +36,7 @@ def as_nobody(*arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
             pytest.skip("setpriv (util-linux) is needed to leave root")
         drop = as_user(NOBODY)
     env = {"PATH": os.environ["PATH"], "ACESTEP_HOME": str(home), "OMP_NUM_THREADS": "1"}
-    command = [*drop, sys.executable, "-c", "from acestep.cli import main; main()", *arguments]
+    command = [*drop, sys.executable, "-c", "from acestep.cli.main import main; main()", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=env, cwd="/", timeout=240, check=False)
 
 

@@ -15,7 +15,7 @@ from diffusers.pipelines.ace_step.modeling_ace_step import (
 )
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 
-from acestep import weights
+from acestep.sizing import weights
 
 MODULES = {
     "transformer": AceStepTransformer1DModel,

@@ -1,0 +1,1 @@
+"""What this machine can do with ACE-Step, and why: `acestep doctor`."""

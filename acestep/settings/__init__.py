@@ -1,0 +1,1 @@
+"""What is chosen for a machine, and why: options, planner, renderer, one resolver."""

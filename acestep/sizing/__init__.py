@@ -1,0 +1,1 @@
+"""What a request takes: weights, activations, the memory ledger, limits, seconds."""

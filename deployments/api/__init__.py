@@ -1,1 +1,0 @@
-"""The HTTP front: one file per API, mounted by `build_app`."""

@@ -1,0 +1,1 @@
+"""What an operator may say: arguments, deployment options, building and checking a Serve config."""

@@ -1,0 +1,1 @@
+"""Carries one job through its stages."""

@@ -1,0 +1,119 @@
+"""Calls of the stages: a stream of messages from one replica, which ends also where the replica's node falls silent.
+
+They go by gRPC (Serve's inter-deployment transport) and on the router's own event loop: each message of Ray's actor streams costs milliseconds
+more. Ray's actors notice by themselves that a node died; a gRPC stream to a machine that lost its power or its network stays open for
+minutes. So the calls are ended here as soon as the cluster says that the node is dead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+
+from deployments.fleet import busy
+
+
+class ReplicaGone(Exception):
+    """The replica that worked on a call cannot be heard any more."""
+
+
+class NotAccepted(ReplicaGone):
+    """A call was taken back before any replica had accepted it: none has worked on it."""
+
+
+REPLICA_LOST = (RayActorError, BackPressureError, DeploymentUnavailableError, ReplicaGone)
+
+
+class Call:
+    """One call under way; iterate over it once for its messages.
+
+    Attributes:
+        id: Serve's id of the request.
+        gone: Why it was ended here; None while it was not.
+    """
+
+    def __init__(self, stream: DeploymentResponseGenerator[Any]) -> None:
+        self.id = str(stream.request_id)
+        self.gone: ReplicaGone | None = None
+        self.stream = stream
+        self.answered = False
+
+    async def __aiter__(self) -> AsyncIterator[dict[str, Any]]:
+        async for message in self.stream:
+            self.answered = "progress" not in message
+            yield message
+            if self.answered:  # what comes yet is the end alone, and nobody waits for that
+                return
+
+
+class Calls:
+    """The stage calls under way. For one event loop.
+
+    Args:
+        by_grpc: False sends them as Ray's actor calls, on Ray's own ports.
+    """
+
+    def __init__(self, *, by_grpc: bool = True) -> None:
+        self._by_grpc = by_grpc
+        # An HTTP proxy of this machine is not meant for the cluster; Ray keeps its own channels off it, Serve forgets to.
+        os.environ.setdefault("grpc_proxy", "")
+        self._open: dict[str, Call] = {}
+        self._ending: set[asyncio.Task[None]] = set()
+
+    @contextlib.asynccontextmanager
+    async def call(self, handle: DeploymentHandle[Any], method: str, *arguments: Any) -> AsyncIterator[Call]:
+        """Call a streaming method of a pool. Leaving before its answer cancels the replica's work.
+
+        Raises:
+            ReplicaGone, and others of `REPLICA_LOST`: another replica may do the work.
+        """
+        streaming = handle.options(stream=True, _by_reference=not self._by_grpc)
+        call = Call(getattr(streaming, method).remote(*arguments))
+        self._open[call.id] = call
+        try:
+            yield call
+        except (asyncio.CancelledError, RequestCancelledError):
+            if call.gone is None:
+                raise
+            raise call.gone from None
+        except grpc.aio.AioRpcError as error:  # such as a stream that the replica broke off while it was stopped
+            raise ReplicaGone(f"{error.code().name}: {error.details()}") from error
+        finally:
+            del self._open[call.id]
+            if call.answered:
+                self._to_end(call.stream)
+            else:
+                call.stream.cancel()  # type: ignore[no-untyped-call]
+
+    def _to_end(self, stream: DeploymentResponseGenerator[Any]) -> None:
+        """Read what is left of a stream: one that is dropped before its end is cancelled."""
+
+        async def read() -> None:
+            with contextlib.suppress(*REPLICA_LOST, grpc.aio.AioRpcError):
+                async for _ in stream:
+                    pass
+
+        task = asyncio.create_task(read())
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
+
+    def end_on(self, nodes: frozenset[str]) -> None:
+        """End the calls to these nodes, by Ray's node ids: they are dead. Nothing more is sent there.
+
+        A call that no replica has accepted yet may have been sent to one that died just now: it is made again, too.
+        """
+        news = nodes - busy.dead_nodes
+        busy.set_dead_nodes(nodes)
+        for call_id, call in self._open.items():
+            node = busy.node_of(call_id)
+            if call.gone is None and (node in nodes or (node is None and news)):
+                call.gone = ReplicaGone(f"node {node} died") if node else NotAccepted(f"node {min(news)} died")
+                call.stream.cancel()  # type: ignore[no-untyped-call]

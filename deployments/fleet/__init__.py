@@ -1,0 +1,1 @@
+"""What Ray and Serve say of the fleet, and which replica gets a call."""

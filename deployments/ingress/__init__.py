@@ -1,0 +1,1 @@
+"""HTTP in front: the Serve ingress and its three APIs."""

@@ -1,0 +1,132 @@
+"""Envelope, errors and keys as ACE-Step's server has them."""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from fastapi import Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from acestep.errors import AceStepError
+from acestep.validation import validation_problems
+from deployments.ingress.acestep.bodies import Body, read_body
+from deployments.ingress.acestep.fields import BadField
+from deployments.ingress.auth import Caller, header_key
+from deployments.ingress.bodies import KEYLESS_BYTES, read_no_more_than
+from deployments.ingress.errors import STATUS, STORE_AWAY, AsciiJSONResponse, Unauthorized, in_one_line, retry_after
+from deployments.ingress.redact import redact
+from deployments.ingress.service import Service
+from deployments.jobs.store import UNREACHABLE
+
+log = logging.getLogger(__name__)
+
+
+def envelope(data: Any, code: int = 200, error: str | None = None) -> dict[str, Any]:
+    """What every endpoint answers with; with a code that is not 200, an error that comes as HTTP 200."""
+    return {"data": data, "code": code, "error": error, "timestamp": int(time.time() * 1000), "extra": None}
+
+
+def soft_error(code: int, text: str) -> dict[str, Any]:
+    return envelope(None, code, text)
+
+
+def detail(status: int, text: Any, headers: dict[str, str] | None = None) -> JSONResponse:
+    return AsciiJSONResponse({"detail": text}, status_code=status, headers=headers)
+
+
+class CompatRoute(APIRoute):
+    """A route whose errors look as ACE-Step's server writes them."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+
+        async def wrapped(request: Request) -> Response:
+            try:
+                return await handler(request)
+            except RequestValidationError as error:
+                return detail(422, _entries(error))
+            except ClientDisconnect:
+                return detail(400, "the caller left before its body was read")  # to nobody
+            except HTTPException as error:
+                return detail(error.status_code, error.detail, dict(error.headers or {}) or None)
+            except BadField as error:
+                return detail(400, str(error))
+            except ValidationError as error:
+                found = validation_problems(error.errors(include_url=False, include_input=False))
+                return detail(400, in_one_line(found))
+            except AceStepError as error:
+                return from_error(error)
+            except UNREACHABLE as error:
+                log.error("the job store cannot be reached: %s", error.orig)
+                return from_error(STORE_AWAY)
+            except Exception:
+                incident = uuid.uuid4().hex[:12]
+                log.exception("incident %s: %s %s", incident, request.method, request.url.path)
+                return detail(500, f"Internal Server Error (incident {incident})")
+
+        return wrapped
+
+
+def from_error(error: AceStepError) -> JSONResponse:
+    headers = {}
+    if (retry := error.details.get("retry_after")) is not None:
+        headers["Retry-After"] = retry_after(retry)
+    status = STATUS.get(error.type, 500)
+    return detail(400 if status == 422 else status, redact(error.message), headers or None)
+
+
+def _entries(error: RequestValidationError) -> list[dict[str, Any]]:
+    """In FastAPI's shape, which ACE-Step's clients know."""
+    place = str(error.errors()[0]["loc"][0])
+    found = validation_problems(error.errors(), of_request=True)
+    return [{"type": "value_error", "loc": [place, *e["field"].split(".")], "msg": e["message"]} for e in found]
+
+
+NO_KEY = "Missing ai_token or Authorization header"
+BEFORE_BODY = f"a body of more than {KEYLESS_BYTES} bytes needs it in the header"
+
+
+async def caller_by_header(request: Request, service: Service) -> Caller:
+    """The key in the header.
+
+    Raises:
+        Unauthorized: with ACE-Step's texts.
+    """
+    caller = service.keys.check(header_key(request))
+    await service.rates.take(caller)
+    return caller
+
+
+async def caller_and_body(request: Request, service: Service, *, optional: bool = False) -> tuple[Caller, Body]:
+    """The key in the header, or in the body's `ai_token`, which goes first, as in ACE-Step's own server; and the body.
+
+    Without a key in the header little of the body is read: until then nobody knows whose it is.
+
+    Raises:
+        Unauthorized, HTTPException: with ACE-Step's texts.
+    """
+    try:
+        caller = service.keys.check(header_key(request), missing=NO_KEY)
+        await service.rates.take(caller)
+    except Unauthorized as error:
+        refusal = error
+        read_no_more_than(request, KEYLESS_BYTES, 401, f"{refusal.message}; {BEFORE_BODY}")
+        caller = None
+    body = await read_body(request, optional=optional)
+    token = body.fields.get("ai_token")
+    if service.keys.required and token is not None and token != "":
+        if (named := service.keys.check(str(token), wrong="Invalid ai_token")) != caller:
+            await service.rates.take(named)
+        caller = named
+    if caller is None:
+        raise refusal
+    return caller, body

@@ -1,0 +1,398 @@
+"""The fields of `/release_task` as data, and how their values are found and read.
+
+Names, aliases, defaults and coercions are those of ACE-Step's server of June 2026; what newer ones added is known, too. Whole numbers that
+arrive as `8.0` count as 8, which that server loses.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from acestep import words
+from acestep.request import MAX_SEED, Adjustment
+from deployments.ingress.bodies import parse_json
+
+Kind = Literal["str", "text", "bool", "int", "float", "raw"]
+TRUE = ("1", "true", "yes", "y", "on")
+FALSE = ("0", "false", "no", "n", "off")
+METADATA_SOURCES = ("metas", "meta", "metadata", "user_metadata", "userMetadata")
+OBJECTS = ("param_obj", *METADATA_SOURCES)
+MAX_UNKNOWN = 20  # unknown fields that are named in the answer
+_ABSENT = object()
+
+
+@dataclass(frozen=True)
+class Field:
+    """One field.
+
+    Attributes:
+        aliases: Other names, in order; the name itself goes first.
+        low, high: Numbers outside are moved to the border, with a warning.
+        choices: Other values are refused.
+        no_effect: Why the field changes nothing here; said as a warning where it is sent with another value than the default.
+        empty_is_value: An empty text in JSON is meant, not missing.
+        read: Reads the value; what it cannot read is left out, with a warning.
+        join: Between the entries of a list, for texts.
+    """
+
+    name: str
+    kind: Kind
+    default: Any = None
+    aliases: tuple[str, ...] = ()
+    low: float | None = None
+    high: float | None = None
+    choices: tuple[str, ...] = ()
+    no_effect: str = ""
+    empty_is_value: bool = False
+    about: str = ""
+    read: Callable[[Any], Any] | None = None
+    join: str = ", "
+
+
+def _fields() -> Iterable[Field]:
+    s: Kind = "str"
+    b: Kind = "bool"
+    i: Kind = "int"
+    f: Kind = "float"
+    # Text and mode
+    t: Kind = "text"
+    yield Field("prompt", t, "", ("caption",), about="Description of the music.")
+    yield Field("lyrics", t, "", join="\n", about="Empty, [inst], (Instrumental), N/A: instrumental.")
+    yield Field(
+        "instrumental",
+        b,
+        False,
+        ("isInstrumental", "is_instrumental", "makeInstrumental", "make_instrumental"),
+        about="Nobody sings.",
+    )
+    yield Field("global_caption", t, "", about="The whole song, for tasks on single tracks.")
+    yield Field("thinking", b, False, about="The planner writes audio codes first.")
+    yield Field("sample_mode", b, False, ("sampleMode",), about="The planner writes the song's text.")
+    yield Field(
+        "sample_query", t, "", ("sampleQuery", "description", "desc"), about="What about; switches sample mode on."
+    )
+    yield Field("use_format", b, False, ("useFormat", "format"), about="The planner rewrites caption and lyrics.")
+    yield Field(
+        "vocal_language",
+        s,
+        None,
+        ("vocalLanguage", "language"),
+        read=words.read_language,
+        about="Left out: the planner decides.",
+    )
+    yield Field("model", s, None, ("model_name", "modelName", "dit_model", "ditModel"))
+    yield Field("task_type", s, "text2music", ("taskType",))
+    yield Field("instruction", s, "")
+    yield Field("track_name", s, None, ("trackName",))
+    yield Field("track_classes", "raw", None, ("trackClasses", "instruments"))
+    yield Field("analysis_only", b, False, ("analysisOnly",), about="Metadata only, no audio.")
+    yield Field("full_analysis_only", b, False, ("fullAnalysisOnly",), about="Describe the source audio.")
+    yield Field("extract_codes_only", b, False, ("extractCodesOnly",), about="Audio codes of the source audio.")
+    # Music
+    yield Field("bpm", i, None, low=30, high=300, read=words.read_bpm)
+    yield Field("key_scale", s, None, ("keyscale", "keyScale", "key"), read=words.read_key)
+    yield Field("time_signature", s, None, ("timesignature", "timeSignature"), read=words.read_time_signature)
+    yield Field(
+        "audio_duration",
+        f,
+        None,
+        ("duration", "audioDuration", "target_duration", "targetDuration"),
+        low=10,
+        high=600,
+        read=words.read_duration,
+    )
+    # Sampling
+    yield Field("inference_steps", i, None, ("inferenceSteps",), low=1, high=200)
+    yield Field("guidance_scale", f, None, ("guidanceScale",), low=1, high=30)
+    yield Field("use_random_seed", b, True, ("useRandomSeed",))
+    yield Field(
+        "seed", "raw", -1, about="A number, or several separated by commas; used where use_random_seed is false."
+    )
+    yield Field("batch_size", i, 2, low=1, high=8)
+    yield Field("shift", f, 3.0, low=0.1, high=10, about="Not used with timesteps.")
+    yield Field("infer_method", s, "ode", ("inferMethod",), choices=("ode", "sde"))
+    yield Field("timesteps", s, None, about="Falling numbers from 1 to 0, separated by commas.")
+    yield Field("use_adg", b, False)
+    yield Field("cfg_interval_start", f, 0.0, low=0, high=1)
+    yield Field("cfg_interval_end", f, 1.0, low=0, high=1)
+    yield Field("audio_format", s, "mp3", ("audioFormat",), choices=words.FORMATS, read=words.read_format)
+    yield Field("sampler_mode", s, "euler", ("samplerMode",), choices=("euler", "heun"))
+    # Source audio
+    yield Field("reference_audio_path", s, None, ("ref_audio_path", "referenceAudioPath", "refAudioPath"))
+    yield Field("src_audio_path", s, None, ("ctx_audio_path", "sourceAudioPath", "srcAudioPath", "ctxAudioPath"))
+    yield Field("repainting_start", f, 0.0, words.WINDOW_START[1:], low=-600, high=600, read=words.read_seconds)
+    yield Field("repainting_end", f, None, words.WINDOW_END[1:], low=-1, high=1200, read=words.read_seconds)
+    yield Field(
+        "audio_cover_strength", f, 1.0, ("audioCoverStrength", "cover_strength", "coverStrength"), low=0, high=1
+    )
+    yield Field("cover_noise_strength", f, 0.0, ("coverNoiseStrength",), low=0, high=1)
+    yield Field("audio_code_string", "raw", "", ("audioCodeString", "audio_codes"))
+    yield Field("chunk_mask_mode", s, "explicit", choices=("explicit", "auto"))
+    yield Field(
+        "repaint_latent_crossfade_frames",
+        i,
+        None,
+        low=0,
+        high=250,
+        about="Not sent: by repaint_mode and repaint_strength.",
+    )
+    yield Field(
+        "repaint_wav_crossfade_sec", f, None, low=0, high=10, about="Not sent: by repaint_mode and repaint_strength."
+    )
+    yield Field("repaint_mode", s, "balanced", choices=("conservative", "balanced", "aggressive"))
+    yield Field("repaint_strength", f, 0.5)
+    # Planner
+    yield Field(
+        "lm_backend", s, "vllm", choices=("vllm", "pt", "mlx"), no_effect="every planner here has its own engine"
+    )
+    yield Field("lm_model_path", s, None, about="Planner checkpoint: the one that was chosen when the server started.")
+    yield Field(
+        "lm_seed", i, None, low=0, high=MAX_SEED, about="Of a result's entry: with its seed, that song again alone."
+    )
+    yield Field("lm_temperature", f, 0.85, low=0, high=2)
+    yield Field("lm_cfg_scale", f, 2.5, low=1, high=20)
+    yield Field("lm_top_k", i, 0, low=0, high=1_000_000)
+    yield Field("lm_top_p", f, 0.9)
+    yield Field("lm_repetition_penalty", f, 1.0, low=0.1, high=10)
+    yield Field("lm_negative_prompt", t, "NO USER INPUT", empty_is_value=True)
+    yield Field("use_cot_metas", b, True, ("cot_metas", "cot-metas"))
+    yield Field("use_cot_caption", b, True, ("cot_caption", "cot-caption"))
+    yield Field("use_cot_language", b, True, ("cot_language", "cot-language"))
+    yield Field(
+        "constrained_decoding",
+        b,
+        True,
+        ("constrainedDecoding", "constrained"),
+        no_effect="decoding is always constrained",
+    )
+    yield Field(
+        "constrained_decoding_debug", b, False, ("constrainedDecodingDebug",), no_effect="there is no debug output"
+    )
+    yield Field("is_format_caption", b, False, ("isFormatCaption",), no_effect="it never had one")
+    yield Field(
+        "allow_lm_batch", b, True, ("allowLmBatch", "parallel_thinking"), no_effect="the planner always batches"
+    )
+    yield Field(
+        "enable_normalization", b, None, ("enableNormalization",),
+        about="Peak at normalization_db. Not sent: yes, but not for repaint, lego, extract and complete.",
+    )  # fmt: skip
+    yield Field("normalization_db", f, None, ("normalizationDb",), low=-60, high=0, about="-1 where not sent.")
+    # An extension: adapters are chosen by request here.
+    yield Field("lora_path", s, None, about="A LoRA adapter for this song.")
+    yield Field("lora_scale", f, 1.0, low=0, high=4)
+    # Sent by newer clients
+    not_here = "this renderer has no such setting"
+    yield Field("use_tiled_decode", b, True, ("useTiledDecode",), no_effect="tiles follow the card's memory")
+    yield Field("velocity_norm_threshold", f, 0.0, ("velocityNormThreshold",), no_effect=not_here)
+    yield Field("velocity_ema_factor", f, 0.0, ("velocityEmaFactor",), no_effect=not_here)
+    yield Field("eta", f, 0.0, no_effect=not_here)
+    yield Field("momentum", f, -0.75, no_effect=not_here)
+    yield Field("latent_shift", f, 0.0, ("latentShift",), no_effect=not_here)
+    yield Field("latent_rescale", f, 1.0, ("latentRescale",), no_effect=not_here)
+    yield Field("guidance_variant", s, "apg_classic", no_effect=not_here)
+    yield Field("guidance_params", "raw", None, no_effect=not_here)
+    yield Field("dcw_enabled", b, False, no_effect=not_here)
+    yield Field("dcw_mode", s, None, no_effect=not_here)
+    yield Field("dcw_scaler", f, None, no_effect=not_here)
+    yield Field("dcw_high_scaler", f, None, no_effect=not_here)
+    yield Field("dcw_wavelet", s, None, no_effect=not_here)
+
+
+FIELDS: dict[str, Field] = {f.name: f for f in _fields()}
+KNOWN = frozenset(n for f in FIELDS.values() for n in (f.name, *f.aliases)).union(
+    METADATA_SOURCES, ("param_obj", "ai_token")
+)
+
+
+class BadField(ValueError):
+    """A value outside a closed list; the text names field and list."""
+
+
+@dataclass
+class Values:
+    """The fields of one body, read.
+
+    Attributes:
+        warnings: What was changed or has no effect.
+        unread: Fields whose value could not be read, and what would have done.
+        unknown: Names that no field has.
+    """
+
+    values: dict[str, Any]
+    warnings: list[Adjustment] = field(default_factory=list)
+    unread: dict[str, str] = field(default_factory=dict)
+    unknown: tuple[str, ...] = ()
+
+    def __getitem__(self, name: str) -> Any:
+        return self.values[name]
+
+    def warn(self, name: str, asked: Any, given: Any, reason: str) -> None:
+        self.warnings.append(adjustment(name, asked, given, reason))
+
+
+def adjustment(name: str, asked: Any, given: Any, reason: str) -> Adjustment:
+    """What became of a field, with no more of the caller's value than fits into a sentence."""
+    plain = asked is None or isinstance(asked, (bool, int)) or (isinstance(asked, float) and math.isfinite(asked))
+    shown = asked if plain else str(asked)[:200].replace("\0", "")
+    return Adjustment(field=name[:100].replace("\0", ""), asked=shown, given=given, reason=reason)
+
+
+def unknown_fields(body: Mapping[str, Any], known: Collection[str], reason: str = "unknown field") -> list[Adjustment]:
+    """One warning for each field that says something and is not known, and one for all beyond the first few."""
+    names = [name for name, value in body.items() if name not in known and value not in (None, "")]
+    found = [adjustment(name, body[name], None, reason) for name in names[:MAX_UNKNOWN]]
+    if len(names) > MAX_UNKNOWN:
+        found.append(adjustment("others", len(names) - MAX_UNKNOWN, None, reason))
+    return found
+
+
+def read_fields(body: Mapping[str, Any], *, form: bool) -> Values:
+    """Find and read every field.
+
+    Args:
+        body: The body's own fields.
+        form: It came as a form: everything is text, and empty text means nothing was said.
+
+    Raises:
+        BadField: a value is not one of its field's choices.
+    """
+    sources = _sources(body)
+    out = Values({})
+    for spec in FIELDS.values():
+        value = find(sources, (spec.name, *spec.aliases), skip_empty=form)
+        out.values[spec.name] = _read(spec, value, form, out)
+    out.unknown = tuple(n for source in sources for n, v in source.items() if n not in KNOWN and v not in (None, ""))
+    out.warnings += [*unreadable_objects(body, OBJECTS), *unknown_fields(body, KNOWN)]
+    _format_of(body, out)
+    return out
+
+
+def _format_of(body: Mapping[str, Any], out: Values) -> None:
+    """`format` is `use_format` here; where it names an audio format, that is what is meant."""
+    named = words.readable(words.read_format, body.get("format"))
+    if named is not None and all(body.get(name) in (None, "") for name in ("audio_format", "audioFormat")):
+        out.values["audio_format"] = named
+
+
+def unreadable_objects(body: Mapping[str, Any], names: Iterable[str]) -> list[Adjustment]:
+    """A warning for each field that should hold an object, or the JSON text of one, and does not."""
+    given = [(name, body[name]) for name in names if body.get(name) not in (None, "")]
+    return [adjustment(name, value, None, "not a JSON object") for name, value in given if _object(value) is None]
+
+
+def find(sources: Iterable[Mapping[str, Any]], names: Iterable[str], *, skip_empty: bool = False) -> Any:
+    """The first value under one of `names`, source by source. null counts as absent; empty text only with `skip_empty`."""
+    names = tuple(names)
+    for source in sources:
+        for name in names:
+            value = source.get(name)
+            if value is not None and not (skip_empty and value == ""):
+                return value
+    return _ABSENT
+
+
+def _sources(body: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    sources = [body, as_object(body.get("param_obj"))]
+    sources.append(next((found for name in METADATA_SOURCES if (found := as_object(body.get(name)))), {}))
+    return sources
+
+
+def as_object(value: Any) -> Mapping[str, Any]:
+    """An object, or the JSON text of one; anything else is empty."""
+    return _object(value) or {}
+
+
+def _object(value: Any) -> Mapping[str, Any] | None:
+    if isinstance(value, str):
+        try:
+            value = parse_json(value.encode())
+        except ValueError:
+            return None
+    return value if isinstance(value, Mapping) else None
+
+
+def _read(spec: Field, value: Any, form: bool, out: Values) -> Any:
+    if value is _ABSENT or (value == "" and (form or not spec.empty_is_value)):
+        return spec.default
+    read: Any = value
+    if spec.read is not None:
+        read = _by_reader(spec, value, out)
+    elif spec.kind == "bool":
+        read = to_bool(value)
+        if not read and str(value).strip().lower() not in (*FALSE, *words.UNSAID):
+            out.warn(spec.name, value, False, "not yes or no")
+    elif spec.kind in ("int", "float"):
+        read = to_int(value, None) if spec.kind == "int" else to_float(value, None)
+        if read is None:
+            read = spec.default
+            if str(value).strip().lower() not in words.UNSAID:
+                out.warn(spec.name, value, read, "not a number" if spec.kind == "float" else "not a whole number")
+    elif spec.kind == "text":
+        try:
+            read = words.read_text(value, spec.join)
+        except ValueError as error:
+            read, out.unread[spec.name] = spec.default, str(error)
+    elif spec.kind == "str":
+        read = str(value)
+    if spec.choices and spec.read is None:
+        read = str(read).strip().lower()
+        if read not in spec.choices:
+            raise BadField(f"{spec.name} must be one of {', '.join(spec.choices)}")
+    if spec.kind in ("int", "float") and read is not None and spec.low is not None and spec.high is not None:
+        read = _within(spec, read, out)
+    if spec.no_effect and read != spec.default:
+        out.warn(spec.name, value, None, f"no effect: {spec.no_effect}")
+    return read
+
+
+def _by_reader(spec: Field, value: Any, out: Values) -> Any:
+    assert spec.read is not None, "there is a reader"
+    try:
+        read = spec.read(value)
+    except ValueError as error:
+        if spec.choices:
+            raise BadField(f"{spec.name} {error}") from None
+        out.unread[spec.name] = str(error)
+        out.warn(spec.name, value, spec.default, str(error))
+        return spec.default
+    return spec.default if read is None else read
+
+
+def _within(spec: Field, value: Any, out: Values) -> Any:
+    assert spec.low is not None, "fields have both borders or none"
+    assert spec.high is not None, "fields have both borders or none"
+    if spec.name == "guidance_scale" and 0 <= value < 1:
+        return 1.0  # both mean off
+    given = min(max(value, spec.low), spec.high)
+    if given != value:
+        given = int(given) if spec.kind == "int" else float(given)
+        out.warn(spec.name, value, given, f"{spec.low:g} to {spec.high:g} is possible")
+        return given
+    return value
+
+
+def to_bool(value: Any) -> bool:
+    return str(value).strip().lower() in TRUE
+
+
+def to_int(value: Any, default: int | None) -> int | None:
+    number = to_float(value, None)
+    if isinstance(value, int):
+        return int(value)
+    if number is None or not number.is_integer():
+        return default
+    try:
+        return int(str(value))  # keeps what a float would round
+    except ValueError:
+        return int(number)
+
+
+def to_float(value: Any, default: float | None) -> float | None:
+    try:
+        number = float(value)
+    except (ValueError, TypeError, OverflowError):
+        return default
+    return number if math.isfinite(number) else default

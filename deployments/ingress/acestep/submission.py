@@ -1,0 +1,278 @@
+"""From the fields of `/release_task` to a job."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from acestep.dit.tasks import RULES
+from acestep.errors import InvalidRequest
+from acestep.request import INSTRUMENTAL, MAX_SEED, NO_USER_INPUT, Adjustment, SongRequest
+from acestep.sizing.cost import TASKS_WITHOUT_PLANNER, defaults_of
+from acestep.words import is_instrumental, split_names
+from deployments.dispatch.errands import PREPARE
+from deployments.ingress.acestep.editing import source_fields
+from deployments.ingress.acestep.fields import FIELDS, Values
+
+_LANGUAGE_NAMES = {
+    "english": "en", "chinese": "zh", "mandarin": "zh", "japanese": "ja", "korean": "ko", "spanish": "es", "french": "fr",
+    "german": "de", "italian": "it", "portuguese": "pt", "russian": "ru", "bengali": "bn", "hindi": "hi", "arabic": "ar",
+    "thai": "th", "vietnamese": "vi", "indonesian": "id", "turkish": "tr", "dutch": "nl", "polish": "pl",
+}  # fmt: skip
+_WORDS_TOO = ("hi", "id", "it")  # codes that are everyday words as well
+WRITTEN = ("prompt", "lyrics", "bpm", "key_scale", "time_signature", "audio_duration")  # by sample mode
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A job to be: its request, how far it goes, what the answer needs later, and what was changed."""
+
+    request: SongRequest
+    kind: str
+    extra: dict[str, Any]
+    warnings: tuple[Adjustment, ...]
+
+
+@dataclass(frozen=True)
+class Served:
+    """What the fleet serves, as far as names matter here."""
+
+    renderers: Sequence[str] = ()
+    planner: str | None = None
+
+
+def build(v: Values, served: Served) -> Submission:
+    """The job that the fields ask for.
+
+    Raises:
+        InvalidRequest, pydantic.ValidationError: a field is wrong in a way that cannot be put right.
+    """
+    for name, why in v.unread.items():
+        if FIELDS[name].kind == "text":
+            raise InvalidRequest(f"{name}: {why}", field=name)
+    _voice(v)
+    kind = "understand" if v["full_analysis_only"] else "codes" if v["extract_codes_only"] else "song"
+    if kind == "song" and v["analysis_only"]:
+        kind = "plan"
+    fields = _text(v) | _music(v) | _planner(v, served) | _renderer(v, served, kind) | source_fields(v, kind)
+    prepare = _prepare(v, fields)
+    if kind in ("codes", "understand"):
+        if fields.get("src_audio") is None and fields.get("audio_codes") is None:
+            raise InvalidRequest("src_audio_path: this analysis needs source audio", field="src_audio_path")
+        fields = {k: fields[k] for k in ("prompt", "lyrics", "src_audio", "audio_codes") if k in fields}
+        fields["thinking"] = False
+        prepare = []
+    elif v["thinking"]:
+        fields["thinking"] = _thinks(v, fields, kind)
+    request = SongRequest.model_validate(fields)
+    compat = {"kind": kind, "prompt": v["prompt"], "lyrics": v["lyrics"], "format": v["audio_format"]}
+    extra: dict[str, Any] = {"compat": compat, **({PREPARE: prepare} if prepare else {})}
+    return Submission(request, kind, extra, tuple(v.warnings))
+
+
+def _thinks(v: Values, fields: dict[str, Any], kind: str) -> bool:
+    if kind == "plan":
+        reason = "analysis_only asks for metadata alone"
+    elif fields["task"] in TASKS_WITHOUT_PLANNER:
+        reason = f"task {fields['task']} works on source audio"
+    elif fields["audio_codes"] is not None:
+        reason = "the request brings its codes"
+    else:
+        return True
+    v.warn("thinking", True, False, reason)
+    return False
+
+
+def _text(v: Values) -> dict[str, Any]:
+    instruction = v["instruction"].strip()
+    if instruction == RULES["text2music"].instruction:  # what clients send as "the default": every task has its own
+        instruction = ""
+    return {"prompt": v["prompt"], "lyrics": v["lyrics"], "instruction": instruction or None}
+
+
+def _voice(v: Values) -> None:
+    """`instrumental` is a way to write lyrics."""
+    if not v["instrumental"]:
+        return
+    if is_instrumental(v["lyrics"]):
+        v.values["lyrics"] = v["lyrics"] or INSTRUMENTAL
+    else:
+        v.warn("instrumental", True, False, "the request brings its lyrics")
+
+
+def _music(v: Values) -> dict[str, Any]:
+    return {
+        "duration": v["audio_duration"],
+        "bpm": v["bpm"],
+        "key_scale": v["key_scale"],
+        "time_signature": v["time_signature"],
+        "vocal_language": v["vocal_language"],
+        "batch_size": v["batch_size"],
+        "seed": _seed(v),
+    }
+
+
+def _seed(v: Values) -> int | tuple[int, ...] | None:
+    """Seeds as given where `use_random_seed` is off; missing ones of a batch go on from the last."""
+    asked = v["seed"]
+    if v["use_random_seed"]:
+        if asked not in (None, "", -1, "-1"):
+            v.warn("seed", asked, None, "use_random_seed is true, which it is unless the request says otherwise")
+        return None
+    seeds, bad = [], []
+    for text in split_names(asked):
+        if re.fullmatch(r"\d{1,19}(\.0+)?", text, re.ASCII) and (seed := int(text.partition(".")[0])) <= MAX_SEED:
+            seeds.append(seed)
+        elif text != "-1":
+            bad.append(text)
+    if bad:
+        v.warn("seed", ",".join(bad), None, f"not a number from 0 to {MAX_SEED}")
+    if not seeds:
+        return None
+    size = v["batch_size"]
+    if len(seeds) > size:
+        v.warn("seed", len(seeds), size, "more seeds than songs")
+    while len(seeds) < size:
+        seeds.append((seeds[-1] + 1) % (MAX_SEED + 1))
+    return tuple(seeds[:size])
+
+
+def _planner(v: Values, served: Served) -> dict[str, Any]:
+    if v["lm_model_path"] and not _same(v["lm_model_path"], served.planner):
+        v.warn("lm_model_path", v["lm_model_path"], served.planner, "this server's planner was chosen when it started")
+    return {
+        "thinking": v["thinking"],
+        "use_cot_metas": v["use_cot_metas"] and not _wants_sample(v),
+        "use_cot_caption": v["use_cot_caption"],
+        "use_cot_language": v["use_cot_language"],
+        "lm_seed": v["lm_seed"],
+        "lm_temperature": v["lm_temperature"],
+        "lm_cfg_scale": v["lm_cfg_scale"],
+        "lm_top_k": v["lm_top_k"],
+        "lm_top_p": _top_p(v),
+        "lm_repetition_penalty": v["lm_repetition_penalty"],
+        "lm_negative_prompt": v["lm_negative_prompt"],
+    }
+
+
+def _top_p(v: Values) -> float:
+    """As ACE-Step's server, whatever its documents say: 0 and 1 do not switch it off."""
+    asked: float = v["lm_top_p"]
+    if 0.0 < asked < 1.0:
+        return asked
+    v.warn("lm_top_p", asked, 0.9, "must be above 0 and below 1")
+    return 0.9
+
+
+def _renderer(v: Values, served: Served, kind: str) -> dict[str, Any]:
+    model = _model(v, served)
+    defaults = defaults_of(model or (served.renderers[0] if served.renderers else None))
+    steps = v["inference_steps"]
+    if steps is not None and steps > defaults.max_steps and kind == "song":
+        v.warn("inference_steps", steps, defaults.max_steps, "more bring nothing for this checkpoint")
+        steps = defaults.max_steps
+    start, end = v["cfg_interval_start"], v["cfg_interval_end"]
+    if start > end:
+        v.warn("cfg_interval_start", start, 0.0, "it is above cfg_interval_end")
+        start = 0.0
+    sampler = v["sampler_mode"]
+    if sampler == "heun" and v["infer_method"] == "sde":
+        v.warn("sampler_mode", "heun", "euler", "heun is a method for ode")
+        sampler = "euler"
+    if v["lora_scale"] != 1.0 and not v["lora_path"]:
+        v.warn("lora_scale", v["lora_scale"], None, "there is no lora_path")
+    timesteps = _timesteps(v, defaults.max_steps)
+    lora = {"path": v["lora_path"], "scale": v["lora_scale"]} if v["lora_path"] else None
+    return {
+        "model": model,
+        "steps": steps,
+        "guidance_scale": v["guidance_scale"],
+        "shift": v["shift"] if timesteps is None else None,
+        "timesteps": timesteps,
+        "infer_method": v["infer_method"],
+        "sampler": sampler,
+        "use_adg": v["use_adg"],
+        "cfg_interval_start": start,
+        "cfg_interval_end": end,
+        "formats": (v["audio_format"],),
+        "normalize": v["enable_normalization"],
+        "normalization_db": v["normalization_db"],
+        "lora": lora,
+    }
+
+
+def _model(v: Values, served: Served) -> str | None:
+    asked = (v["model"] or "").strip().rstrip("/").rpartition("/")[2]
+    if not asked:
+        return None
+    for name in served.renderers:
+        if _same(asked, name):
+            return name
+    default = next(iter(served.renderers), None)
+    v.warn("model", v["model"], default, "not served here" if default else "no renderer has said yet what it serves")
+    return None
+
+
+def _same(asked: str, name: str | None) -> bool:
+    def short(text: str) -> str:
+        return text.rstrip("/").rpartition("/")[2].casefold()
+
+    return name is not None and short(asked) == short(name)
+
+
+def _timesteps(v: Values, most: int) -> tuple[float, ...] | None:
+    if not v["timesteps"] or not v["timesteps"].strip():
+        return None
+    try:
+        steps = [float(part) for part in v["timesteps"].strip("[]() ").split(",") if part.strip()]
+    except ValueError:
+        steps = []
+    if steps and steps[-1] == 0.0:
+        steps.pop()  # the end of every schedule; ours do not name it
+    falling = all(b < a for a, b in itertools.pairwise(steps))
+    if not steps or not falling or len(steps) > most or not all(0.0 < s <= 1.0 for s in steps):
+        v.warn("timesteps", v["timesteps"], None, f"not up to {most} falling numbers from 1 to 0; steps and shift hold")
+        return None
+    return tuple(steps)
+
+
+def _wants_sample(v: Values) -> bool:
+    return bool(v["sample_mode"] or v["sample_query"].strip())
+
+
+def _prepare(v: Values, fields: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the planner writes before it plans."""
+    sampling = {"temperature": v["lm_temperature"], "top_k": v["lm_top_k"], "top_p": fields["lm_top_p"]}
+    steps: list[dict[str, Any]] = []
+    if _wants_sample(v):
+        query = v["sample_query"].strip() or NO_USER_INPUT
+        instrumental, language = read_query(query)
+        no_voice = bool(v["lyrics"].strip()) and is_instrumental(v["lyrics"])
+        instrumental = instrumental or no_voice
+        for name in WRITTEN:
+            if v[name] not in (None, "") and not (name == "lyrics" and no_voice):
+                v.warn(name, v[name], None, "sample mode writes its own")
+        language = v["vocal_language"] or language
+        wish = {"query": query, "instrumental": instrumental, "vocal_language": language, **sampling}
+        steps.append({"ask": "inspire", "fields": wish})
+    if v["use_format"]:
+        if steps or v["prompt"].strip() or v["lyrics"].strip():
+            steps.append({"ask": "format", "fields": sampling})
+        else:
+            v.warn("use_format", True, False, "there is neither a prompt nor lyrics")
+    return steps
+
+
+def read_query(query: str) -> tuple[bool, str | None]:
+    """Whether a wish asks for music without voice, and the language it names."""
+    text = query.lower().strip()
+    instrumental = any(w in text for w in ("instrumental", "pure music", "pure instrument")) or text.endswith(" solo")
+    words = re.findall(r"[a-z]+", text)
+    for word in words:
+        if word in _LANGUAGE_NAMES:
+            return instrumental, _LANGUAGE_NAMES[word]
+    codes = set(_LANGUAGE_NAMES.values()).difference(_WORDS_TOO)
+    return instrumental, next((word for word in words if word in codes), None)

@@ -1,0 +1,1 @@
+"""The API of this project: `/v1/music`, `/v1/jobs`, texts, events, health."""

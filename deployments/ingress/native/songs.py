@@ -1,0 +1,255 @@
+"""The project's own API: songs as jobs."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import contextlib
+import re
+import time
+from typing import Annotated
+
+from fastapi import APIRouter, Body, Header, Query, Request, Response
+from fastapi.responses import StreamingResponse
+from pydantic import Field
+
+from acestep.errors import InvalidRequest, error_from_dict
+from acestep.request import SongRequest
+from deployments.ingress.answers import JobPage, JobView, Kind, State
+from deployments.ingress.auth import Auth, Caller, HeldStream, caller_of
+from deployments.ingress.bodies import KeyFirst
+from deployments.ingress.downloads import send_file
+from deployments.ingress.errors import PROBLEMS, Conflict, NotFound
+from deployments.ingress.links import audio_path, events_path, job_path, public, read_audio_path
+from deployments.ingress.native import examples
+from deployments.ingress.native.events import stream
+from deployments.ingress.native.views import job_view
+from deployments.ingress.native.waiting import wait_for_end
+from deployments.ingress.service import Service, Svc, check_idempotency_key, hash_of
+from deployments.jobs.outbox import check_url
+from deployments.jobs.store import CANCELLED, SUCCEEDED, TERMINAL, Job
+from deployments.threads import with_files
+
+router = APIRouter(prefix="/v1", tags=["songs"], responses=PROBLEMS, route_class=KeyFirst)
+JobId = Annotated[str, Field(max_length=64, description="`id` of the job.")]
+IdempotencyKey = Annotated[
+    str | None, Header(description="The same key and body again give the same job; another body is refused.")
+]
+Prefer = Annotated[str | None, Header(description="`wait=n`: answer when the job has ended, or after n seconds.")]
+
+
+EVENT_STREAM = {
+    "type": "string",
+    "description": "Events as `JobEvent` has them: lines `id`, `event` and `data`, which is JSON; comments between.",
+    "contentMediaType": "text/event-stream",
+    "contentSchema": {"type": "array", "items": {"$ref": "#/components/schemas/JobEvent"}},
+}
+CANCEL_WAIT_S = 5.0  # a stage stops between two steps
+Expires = Annotated[str | None, Query(max_length=12, description="Unix seconds; comes with the URL.")]
+Signature = Annotated[str | None, Query(max_length=64, description="Instead of a key; comes with the URL.")]
+
+
+async def by_signature_or_key(
+    service: Service, request: Request, path: str, expires: str | None, signature: str | None
+) -> Caller | None:
+    """None where the signature of `path` holds, which is as good as its owner's key; else the caller by key.
+
+    Raises:
+        Forbidden: the signature is forged, for something else or expired.
+        Unauthorized: there is neither.
+    """
+    if expires is None and signature is None:
+        return await caller_of(request)
+    service.signer.check(path, expires, signature)
+    return None
+
+
+class SongSubmission(SongRequest):
+    """A song request with how to deal with it."""
+
+    webhook_url: str | None = Field(None, max_length=2048, description="Hears of the job's end, signed, with retries.")
+    deadline_s: float | None = Field(None, gt=0, le=86_400, description="Give up this many seconds from now.")
+
+    def song(self) -> SongRequest:
+        """The request alone."""
+        return SongRequest.model_validate(self.model_dump(exclude={"webhook_url", "deadline_s"}))
+
+
+def check_prompt(request: SongRequest) -> None:
+    """Songs from nothing need a description; songs from audio, codes or a plan have something to go by."""
+    given = request.src_audio or request.audio_codes or request.plan
+    if not request.prompt.strip() and not given:
+        raise InvalidRequest("prompt: must not be empty (1 to 2048 characters)", field="prompt", limit=1)
+
+
+async def existing(service: Service, job_id: str, caller: Caller) -> Job:
+    job = await service.job(job_id, caller)
+    if job is None:
+        raise NotFound(f"there is no job {job_id[:64]!r}")
+    return job
+
+
+async def accept(
+    service: Service, caller: Caller, submission: SongSubmission, response: Response, *, kind: str,
+    idempotency_key: str | None, prefer: str | None,
+) -> JobView:  # fmt: skip
+    """Submit and answer: 202 with the job, or 200 where it ended within the time that `Prefer` allows."""
+    request = submission.song()
+    check_prompt(request)
+    if submission.webhook_url:
+        check_url(submission.webhook_url, service.args.webhook_networks)
+    extra = {"webhook": submission.webhook_url} if submission.webhook_url else {}
+    deadline = time.time() + submission.deadline_s if submission.deadline_s else None
+    seconds = wait_seconds(prefer, service.args.max_wait_s)
+    with service.waiting.hold(caller.name) if seconds else contextlib.nullcontext():
+        job, created = await service.submit(
+            request, caller, kind=kind, extra=extra, deadline=deadline, idempotency_key=check_idempotency_key(idempotency_key),
+            body_hash=hash_of(kind, submission.model_dump(mode="json", exclude_defaults=True)),
+        )  # fmt: skip
+        response.headers["Location"] = public(job_path(job.id))
+        if not created:
+            response.headers["Idempotent-Replayed"] = "true"
+        if seconds is not None:
+            job = await wait_for_end(service, job, seconds)
+            response.headers["Preference-Applied"] = f"wait={seconds:g}"
+    response.status_code = 200 if job.ended else 202
+    return await job_view(service, job)
+
+
+def wait_seconds(prefer: str | None, most: float) -> float | None:
+    """The n of `Prefer: wait=n`, at most `most`; None where it is not asked for."""
+    found = re.search(r"(?:^|[,;])\s*wait\s*=\s*\"?(\d{1,9})\"?\s*(?:$|[,;])", prefer or "", re.IGNORECASE)
+    return min(float(found.group(1)), most) if found else None
+
+
+@router.post(
+    "/music", status_code=202, summary="Ask for a song",
+    responses={202: examples.JOB_202, 200: {**examples.JOB_200, "model": JobView, "description": "It ended within `Prefer: wait=n`"}},
+)  # fmt: skip
+async def create_song(
+    submission: Annotated[SongSubmission, Body(openapi_examples=examples.SONGS)],
+    response: Response, service: Svc, caller: Auth,
+    idempotency_key: IdempotencyKey = None, prefer: Prefer = None,
+) -> JobView:  # fmt: skip
+    return await accept(
+        service, caller, submission, response, kind="song", idempotency_key=idempotency_key, prefer=prefer
+    )
+
+
+@router.get("/jobs", summary="Your jobs, newest first", responses={200: examples.JOBS_200})
+async def list_jobs(
+    service: Svc,
+    caller: Auth,
+    state: Annotated[list[State] | None, Query(description="Only these states.")] = None,
+    kind: Annotated[Kind | None, Query(description="Only this kind.")] = None,
+    limit: Annotated[int, Query(ge=1, le=200, description="Jobs on a page.")] = 50,
+    cursor: Annotated[str | None, Query(max_length=200, description="`next` of the page before.")] = None,
+) -> JobPage:
+    owner = caller.name if service.keys.required else None
+    page = await asyncio.to_thread(
+        service.store.page, states=state or (), kind=kind, owner_key=owner, before=_decode(cursor), limit=limit + 1
+    )
+    places = await service.places(page)
+    views = [await job_view(service, job, places[job.id]) for job in page[:limit]]
+    return JobPage(jobs=views, next=_encode(page[limit - 1]) if len(page) > limit else None)
+
+
+def _encode(job: Job) -> str:
+    return base64.urlsafe_b64encode(f"{job.created_at!r} {job.id}".encode()).decode()
+
+
+def _decode(cursor: str | None) -> tuple[float, str] | None:
+    if cursor is None:
+        return None
+    try:
+        at, job_id = base64.b64decode(cursor.encode(), altchars=b"-_", validate=True).decode("ascii").split(" ")
+        if not re.fullmatch(r"[0-9A-Za-z-]{1,64}", job_id):
+            raise ValueError(job_id)
+        return float(at), job_id
+    except (binascii.Error, ValueError):
+        raise InvalidRequest("cursor: is not one that /v1/jobs gave", field="cursor") from None
+
+
+@router.get("/jobs/{job_id}", summary="State, progress, plan and result of a job", responses={200: examples.JOB_200})
+async def get_job(job_id: JobId, service: Svc, caller: Auth, response: Response, prefer: Prefer = None) -> JobView:
+    job = await existing(service, job_id, caller)
+    if (seconds := wait_seconds(prefer, service.args.max_wait_s)) is not None:
+        with service.waiting.hold(caller.name):
+            job = await wait_for_end(service, job, seconds)
+        response.headers["Preference-Applied"] = f"wait={seconds:g}"
+    return await job_view(service, job)
+
+
+@router.delete("/jobs/{job_id}", summary="Cancel a job; an ended one stays as it is", responses={200: examples.JOB_200})
+async def cancel_job(job_id: JobId, service: Svc, caller: Auth) -> JobView:
+    """The job after it: `cancelled`, or with `cancel_requested` where its card does not let go within seconds."""
+    job = await existing(service, job_id, caller)
+    job = await service.dispatcher.cancel(job_id) or job
+    return await job_view(service, await wait_for_end(service, job, min(CANCEL_WAIT_S, service.args.max_wait_s)))
+
+
+@router.get(
+    "/jobs/{job_id}/events", summary="What happens to a job, as server-sent events", response_class=StreamingResponse,
+    responses={200: {"content": {"text/event-stream": {"schema": EVENT_STREAM, "example": examples.EVENTS}}},
+               204: {"description": "The job has ended and every event was seen: do not reconnect"}},
+)  # fmt: skip
+async def job_events(
+    request: Request, job_id: JobId, service: Svc,
+    last_event_id: Annotated[str | None, Header(description="Go on after this event.")] = None,
+    expires: Expires = None, signature: Signature = None,
+) -> Response:  # fmt: skip
+    """With a key, or with the signature that `links.events` of the job's view has: a browser's `EventSource` sends no key."""
+    job = await service.job(
+        job_id, await by_signature_or_key(service, request, events_path(job_id), expires, signature)
+    )
+    if job is None:
+        raise NotFound(f"there is no job {job_id[:64]!r}")
+    after = int(last_event_id) if last_event_id and re.fullmatch(r"[0-9]{1,18}", last_event_id) else 0
+    if job.state in TERMINAL and after and not await asyncio.to_thread(service.store.events_after, job_id, after, 1):
+        return Response(status_code=204)
+    with contextlib.ExitStack() as place:
+        place.enter_context(service.waiting.hold(job.owner_key))
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        frames = stream(service.store, service.dispatcher.notices, job_id, after)
+        return HeldStream(frames, place.pop_all(), media_type="text/event-stream", headers=headers)
+
+
+@router.get(
+    "/jobs/{job_id}/audio/{file}", summary="One song as a file", response_class=Response, responses=examples.AUDIO
+)
+async def get_audio(
+    request: Request, job_id: JobId, file: Annotated[str, Field(max_length=16, description="`{index}.{format}`, such as 0.wav.")], service: Svc,
+    expires: Expires = None, signature: Signature = None,
+) -> Response:  # fmt: skip
+    """`{index}.{format}`, with the signature that the job's view gives or with a key; with a key also `{index}` alone."""
+    named = read_audio_path(f"{job_path(job_id)}/audio/{file}")
+    if named is None:
+        raise NotFound("audio is named by index and format, such as 0.wav")
+    _, index, format = named
+    signed = audio_path(job_id, index, format or "")
+    job = await service.job(job_id, await by_signature_or_key(service, request, signed, expires, signature))
+    if job is None:
+        raise NotFound(f"there is no job {job_id[:64]!r}")
+    if job.state != SUCCEEDED or job.result is None:
+        if job.ended:
+            why = f": {error_from_dict(job.error).message}" if job.error else ""
+            raise Conflict(
+                f"the job has {'been ' if job.state == CANCELLED else ''}{job.state} and has no audio{why}",
+                state=job.state,
+            )
+        raise Conflict(f"the job is {job.state}; its audio is not there yet", state=job.state)
+    item = next((i for i in job.result.items if i.index == index), None)
+    if item is None:
+        raise NotFound(f"the job has items 0 to {len(job.result.items) - 1}, not {index}")
+    stored = next((f for f in item.files if format in (None, f.format)), None)
+    if stored is None:
+        raise NotFound(f"the job was made as {', '.join(f.format for f in item.files)}, not {format}")
+    name = f"{job.id}-{index}.{stored.path.rpartition('.')[2]}"
+    return await with_files(send_file, request, service.storage, stored.path, stored.content_type, name)
+
+
+# A second route: one operation with two methods would get the same name twice in the OpenAPI document.
+router.add_api_route(
+    "/jobs/{job_id}/audio/{file}", get_audio, methods=["HEAD"], response_class=Response, include_in_schema=False
+)

@@ -1,0 +1,105 @@
+"""How jobs and files look to callers of the native API."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from acestep.request import SongRequest
+from deployments.dispatch.errands import ANSWER
+from deployments.ingress.answers import FileView, JobView
+from deployments.ingress.links import audio_path, events_path, job_path, public
+from deployments.ingress.redact import public_error
+from deployments.ingress.service import Service
+from deployments.jobs.queue import Place
+from deployments.jobs.store import CANCELLED, Job
+from deployments.jobs.uploads import FOLDER, FileRecord
+
+
+async def job_view(service: Service, job: Job, place: Place | None = None) -> JobView:
+    """A job with where it stands, what it costs and, once done, signed URLs of its audio."""
+    forecast = await service.forecast(job, place)
+    view: dict[str, Any] = {
+        "id": job.id,
+        "kind": job.kind,
+        "state": job.state,
+        "stage": job.stage if not job.ended else job.state,
+        "progress": job.progress if not job.ended else None,
+        "position": forecast["position"],
+        "eta_s": forecast["eta_s"],
+        "cost": forecast["cost"],
+        "usage": usage(job),
+        "created_at": job.created_at,
+        "started_at": job.started_at,
+        "finished_at": job.finished_at,
+        "cancel_requested": job.cancel_requested or job.state == CANCELLED,
+        "attempts": job.attempts,
+        "placement": {"planner": job.plan_pool, "renderer": job.render_pool},
+        "request": request_view(job.request),
+        "seeds": list(job.request.seeds),
+        "warnings": list(job.adjustments),
+        "plan": job.plan,
+        "error": public_error(job.error) if job.ended else None,
+        "links": {"self": public(job_path(job.id)), "events": public(service.signer.sign(events_path(job.id)))},
+    }
+    if song := job.result:
+        items = []
+        for item in song.items:
+            audio = [
+                {
+                    **file.model_dump(exclude={"path"}),
+                    "url": public(service.signer.sign(audio_path(job.id, item.index, file.format))),
+                }
+                for file in item.files
+            ]
+            items.append({**item.model_dump(exclude={"files", "manifest"}), "audio": audio})
+        view["result"] = {
+            "items": items,
+            "renderer": song.renderer,
+            "renderer_hash": song.renderer_hash,
+            "device": song.device,
+            "settings": song.settings,
+            "timings": {"plan": song.plan.timings, "render": song.timings},
+        }
+        view["warnings"] += [a for a in song.adjustments if a not in job.adjustments]
+        view["notice"] = song.notice
+    else:
+        view["result"] = job.extra.get(ANSWER)
+    return JobView.model_validate(view)
+
+
+def usage(job: Job) -> dict[str, Any] | None:
+    """What an ended job used: seconds of audio made, and seconds of its own on the devices by stage."""
+    if not job.ended:
+        return None
+    plan = job.plan.timings if job.plan else None
+    render = job.result.timings if job.result else None
+    return {
+        "audio_s": round(sum(i.duration for i in job.result.items), 3) if job.result else 0.0,
+        "device_s": {
+            "plan": round(plan.metadata_s + plan.codes_s, 3) if plan else 0.0,
+            "render": round(render.conditions_s + render.denoise_s + render.decode_s, 3) if render else 0.0,
+        },
+        "total_s": round((job.finished_at or job.created_at) - job.created_at, 3),
+    }
+
+
+def request_view(request: SongRequest) -> dict[str, Any]:
+    """A request as it can be sent again; stored source audio by its file id."""
+    shown = request.model_dump(mode="json", exclude_defaults=True, exclude={"source_s"})
+    if "src_audio" in shown:
+        shown["src_audio"] = shown["src_audio"].removeprefix(FOLDER)
+    if "reference_audio" in shown:
+        shown["reference_audio"] = [name.removeprefix(FOLDER) for name in shown["reference_audio"]]
+    return shown
+
+
+def file_view(record: FileRecord, keep_s: float) -> FileView:
+    return FileView(
+        id=record.id,
+        name=record.name,
+        bytes=record.bytes,
+        sha256=record.sha256,
+        duration=round(record.duration, 3),
+        created_at=record.created_at,
+        expires_at=record.created_at + keep_s,
+    )

@@ -1,0 +1,1 @@
+"""ACE-Step's chat API, as OpenAI's clients speak it."""

@@ -1,0 +1,356 @@
+"""What every API of the router works with."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import time
+import uuid
+from collections import Counter
+from collections.abc import AsyncIterator, Collection
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any
+from urllib.parse import parse_qs, urlsplit
+
+from fastapi import Depends, Request
+
+from acestep.dit import tasks
+from acestep.errors import InvalidRequest
+from acestep.request import Adjustment, SongRequest
+from acestep.sizing.cost import defaults_of, expected_duration
+from acestep.sizing.limits import check_sources, over_plan
+from deployments.config.args import RouterArgs
+from deployments.dispatch.dispatcher import Dispatcher
+from deployments.dispatch.errands import question_of
+from deployments.dispatch.talk import Talk
+from deployments.fleet.watch import Fleet
+from deployments.ingress.auth import Caller, Keyring, RateLimit, Waiting, environment_keys
+from deployments.ingress.errors import Forbidden
+from deployments.ingress.links import audio_path, read_audio_path
+from deployments.ingress.middleware import made_here
+from deployments.ingress.signing import Signer
+from deployments.ingress.source_audio import Sources
+from deployments.jobs.blobs import Storage
+from deployments.jobs.limits import Rates
+from deployments.jobs.outbox import Outbox
+from deployments.jobs.queue import Line, Place, turn_of
+from deployments.jobs.secrets import shared_secret
+from deployments.jobs.store import QUEUED, RUNNING, Busy, Job, JobStore
+from deployments.jobs.uploads import FileRecord, FileRecords
+from deployments.scheduling.choose import Decision
+from deployments.scheduling.eta import Stage, remaining_s
+from deployments.scheduling.ledger import Routing
+from deployments.telemetry.tracing import TRACE, here
+
+QUESTIONS_AT_ONCE = 4  # of one router
+MAX_QUESTIONS = 32  # of one key, waiting ones included
+QUESTION_S = 5.0
+DEFAULT_JOB_S = 5.0  # ACE-Step's own guess before the first song
+
+
+@dataclass
+class Service:
+    """The router's parts, built once per replica."""
+
+    args: RouterArgs
+    store: JobStore
+    storage: Storage
+    fleet: Fleet
+    routing: Routing
+    dispatcher: Dispatcher
+    started: float
+    keys: Keyring = field(init=False)
+    rates: RateLimit = field(init=False)
+    waiting: Waiting = field(init=False)
+    signer: Signer = field(init=False)
+    sources: Sources = field(init=False)
+    talk: Talk = field(init=False)
+    webhook_secret: bytes = field(init=False, repr=False)
+    outbox: Outbox = field(init=False)
+    line: Line = field(init=False)
+    _asking: Counter[str] = field(init=False, default_factory=Counter)  # questions by caller
+    _turn: asyncio.Semaphore = field(init=False, default_factory=lambda: asyncio.Semaphore(QUESTIONS_AT_ONCE))
+
+    def __post_init__(self) -> None:
+        self.keys = Keyring(self.args, environment_keys())
+        self.rates = RateLimit(Rates(self.store.engine))
+        self.waiting = Waiting(self.args.max_waiting)
+        self.signer = Signer(shared_secret(self.store.engine, "url", "ACESTEP_URL_SECRET"), self.args.url_lifetime_s)
+        self.sources = Sources(
+            self.args, self.storage, FileRecords(self.store.engine), self._may_use, self._song_of_url
+        )
+        self.line = Line(self.store.engine)
+        self.talk = Talk(self.fleet, self.routing)
+        self.webhook_secret = shared_secret(self.store.engine, "webhook", "ACESTEP_WEBHOOK_SECRET")
+        self.outbox = Outbox(
+            self.store.engine, self.webhook_secret, retry_s=self.args.webhook_retry_s,
+            networks=self.args.webhook_networks, timeout_s=self.args.webhook_timeout_s,
+            public_url=self.args.public_url,
+        )  # fmt: skip
+
+    async def submit(
+        self,
+        request: SongRequest,
+        caller: Caller,
+        *,
+        kind: str = "song",
+        adjustments: tuple[Adjustment, ...] = (),
+        extra: dict[str, Any] | None = None,
+        deadline: float | None = None,
+        idempotency_key: str | None = None,
+        body_hash: str | None = None,
+    ) -> tuple[Job, bool]:
+        """Take source audio in, clamp to what the fleet can do, draw the seeds, write the job down, wake the dispatcher.
+
+        Returns (job, created): False where the idempotency key was known already.
+
+        Args:
+            kind: `song`, `plan`, `codes` or `understand`: how far the job goes.
+            adjustments: What was changed before.
+            extra: For the API that asks.
+
+        Raises:
+            InvalidRequest, LimitExceeded: nothing in this fleet can do it.
+            Busy: a limit of the server or of the caller; nothing was written.
+        """
+        body_hash = body_hash or hash_of(request.model_dump(mode="json", exclude_defaults=True), kind, extra)
+        if idempotency_key is not None:
+            known = await asyncio.to_thread(self.store.earlier, caller.name, idempotency_key, body_hash)
+            if known is not None:
+                return known, False
+        request, told = await self.with_sources(request, caller)
+        request, changed = over_plan(request)
+        adjustments = (*told, *adjustments, *changed)
+        if kind == "song":
+            if request.source_s is not None:
+                tasks.check_window(request, request.source_s)
+            adjustments = (*adjustments, *tasks.notes(request))
+        columns: dict[str, Any] = {}
+        decision = await self._admit(request, caller, kind)
+        if decision is not None:
+            request = decision.request
+            if kind == "song" and (pool := self.fleet.view.get(decision.renderer or "")) and pool.info:
+                model = str(pool.info["model"])
+                tasks.check(request, defaults_of(model), model)
+            adjustments = (*adjustments, *decision.adjustments)
+            columns = {
+                "plan_pool": decision.planner, "est_plan_s": decision.est_plan_s,
+                "render_pool": decision.renderer, "est_render_s": decision.est_render_s,
+            }  # fmt: skip
+            if decision.eta_s is not None:
+                self._check_wait(decision.plan_wait_s + decision.render_wait_s)
+                extra = {**(extra or {}), "eta_s": round(decision.eta_s, 3)}
+        if (asked := question_of(kind, request, extra)) and not (decision and decision.planner):
+            columns |= self.routing.question(self.fleet.view, asked)
+        if trace := here():
+            extra = {**(extra or {}), TRACE: trace}
+        replicas = sum(p.running for p in self.fleet.view.of("render"))
+        caps = replace(caller.caps, queued=self.args.max_queue, pace=max(1.0, float(replicas)))
+        audio_s = expected_duration(request)[0] * request.batch_size if kind == "song" else 0.0
+        try:
+            job, created = await asyncio.to_thread(
+                self.store.add, str(uuid.uuid4()), request.with_seeds(), kind=kind, adjustments=adjustments,
+                extra=extra, deadline=deadline, owner_key=caller.name, idempotency_key=idempotency_key,
+                body_hash=body_hash, audio_s=audio_s, caps=caps, **columns,
+            )  # fmt: skip
+        except Busy as error:
+            if "retry_after" not in error.details:
+                error.details["retry_after"] = await self.mean_seconds()
+            raise
+        if created:
+            self.dispatcher.wake()
+            self.line.joined(job)
+        return job, created
+
+    async def _admit(self, request: SongRequest, caller: Caller, kind: str) -> Decision | None:
+        """Where a new song or plan would go, and when: behind what the fair order serves before this caller, not behind everybody."""
+        if kind not in ("song", "plan"):
+            return None
+        only_plan = kind == "plan"
+        me = self.routing.newcomer(self.fleet.view, request, caller.name, only_plan=only_plan)
+        usage = self.routing.usage.at(time.time())
+        line = await asyncio.to_thread(self.line.newcomer, me, usage, self.dispatcher.running)
+        return self.routing.admit(self.fleet.view, request, me, line, only_plan=only_plan)
+
+    def _check_wait(self, wait_s: float) -> None:
+        if wait_s > self.args.max_backlog_s:
+            raise Busy(
+                f"this would wait about {wait_s:.0f} s; the server takes nothing that waits longer than "
+                f"{self.args.max_backlog_s:.0f} s",
+                retry_after=wait_s - self.args.max_backlog_s, limit=self.args.max_backlog_s,
+            )  # fmt: skip
+
+    async def with_sources(self, request: SongRequest, caller: Caller) -> tuple[SongRequest, list[Adjustment]]:
+        """The request with every source audio it names taken into the file store, and measured; and what there is to say about it.
+
+        Raises:
+            InvalidRequest: it is not there, no audio, or too short or long.
+        """
+        if request.source_s is not None:
+            raise InvalidRequest("source_s: is measured, not asked", field="source_s")
+        changes: dict[str, Any] = {}
+        files: list[FileRecord] = []
+        if request.src_audio is not None:
+            record = await self.source(request.src_audio, caller, "src_audio")
+            changes |= {"src_audio": record.path, "source_s": record.duration}
+        if request.reference_audio:
+            files = [await self.source(name, caller, "reference_audio") for name in request.reference_audio]
+            changes["reference_audio"] = tuple(file.path for file in files)
+        told = check_sources(changes.get("source_s"), [file.duration for file in files], strict=request.strict)
+        return (request.model_copy(update=changes) if changes else request), told
+
+    async def source(self, value: str, caller: Caller, field: str) -> FileRecord:
+        return await self.sources.admit(value, caller, field=field, loopback=self.loopback)
+
+    @contextlib.asynccontextmanager
+    async def question(self, caller: Caller) -> AsyncIterator[None]:
+        """A caller's turn to ask the planner something, as long as the context lasts. Questions take few places, so that songs have the others.
+
+        Raises:
+            Busy: too many wait, or the caller has as many jobs and questions under way as it may.
+        """
+        most = caller.concurrent_jobs
+        self._asking[caller.name] += 1
+        try:
+            if (mine := self._asking[caller.name]) > MAX_QUESTIONS:
+                raise Busy(
+                    f"{MAX_QUESTIONS} questions of this key wait already", limit=MAX_QUESTIONS, retry_after=QUESTION_S
+                )
+            if most is not None and mine + await asyncio.to_thread(self.store.active, caller.name) > most:
+                raise Busy(
+                    f"this key has as many jobs and questions under way as it may: {most}",
+                    limit=most, retry_after=QUESTION_S,
+                )  # fmt: skip
+            async with self._turn:
+                yield
+        finally:
+            self._asking[caller.name] -= 1
+            if not self._asking[caller.name]:
+                del self._asking[caller.name]
+
+    async def job(self, job_id: str, caller: Caller | None = None) -> Job | None:
+        """A job; None where there is none, or none that the caller may see."""
+        job = await asyncio.to_thread(self.store.get, job_id)
+        return job if job is not None and (caller is None or self.may_see(caller, job)) else None
+
+    def may_see(self, caller: Caller, job: Job) -> bool:
+        return not self.keys.required or job.owner_key == caller.name
+
+    def _may_use(self, caller: Caller, job_id: str) -> bool:
+        job = self.store.get(job_id)
+        return job is not None and self.may_see(caller, job)
+
+    def _song_of_url(self, caller: Caller, url: str) -> str | None:
+        """The stored file of a song's URL, with whatever host and folder in front, that is the caller's or that its signature opens."""
+        try:
+            parts = urlsplit(url)
+        except ValueError:
+            return None
+        if (named := read_audio_path(parts.path)) is None or (job := self.store.get(named[0])) is None:
+            return None
+        given = {name: values[0] for name, values in parse_qs(parts.query).items()}
+        try:
+            self.signer.check(
+                audio_path(named[0], named[1], named[2] or ""), given.get("expires"), given.get("signature")
+            )
+        except Forbidden:
+            if not self.may_see(caller, job):
+                return None
+        files = [f for item in (job.result.items if job.result else ()) if item.index == named[1] for f in item.files]
+        return next((f.path for f in files if named[2] in (None, f.format)), None)
+
+    async def mean_seconds(self) -> float:
+        """How long a song took lately."""
+        return await asyncio.to_thread(self.store.mean_seconds) or DEFAULT_JOB_S
+
+    async def forecast(self, job: Job, place: Place | None = None) -> dict[str, Any]:
+        """Place in the queue, seconds of work asked for, and seconds until it is done as far as that is known.
+
+        Args:
+            place: Where it stands, if somebody has looked already.
+        """
+        cost = {"audio_s": job.audio_s, "plan_s": round(job.est_plan_s, 3), "render_s": round(job.est_render_s, 3)}
+        if job.ended:
+            return {"position": 0, "cost": cost, "eta_s": None}
+        if place is None:
+            place = await self.place(job)
+        await asyncio.sleep(0)  # an estimate is some milliseconds of this loop, and a page has 200 jobs
+        eta = self._remaining(job, place)
+        return {"position": place.position, "cost": cost, "eta_s": None if eta is None else round(eta, 1)}
+
+    async def place(self, job: Job) -> Place:
+        """What goes before a job, in the order in which this router will serve."""
+        return (await self.places([job]))[job.id]
+
+    async def places(self, jobs: Collection[Job]) -> dict[str, Place]:
+        """The same of several, in one look. Jobs that do not wait stand at 0."""
+        found = {job.id: Place() for job in jobs}
+        if waiting := [job for job in jobs if job.state == QUEUED]:
+            usage = self.routing.usage.at(time.time())
+            found |= await asyncio.to_thread(self.line.places, waiting, usage, self.dispatcher.running)
+        return found
+
+    def _remaining(self, job: Job, place: Place) -> float | None:
+        if job.kind not in ("song", "plan") or (job.plan_pool is None and job.render_pool is None):
+            return None
+        stage: Stage = "planned" if job.planned_at else "queued"
+        left_s = None
+        if job.state == RUNNING:
+            if job.stage == "planning":
+                stage = "planning"
+            elif job.stage in ("rendering", "decoding", "encoding"):
+                stage = "rendering"
+            if here := self.routing.whereabouts(job.id):
+                stage, left_s = here
+        known = job.progress if job.progress and job.progress.stage == stage == "planning" else None
+        since = (job.planned_at if stage == "rendering" else None) or job.started_at
+        return remaining_s(
+            job.request,
+            self.routing.state(self.fleet.view, turn_of(job), place if job.state == QUEUED else None),
+            planner=job.plan_pool,
+            renderer=job.render_pool,
+            stage=stage,
+            left_s=left_s,
+            elapsed_s=time.time() - since if since else 0.0,
+            done=known.done / known.total if known and known.total else None,
+            plan=job.plan,
+        )
+
+    @property
+    def loopback(self) -> bool:
+        """Whether the request that is being answered comes from this machine: only it can reach the server, and no proxy is between."""
+        return made_here.get()
+
+    @property
+    def uptime_s(self) -> float:
+        return time.time() - self.started
+
+
+def hash_of(*parts: Any) -> str:
+    """SHA-256 of JSON-able values in canonical form."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check_idempotency_key(value: str | None) -> str | None:
+    """The header's value.
+
+    Raises:
+        InvalidRequest: empty, too long or not printable.
+    """
+    if value is None:
+        return None
+    if not 1 <= len(value) <= 255 or not value.isascii() or not value.isprintable():
+        raise InvalidRequest("Idempotency-Key: must be 1 to 255 printable ASCII characters", field="Idempotency-Key")
+    return value
+
+
+async def service_of(request: Request) -> Service:
+    """FastAPI dependency; a coroutine, since FastAPI runs all others in threads, which downloads may hold."""
+    service: Service = request.app.state.service
+    return service
+
+
+Svc = Annotated[Service, Depends(service_of)]

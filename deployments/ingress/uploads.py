@@ -1,0 +1,59 @@
+"""Uploads of source audio."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated
+
+from fastapi import APIRouter, File, Response, UploadFile
+from pydantic import Field
+
+from deployments.ingress.answers import FileView
+from deployments.ingress.auth import Auth
+from deployments.ingress.bodies import KeyFirst
+from deployments.ingress.errors import PROBLEMS, NotFound
+from deployments.ingress.links import public
+from deployments.ingress.native import examples
+from deployments.ingress.native.views import file_view
+from deployments.ingress.service import Service, Svc
+from deployments.jobs.uploads import FileRecord
+from deployments.threads import with_files
+
+router = APIRouter(prefix="/v1", tags=["files"], responses=PROBLEMS, route_class=KeyFirst)
+FileId = Annotated[str, Field(max_length=64, description="`id` of the file.")]
+
+
+@router.post(
+    "/files", status_code=201, summary="Upload source audio", responses={201: examples.FILE},
+    form_limits={"max_files": 1, "max_fields": 16, "max_part_size": 4_096},
+)  # fmt: skip
+async def upload(
+    file: Annotated[UploadFile, File(description="Any common audio format; the content decides, not the name.")],
+    response: Response,
+    service: Svc,
+    caller: Auth,
+) -> FileView:
+    """The `id` goes into `src_audio` or `reference_audio` of a song request."""
+    record = await service.sources.upload(file, file.filename or "", caller)
+    response.headers["Location"] = public(f"/v1/files/{record.id}")
+    return file_view(record, service.args.keep_uploads_s)
+
+
+@router.get("/files/{file_id}", summary="What is known of an uploaded file", responses={200: examples.FILE})
+async def get_file(file_id: FileId, service: Svc, caller: Auth) -> FileView:
+    return file_view(await _existing(service, file_id, caller.name), service.args.keep_uploads_s)
+
+
+@router.delete("/files/{file_id}", status_code=204, summary="Delete an uploaded file")
+async def delete_file(file_id: FileId, service: Svc, caller: Auth) -> Response:
+    record = await _existing(service, file_id, caller.name)
+    await asyncio.to_thread(service.sources.records.delete, [record.id])
+    await with_files(service.storage.delete, record.path)
+    return Response(status_code=204)
+
+
+async def _existing(service: Service, file_id: str, owner: str) -> FileRecord:
+    record = await asyncio.to_thread(service.sources.records.get, file_id)
+    if record is None or record.owner_key != owner:
+        raise NotFound(f"there is no file {file_id[:64]!r}")
+    return record

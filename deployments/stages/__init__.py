@@ -1,0 +1,1 @@
+"""What runs on cards; called by handle only."""

@@ -1,0 +1,185 @@
+"""The renderer stage as a Serve deployment: a thin shell over `acestep.dit.renderer`.
+
+Audio is encoded and stored here, where it was made; only names, sizes and hashes travel on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from acestep.audio.finish import Maker, finish
+from acestep.errors import AceStepError, Cancelled
+from acestep.plan import Plan
+from acestep.request import TASKS, SongRequest
+from acestep.sizing.cost import CLIP_FRAMES
+from acestep.song import Progress, Song
+from deployments.config.args import RendererArgs, parse_args
+from deployments.dispatch import retry
+from deployments.jobs.blobs import Storage
+from deployments.stages.adapters import adapter_roots, with_adapter
+from deployments.stages.inputs import local_files
+from deployments.stages.messages import TALK_PRIORITY, ProgressMailbox, failure, follow, ticket_id
+from deployments.stages.simulated import NOTICE, SimulatedRenderer
+from deployments.stages.start import start_replica
+from deployments.telemetry.logs import about, join_serve
+from deployments.telemetry.replica_metrics import ReplicaMeter
+from deployments.telemetry.tracing import parts, span
+
+if TYPE_CHECKING:
+    from acestep.dit.renderer import Renderer
+    from acestep.dit.work import Rendered
+
+log = logging.getLogger(__name__)
+MAX_TOGETHER = 4  # more would keep songs from replicas that are free sooner
+
+
+class RendererDeployment:
+    """Renders songs. One engine thread owns the device; the methods here only queue, wait and write files."""
+
+    def __init__(self, args: dict[str, Any]) -> None:
+        join_serve()
+        self._leaving = False  # told to go while it started, Serve still looks at its health, and logs a trace
+        self.args = parse_args(RendererArgs, args, "dit")
+        self.storage = Storage(self.args.files_url)
+        self.lora_roots = adapter_roots(self.args.lora_roots)
+        start = start_replica("render", self.args)
+        self.renderer: Renderer | SimulatedRenderer
+        began = time.monotonic()
+        if self.args.engine == "simulated":
+            model = str(start.model)
+            self.renderer = SimulatedRenderer(start.profile, model)
+            facts: dict[str, Any] = {"model": model, "model_hash": None, "notice": NOTICE, "tasks": TASKS}
+        else:
+            from acestep.dit.renderer import Renderer
+
+            checkpoint = start.checkpoint()
+            assert start.settings.renderer is not None, "the role `render` has settings for it"
+            self.renderer = Renderer.load(checkpoint, start.settings.renderer)
+            facts = {
+                "model": checkpoint.name,
+                "model_hash": checkpoint.hash,
+                "notice": checkpoint.notice,
+                "tasks": self.renderer.info.tasks,
+            }
+        # Clips of 20 s fill a step's frame budget; a CPU has none and renders one song after another.
+        together = min(MAX_TOGETHER, int(self.renderer.stats().get("batch_frames", 0)) // CLIP_FRAMES)
+        facts["together"] = max(1, together)
+        self.info = start.info(**facts, load_s=time.monotonic() - began)
+        self._meter = ReplicaMeter(self.renderer.stats, start.device, self.info.load_s)
+        log.info("renderer %s is ready on %s", self.info.model, self.info.device)
+
+    async def render(
+        self,
+        job_id: str,
+        request: dict[str, Any],
+        plan: dict[str, Any],
+        items: Sequence[int] | None = None,
+        priority: float = 0.0,
+        timeout_s: float | None = None,
+    ) -> AsyncIterator[dict[str, Any]]:
+        """Render (some) items of a job and store their files. Streams progress, then the `Song`."""
+        from acestep.dit.work import RenderWork
+
+        about(job_id)
+        mailbox = ProgressMailbox()
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        try:
+            parsed, made = SongRequest.model_validate(request), Plan.model_validate(plan)
+            parsed = with_adapter(parsed, self.lora_roots)
+            names = [*filter(None, [parsed.src_audio]), *parsed.reference_audio]
+            async with local_files(self.storage, names) as paths:
+                source = paths.pop(0) if parsed.src_audio else None
+                work = RenderWork(
+                    parsed,
+                    made,
+                    tuple(items) if items is not None else None,
+                    src_audio=source,
+                    reference_audio=tuple(paths),
+                )
+                ticket = self.renderer.submit(
+                    work, id=ticket_id(job_id), priority=priority, deadline=deadline, on_progress=mailbox.put
+                )
+                async for item in follow(ticket, mailbox, self.renderer.cancel):
+                    if isinstance(item, Progress):
+                        yield {"progress": item.model_dump()}
+                        continue
+                    took = item.timings
+                    engine = {"conditions": took.conditions_s, "denoise": took.denoise_s, "decode": took.decode_s}
+                    parts(engine, job_id=job_id)
+                    async with self._storing(job_id, parsed, made, item) as storing:
+                        # Said at once: the router sends the next song for the device, which is free from here on.
+                        yield {"progress": Progress(stage="encoding", total=len(item.items)).model_dump()}
+                        song = await asyncio.shield(storing)
+                    log.info(
+                        "job %s: %d item(s) rendered in %.2f s after %.2f s in the queue, encoded in %.2f s",
+                        job_id,
+                        len(item.items),
+                        sum(engine.values()),
+                        took.queued_s,
+                        song.timings.encode_s,
+                    )
+                    yield {"result": song.model_dump(mode="json")}
+        except AceStepError as error:
+            yield failure(error)
+
+    async def codes(self, name: str) -> dict[str, Any]:
+        """5 Hz audio codes of a stored file: one `{"result": ...}` or `{"error": ...}`."""
+        try:
+            async with local_files(self.storage, [name]) as (path,):
+                ticket = self.renderer.submit_codes(path, priority=TALK_PRIORITY)
+                try:
+                    codes: tuple[int, ...] = await asyncio.wrap_future(ticket.future)
+                    return {"result": list(codes)}
+                except asyncio.CancelledError:
+                    self.renderer.cancel(ticket)
+                    raise
+        except AceStepError as error:
+            return failure(error)
+
+    @contextlib.asynccontextmanager
+    async def _storing(
+        self, job_id: str, request: SongRequest, plan: Plan, rendered: Rendered
+    ) -> AsyncIterator[asyncio.Future[Song]]:
+        """Encode and store in a thread, which is over with the context: whoever leaves early stops it before its next file."""
+        left = threading.Event()
+
+        def put(name: str, data: bytes) -> None:
+            if left.is_set():
+                raise Cancelled("nobody waits for it any more")
+            retry.patiently(retry.FILES, f"storing {name}", lambda: self.storage.put(name, data), given_up=left.is_set)
+
+        storing = asyncio.ensure_future(self._store(job_id, request, plan, rendered, put))
+        try:
+            yield storing
+        finally:
+            left.set()
+            await asyncio.wait({storing})
+            if not storing.cancelled():
+                storing.exception()  # retrieved, also where nobody waits for it any more
+
+    async def _store(
+        self, job_id: str, request: SongRequest, plan: Plan, rendered: Rendered, put: Callable[[str, bytes], None]
+    ) -> Song:
+        maker = Maker(self.info.model, self.info.model_hash, self.info.device, self.info.notice)
+        with span("encode", job_id=job_id, items=len(rendered.items)):
+            return await asyncio.to_thread(finish, request, plan, rendered, maker, put, prefix=f"songs/{job_id}/")
+
+    async def describe(self) -> dict[str, Any]:
+        return {**self.info.to_dict(), "stats": self.renderer.stats()}
+
+    def check_health(self) -> None:
+        if not self._leaving and not self.renderer.alive:
+            raise RuntimeError("the renderer's engine thread has ended")
+
+    def __del__(self) -> None:
+        self._leaving = True
+        if meter := getattr(self, "_meter", None):
+            meter.close()
+        if renderer := getattr(self, "renderer", None):
+            renderer.close()
