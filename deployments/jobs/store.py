@@ -536,16 +536,16 @@ def _check(db: Connection, caps: Caps, owner_key: str, audio_s: float, work_s: f
                 limit=caps.work_s, retry_after=max(1.0, min(under_way, under_way + work_s - caps.work_s) / caps.pace),
             )  # fmt: skip
     if caps.audio_s is not None:
-        counted = sa.and_(
+        of_day = sa.and_(
             jobs.c.owner_key == owner_key, jobs.c.created_at > now - DAY_S, jobs.c.state.not_in((FAILED, CANCELLED)),
             jobs.c.audio_s > 0,
         )  # fmt: skip
         used = float(
-            db.execute(sa.select(sa.func.coalesce(sa.func.sum(jobs.c.audio_s), 0.0)).where(counted)).scalar_one()
+            db.execute(sa.select(sa.func.coalesce(sa.func.sum(jobs.c.audio_s), 0.0)).where(of_day)).scalar_one()
         )
         if (too_much := used + audio_s - caps.audio_s) > 0:
             room_at, freed = now, 0.0  # as many of the oldest as it takes have to be a day old
-            oldest = sa.select(jobs.c.audio_s, jobs.c.created_at).where(counted).order_by(jobs.c.created_at)
+            oldest = sa.select(jobs.c.audio_s, jobs.c.created_at).where(of_day).order_by(jobs.c.created_at)
             for row in db.execute(oldest):
                 room_at, freed = row.created_at + DAY_S, freed + row.audio_s
                 if freed >= too_much:
