@@ -84,7 +84,7 @@ def _short(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise ValueError("")
     if isinstance(value, int) and abs(value) > NO_SUCH_NUMBER:  # Python refuses to write the longest ones
-        raise ValueError("")
+        value = int(math.copysign(NO_SUCH_NUMBER, value))
     text = str(value)
     if len(text) > MAX_CHARS:
         raise ValueError("")
@@ -111,9 +111,11 @@ def _reader(what: str) -> Callable[[Callable[[str], Any]], Callable[[Any], Any]]
 
 def _float(text: str) -> float:
     number = float(text.replace(",", "."))
-    if not math.isfinite(number) or abs(number) > NO_SUCH_NUMBER:
+    if not math.isfinite(number):
         raise ValueError(text)
-    return number
+    return max(
+        -NO_SUCH_NUMBER, min(NO_SUCH_NUMBER, number)
+    )  # beyond every limit either way: the field's own is what is said
 
 
 @_reader("beats per minute, such as 120 or '120 BPM'")
