@@ -127,9 +127,9 @@ def test_a_file_that_is_slow_to_read_holds_nobody_up(
     renderer = make_renderer("tiny")
     read, go_on = preparation.read_audio, threading.Event()
 
-    def slow(path: Path, *, field: str) -> Any:
+    def slow(path: Path, **options: Any) -> Any:
         assert go_on.wait(30)
-        return read(path, field=field)
+        return read(path, **options)
 
     monkeypatch.setattr(preparation, "read_audio", slow)
     source = song_file(4.0)
