@@ -26,7 +26,12 @@ def scrape(server: Server) -> dict[str, list[tuple[dict[str, str], float]]]:
     for listing in Path(server.folder).rglob("prom_metrics_service_discovery.json"):
         for group in json.loads(listing.read_text()):
             for target in group["targets"]:
-                text = httpx.get(f"http://{target}/metrics", timeout=5).text
+                try:
+                    text = httpx.get(f"http://{target}/metrics", timeout=5).text
+                except (
+                    httpx.ConnectError
+                ):  # Ray's dashboard and autoscaler have fixed ports, which another Ray may have had
+                    continue
                 for family in text_string_to_metric_families(text):
                     for sample in family.samples:
                         found.setdefault(family.name, []).append((sample.labels, sample.value))
