@@ -57,7 +57,8 @@ def test_the_selector_is_set_in_code_and_not_in_the_file() -> None:
     """In the file it would also pin the task that imports the application, to a node that may not exist yet."""
     config = build_config(parse_tiers("tier4:2,tier6,unlimited"), scale_to_zero=True, nodes_on_demand=True)
     assert "label_selector" not in yaml.safe_dump(config)
-    assert not any("deployments" in a for a in config["applications"])
+    routers = [a["import_path"] for a in config["applications"] if "deployments" in a]
+    assert routers == ["deployments.app:router"]  # which stays on the head: that node exists
     args = settled(RendererArgs(tiers=("tier4",)), default_share=0.6)
     assert deployment_options(args)["ray_actor_options"]["label_selector"]["acestep/gpu-tier"] == "tier4"
 

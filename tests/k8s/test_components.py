@@ -256,7 +256,10 @@ def sources() -> str:
     assert spec.origin is not None
     root = Path(spec.origin).parent
     files = [*(root / "serve/_private").glob("*.py"), root / "autoscaler/_private/prom_metrics.py"]
-    files += [*(ROOT / "deployments").glob("*metrics.py"), root / "dashboard/modules/reporter/reporter_agent.py"]
+    files += [
+        *(ROOT / "deployments/telemetry").glob("*metrics.py"),
+        root / "dashboard/modules/reporter/reporter_agent.py",
+    ]
     return "\n".join(f.read_text() for f in files)
 
 
