@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from acestep.ray_env import ALONE
-from tests.server import START_TIMEOUT_S, Server, _kill_session, free_port
+from tests.server import START_TIMEOUT_S, Server, _default_sigint, _kill_session, free_port
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 BIN = Path(sys.executable).parent
@@ -73,7 +73,7 @@ class Started(Server):
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [str(BIN / "serve"), "run", str(self.config)], cwd=self.folder, env=self.env | settings, stdout=log, stderr=log,
-                start_new_session=True,
+                start_new_session=True, preexec_fn=_default_sigint,
             )  # fmt: skip
         until = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < until:
