@@ -21,6 +21,16 @@ Word = Annotated[str, Field(max_length=words.MAX_CHARS)]
 Codes = Annotated[tuple[Annotated[int, Field(ge=0, lt=NUM_CODES)], ...], Field(max_length=MAX_CODES)]
 
 
+class Adjustment(BaseModel):
+    """A value that was changed, and why: part of the response, never silent."""
+
+    model_config = ConfigDict(frozen=True)
+    field: str = Field(description="Name in the request.")
+    asked: Any = Field(description="What was sent.")
+    given: Any = Field(description="What holds instead.")
+    reason: str = Field(description="Why.")
+
+
 class Metadata(BaseModel):
     """The planner's reasoning block. Field names are the protocol's (lm.md §3)."""
 
@@ -68,6 +78,11 @@ class Plan(BaseModel):
     model: str | None = Field(None, max_length=256, description="Planner checkpoint; null where none ran.")
     model_hash: str | None = Field(None, max_length=128, description="Checksum of its weights, where it is known.")
     notice: str | None = Field(None, max_length=256, description="What is to be known of the checkpoint.")
+    adjustments: tuple[Adjustment, ...] = Field(
+        (),
+        max_length=8,
+        description="What the planner wrote and is not used, and why; not read in a plan that is sent.",
+    )
     timings: PlanTimings = Field(PlanTimings(), description="How long planning took.")
 
     def metadata_of(self, item: int) -> Metadata:

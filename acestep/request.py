@@ -14,6 +14,7 @@ from pydantic.json_schema import SkipJsonSchema
 from acestep import words
 from acestep.audio.formats import check_formats
 from acestep.errors import InvalidRequest
+from acestep.plan import Adjustment as Adjustment
 from acestep.plan import Metadata, Plan
 
 MIN_DURATION_S = 10.0
@@ -100,6 +101,11 @@ def _with_instrumental(schema: dict[str, Any]) -> None:
     schema["properties"]["instrumental"] = {"type": "boolean", "title": "Instrumental", "description": about}
 
 
+def _as_given(plan: Plan | None) -> Plan | None:
+    """What was said of a plan when it was made is not said again of who sends it."""
+    return plan and plan.model_copy(update={"adjustments": ()})
+
+
 class SongRequest(BaseModel):
     """One song job: a prompt (and more) in, `batch_size` songs out. Immutable."""
 
@@ -150,7 +156,9 @@ class SongRequest(BaseModel):
         ),
     )
     lm_share_cot: bool = Field(True, description="All items of a batch share one set of metadata.")
-    plan: Plan | None = Field(None, description="A plan made (and perhaps edited) earlier: skips the planner.")
+    plan: Annotated[Plan | None, AfterValidator(_as_given)] = Field(
+        None, description="A plan made (and perhaps edited) earlier: skips the planner."
+    )
     audio_codes: tuple[Annotated[int, Field(ge=0, le=63_999)], ...] | None = Field(
         None, min_length=1, max_length=int(MAX_DURATION_S) * 5, description="Codes for every item: skips code planning."
     )
@@ -356,13 +364,3 @@ class SongRequest(BaseModel):
         if self.lm_seed == -1:
             drawn["lm_seed"] = secrets.randbelow(2**31)
         return self.model_copy(update=drawn) if drawn else self
-
-
-class Adjustment(BaseModel):
-    """A value that was changed, and why: part of the response, never silent."""
-
-    model_config = ConfigDict(frozen=True)
-    field: str = Field(description="Name in the request.")
-    asked: Any = Field(description="What was sent.")
-    given: Any = Field(description="What holds instead.")
-    reason: str = Field(description="Why.")

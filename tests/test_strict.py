@@ -30,6 +30,15 @@ def test_a_caption_of_the_planner_that_would_be_cut_fails_saying_why(studio: Stu
         studio.make(SongRequest.model_validate({**song, "strict": True}))
 
 
+def test_a_caption_of_the_planner_that_loops_gives_way_to_the_prompt_or_fails(studio: Studio) -> None:
+    greedy = {**SONG, "seed": 1, "lm_temperature": 0}  # the tiny planner's likeliest word follows itself
+    made = studio.make(SongRequest.model_validate(greedy))
+    assert [a.field for a in made.adjustments] == ["plan.metadata.caption"]
+    assert made.song.plan.metadata.caption is None
+    with pytest.raises(LimitExceeded, match=r"^plan\.metadata\.caption: .*repeats itself.*strict"):
+        studio.make(SongRequest.model_validate({**greedy, "strict": True}))
+
+
 @pytest.mark.parametrize(
     ("field", "song"),
     [

@@ -26,7 +26,7 @@ from acestep.paths import writable
 log = logging.getLogger(__name__)
 
 CONVERTER_VERSION = 1
-TINY_VERSION = 2
+TINY_VERSION = 3
 _RECORD = ".prepared.json"
 _LOCK_TIMEOUT_S = 1_800
 

@@ -32,6 +32,7 @@ audio Ġaudio semantic tokens based given conditions system user assistant instr
 
 _HIDDEN, _LAYERS, _HEADS, _KV_HEADS, _HEAD_DIM, _MLP = 64, 2, 4, 2, 16, 128
 _STD = 0.08  # of every matrix; gives logits with a spread of about 0.6
+_SHARED = 0.6  # what every position has in its first dimension, which no layer changes
 
 
 def write_tiny_planner(folder: Path, *, seed: int = 0) -> None:
@@ -71,7 +72,9 @@ def write_tiny_planner(folder: Path, *, seed: int = 0) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     from safetensors.numpy import save_file
 
-    save_file(_weights(vocab_size, seed), folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        _weights(vocab_size, seed, _half_characters(vocab)), folder / "model.safetensors", metadata={"format": "pt"}
+    )
 
 
 def _bpe() -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -114,13 +117,24 @@ def write_tokenizer(folder: Path, vocab: dict[str, int], merges: list[tuple[str,
     )  # fmt: skip
 
 
-def _weights(vocab_size: int, seed: int) -> dict[str, np.ndarray]:
+def _half_characters(vocab: dict[str, int]) -> list[int]:
+    """Ids of the bytes that are no character of their own: 0x80 and above."""
+    from acestep.lm.tokenizer import byte_level_bpe
+
+    decode = byte_level_bpe(vocab, []).decode
+    return [id for id in vocab.values() if decode([id]) == "\ufffd"]
+
+
+def _weights(vocab_size: int, seed: int, never: list[int]) -> dict[str, np.ndarray]:
+    """`never`: ids that are read and not written, as a trained planner writes whole characters."""
     rng = np.random.default_rng(seed)
 
     def matrix(rows: int, columns: int) -> np.ndarray:
         return rng.standard_normal((rows, columns), dtype=np.float32) * np.float32(_STD)
 
-    weights = {"model.embed_tokens.weight": matrix(vocab_size, _HIDDEN)}
+    embedding = matrix(vocab_size, _HIDDEN)
+    embedding[:, 0], embedding[never, 0] = _SHARED, -50 * _SHARED  # tied: they lie far from every position
+    weights = {"model.embed_tokens.weight": embedding}
     for layer in range(_LAYERS):
         p = f"model.layers.{layer}."
         weights |= {
@@ -135,5 +149,7 @@ def _weights(vocab_size: int, seed: int) -> dict[str, np.ndarray]:
         norms = {"self_attn.q_norm": _HEAD_DIM, "self_attn.k_norm": _HEAD_DIM,
                  "input_layernorm": _HIDDEN, "post_attention_layernorm": _HIDDEN}  # fmt: skip
         weights |= {f"{p}{name}.weight": np.ones(size, np.float32) for name, size in norms.items()}
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
+            weights[f"{p}{name}.weight"][0] = 0.0
     weights["model.norm.weight"] = np.ones(_HIDDEN, np.float32)
     return weights

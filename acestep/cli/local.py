@@ -111,6 +111,7 @@ class Studio:
         if needs_planner(request):
             if self.settings.lm_enabled:
                 plan = self._plan(request, on_progress)
+                adjustments += plan.adjustments
             else:
                 request, off = without_planner(request, self.settings.lm_reason)
                 adjustments += off

@@ -14,13 +14,22 @@ from acestep.dit.tasks import instruction
 from acestep.errors import InvalidOutput, InvalidRequest, LimitExceeded
 from acestep.lm.grammar import MAX_CAPTION_TOKENS, CodesProgram, CotProgram, Grammar, OpenProgram
 from acestep.lm.job import Job
-from acestep.lm.metadata import known_fields, metadata_of, parse_lyrics, parse_reasoning, printable, unquote
+from acestep.lm.metadata import (
+    LYRICS_WORDS,
+    degenerate,
+    known_fields,
+    metadata_of,
+    parse_lyrics,
+    parse_reasoning,
+    printable,
+    unquote,
+)
 from acestep.lm.prompts import PromptBuilder
 from acestep.lm.sampling import SamplingParams
 from acestep.lm.work import FormatWork, InspireWork, PlannerWork, PlanWork, Sample, TextWork, UnderstandWork
-from acestep.plan import CODES_PER_SECOND, Metadata, Plan
+from acestep.plan import CODES_PER_SECOND, Adjustment, Metadata, Plan
 from acestep.request import INSTRUMENTAL, MAX_DURATION_S, MAX_SEED, MIN_DURATION_S, SongRequest
-from acestep.sizing.limits import over_plan
+from acestep.sizing.limits import over_plan, refusal, unique
 from acestep.words import is_instrumental
 
 Flow = Generator[list[Job], None, Plan | Sample]
@@ -32,6 +41,7 @@ UNDERSTAND_TOKENS, WRITE_TOKENS = 4_096, 2_048  # most new tokens of understand,
 CODES_STREAM, METADATA_STREAM = 0, 1  # noise streams, so that both phases can share a seed
 _LEAST_CAPTION_TOKENS = 32  # a shorter one is not worth a refusal less
 _BLOCK_TOKENS = 17  # tags and line ends around the fields, and the end of the turn
+_SHOWN_CHARS = 80  # of a caption in a warning
 _RENDER_GROWTH = 1.3  # a caption rendered as YAML has more tokens than as it was drawn: folds and quotes
 
 
@@ -63,15 +73,24 @@ class FlowBuilder:
         thinks = request.thinking and request.task in CODES_TASKS and request.audio_codes is None
         uncond = self._unconditional(work) if thinks and request.lm_cfg_scale > 1.0 else None
         edited = request.plan
+        told: list[Adjustment] = []
         if edited is not None:
             if edited.codes or not thinks:
                 return edited if request.audio_codes is None else _with_codes(edited, request.audio_codes)
             metadata = [edited.metadata_of(i) for i in range(request.batch_size)]
             shared = not edited.item_metadata
         else:
-            metadata = yield from self._metadata(request, limit, thinks, len(uncond or ()))
+            written = yield from self._metadata(request, limit, thinks, len(uncond or ()))
+            metadata, told = _without_degenerate(written)
+            if request.strict and told:
+                raise refusal(told[0])
             shared = request.lm_share_cot
-        result = Plan(metadata=metadata[0], item_metadata=() if shared else tuple(metadata), lm_seeds=seeds)
+        result = Plan(
+            metadata=metadata[0],
+            item_metadata=() if shared else tuple(metadata),
+            lm_seeds=seeds,
+            adjustments=tuple(told),
+        )
         if request.audio_codes is not None:
             return _with_codes(result, request.audio_codes)
         if not thinks:
@@ -238,6 +257,12 @@ class FlowBuilder:
         yield self._jobs(prompt, None, [(program, seed)], params, METADATA_STREAM)
         metadata = self._read_metadata(program, limit, metadata_of({**known, "duration": given.get("duration")}, limit))
         lyrics = self._read_lyrics(program)
+        faults = {"caption": degenerate(metadata.caption or ""), "lyrics": degenerate(lyrics, LYRICS_WORDS)}
+        for name, fault in faults.items():
+            if fault is not None:
+                raise InvalidOutput(
+                    f"{name}: what the planner wrote {fault}; another seed may write a better one", field=name
+                )
         if not lyrics and isinstance(work, FormatWork):
             lyrics = work.lyrics
         if not lyrics and instrumental:
@@ -288,7 +313,8 @@ class FlowBuilder:
         return parse_lyrics(self._text(program.ids))
 
     def _text(self, ids: list[int]) -> str:
-        return printable(self.grammar.tokenizer.decode(ids))
+        # A limit may cut within a character: its half at the very end is left out.
+        return printable(self.grammar.tokenizer.decode(ids)).removesuffix("\ufffd")
 
     def _check_codes(self, codes: Sequence[int]) -> None:
         known = self.grammar.tokenizer.num_codes
@@ -305,6 +331,23 @@ class FlowBuilder:
             "Shorten the lyrics or the prompt, or ask for a shorter song.",
             field="lyrics", limit=self.max_len, asked=needed, prompt_tokens=prompt,
         )  # fmt: skip
+
+
+def _without_degenerate(written: list[Metadata]) -> tuple[list[Metadata], list[Adjustment]]:
+    """Metadata without degenerate captions (the renderer then reads the caller's prompt), and what there is to say of them."""
+    told, kept = [], []
+    for metadata in written:
+        caption = metadata.caption
+        if caption is not None and (fault := degenerate(caption)):
+            reason = f"the planner's caption {fault}, and the prompt is used; another seed may write a better one"
+            told.append(Adjustment(field="plan.metadata.caption", asked=_beginning(caption), given=None, reason=reason))
+            metadata = metadata.model_copy(update={"caption": None})
+        kept.append(metadata)
+    return kept, unique(told)
+
+
+def _beginning(text: str) -> str:
+    return text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}…"
 
 
 def _longest(work: PlannerWork) -> float:

@@ -18,6 +18,13 @@ MAX_CAPTION_CHARS = 8_192
 KEYS = tuple(f"{n}{a} {m}" for n in "ABCDEFG" for a in ("", "#", "b", "♯", "♭") for m in ("major", "minor"))
 MISSING = ("", "n/a")
 
+# Text that loops: nobody's caption says one phrase four times over half of it. Lyrics have refrains: theirs is a loop where it fills
+# half of more words than a song has time for.
+_PHRASE_WORDS, _REPEATS, _LOOP_SHARE = 16, 4, 0.5
+CAPTION_WORDS, LYRICS_WORDS = 20, 400
+_LONGEST_WORD = 30  # a longer one is taken by its characters: a script without spaces, or a loop without any
+_BROKEN = "\ufffd"  # what decoding puts where bytes are no character
+
 _FIELD = re.compile(r"^([A-Za-z_]+)\s*:(.*)$")
 _LYRIC_HEADER = re.compile(
     r"\A(?:#\s*languages?[^\n]*\n(?:(?![ \t]*#)[^\n]*\n)*+)?\s*#\s*lyrics?\s*:?[ \t]*(?:\n|\Z)", re.IGNORECASE
@@ -120,6 +127,27 @@ def parse_lyrics(text: str) -> str:
 def printable(text: str) -> str:
     """Text without control characters, which no database and no terminal wants. Newlines and tabs stay."""
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
+
+
+def degenerate(text: str, most_words: int = CAPTION_WORDS) -> str | None:
+    """What makes a text of the planner useless, in the words of a message; None: nothing does.
+
+    Args:
+        most_words: A text of no more words than this does not loop. `CAPTION_WORDS` or `LYRICS_WORDS`.
+    """
+    if _BROKEN in text:
+        return "holds broken characters"
+    words = [part for word in text.lower().split() for part in ([word] if len(word) <= _LONGEST_WORD else word)]
+    if len(words) <= most_words:
+        return None
+    for phrase in range(1, _PHRASE_WORDS + 1):
+        least = max(phrase * _REPEATS, len(words) * _LOOP_SHARE)
+        run = phrase  # words up to here that go on as those a phrase before
+        for before, word in zip(words, words[phrase:], strict=False):
+            run = run + 1 if before == word else phrase
+            if run >= least:
+                return "repeats itself"
+    return None
 
 
 def parse_codes(text: str) -> list[int]:

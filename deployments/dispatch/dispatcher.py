@@ -302,6 +302,10 @@ class Dispatcher:
             request, adjustments, plan = await self._plan(job)
             await written(self.store.save_plan, job.id, self.owner, plan)
             self._tried(job).failed = 0
+        # Also of a plan that another router saved and could say nothing about any more.
+        if new := [a for a in plan.adjustments if a not in adjustments]:
+            adjustments = (*adjustments, *new)
+            await written(self.store.save_request, job.id, self.owner, request, adjustments)
         return None if job.kind == "plan" else await self._render(job, request, adjustments, plan)
 
     def _limited(self, what: str) -> contextlib.AbstractAsyncContextManager[None]:

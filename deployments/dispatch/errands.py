@@ -19,6 +19,7 @@ from acestep.request import (
     Adjustment,
     SongRequest,
 )
+from acestep.sizing.limits import refusal
 from acestep.validation import first_problem
 from acestep.words import read_key, read_time_signature, readable
 from deployments.dispatch.retry import written
@@ -83,6 +84,8 @@ class Errands:
                     raise type(error)(f"create_sample failed: {error.message}", **error.details) from error
                 log.info("job %s goes on without formatting: %s", job.id, error.message)
                 why = Adjustment(field="use_format", asked=True, given=False, reason=error.message)
+                if request.strict:
+                    raise refusal(why) from error
                 adjustments = (*adjustments, why)
             extra = {**job.extra, PREPARE: steps[1:]}
             await written(self.store.save_request, job.id, self.owner, request, adjustments, extra=extra)

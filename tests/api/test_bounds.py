@@ -18,7 +18,10 @@ from deployments.ingress.native.texts import FormatQuestion, InspireQuestion, Un
 from deployments.ingress.openai.messages import ChatRequest
 
 MODELS = (SongSubmission, InspireQuestion, FormatQuestion, UnderstandQuestion, ChatRequest)
-LIMITED_ELSEWHERE = {"InputAudio.data", "AudioUrl.url"}  # by the body: they are files
+LIMITED_ELSEWHERE = {
+    "InputAudio.data", "AudioUrl.url",  # by the body: they are files
+    "Adjustment.field", "Adjustment.reason",  # a plan's: left out as soon as it is read
+}  # fmt: skip
 
 
 def unbounded(kind: Any, constraints: list[Any], where: str, seen: frozenset[type]) -> Iterator[str]:

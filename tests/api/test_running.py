@@ -17,7 +17,7 @@ from ray.exceptions import RayActorError
 
 from acestep.errors import AceStepError, DeviceUnavailable, InvalidOutput, OutOfMemory, Unavailable
 from acestep.plan import Metadata, Plan
-from acestep.request import SongRequest
+from acestep.request import Adjustment, SongRequest
 from acestep.song import Progress, RenderTimings, Song, SongItem
 from deployments.dispatch import dispatcher as dispatch
 from deployments.dispatch import retry
@@ -40,6 +40,7 @@ class Stage:
     plan: list[Any] = field(default_factory=list)
     render: list[Any] = field(default_factory=list)
     calls: list[str] = field(default_factory=list)
+    told: tuple[Adjustment, ...] = ()  # what the planner says of its plans
     left: int = 0  # calls that were broken off
     seen: list[str] = field(default_factory=list)  # the request in whose context each call was made
 
@@ -93,7 +94,8 @@ class _Stream:
             raise self.todo
         self.done = True
         if self.method == "plan":
-            yield {"result": Plan(metadata=Metadata(duration=20.0), codes=((1,) * 100,)).model_dump(mode="json")}
+            plan = Plan(metadata=Metadata(duration=20.0), codes=((1,) * 100,), adjustments=self.stage.told)
+            yield {"result": plan.model_dump(mode="json")}
         else:
             _, request, plan, items, *_ = self.arguments
             seeds = SongRequest.model_validate(request).seeds
@@ -146,6 +148,35 @@ async def test_a_song_and_a_plan(site: Site, stage: Stage) -> None:
     assert len(planned["plan"]["codes"][0]) == 100
     events = [e.type for e in site.service.store.events_after(song, 0)]
     assert events == ["queued", "started", "planned", "succeeded"]
+
+
+TOLD = Adjustment(field="plan.metadata.caption", asked="la la", given=None, reason="it repeats itself")
+
+
+@pytest.mark.parametrize("path", ["/v1/music", "/v1/plans"])
+async def test_what_the_planner_says_of_its_plan_stands_in_the_warnings_once(
+    site: Site, stage: Stage, path: str
+) -> None:
+    stage.told = (TOLD,)
+    job_id = await submit(site, path)
+    async with running(site.service.dispatcher):
+        view = (await site.client.get(f"/v1/jobs/{job_id}", headers={"Prefer": "wait=10"})).json()
+        assert (view["state"], view["warnings"]) == ("succeeded", [TOLD.model_dump()])
+        again = await submit(site, plan=view["plan"])
+        assert (await site.client.get(f"/v1/jobs/{again}", headers={"Prefer": "wait=10"})).json()["warnings"] == []
+
+
+@pytest.mark.parametrize("said", [False, True])
+async def test_who_takes_a_planned_job_over_says_what_was_not_said_yet(site: Site, stage: Stage, said: bool) -> None:
+    job_id = await submit(site)
+    job, store = site.run(job_id), site.service.store
+    store.save_plan(job_id, "test", Plan(metadata=Metadata(duration=20.0), codes=((1,) * 100,), adjustments=(TOLD,)))
+    if said:
+        store.save_request(job_id, "test", job.request, (TOLD,))
+    store.release(job_id, "test")
+    async with running(site.service.dispatcher):
+        await until(lambda: site.job(job_id).ended)
+    assert (site.job(job_id).state, site.job(job_id).adjustments, stage.calls) == ("succeeded", (TOLD,), ["render"])
 
 
 async def test_a_replica_that_breaks_a_call_off_is_one_that_was_lost(site: Site, stage: Stage) -> None:

@@ -6,6 +6,9 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from acestep.errors import InvalidOutput, LimitExceeded
 from acestep.lm.work import Sample
 from acestep.request import MAX_PROMPT_CHARS, SongRequest
 from deployments.dispatch.errands import PREPARE, Errands, with_sample
@@ -66,6 +69,31 @@ async def test_the_same_seed_asks_for_the_same_text(tmp_path: Path) -> None:
         await Errands(store, Writer(), "me").prepare(job)  # type: ignore[arg-type]
     store.close()
     assert [fields["seed"] for fields in asked] == [1, 1, 7, 7]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+async def test_what_cannot_be_formatted_stays_as_it_is_or_fails(tmp_path: Path, strict: bool) -> None:
+    class Writer:
+        async def format(self, **_: Any) -> Sample:
+            raise InvalidOutput("caption: what the planner wrote repeats itself", field="caption")
+
+        def columns(self, role: str) -> dict[str, Any]:
+            return {}
+
+    store = JobStore(f"sqlite:///{tmp_path / 'jobs.sqlite3'}")
+    job_id = str(uuid.uuid4())
+    asked = ASKED.model_copy(update={"strict": strict})
+    store.add(job_id, asked, extra={PREPARE: [{"ask": "format", "fields": {}}]})
+    job = store.claim(job_id, "me", 60)
+    assert job is not None
+    prepared = Errands(store, Writer(), "me").prepare(job)  # type: ignore[arg-type]
+    if strict:
+        with pytest.raises(LimitExceeded, match=r"^use_format: .*repeats itself.*strict"):
+            await prepared
+    else:
+        job = await prepared
+        assert (job.request, [a.field for a in job.adjustments]) == (asked, ["use_format"])
+    store.close()
 
 
 def test_long_texts_are_cut_to_what_a_request_may_hold() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from acestep.errors import Cancelled, DeadlineExceeded, InvalidRequest, LimitExceeded
+from acestep.errors import Cancelled, DeadlineExceeded, InvalidOutput, InvalidRequest, LimitExceeded
 from acestep.lm.flows import FlowBuilder
 from acestep.lm.grammar import Grammar
 from acestep.lm.metadata import KEYS
@@ -332,6 +332,73 @@ def test_a_caption_that_grows_in_yaml_does_not_fail_its_song(grammar: Grammar) -
     (job,) = next(flow)
     assert job.outputs[0].program.max_tokens == 300
     assert max(job.sizes()) <= 700
+
+
+LOOP, HALF, GOOD = " soft" * 100, " warm \ufffd piano", " soft strings\n"
+
+
+def written(grammar: Grammar, captions: list[str], **fields: object) -> Plan:
+    """The plan of a planner that writes these captions, one per item."""
+    flows = FlowBuilder(grammar, PromptBuilder(grammar.tokenizer), 4_096, 8, 32_768)
+    song = {"prompt": "a calm piano", "seed": 5, "duration": 10, "thinking": False, "batch_size": len(captions)}
+    request = SongRequest.model_validate({**song, "lm_share_cot": len(captions) == 1, **fields})
+    flow = flows.flow(PlanWork(request))
+    outputs = [output for job in next(flow) for output in job.outputs]
+    for output, caption in zip(outputs, captions, strict=True):
+        _write(grammar, output.program.caption_ids, caption)
+    with pytest.raises(StopIteration) as done:
+        next(flow)
+    return done.value.value
+
+
+def _write(grammar: Grammar, ids: list[int], text: str) -> None:
+    for part in text.partition("\ufffd"):
+        half = [grammar.tokenizer.text_tokens.index("ÿ")]
+        ids += half if part == "\ufffd" else grammar.tokenizer.encode(part)
+
+
+@pytest.mark.parametrize(("caption", "why"), [(LOOP, "repeats itself"), (HALF, "broken characters")])
+def test_a_degenerate_caption_gives_way_to_the_prompt(grammar: Grammar, caption: str, why: str) -> None:
+    result = written(grammar, [caption])
+    assert result.metadata.caption is None
+    (told,) = result.adjustments
+    assert (told.field, told.given) == ("plan.metadata.caption", None)
+    assert why in told.reason
+    assert len(told.asked) < 100
+    with pytest.raises(LimitExceeded, match=rf"^plan\.metadata\.caption: .*{why}.*strict"):
+        written(grammar, [caption], strict=True)
+
+
+def test_of_a_batch_only_the_degenerate_captions_give_way(grammar: Grammar) -> None:
+    result = written(grammar, [LOOP, GOOD, LOOP, HALF])
+    assert [m.caption for m in result.item_metadata] == [None, "soft strings", None, None]
+    assert len(result.adjustments) == 2
+    sent = SongRequest(plan=result, batch_size=4).plan
+    assert sent == result.model_copy(update={"adjustments": ()}), "said once"
+
+
+def test_a_good_caption_is_not_spoken_of(grammar: Grammar, planner: Planner) -> None:
+    assert written(grammar, [GOOD], strict=True).adjustments == ()
+    cut = written(grammar, [" soft strings \ufffd"], strict=True)  # a limit within a character
+    assert (cut.metadata.caption, cut.adjustments) == ("soft strings", ())
+    assert all(plan(planner, seed=seed, thinking=False).adjustments == () for seed in range(4))
+
+
+@pytest.mark.parametrize("work", [InspireWork("rain"), FormatWork("mine", "my own words"), UnderstandWork((1, 2))])
+@pytest.mark.parametrize(
+    ("caption", "lyrics", "field"),
+    [(LOOP, "la", "caption"), (HALF, "la", "caption"), (GOOD, "la \ufffd la", "lyrics"), (GOOD, "la " * 900, "lyrics")],
+)
+def test_a_degenerate_text_is_an_error(
+    grammar: Grammar, work: PlannerWork, caption: str, lyrics: str, field: str
+) -> None:
+    flow = FlowBuilder(grammar, PromptBuilder(grammar.tokenizer), 4_096, 8, 32_768).flow(work)
+    program = next(flow)[0].outputs[0].program
+    _write(grammar, program.caption_ids, caption)
+    _write(grammar, program.lyrics_ids, lyrics)
+    with pytest.raises(InvalidOutput, match=f"^{field}: .*another seed") as failed:
+        next(flow)
+    assert failed.value.details["field"] == field
 
 
 def _values(node: object) -> list[str]:
