@@ -84,7 +84,7 @@ def _short(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise ValueError("")
     if isinstance(value, int) and abs(value) > NO_SUCH_NUMBER:  # Python refuses to write the longest ones
-        value = int(math.copysign(NO_SUCH_NUMBER, value))
+        value = int(NO_SUCH_NUMBER) if value > 0 else -int(NO_SUCH_NUMBER)
     text = str(value)
     if len(text) > MAX_CHARS:
         raise ValueError("")
