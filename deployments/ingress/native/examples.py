@@ -43,8 +43,8 @@ _JOB: dict[str, Any] = {
 _PLAN: dict[str, Any] = {
     "metadata": {"bpm": 72, "caption": "Warm lo-fi piano over steady rain", "duration": 30.0, "keyscale": "D minor",
                  "language": "unknown", "timesignature": "4"},
-    "item_metadata": [], "codes": [[35847, 12, 4711]], "lm_seeds": [1234], "model": "acestep-5Hz-lm-1.7B", "model_hash": None,
-    "notice": None, "timings": {"queued_s": 0.0, "metadata_s": 0.9, "codes_s": 5.2, "steps": 231},
+    "adjustments": [], "item_metadata": [], "codes": [[35847, 12, 4711]], "lm_seeds": [1234],
+    "model": "acestep-5Hz-lm-1.7B", "model_hash": None, "notice": None, "timings": {"queued_s": 0.0, "metadata_s": 0.9, "codes_s": 5.2, "steps": 231},
 }  # fmt: skip
 _DONE: dict[str, Any] = {
     **_JOB, "state": "succeeded", "stage": "succeeded", "position": 0, "eta_s": None, "attempts": 1, "started_at": 1790000000.2,
