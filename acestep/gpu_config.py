@@ -3,7 +3,7 @@
 This is data with its source named, plus the look-ups over it. It lives under the path and the function names that ACE-Step's users
 know. No torch in here, so the router, the autoscaler and the manifest renderer can read it.
 
-`python -m acestep.gpu_config --markdown` prints the tables of docs/tiers.md.
+`python -m tools.doc_tables` prints the tables of docs/tiers.md.
 """
 
 from __future__ import annotations
@@ -354,27 +354,3 @@ def check_batch_size_limit(batch_size: int, gpu_config: GPUConfig, lm_initialize
     if batch_size <= limits.max_batch:
         return True, ""
     return False, f"batch_size {batch_size} is above {limits.max_batch}: {limits.reason}"
-
-
-def main(arguments: list[str] | None = None) -> int:
-    import argparse
-
-    from acestep.doc_tables import markdown, refresh_file
-
-    parser = argparse.ArgumentParser(prog="python -m acestep.gpu_config", description="The tier tables, from the data.")
-    parser.add_argument("--markdown", action="store_true", help="print them as Markdown (what happens anyway)")
-    parser.add_argument("--profile", choices=sorted(PROFILES), help="one table only")
-    parser.add_argument(
-        "--write", metavar="FILE", nargs="+", help="renew the tables between the markers of Markdown files instead"
-    )
-    options = parser.parse_args(arguments)
-    if options.write:
-        for file in options.write:
-            refresh_file(file)
-    else:
-        print("\n".join(markdown(name) for name in ([options.profile] if options.profile else PROFILES)), end="")
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

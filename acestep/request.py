@@ -12,8 +12,8 @@ from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, C
 from pydantic.json_schema import SkipJsonSchema
 
 from acestep import words
-from acestep.audio.formats import check_formats
 from acestep.errors import InvalidRequest
+from acestep.formats import AudioFormat, check_formats
 from acestep.plan import Adjustment as Adjustment
 from acestep.plan import Metadata, Plan
 
@@ -31,7 +31,6 @@ INSTRUMENTAL = "[Instrumental]"
 
 Task = Literal["text2music", "cover", "cover-nofsq", "repaint", "lego", "extract", "complete"]
 TASKS: tuple[Task, ...] = get_args(Task)
-AudioFormat = Literal["wav", "wav24", "wav32", "flac", "mp3", "opus", "aac"]
 DEFAULT_FORMATS: tuple[AudioFormat, ...] = ("wav",)
 LANGUAGES, TRACKS = words.LANGUAGES, words.TRACKS
 

@@ -29,7 +29,7 @@ from acestep.dit.renderer import Renderer
 from acestep.dit.work import RenderWork
 from acestep.hardware import host
 from acestep.request import SongRequest
-from acestep.settings.resolve import RendererSettings
+from acestep.stage_settings import RendererSettings
 from benchmarks.dit_checks import Bench, run_checks
 from benchmarks.models import build
 

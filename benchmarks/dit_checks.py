@@ -25,9 +25,9 @@ from acestep.dit.renderer import Renderer
 from acestep.dit.vae import Vae
 from acestep.dit.work import RenderWork
 from acestep.request import SongRequest
-from acestep.settings.resolve import RendererSettings
 from acestep.sizing.ledger import RenderTask, render_need
 from acestep.song import LATENT_FPS
+from acestep.stage_settings import RendererSettings
 from benchmarks.models import condition_encoder
 
 GIB = 1 << 30

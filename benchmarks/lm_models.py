@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
 
+from acestep.checkpoints.bpe import byte_level_bpe
 from acestep.checkpoints.tiny_planner import SPECIAL_TOKENS
 from acestep.lm.model import Layer, ModelConfig, PlannerModel
-from acestep.lm.tokenizer import PlannerTokenizer, byte_level_bpe
+from acestep.lm.tokenizer import PlannerTokenizer
 
 VOCAB_SIZE, TEXT_SIZE, AUDIO_TOKENS = 217_204, 151_643, 65_535
 

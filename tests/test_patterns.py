@@ -16,7 +16,6 @@ from acestep.lm.metadata import parse_lyrics, parse_reasoning
 from deployments.ingress.openai.messages import looks_like_lyrics
 
 ROOT = Path(__file__).resolve().parents[1]
-OWN_TEXTS = ("acestep/doc_tables.py",)  # read nothing but this project's own documents
 LENGTH = 100_000  # a quadratic pattern takes minutes for it
 SHORT = {"acestep/words.py": words.MAX_CHARS}  # files whose patterns are shown no longer texts
 CPU_S = 5.0
@@ -30,7 +29,7 @@ def patterns() -> Iterator[tuple[str, str | bytes, int, bool]]:
         name = str(path.relative_to(ROOT))
         tree = ast.parse(path.read_text())
         for node in ast.walk(tree):
-            if not isinstance(node, ast.Call) or name in OWN_TEXTS:
+            if not isinstance(node, ast.Call):
                 continue
             named = isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name)
             text: ast.expr | None = None

@@ -16,8 +16,8 @@ from mutagen.mp4 import MP4, AtomDataType, MP4FreeForm
 from mutagen.oggopus import OggOpus
 from mutagen.wave import WAVE
 
+from acestep.formats import AudioFormat
 from acestep.plan import Metadata
-from acestep.request import AudioFormat
 
 SOFTWARE = "ACE-Step 1.5"
 _MP4_NAMESPACE = "----:com.acestep"

@@ -10,10 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import soundfile
 
-from acestep.audio.formats import FORMATS, FormatSpec, check_formats, content_type, extension
 from acestep.audio.tags import SOFTWARE, SongTags, write_tags
 from acestep.errors import InvalidOutput
-from acestep.request import AudioFormat
+from acestep.formats import FORMATS, AudioFormat, FormatSpec, check_formats, content_type, extension
 
 __all__ = ["check_formats", "content_type", "encode", "extension"]
 

@@ -93,7 +93,7 @@ def _bpe() -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 def write_tokenizer(folder: Path, vocab: dict[str, int], merges: list[tuple[str, str]], added: dict[str, int]) -> None:
     """Write the tokenizer's files: byte-level BPE, and `added` tokens by name."""
-    from acestep.lm.tokenizer import byte_level_bpe
+    from acestep.checkpoints.bpe import byte_level_bpe
 
     document = json.loads(byte_level_bpe(vocab, merges).to_str())
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
@@ -119,7 +119,7 @@ def write_tokenizer(folder: Path, vocab: dict[str, int], merges: list[tuple[str,
 
 def _half_characters(vocab: dict[str, int]) -> list[int]:
     """Ids of the bytes that are no character of their own: 0x80 and above."""
-    from acestep.lm.tokenizer import byte_level_bpe
+    from acestep.checkpoints.bpe import byte_level_bpe
 
     decode = byte_level_bpe(vocab, []).decode
     return [id for id in vocab.values() if decode([id]) == "\ufffd"]

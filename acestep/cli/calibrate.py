@@ -32,9 +32,9 @@ def calibrate(
     the card meanwhile.
     """
     from acestep.cli.local import Studio
+    from acestep.cli.measure import calibrate as measure
+    from acestep.cli.measure import timed
     from acestep.paths import writable
-    from acestep.sizing.calibrate import calibrate as measure
-    from acestep.sizing.calibrate import timed
     from acestep.sizing.profiles import measured_dir
 
     if role not in ROLES:

@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from acestep import words
-from acestep.audio.formats import FORMATS
 from acestep.cli import output as out
 from acestep.cli.client import Client
 from acestep.cli.settings import SetOption, given
 from acestep.errors import InvalidRequest
-from acestep.request import AudioFormat, SongRequest
+from acestep.formats import FORMATS, AudioFormat
+from acestep.request import SongRequest
 from acestep.validation import first_problem
 
 app = typer.Typer(add_completion=False)

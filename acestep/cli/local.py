@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from acestep.audio.finish import Maker, finish
 from acestep.audio.reading import audio_seconds
 from acestep.checkpoints import resolve as resolve_checkpoint
-from acestep.dit import tasks
+from acestep.dit import checks
+from acestep.dit.finish import Maker, finish
 from acestep.errors import InvalidRequest
 from acestep.hardware.devices import cap_process_memory
 from acestep.plan import Plan
@@ -101,9 +101,9 @@ class Studio:
         if source is not None:
             source_s = audio_seconds(source, field="src_audio", beginning=True)
             request = request.model_copy(update={"source_s": source_s})
-            tasks.check_window(request, source_s)
+            checks.check_window(request, source_s)
         lengths = [audio_seconds(path, field="reference_audio", beginning=True) for path in references]
-        told = [*check_sources(request.source_s, lengths, strict=request.strict), *tasks.notes(request)]
+        told = [*check_sources(request.source_s, lengths, strict=request.strict), *checks.notes(request)]
         request, changed = over_plan(request.with_seeds())
         request, adjustments = apply_limits(request, self.settings.limits)
         adjustments = [*told, *changed, *adjustments]

@@ -9,9 +9,9 @@ import torch
 
 from acestep.checkpoints.load import RendererComponents
 from acestep.hardware import host
-from acestep.settings.resolve import RendererSettings
 from acestep.sizing.ledger import RenderTask, admit_render, render_need
 from acestep.song import LATENT_FPS
+from acestep.stage_settings import RendererSettings
 
 UNLIMITED = 1 << 62
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from acestep.checkpoints.modules import AceStepAttnProcessor2_0, apply_rotary_emb
-from acestep.settings.resolve import Attention as Backend
+from acestep.stage_settings import AttentionBackend
 
 log = logging.getLogger(__name__)
 
@@ -93,9 +93,9 @@ class Attention:
         device, dtype: Where and in what the queries come.
     """
 
-    def __init__(self, backend: Backend, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, backend: AttentionBackend, device: torch.device, dtype: torch.dtype) -> None:
         self._flash = _load_flash(device, dtype) if backend == "flash" else None
-        self.backend: Backend = "sdpa" if backend == "flash" and self._flash is None else backend
+        self.backend: AttentionBackend = "sdpa" if backend == "flash" and self._flash is None else backend
         self._kernel = eager_attention if backend == "eager" else sdpa_attention
 
     def full(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

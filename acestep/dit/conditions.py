@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from acestep.checkpoints.load import RendererComponents
+from acestep.condition_texts import MAX_LYRIC_TOKENS, MAX_TEXT_TOKENS
 from acestep.dit.precision import in_float32
-from acestep.dit.prompts import MAX_LYRIC_TOKENS, MAX_TEXT_TOKENS
 from acestep.errors import InvalidOutput
 from acestep.plan import CODES_PER_SECOND
 from acestep.sizing.activations import CODED_FRAMES

@@ -18,7 +18,7 @@ from acestep.checkpoints.modules import AceStepTransformer1DModel, rotary_freqs
 from acestep.dit.attention import Attention, WindowLayout, key_mask, window_layout
 from acestep.dit.layer import Layer, compiled_layer
 from acestep.dit.lora import ActiveLora, applied
-from acestep.settings.resolve import Attention as Backend
+from acestep.stage_settings import AttentionBackend
 
 _KEPT_BATCHES = 2  # the one at work and the one it took over from
 _WARM_FRAMES = 274  # 137 tokens: no other dimension of a model is as long, so that none is taken for this one
@@ -82,7 +82,7 @@ class Denoiser:
         transformer: AceStepTransformer1DModel,
         device: torch.device,
         dtype: torch.dtype,
-        backend: Backend = "sdpa",
+        backend: AttentionBackend = "sdpa",
         compile: bool = False,
     ) -> None:
         self.transformer: Any = transformer  # its submodules are untyped

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from acestep.checkpoints.published import VariantDefaults
-from acestep.dit import tasks
+from acestep.dit import checks
 from acestep.dit.denoiser import Denoiser, Row
 from acestep.dit.preparation import Preparation, Prepared, Steps, song_samples, work_codes
 from acestep.dit.residency import Residency
@@ -92,7 +92,7 @@ class RenderEngine:
         if isinstance(work, CodesWork):
             preparation: Steps[Any] = self._codes(work)
         else:
-            tasks.check(work.request, self._defaults, self._name)
+            checks.check(work.request, self._defaults, self._name)
             preparation = self._preparation.prepare(work)
         self._songs.append(SongRun(ticket, next(self._order), preparation, self._frames_of(work)))
         self._songs.sort(key=lambda song: song.rank)

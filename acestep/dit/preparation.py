@@ -18,15 +18,15 @@ from torch import Tensor, nn
 from acestep.audio.reading import read_audio
 from acestep.checkpoints.adapter_files import FIELD, listed
 from acestep.checkpoints.published import VariantDefaults
+from acestep.condition_texts import MAX_LYRIC_TOKENS, MAX_TEXT_TOKENS, caption_text, lyrics_text
 from acestep.dit.admission import Admission
+from acestep.dit.checks import check_files
 from acestep.dit.conditions import Conditions, reference_excerpt
 from acestep.dit.denoiser import Denoiser, Projected
 from acestep.dit.lora import ActiveLora, LoraCache
-from acestep.dit.prompts import MAX_LYRIC_TOKENS, MAX_TEXT_TOKENS, caption_text, lyrics_text
 from acestep.dit.residency import Residency
 from acestep.dit.sampler import Path, Repaint, Side
 from acestep.dit.sampling import Sampling, resolve
-from acestep.dit.tasks import RULES, check_files, follows_source, instruction
 from acestep.dit.vae import Vae
 from acestep.dit.window import Splice, Window, window_of
 from acestep.dit.work import RenderWork
@@ -35,6 +35,7 @@ from acestep.plan import CODES_PER_SECOND
 from acestep.request import Adjustment
 from acestep.sizing.limits import fit_codes, refusal, unique
 from acestep.song import SAMPLE_RATE, SAMPLES_PER_FRAME
+from acestep.tasks import RULES, follows_source, instruction
 
 T = TypeVar("T")
 Steps = Generator["Future[Any] | None", None, T]

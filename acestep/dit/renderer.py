@@ -15,7 +15,7 @@ from acestep.checkpoints.checkpoint import Checkpoint
 from acestep.checkpoints.load import RendererComponents, load_renderer
 from acestep.checkpoints.modules import AceStepAttention
 from acestep.checkpoints.published import VariantDefaults
-from acestep.dit import tasks
+from acestep.dit import checks
 from acestep.dit.admission import Admission
 from acestep.dit.attention import Attention, EncoderProcessor
 from acestep.dit.budget import batch_frames
@@ -29,9 +29,8 @@ from acestep.dit.vae import Vae
 from acestep.dit.work import CodesWork, Rendered, RenderWork
 from acestep.errors import DeviceUnavailable, InvalidRequest, ModelMissing
 from acestep.request import SongRequest
-from acestep.settings.resolve import Attention as Backend
-from acestep.settings.resolve import RendererSettings
 from acestep.song import Progress
+from acestep.stage_settings import AttentionBackend, RendererSettings
 from acestep.worker import EngineThread, Ticket
 
 log = logging.getLogger(__name__)
@@ -150,7 +149,7 @@ class Renderer:
 
     def check(self, request: SongRequest) -> None:
         """Refuse what this checkpoint cannot do. Raises `InvalidRequest`, which names the field."""
-        tasks.check(request, self.info.defaults, self.info.name)
+        checks.check(request, self.info.defaults, self.info.name)
 
     def submit(
         self,
@@ -220,7 +219,7 @@ def warm_up(denoiser: Denoiser, vae: Vae, residency: Residency) -> None:
 
 
 def set_encoder_attention(
-    components: RendererComponents, backend: Backend, device: torch.device, dtype: torch.dtype
+    components: RendererComponents, backend: AttentionBackend, device: torch.device, dtype: torch.dtype
 ) -> None:
     """Give the encoders the attention that the renderer's card can do: the float32 softmax for "eager", else PyTorch's own."""
     if backend == "eager":

@@ -59,7 +59,7 @@ class Sampling:
 
 
 def resolve(request: SongRequest, defaults: VariantDefaults) -> tuple[Sampling, list[Adjustment]]:
-    """Options of a request for a checkpoint with `defaults`. Assumes that `tasks.check` passed."""
+    """Options of a request for a checkpoint with `defaults`. Assumes that `checks.check` passed."""
     adjustments = []
     guidance = request.guidance_scale if request.guidance_scale is not None else defaults.guidance_scale
     if defaults.distilled:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from acestep.dit.tasks import check_window
+from acestep.dit.checks import check_window
 from acestep.errors import InvalidRequest, LimitExceeded
 from acestep.request import MAX_DURATION_S, SongRequest
 from acestep.song import LATENT_FPS, SAMPLE_RATE, SAMPLES_PER_FRAME

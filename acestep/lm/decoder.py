@@ -23,7 +23,7 @@ from acestep.lm.job import Job, Output
 from acestep.lm.model import PlannerModel
 from acestep.lm.reading import FlatReader, Reader, Row, StaticReader
 from acestep.lm.sampling import penalise, sample
-from acestep.settings.resolve import Attention
+from acestep.stage_settings import AttentionBackend
 
 _CPU = torch.device("cpu")
 # Prompts are read in chunks, and few at a time, so that they do not hold up the songs in flight. The bounds of a row's chunks do not
@@ -54,7 +54,7 @@ class Decoder:
         static_len: int | None = None,
         kernel: DecodeKernel | None = None,
         capture: bool = False,
-        attention: Attention = "sdpa",
+        attention: AttentionBackend = "sdpa",
     ) -> None:
         self.model = model
         self._plain_attention = attention == "eager"

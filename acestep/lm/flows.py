@@ -9,8 +9,7 @@ import secrets
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
-from acestep.dit.prompts import MAX_TEXT_TOKENS, caption_text
-from acestep.dit.tasks import instruction
+from acestep.condition_texts import MAX_TEXT_TOKENS, caption_text
 from acestep.errors import InvalidOutput, InvalidRequest, LimitExceeded
 from acestep.lm.grammar import MAX_CAPTION_TOKENS, CodesProgram, CotProgram, Grammar, OpenProgram
 from acestep.lm.job import Job
@@ -30,12 +29,11 @@ from acestep.lm.work import FormatWork, InspireWork, PlannerWork, PlanWork, Samp
 from acestep.plan import CODES_PER_SECOND, Adjustment, Metadata, Plan
 from acestep.request import INSTRUMENTAL, MAX_DURATION_S, MAX_SEED, MIN_DURATION_S, SongRequest
 from acestep.sizing.limits import over_plan, refusal, unique
+from acestep.tasks import RULES, instruction
 from acestep.words import is_instrumental
 
 Flow = Generator[list[Job], None, Plan | Sample]
 
-METADATA_TASKS = ("text2music", "lego", "complete")  # the others take everything from their source audio
-CODES_TASKS = ("text2music",)
 UNDERSTAND_TOKENS, WRITE_TOKENS = 4_096, 2_048  # most new tokens of understand, and of inspire and format
 
 CODES_STREAM, METADATA_STREAM = 0, 1  # noise streams, so that both phases can share a seed
@@ -70,7 +68,7 @@ class FlowBuilder:
         request, _ = over_plan(work.request)
         limit = _longest(work)
         seeds = request.codes_seeds
-        thinks = request.thinking and request.task in CODES_TASKS and request.audio_codes is None
+        thinks = request.thinking and RULES[request.task].codes and request.audio_codes is None
         uncond = self._unconditional(work) if thinks and request.lm_cfg_scale > 1.0 else None
         edited = request.plan
         told: list[Adjustment] = []
@@ -116,7 +114,7 @@ class FlowBuilder:
             language=None if request.vocal_language == "unknown" else request.vocal_language,
         )  # fmt: skip
         complete = None not in (given.bpm, given.keyscale, given.timesignature, given.duration)
-        if not request.use_cot_metas or complete or request.task not in METADATA_TASKS:
+        if not request.use_cot_metas or complete or not RULES[request.task].metadata:
             return [given] * request.batch_size
         known = known_fields(given.model_dump(exclude={"caption"}), limit)
         prompt = self.prompts.plan(request.prompt, _lyrics(request))

@@ -7,7 +7,7 @@ import torch
 from acestep.errors import OutOfMemory
 from acestep.hardware import host
 from acestep.lm.model import PlannerModel
-from acestep.settings.planner import WORK_BYTES
+from acestep.sizing.ledger import WORK_BYTES
 
 _CPU_SHARE = 0.5  # of free host memory, where nothing was said
 _DEVICE_RESERVE = 0.1  # of the device's memory, for activations, logits and graphs

@@ -23,8 +23,8 @@ from acestep.lm.prompts import PromptBuilder
 from acestep.lm.tokenizer import PlannerTokenizer
 from acestep.lm.work import PlannerWork, Sample
 from acestep.plan import Plan
-from acestep.settings.resolve import PlannerSettings
 from acestep.song import TINY_NOTICE, Progress
+from acestep.stage_settings import PlannerSettings
 from acestep.worker import EngineThread, Ticket
 
 log = logging.getLogger(__name__)

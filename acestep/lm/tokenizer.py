@@ -12,29 +12,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer
 
+from acestep.checkpoints.bpe import byte_level_bpe
 from acestep.errors import InvalidRequest, ModelMissing
 from acestep.plan import NUM_CODES
 
-# Qwen2 / Qwen3 pre-tokenizer: one digit per token, a word takes the space before it, newlines end a run of punctuation.
-_QWEN_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 _AUDIO = re.compile(r"<\|audio_code_(\d+)\|>")
 _NEWLINE, _BACKTICK, _SPACE = "Ċ", "`", "Ġ"  # in the byte-level alphabet
-
-
-def byte_level_bpe(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
-    """Qwen's tokenizer without any added token."""
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, fuse_unk=False, byte_fallback=False))
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(_QWEN_SPLIT), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])  # fmt: skip
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
 
 
 class PlannerTokenizer:

@@ -9,8 +9,9 @@ from acestep.gpu_config import GIB, Limits, is_tiny
 from acestep.hardware.cards import Device
 from acestep.request import MIN_DURATION_S
 from acestep.settings.options import Book
-from acestep.settings.renderer import RendererSettings, int8_missing, with_tile
+from acestep.settings.renderer import int8_missing, with_tile
 from acestep.sizing.ledger import Admission, RenderTask, admit_render, is_guided, known_configs, longest_song
+from acestep.stage_settings import RendererSettings
 
 # In the order of what they cost in time.
 _STEPS = ("offload_to_cpu", "offload_dit_to_cpu", "int8")

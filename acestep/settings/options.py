@@ -8,12 +8,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from acestep.errors import InvalidRequest
 from acestep.gpu_config import PROFILE_ENV, PROFILES
 
-Attention = Literal["flash", "sdpa", "eager"]
 AUTO = ("", "auto", "none", "null")
 
 

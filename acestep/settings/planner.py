@@ -2,44 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 from acestep.errors import OutOfMemory
 from acestep.gpu_config import GIB, PLANNER_SIZES, GPUConfig, Role, get_limits, get_lm_model_size, is_tiny, planner_name
 from acestep.hardware import host
 from acestep.hardware.cards import Device
 from acestep.plan import CODES_PER_SECOND
-from acestep.settings.options import Attention, Book
+from acestep.settings.options import Book
 from acestep.sizing import weights
 from acestep.sizing.activations import CONTEXT_BYTES
+from acestep.sizing.ledger import UNGUIDED_PROMPT_TOKENS, WORK_BYTES
+from acestep.stage_settings import PlannerSettings
 
 DEFAULT_PLANNER = "tiny-lm"
 PROMPT_ALLOWANCE = 2_800  # tokens of prompt, lyrics and metadata that a row has room for beside its codes
 MAX_SLOTS = 64
 CPU_SLOTS = 16
 CPU_MAX_LEN = 8_192
-UNGUIDED_PROMPT_TOKENS = 33  # of the row without a caption
 # Rows are packed at their exact length. How many there are is reckoned from songs of this size; longer ones leave some of them empty.
 TYPICAL_SONG_S, TYPICAL_PROMPT_TOKENS = 240, 800
-WORK_BYTES = 256 << 20  # logits, sampling and the activations of a prefill
 # What the renderer on the same card keeps where the table sets no bound on the planner: its weights, ten minutes of activations, its
 # context, and slack (acestep.sizing.ledger says 8.1 and 13.7).
 RENDERER_RESERVE_GIB = {"2B": 9.0, "XL": 15.0}
-
-
-@dataclass(frozen=True)
-class PlannerSettings:
-    """Settings of one planner (LM) replica. Sizes in bytes, lengths in tokens."""
-
-    device: str = "cpu"
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    attention: Attention = "sdpa"
-    threads: int | None = None  # CPU threads; None keeps torch's own
-    slots: int = 16  # rows in flight; a CFG pair takes two
-    max_len: int = 8_192  # prompt + metadata + codes of one row
-    memory_bytes: int | None = None  # what weights and KV may take; None: all that is free
-    compile: bool = False  # CUDA graphs / torch.compile per bucket
 
 
 def choose_planner(

@@ -3,37 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 from acestep.gpu_config import DETECTED_GRACE_GIB, GIB, GPUConfig, is_tiny
 from acestep.hardware.cards import Device
-from acestep.settings.options import Attention, Book, Override
+from acestep.settings.options import Book, Override
 from acestep.settings.planner import is_old, take_threads
 from acestep.sizing import weights
 from acestep.sizing.activations import CONTEXT_BYTES, SMALLEST_CORE_FRAMES, TILES, decode_bytes
+from acestep.stage_settings import AttentionBackend, RendererSettings
 
 OFFLOAD_BELOW_GIB = 20
 SMALL_BELOW_GIB = 12  # DiT offload
 GPU_EXTRA = "pip install 'acestep-serve[gpu]'"
-
-
-@dataclass(frozen=True)
-class RendererSettings:
-    """Settings of one renderer (DiT + VAE) replica. Sizes in bytes, lengths in latent frames (25 per second)."""
-
-    device: str = "cpu"
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    attention: Attention = "sdpa"
-    threads: int | None = None
-    offload: Literal["none", "stage"] = "none"  # stage: text encoder, conditions and VAE wait in host memory
-    offload_dit: bool = False  # the DiT too, outside its own stage
-    int8: bool = False
-    compile: bool = False
-    vae_tile_frames: int = 256
-    vae_overlap_frames: int = 9  # the decoder sees ±8.3 frames: 9 is exact
-    max_batch_frames: int | None = None  # frames that may share a step; None: from the cost profile
-    memory_bytes: int | None = None
 
 
 def renderer_settings(book: Book, device: Device, row: GPUConfig, model: str, planner_bytes: int) -> RendererSettings:
@@ -97,10 +80,10 @@ def _dots(capability: tuple[int, int]) -> str:
     return f"{capability[0]}.{capability[1]}"
 
 
-def _attention(book: Book, device: Device, dtype: str) -> Attention:
+def _attention(book: Book, device: Device, dtype: str) -> AttentionBackend:
     standard: Literal["sdpa", "eager"] = "eager" if is_old(device) else "sdpa"
     missing = _why_no_flash(device, dtype)
-    default: Attention = standard if missing else "flash"
+    default: AttentionBackend = standard if missing else "flash"
     if is_old(device):
         reason = "float16 overflows in this card's attention: the softmax runs in float32"
     elif missing:

@@ -1,4 +1,4 @@
-"""What a stage is told about the machine it runs on. One resolver makes these; both stages only read them.
+"""The one resolver.
 
 `resolve` is the only way from hardware, arguments and environment to settings: the Serve applications, the command line and doctor all
 call it, so they cannot disagree. Every value comes with its reason.
@@ -15,23 +15,16 @@ from acestep.gpu_config import GIB, GPUConfig, Limits, Role, get_limits, get_lm_
 from acestep.hardware.cards import Device, cpu_device, pick, tier_row
 from acestep.hardware.devices import list_devices
 from acestep.settings.fit import fit_renderer
-from acestep.settings.options import Attention, Book, Value, read_overrides
-from acestep.settings.planner import (
-    PROMPT_ALLOWANCE,
-    PlannerSettings,
-    choose_planner,
-    planner_settings,
-    smaller_planner,
-)
-from acestep.settings.renderer import RendererSettings, renderer_settings
+from acestep.settings.options import Book, Value, read_overrides
+from acestep.settings.planner import PROMPT_ALLOWANCE, choose_planner, planner_settings, smaller_planner
+from acestep.settings.renderer import renderer_settings
 from acestep.sizing.activations import CONTEXT_BYTES
 from acestep.sizing.ledger import plan_need
 from acestep.sizing.weights import PLANNERS
+from acestep.stage_settings import PlannerSettings, RendererSettings
 
 DEFAULT_RENDERER = "tiny"
 CROWDED = 0.8  # of a card that should be free when a replica starts alone on it
-
-__all__ = ["Attention", "PlannerSettings", "RendererSettings", "Resolved", "Value", "resolve"]
 
 
 @dataclass(frozen=True)

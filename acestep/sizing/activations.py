@@ -1,7 +1,7 @@
 """Peak bytes of the tensors that are alive while a stage works, from configurations alone: no torch.
 
 The factors count the live tensors of acestep/dit and acestep/lm at their widest point and are checked against real allocations in
-tests/tiers/test_memory.py. They are upper bounds, not averages.
+tests/sizing/test_ledger.py. They are upper bounds, not averages.
 """
 
 from __future__ import annotations

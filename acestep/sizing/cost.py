@@ -16,10 +16,10 @@ from typing import Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from acestep.checkpoints.published import VariantDefaults, variant_defaults
-from acestep.dit.tasks import source_song_s
 from acestep.plan import CODES_PER_SECOND, Plan
 from acestep.request import SongRequest
 from acestep.song import LATENT_FPS
+from acestep.tasks import RULES, source_song_s
 
 C = TypeVar("C")
 NonNegative = Field(ge=0.0, allow_inf_nan=False)
@@ -34,9 +34,6 @@ PROMPT_TOKENS = 39  # what every prompt holds besides the caller's text
 CHARS_PER_TOKEN = 3.0
 CLIP_FRAMES = 500  # 20 s of audio; songs up to this share a renderer's steps
 REFERENCE_FRAMES = 750  # three 10 s crops of one reference recording
-
-# Tasks that start from given audio: the planner has nothing to decide.
-TASKS_WITHOUT_PLANNER = ("cover", "cover-nofsq", "repaint", "extract")
 
 
 class PlannerCost(BaseModel):
@@ -154,14 +151,14 @@ def forwards(request: SongRequest, model: str | None) -> float:
 
 def needs_metadata(request: SongRequest) -> bool:
     """Whether the planner fills in bpm, key, time signature, duration, caption or language."""
-    if request.plan is not None or request.task in TASKS_WITHOUT_PLANNER or not request.use_cot_metas:
+    if request.plan is not None or not RULES[request.task].metadata or not request.use_cot_metas:
         return False
     return not all((request.bpm, request.key_scale, request.time_signature, request.duration))
 
 
 def needs_codes(request: SongRequest) -> bool:
     """Whether the planner writes audio codes."""
-    if request.task in TASKS_WITHOUT_PLANNER or not request.thinking:
+    if not RULES[request.task].codes or not request.thinking:
         return False
     return request.audio_codes is None and request.plan is None
 

@@ -11,11 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from acestep.condition_texts import MAX_LYRIC_TOKENS, MAX_TEXT_TOKENS
 from acestep.errors import OutOfMemory
 from acestep.gpu_config import GIB
 from acestep.plan import CODES_PER_SECOND
-from acestep.settings.planner import UNGUIDED_PROMPT_TOKENS, WORK_BYTES, PlannerSettings
-from acestep.settings.renderer import RendererSettings
 from acestep.sizing.activations import (
     CONTEXT_BYTES,
     SMALLEST_CORE_FRAMES,
@@ -28,9 +27,10 @@ from acestep.sizing.activations import (
 )
 from acestep.sizing.weights import RENDERERS, Config, kv_bytes_per_token, planner_bytes, renderer_bytes, renderer_size
 from acestep.song import LATENT_FPS
+from acestep.stage_settings import PlannerSettings, RendererSettings
 
-MAX_LYRIC_TOKENS = 2_048
-MAX_CAPTION_TOKENS = 256
+UNGUIDED_PROMPT_TOKENS = 33  # of the planner's row without a caption
+WORK_BYTES = 256 << 20  # the planner's logits, sampling and the activations of a prefill
 PASS_FRAMES = 2_048  # what the renderer puts into one pass on a card where the settings leave it open
 PCM_BYTES_PER_FRAME = 1_920 * 2 * 4
 # What is moved together (acestep.dit.renderer), and what each stage needs of it.
@@ -58,7 +58,7 @@ class RenderTask:
     seconds: float
     songs: int = 1
     guided: bool = False
-    condition_tokens: int = MAX_LYRIC_TOKENS + MAX_CAPTION_TOKENS + 1
+    condition_tokens: int = MAX_LYRIC_TOKENS + MAX_TEXT_TOKENS + 1
     references: int = 0
     encodes_source: bool = False
 

@@ -6,11 +6,11 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from acestep.dit.tasks import RULES, source_song_s
 from acestep.errors import InvalidRequest, LimitExceeded
 from acestep.gpu_config import Limits
 from acestep.plan import CODES_PER_SECOND, Metadata, Plan
 from acestep.request import MAX_DURATION_S, MIN_DURATION_S, Adjustment, SongRequest
+from acestep.tasks import RULES, source_song_s
 
 MIN_SOURCE_S = 1.0
 

@@ -1,7 +1,7 @@
 """Parameters of every component, from its configuration alone: plain arithmetic, exact, no torch.
 
 Keys are those of the published `config.json` files. Configurations of the published checkpoints are data here, so that a plan can be
-made before anything is downloaded. Checked against the real modules in tests/tiers/test_weights.py.
+made before anything is downloaded. Checked against the real modules in tests/sizing/test_weights.py.
 """
 
 from __future__ import annotations

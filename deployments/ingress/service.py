@@ -16,7 +16,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from fastapi import Depends, Request
 
-from acestep.dit import tasks
+from acestep.dit import checks
 from acestep.errors import InvalidRequest
 from acestep.request import Adjustment, SongRequest
 from acestep.sizing.cost import defaults_of, expected_duration
@@ -125,15 +125,15 @@ class Service:
         adjustments = (*told, *adjustments, *changed)
         if kind == "song":
             if request.source_s is not None:
-                tasks.check_window(request, request.source_s)
-            adjustments = (*adjustments, *tasks.notes(request))
+                checks.check_window(request, request.source_s)
+            adjustments = (*adjustments, *checks.notes(request))
         columns: dict[str, Any] = {}
         decision = await self._admit(request, caller, kind)
         if decision is not None:
             request = decision.request
             if kind == "song" and (pool := self.fleet.view.get(decision.renderer or "")) and pool.info:
                 model = str(pool.info["model"])
-                tasks.check(request, defaults_of(model), model)
+                checks.check(request, defaults_of(model), model)
             adjustments = (*adjustments, *decision.adjustments)
             columns = {
                 "plan_pool": decision.planner, "est_plan_s": decision.est_plan_s,

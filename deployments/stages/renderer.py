@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from acestep.audio.finish import Maker, finish
+from acestep.dit.finish import Maker, finish
 from acestep.errors import AceStepError, Cancelled
 from acestep.plan import Plan
 from acestep.request import TASKS, SongRequest

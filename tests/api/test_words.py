@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 from acestep import words
 from acestep.cli import generate
 from acestep.errors import AceStepError
+from acestep.formats import AudioFormat
 from acestep.lm.work import Sample
-from acestep.request import AudioFormat, SongRequest
+from acestep.request import SongRequest
 from deployments.jobs.store import Job
 
 from .conftest import Build, Site, fleet_view

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from acestep.audio.finish import Maker, finish
+from acestep.dit.finish import Maker, finish
 from acestep.dit.work import Rendered, RenderedItem
 from acestep.errors import InvalidOutput
 from acestep.plan import Plan

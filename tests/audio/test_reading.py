@@ -12,10 +12,10 @@ import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from acestep.audio.formats import FORMATS
 from acestep.audio.reading import ReadLimits, audio_seconds, read_audio
 from acestep.audio.writing import encode
 from acestep.errors import InvalidRequest
+from acestep.formats import FORMATS
 
 RATE = 48_000
 SECONDS = 2

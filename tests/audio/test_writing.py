@@ -15,10 +15,10 @@ from mutagen.oggopus import OggOpus
 from mutagen.wave import WAVE
 from pydantic import ValidationError
 
-from acestep.audio.formats import FORMATS, check_formats, content_type, extension
 from acestep.audio.tags import SongTags
 from acestep.audio.writing import encode
 from acestep.errors import InvalidOutput, InvalidRequest
+from acestep.formats import FORMATS, check_formats, content_type, extension
 from acestep.plan import Metadata
 from acestep.request import SongRequest
 

@@ -12,8 +12,8 @@ from acestep.lm.planner import Planner
 from acestep.lm.work import PlanWork
 from acestep.plan import Plan
 from acestep.request import SongRequest
-from acestep.settings.resolve import PlannerSettings
 from acestep.song import TINY_NOTICE
+from acestep.stage_settings import PlannerSettings
 from benchmarks.checkpoints import PLANNERS, RENDERERS, write_planner, write_renderer
 
 CPU = torch.device("cpu")

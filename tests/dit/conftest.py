@@ -15,7 +15,7 @@ from acestep.checkpoints import TINY_RENDERERS, Checkpoint, resolve
 from acestep.checkpoints.load import RendererComponents, load_renderer
 from acestep.checkpoints.modules import quiet
 from acestep.dit.renderer import Renderer
-from acestep.settings.resolve import RendererSettings
+from acestep.stage_settings import RendererSettings
 
 with quiet():
     from diffusers import AceStepPipeline, FlowMatchEulerDiscreteScheduler

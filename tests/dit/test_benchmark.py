@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from acestep.settings.resolve import RendererSettings
+from acestep.stage_settings import RendererSettings
 from benchmarks import dit, dit_checks
 
 

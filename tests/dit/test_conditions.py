@@ -11,10 +11,10 @@ import torch
 
 from acestep.checkpoints.load import RendererComponents
 from acestep.checkpoints.modules import quiet
+from acestep.condition_texts import caption_text, lyrics_text
 from acestep.dit import conditions
 from acestep.dit.conditions import Conditions, reference_excerpt, restore_timbre_token
 from acestep.dit.preparation import song_samples
-from acestep.dit.prompts import caption_text, lyrics_text
 from acestep.dit.renderer import Renderer, set_encoder_attention
 from acestep.dit.work import RenderWork
 from acestep.plan import Metadata, Plan

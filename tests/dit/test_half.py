@@ -17,7 +17,7 @@ from acestep.dit.renderer import Renderer
 from acestep.dit.work import Rendered, RenderWork
 from acestep.errors import InvalidOutput
 from acestep.request import SongRequest
-from acestep.settings.resolve import RendererSettings
+from acestep.stage_settings import RendererSettings
 
 Load = Callable[..., Renderer]
 

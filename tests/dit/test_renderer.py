@@ -12,7 +12,7 @@ from acestep.dit.renderer import Renderer
 from acestep.dit.work import RenderWork
 from acestep.errors import DeviceUnavailable, ModelMissing
 from acestep.request import SongRequest
-from acestep.settings.resolve import RendererSettings
+from acestep.stage_settings import RendererSettings
 
 
 def test_what_is_loaded_is_told(checkpoints: dict[str, Checkpoint]) -> None:

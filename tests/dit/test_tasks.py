@@ -13,20 +13,20 @@ import soundfile
 import torch
 from torch import Tensor
 
-from acestep.audio.finish import Maker, finish
 from acestep.checkpoints import variant_defaults
 from acestep.dit import conditions
+from acestep.dit.finish import Maker, finish
 from acestep.dit.preparation import Item
 from acestep.dit.renderer import Renderer
 from acestep.dit.sampler import Walker
-from acestep.dit.tasks import RULES, instruction
 from acestep.dit.window import Splice, window_of
 from acestep.dit.work import Rendered, RenderWork
 from acestep.errors import AceStepError, InvalidRequest, LimitExceeded
 from acestep.plan import Plan
 from acestep.request import SongRequest
-from acestep.settings.resolve import RendererSettings
 from acestep.song import SongItem
+from acestep.stage_settings import RendererSettings
+from acestep.tasks import RULES, instruction
 
 SECONDS = 4.0
 SongFile = Callable[..., Path]

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from acestep.cli.calibrate import app
+from acestep.cli.measure import _fit
 from acestep.request import SongRequest
 from acestep.sizing import profiles
-from acestep.sizing.calibrate import _fit
 from acestep.sizing.cost import estimate
 
 positive = st.floats(1e-6, 10.0)

@@ -59,7 +59,7 @@ def lines() -> Iterator[Lines]:
 
 
 async def test_lines_about_a_job_carry_its_id_as_a_field(lines: Lines) -> None:
-    ours, library = logging.getLogger("deployments.stages.renderer"), logging.getLogger("acestep.audio.finish")
+    ours, library = logging.getLogger("deployments.stages.renderer"), logging.getLogger("acestep.dit.finish")
 
     async def work(job_id: str) -> None:
         about(job_id)

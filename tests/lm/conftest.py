@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from acestep.checkpoints.bpe import byte_level_bpe
 from acestep.checkpoints.tiny_planner import SPECIAL_TOKENS, write_tiny_planner
 from acestep.lm.decoder import Decoder
 from acestep.lm.grammar import Grammar
 from acestep.lm.loading import load_model
 from acestep.lm.model import PlannerModel
 from acestep.lm.planner import Planner
-from acestep.lm.tokenizer import PlannerTokenizer, byte_level_bpe
-from acestep.settings.resolve import PlannerSettings
+from acestep.lm.tokenizer import PlannerTokenizer
+from acestep.stage_settings import PlannerSettings
 
 MAX_LEN = 2_048
 torch.set_num_threads(1)  # tiny products: a second thread only waits

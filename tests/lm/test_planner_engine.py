@@ -26,7 +26,7 @@ from acestep.lm.sampling import SamplingParams
 from acestep.lm.work import PlanWork
 from acestep.plan import Metadata, Plan
 from acestep.request import SongRequest
-from acestep.settings.resolve import PlannerSettings
+from acestep.stage_settings import PlannerSettings
 from acestep.worker import Ticket
 
 GIVEN = {"bpm": 120, "key_scale": "A minor", "time_signature": "4"}

@@ -19,8 +19,8 @@ from acestep.lm.loading import load_model
 from acestep.lm.planner import Planner
 from acestep.lm.pointwise import Pointwise
 from acestep.lm.tokenizer import PlannerTokenizer
-from acestep.settings.resolve import PlannerSettings
 from acestep.song import TINY_NOTICE
+from acestep.stage_settings import PlannerSettings
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from acestep.checkpoints.hub import cache_dir, download_model
 from acestep.checkpoints.prepare import has_tiny
 from acestep.checkpoints.published import companions, published
 from acestep.errors import AceStepError
-from acestep.request import AudioFormat
+from acestep.formats import AudioFormat
 
 Level = Literal["ok", "note", "warning", "error"]
 PCI = Path("/sys/bus/pci/devices")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from acestep.dit.tasks import NO_CODES, RULES, TaskRule
 from acestep.errors import InvalidRequest
 from acestep.plan import NUM_CODES
+from acestep.tasks import NO_CODES, RULES, TaskRule
 from acestep.words import WINDOW_END, WINDOW_START, looks_like_window, split_names
 from deployments.ingress.acestep.fields import FIELDS, Values
 

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from acestep.dit.tasks import RULES
 from acestep.errors import InvalidRequest
 from acestep.request import INSTRUMENTAL, MAX_SEED, NO_USER_INPUT, Adjustment, SongRequest
-from acestep.sizing.cost import TASKS_WITHOUT_PLANNER, defaults_of
+from acestep.sizing.cost import defaults_of
+from acestep.tasks import RULES
 from acestep.words import is_instrumental, split_names
 from deployments.dispatch.errands import PREPARE
 from deployments.ingress.acestep.editing import source_fields
@@ -76,7 +76,7 @@ def build(v: Values, served: Served) -> Submission:
 def _thinks(v: Values, fields: dict[str, Any], kind: str) -> bool:
     if kind == "plan":
         reason = "analysis_only asks for metadata alone"
-    elif fields["task"] in TASKS_WITHOUT_PLANNER:
+    elif not RULES[fields["task"]].metadata:
         reason = f"task {fields['task']} works on source audio"
     elif fields["audio_codes"] is not None:
         reason = "the request brings its codes"

@@ -9,16 +9,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from acestep.audio.formats import content_type, extension
 from acestep.audio.loudness import PEAK_DBFS, master
 from acestep.audio.manifest import manifest
 from acestep.audio.tags import SongTags
 from acestep.audio.writing import encode
-from acestep.dit.tasks import normalizes
 from acestep.errors import InvalidOutput
+from acestep.formats import content_type, extension
 from acestep.plan import Plan
 from acestep.request import SongRequest
 from acestep.song import SAMPLE_RATE, AudioFile, Song, SongItem
+from acestep.tasks import normalizes
 
 if TYPE_CHECKING:
     from acestep.dit.work import Rendered, RenderedItem

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from acestep.formats import AudioFormat
 from acestep.plan import CODES_PER_SECOND, Plan
-from acestep.request import AudioFormat, SongRequest
+from acestep.request import SongRequest
 from acestep.sizing.cost import (
     PROMPT_TOKENS,
     PlannerCost,

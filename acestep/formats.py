@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Literal
 
 from acestep.errors import InvalidRequest
 
-if TYPE_CHECKING:  # the request checks itself with this module
-    from acestep.request import AudioFormat
+AudioFormat = Literal["wav", "wav24", "wav32", "flac", "mp3", "opus", "aac"]
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,15 @@
 """Tables of the documentation that are data here, and their places: between `<!-- table:NAME -->` and `<!-- /table -->`.
 
-NAME is `tiers PROFILE` or `settings`. `python -m acestep.gpu_config --write FILE...` renews them; a test sees that they are current.
+NAME is `tiers PROFILE` or `settings`. `python -m tools.doc_tables --write FILE...` renews them; a test sees that they are current.
 """
 
 from __future__ import annotations
 
+import argparse
 import re
 from pathlib import Path
 
-from acestep.gpu_config import GPUConfig, get_lm_model_size, get_profile
+from acestep.gpu_config import PROFILES, GPUConfig, get_lm_model_size, get_profile
 from acestep.settings.options import OPTIONS
 
 _BLOCK = re.compile(r"(<!-- table:([^>]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
@@ -88,7 +89,19 @@ def refresh(text: str) -> str:
     return _BLOCK.sub(lambda block: f"{block[1]}\n{table(block[2])}\n{block[3]}", text)
 
 
-def refresh_file(path: str | Path) -> None:
-    """Renew the marked blocks of a file in place."""
-    file = Path(path)
-    file.write_text(refresh(file.read_text(encoding="utf-8")), encoding="utf-8")
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tools.doc_tables", description="The tier tables, from the data.")
+    parser.add_argument("--profile", choices=sorted(PROFILES), help="one table only")
+    parser.add_argument(
+        "--write", metavar="FILE", nargs="+", default=(), type=Path,
+        help="renew the tables between the markers of Markdown files instead",
+    )  # fmt: skip
+    options = parser.parse_args(arguments)
+    for file in options.write:
+        file.write_text(refresh(file.read_text(encoding="utf-8")), encoding="utf-8")
+    if not options.write:
+        print("\n".join(markdown(name) for name in ([options.profile] if options.profile else PROFILES)), end="")
+
+
+if __name__ == "__main__":
+    main()

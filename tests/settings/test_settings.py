@@ -18,7 +18,7 @@ from acestep.settings.options import OPTIONS
 from acestep.settings.resolve import Resolved, resolve
 from acestep.sizing.ledger import RenderTask, admit_render, is_guided, known_configs, plan_need
 from acestep.sizing.weights import PLANNERS
-from tests.tiers.conftest import MakeCard
+from tests.cards import MakeCard
 
 HOST = Device(0, "cpu", "host", 64 * GIB, 48 * GIB, usable=True)
 TURBO = {"model": "acestep-v15-turbo"}

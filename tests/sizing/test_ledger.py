@@ -27,7 +27,6 @@ from acestep.dit.vae import Vae, fold
 from acestep.errors import OutOfMemory
 from acestep.gpu_config import GIB
 from acestep.lm.planner import Planner
-from acestep.settings.resolve import PlannerSettings, RendererSettings
 from acestep.sizing import activations, weights
 from acestep.sizing.ledger import (
     RenderTask,
@@ -38,7 +37,8 @@ from acestep.sizing.ledger import (
     read_configs,
     render_need,
 )
-from tests.tiers.conftest import shared_checkpoints
+from acestep.stage_settings import PlannerSettings, RendererSettings
+from tests.cards import shared_checkpoints
 
 torch.set_num_threads(1)  # tiny products: a second thread only waits
 CPU = torch.device("cpu")

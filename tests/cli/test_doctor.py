@@ -21,7 +21,7 @@ from acestep.cli.doctor.probes import Finding
 from acestep.cli.doctor.report import Report, build_mismatches, misspelt, report
 from acestep.cli.doctor.view import print_report
 from acestep.hardware.cards import Device, cpu_device
-from tests.tiers.conftest import MakeCard, shared_checkpoints
+from tests.cards import MakeCard, shared_checkpoints
 
 
 @pytest.fixture(autouse=True)

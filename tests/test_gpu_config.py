@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from acestep import doc_tables, gpu_config
+from acestep import gpu_config
 from acestep.errors import InvalidRequest
 from acestep.gpu_config import (
     TIERS,
@@ -27,6 +27,7 @@ from acestep.gpu_config import (
     mib_ranges,
     simulated_gib,
 )
+from tools import doc_tables
 
 # tier: (seconds with, without planner), (batch with, without), planner sizes, on by default
 PUBLISHED = {
@@ -210,23 +211,24 @@ def test_memory_of_a_simulated_card(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_documented_tables_are_the_data() -> None:
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[1]
     page = (root / "docs" / "tiers.md").read_text(encoding="utf-8")
     assert page.count("| `unlimited` |") == 2
     assert "`ACESTEP_OFFLOAD_DIT_TO_CPU`" in page
     for file in (root / "README.md", *(root / "docs").rglob("*.md")):
         text = file.read_text(encoding="utf-8")
-        assert doc_tables.refresh(text) == text, f"run: python -m acestep.gpu_config --write {file.relative_to(root)}"
+        assert doc_tables.refresh(text) == text, f"run: python -m tools.doc_tables --write {file.relative_to(root)}"
     with pytest.raises(ValueError, match="weather"):
         doc_tables.refresh("<!-- table:weather -->\n<!-- /table -->")
 
 
 def test_no_torch_is_imported() -> None:
     code = (
-        "import sys, acestep.gpu_config as g, acestep.sizing.limits, acestep.hardware.cards; g.get_gpu_memory_gb(); g.main([]); "
-        "sys.exit('torch' in sys.modules)"
+        "import sys, acestep.gpu_config as g, acestep.sizing.limits, acestep.hardware.cards; g.get_gpu_memory_gb(); "
+        "import tools.doc_tables as d; d.main([]); sys.exit('torch' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=root)
     assert done.returncode == 0, done.stderr
     assert "| `tier6b` |" in done.stdout
     assert gpu_config.PROFILES["2026-02"].source in done.stdout
