@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from acestep.errors import InvalidRequest
+from acestep.hardware.cards import Device, list_cards
+from acestep.hardware.simulation import simulated_as_detected, simulated_gib
 
 Role = Literal["plan", "render", "both"]
 ROLES: tuple[Role, ...] = ("plan", "render", "both")
@@ -22,10 +24,6 @@ TIERS = ("tier1", "tier2", "tier3", "tier4", "tier5", "tier6", "unlimited")
 PLANNER_SIZES = ("0.6B", "1.7B", "4B")
 DEFAULT_PROFILE = "2026-02"
 PROFILE_ENV = "ACESTEP_TIER_PROFILE"
-SIMULATE_ENV = "MAX_CUDA_VRAM"
-# With this set, the size in MAX_CUDA_VRAM counts as a card's report: 15.7 is a 16 GB card then.
-AS_DETECTED_ENV = "MAX_CUDA_VRAM_AS_DETECTED"
-GIB = 2**30
 
 # A card reports a little less than its label says: within this much under a border it still counts as the larger card.
 DETECTED_GRACE_GIB = 0.5
@@ -167,48 +165,9 @@ def get_profile(name: str | None = None) -> Profile:
     return PROFILES[chosen]
 
 
-def simulated_gib(env: Mapping[str, str] | None = None) -> float | None:
-    """The card size in GiB that `MAX_CUDA_VRAM` asks to simulate, or None.
-
-    Raises:
-        InvalidRequest: the value is no positive number; the message names the variable.
-    """
-    text = (os.environ if env is None else env).get(SIMULATE_ENV, "").strip()
-    if not text:
-        return None
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and value > 0):
-        raise InvalidRequest(
-            f"{SIMULATE_ENV}: {text!r} is not a positive number of GiB; unset it or give one such as 8",
-            field=SIMULATE_ENV, asked=text,
-        )  # fmt: skip
-    return value
-
-
-def simulated_as_detected(env: Mapping[str, str] | None = None) -> bool:
-    """Whether `MAX_CUDA_VRAM_AS_DETECTED` has the simulated size counted as a card's report.
-
-    Raises:
-        InvalidRequest: it says neither yes nor no.
-    """
-    text = (os.environ if env is None else env).get(AS_DETECTED_ENV, "").strip()
-    if text.lower() in ("1", "true", "yes", "y", "on"):
-        return True
-    if text.lower() in ("", "0", "false", "no", "n", "off"):
-        return False
-    raise InvalidRequest(
-        f"{AS_DETECTED_ENV}: {text!r} is not possible; allowed: true, false", field=AS_DETECTED_ENV, asked=text
-    )
-
-
 def get_gpu_memory_gb(index: int = 0) -> float:
     """GiB of NVIDIA card `index` as NVML reports it (or of the simulated card), 0.0 where there is none. Does not touch CUDA; cards of other
     makers are known to torch alone: `acestep.hardware.devices.list_devices`."""
-    from acestep.hardware.cards import list_cards
-
     cards = [device for device in list_cards() if device.is_card]
     return cards[index].gib if index < len(cards) else 0.0
 
@@ -265,6 +224,13 @@ def get_gpu_config(
     if detected is None:
         detected = _is_detected(gpu_memory_gb)
     return replace(_row(gpu_memory_gb, detected, table), gpu_memory_gb=gpu_memory_gb)
+
+
+def tier_row(device: Device, profile: str | None = None) -> GPUConfig:
+    """The device's row of the tier table. The CPU counts as the smallest card."""
+    if not device.is_card:
+        return get_gpu_config(0.0, detected=True, profile=profile)
+    return get_gpu_config(device.gib, detected=device.detected, profile=profile)
 
 
 def get_tier_of_mib(mib: int, *, profile: str | None = None) -> str:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from acestep.gpu_config import GIB
 from acestep.hardware.cards import Device
+from acestep.units import GIB
 
 MakeCard = Callable[..., Device]
 

@@ -25,8 +25,8 @@ from acestep.gpu_config import (
     get_tier_of_mib,
     is_lm_model_size_allowed,
     mib_ranges,
-    simulated_gib,
 )
+from acestep.hardware.simulation import simulated_gib
 from tools import doc_tables
 
 # tier: (seconds with, without planner), (batch with, without), planner sizes, on by default

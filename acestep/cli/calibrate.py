@@ -10,7 +10,7 @@ import typer
 from acestep.cli import output as out
 from acestep.cli.settings import SetOption, given
 from acestep.errors import InvalidRequest
-from acestep.gpu_config import GIB
+from acestep.units import GIB
 
 app = typer.Typer(add_completion=False)
 ROLES = ("plan", "render", "both")

@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from acestep.errors import DeviceUnavailable
-from acestep.hardware.devices import Device, list_devices, tier_row
+from acestep.gpu_config import tier_row
+from acestep.hardware.devices import Device, list_devices
 
 app = typer.Typer(add_completion=False)
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from acestep.errors import DeviceUnavailable
-from acestep.gpu_config import GIB, GPUConfig, get_gpu_config, simulated_as_detected, simulated_gib
 from acestep.hardware import host, nvml
+from acestep.hardware.simulation import simulated_as_detected, simulated_gib
+from acestep.units import GIB
 
 Kind = Literal["cuda", "rocm", "xpu", "mps", "cpu"]
 
@@ -83,13 +84,6 @@ class Device:
     def is_card(self) -> bool:
         """Whether it has a tier of its own, by hardware or by simulation."""
         return self.simulated or self.kind != "cpu"
-
-
-def tier_row(device: Device, profile: str | None = None) -> GPUConfig:
-    """The device's row of the tier table. The CPU counts as the smallest card."""
-    if not device.is_card:
-        return get_gpu_config(0.0, detected=True, profile=profile)
-    return get_gpu_config(device.gib, detected=device.detected, profile=profile)
 
 
 def pick(devices: list[Device], asked: str | None, field: str = "device") -> Device:

@@ -10,9 +10,9 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from acestep.hardware.cards import Device, Kind, cpu_device, list_cards, nvml_devices, pick, simulated, tier_row
+from acestep.hardware.cards import Device, Kind, cpu_device, list_cards, nvml_devices, pick, simulated
 
-__all__ = ["Device", "cap_process_memory", "list_cards", "list_devices", "pick", "tier_row"]
+__all__ = ["Device", "cap_process_memory", "list_cards", "list_devices", "pick"]
 
 log = logging.getLogger(__name__)
 

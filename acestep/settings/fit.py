@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 from acestep.errors import OutOfMemory
-from acestep.gpu_config import GIB, Limits, is_tiny
+from acestep.gpu_config import Limits, is_tiny
 from acestep.hardware.cards import Device
 from acestep.request import MIN_DURATION_S
 from acestep.settings.options import Book
 from acestep.settings.renderer import int8_missing, with_tile
 from acestep.sizing.ledger import Admission, RenderTask, admit_render, is_guided, known_configs, longest_song
 from acestep.stage_settings import RendererSettings
+from acestep.units import GIB
 
 # In the order of what they cost in time.
 _STEPS = ("offload_to_cpu", "offload_dit_to_cpu", "int8")

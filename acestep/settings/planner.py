@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from acestep.errors import OutOfMemory
-from acestep.gpu_config import GIB, PLANNER_SIZES, GPUConfig, Role, get_limits, get_lm_model_size, is_tiny, planner_name
+from acestep.gpu_config import PLANNER_SIZES, GPUConfig, Role, get_limits, get_lm_model_size, is_tiny, planner_name
 from acestep.hardware import host
 from acestep.hardware.cards import Device
 from acestep.plan import CODES_PER_SECOND
@@ -12,6 +12,7 @@ from acestep.sizing import weights
 from acestep.sizing.activations import CONTEXT_BYTES
 from acestep.sizing.ledger import UNGUIDED_PROMPT_TOKENS, WORK_BYTES
 from acestep.stage_settings import PlannerSettings
+from acestep.units import GIB
 
 DEFAULT_PLANNER = "tiny-lm"
 PROMPT_ALLOWANCE = 2_800  # tokens of prompt, lyrics and metadata that a row has room for beside its codes

@@ -6,13 +6,14 @@ import importlib.util
 from dataclasses import replace
 from typing import Literal
 
-from acestep.gpu_config import DETECTED_GRACE_GIB, GIB, GPUConfig, is_tiny
+from acestep.gpu_config import DETECTED_GRACE_GIB, GPUConfig, is_tiny
 from acestep.hardware.cards import Device
 from acestep.settings.options import Book, Override
 from acestep.settings.planner import is_old, take_threads
 from acestep.sizing import weights
 from acestep.sizing.activations import CONTEXT_BYTES, SMALLEST_CORE_FRAMES, TILES, decode_bytes
 from acestep.stage_settings import AttentionBackend, RendererSettings
+from acestep.units import GIB
 
 OFFLOAD_BELOW_GIB = 20
 SMALL_BELOW_GIB = 12  # DiT offload

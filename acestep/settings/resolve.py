@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from acestep.errors import OutOfMemory
-from acestep.gpu_config import GIB, GPUConfig, Limits, Role, get_limits, get_lm_model_size, is_tiny
-from acestep.hardware.cards import Device, cpu_device, pick, tier_row
+from acestep.gpu_config import GPUConfig, Limits, Role, get_limits, get_lm_model_size, is_tiny, tier_row
+from acestep.hardware.cards import Device, cpu_device, pick
 from acestep.hardware.devices import list_devices
 from acestep.settings.fit import fit_renderer
 from acestep.settings.options import Book, Value, read_overrides
@@ -22,6 +22,7 @@ from acestep.sizing.activations import CONTEXT_BYTES
 from acestep.sizing.ledger import plan_need
 from acestep.sizing.weights import PLANNERS
 from acestep.stage_settings import PlannerSettings, RendererSettings
+from acestep.units import GIB
 
 DEFAULT_RENDERER = "tiny"
 CROWDED = 0.8  # of a card that should be free when a replica starts alone on it

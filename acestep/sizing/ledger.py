@@ -13,7 +13,6 @@ from pathlib import Path
 
 from acestep.condition_texts import MAX_LYRIC_TOKENS, MAX_TEXT_TOKENS
 from acestep.errors import OutOfMemory
-from acestep.gpu_config import GIB
 from acestep.plan import CODES_PER_SECOND
 from acestep.sizing.activations import (
     CONTEXT_BYTES,
@@ -28,6 +27,7 @@ from acestep.sizing.activations import (
 from acestep.sizing.weights import RENDERERS, Config, kv_bytes_per_token, planner_bytes, renderer_bytes, renderer_size
 from acestep.song import LATENT_FPS
 from acestep.stage_settings import PlannerSettings, RendererSettings
+from acestep.units import GIB
 
 UNGUIDED_PROMPT_TOKENS = 33  # of the planner's row without a caption
 WORK_BYTES = 256 << 20  # the planner's logits, sampling and the activations of a prefill

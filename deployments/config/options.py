@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 
 import ray
 
-from acestep.gpu_config import get_gpu_config, simulated_gib
+from acestep.gpu_config import get_gpu_config
+from acestep.hardware.simulation import simulated_gib
 from acestep.settings.options import AUTO, OPTIONS
 from deployments.config.args import PoolArgs
 

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from acestep.errors import DeviceUnavailable, InvalidRequest
-from acestep.gpu_config import GIB
+from acestep.gpu_config import tier_row
 from acestep.hardware import devices, host, nvml
-from acestep.hardware.cards import Device, cpu_device, list_cards, pick, tier_row
+from acestep.hardware.cards import Device, cpu_device, list_cards, pick
 from acestep.hardware.devices import list_devices
 from acestep.settings.resolve import resolve
+from acestep.units import GIB
 
 MIB = 2**20
 

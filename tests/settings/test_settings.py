@@ -12,12 +12,12 @@ from hypothesis import event, given
 from hypothesis import strategies as st
 
 from acestep.errors import DeviceUnavailable, InvalidRequest, OutOfMemory
-from acestep.gpu_config import GIB
 from acestep.hardware.cards import Device, cpu_device
 from acestep.settings.options import OPTIONS
 from acestep.settings.resolve import Resolved, resolve
 from acestep.sizing.ledger import RenderTask, admit_render, is_guided, known_configs, plan_need
 from acestep.sizing.weights import PLANNERS
+from acestep.units import GIB
 from tests.cards import MakeCard
 
 HOST = Device(0, "cpu", "host", 64 * GIB, 48 * GIB, usable=True)

@@ -25,7 +25,6 @@ from acestep.dit.denoiser import Denoiser, Row
 from acestep.dit.renderer import set_encoder_attention
 from acestep.dit.vae import Vae, fold
 from acestep.errors import OutOfMemory
-from acestep.gpu_config import GIB
 from acestep.lm.planner import Planner
 from acestep.sizing import activations, weights
 from acestep.sizing.ledger import (
@@ -38,6 +37,7 @@ from acestep.sizing.ledger import (
     render_need,
 )
 from acestep.stage_settings import PlannerSettings, RendererSettings
+from acestep.units import GIB
 from tests.cards import shared_checkpoints
 
 torch.set_num_threads(1)  # tiny products: a second thread only waits

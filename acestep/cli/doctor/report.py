@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
@@ -18,15 +16,17 @@ from acestep.cli.client import server_url
 from acestep.cli.doctor import probes
 from acestep.cli.doctor.probes import Finding
 from acestep.errors import AceStepError
-from acestep.gpu_config import AS_DETECTED_ENV, DEFAULT_PROFILE, GIB, SIMULATE_ENV, Role, get_lm_model_size, is_tiny
+from acestep.gpu_config import DEFAULT_PROFILE, Role, get_lm_model_size, is_tiny, tier_row
 from acestep.hardware import host
-from acestep.hardware.cards import Device, tier_row
+from acestep.hardware.cards import Device
 from acestep.hardware.devices import list_devices
+from acestep.hardware.simulation import AS_DETECTED_ENV, SIMULATE_ENV
 from acestep.settings.options import OPTIONS
 from acestep.settings.planner import PROMPT_ALLOWANCE
 from acestep.settings.resolve import Resolved, resolve
 from acestep.sizing.ledger import RenderTask, admit_render, is_guided, known_configs, plan_need, render_need
 from acestep.sizing.weights import PLANNERS
+from acestep.units import GIB
 
 INSTALL = "https://pytorch.org/get-started/locally/"
 _PACKAGES = ("torch", "transformers", "diffusers", "ray", "av", "torchao", "flash-attn", "kernels", "triton")
@@ -282,16 +282,3 @@ def _peak(r: Resolved, device: Device) -> str:
     except AceStepError as error:
         return f", which do not fit: {error.message}"
     return f", at most {found.need.peak / GIB:.1f} GiB ({found.need.stage})"
-
-
-def doctor(json_output: bool = False, role: Role = "both", overrides: Mapping[str, Any] | None = None) -> int:
-    """Print the report. 0 where this machine can do what `role` asks of it, else 1."""
-    from acestep.cli.doctor.view import print_report
-
-    made = report(overrides, role=role)
-    if json_output:
-        json.dump(made.to_dict(), sys.stdout, indent=2, default=str)
-        sys.stdout.write("\n")
-    else:
-        print_report(made)
-    return 0 if made.ok else 1

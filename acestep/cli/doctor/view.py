@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from acestep.cli.doctor.report import Report
-from acestep.gpu_config import GIB
+from acestep.units import GIB
 
 _MARKS = {"ok": ("✓", "green"), "note": ("·", "cyan"), "warning": ("!", "yellow"), "error": ("✗", "bold red")}
 

@@ -1,0 +1,3 @@
+"""Units of what is counted in more than one room."""
+
+GIB = 2**30  # bytes
