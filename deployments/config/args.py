@@ -10,12 +10,15 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from acestep.errors import InvalidRequest
+from acestep.paths import home, writable
 from acestep.settings.options import read_overrides
 from acestep.validation import UNKNOWN_FIELD, first_problem
 
 Tier = Literal["tier1", "tier2", "tier3", "tier4", "tier5", "tier6", "unlimited"]
 Engine = Literal["torch", "simulated"]
+Role = Literal["plan", "render"]
 T = TypeVar("T", bound=BaseModel)
+ROLE_OF_DEPLOYMENT: dict[str, Role] = {"lm": "plan", "dit": "render"}
 
 
 class _Args(BaseModel):
@@ -224,3 +227,8 @@ def parse_args(model: type[T], args: dict[str, Any] | None, application: str) ->
         key, message = first_problem(error)
         hint = f" (known: {', '.join(model.model_fields)})" if message == UNKNOWN_FIELD else ""
         raise InvalidRequest(f"application {application!r}, args.{key}: {message}{hint}", field=f"args.{key}") from None
+
+
+def default_database_url() -> str:
+    """SQLite in the state directory."""
+    return f"sqlite:///{writable(home()) / 'jobs.sqlite3'}"

@@ -16,10 +16,10 @@ from acestep.cli import output as out
 from acestep.errors import AceStepError, InvalidRequest, Unavailable
 from acestep.paths import home, writable
 from acestep.ray_env import AUTH_MODE, TEMPORARY, TOKEN, TOKEN_PATH, ray_env, running_ray
-from deployments.config.args import PlannerArgs, PoolArgs, RendererArgs, parse_args
+from deployments.config.args import PlannerArgs, PoolArgs, RendererArgs, Role, parse_args
 from deployments.config.validate import problems, read_config
 from deployments.jobs.database import engine_for
-from deployments.stages.start import Role, settle
+from deployments.stages.start import settle
 
 config = typer.Typer(help="Check and write Serve config files.", no_args_is_help=True, add_completion=False)
 prepare = typer.Typer(add_completion=False)

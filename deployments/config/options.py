@@ -11,7 +11,7 @@ import ray
 from acestep.gpu_config import get_gpu_config
 from acestep.hardware.simulation import simulated_gib
 from acestep.settings.options import AUTO, OPTIONS
-from deployments.config.args import PoolArgs
+from deployments.config.args import PoolArgs, default_database_url
 
 ROLE_LABEL = "acestep/role"
 TIER_LABEL = "acestep/gpu-tier"
@@ -95,8 +95,6 @@ def deployment_options(args: PoolArgs) -> dict[str, Any]:
 
 def autoscaling(args: PoolArgs, pool: str) -> dict[str, Any]:
     """Scaling on the seconds of work that wait for the pool, as the job store knows them."""
-    from deployments.jobs.database import default_database_url  # the stages import this module, and need no SQL
-
     return {
         "min_replicas": args.min_replicas,
         "max_replicas": args.max_replicas,

@@ -21,8 +21,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from acestep.errors import InvalidRequest
-from deployments.config.args import PlannerArgs, PoolArgs, RendererArgs, RouterArgs, parse_args
-from deployments.fleet.watch import ROLE_OF_DEPLOYMENT
+from deployments.config.args import ROLE_OF_DEPLOYMENT, PlannerArgs, PoolArgs, RendererArgs, RouterArgs, parse_args
 
 BUILDERS: dict[str, type[BaseModel]] = {
     "deployments.app:router": RouterArgs,

@@ -22,9 +22,9 @@ from acestep.request import (
 from acestep.sizing.limits import refusal
 from acestep.validation import first_problem
 from acestep.words import read_key, read_time_signature, readable
+from deployments.config.args import Role
 from deployments.dispatch.retry import written
 from deployments.dispatch.talk import Talk
-from deployments.fleet.watch import Role
 from deployments.jobs.store import Job, JobStore
 
 log = logging.getLogger(__name__)

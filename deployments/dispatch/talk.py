@@ -11,9 +11,10 @@ from typing import Any
 from acestep.errors import Unavailable, error_from_dict
 from acestep.lm.work import Sample
 from acestep.request import MAX_DURATION_S
+from deployments.config.args import Role
 from deployments.dispatch import retry
 from deployments.dispatch.calls import REPLICA_LOST
-from deployments.fleet.watch import Fleet, Role
+from deployments.fleet.watch import Fleet
 from deployments.scheduling.choose import choose_pool, fleet_limits
 from deployments.scheduling.ledger import NoPool, Routing
 

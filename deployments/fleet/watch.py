@@ -13,20 +13,18 @@ import re
 import time
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from acestep.errors import InvalidRequest
-from deployments.config.args import PlannerArgs, PoolArgs, RendererArgs, parse_args
+from deployments.config.args import ROLE_OF_DEPLOYMENT, PlannerArgs, PoolArgs, RendererArgs, Role, parse_args
 from deployments.config.options import label_selector, node_labels
 
 log = logging.getLogger(__name__)
 
-Role = Literal["plan", "render"]
-ROLE_OF_DEPLOYMENT: dict[str, Role] = {"lm": "plan", "dit": "render"}
 ARGS_OF_ROLE: dict[Role, type[PoolArgs]] = {"plan": PlannerArgs, "render": RendererArgs}
 POLL_S = 1.0
 DESCRIBE_EVERY_S = 10.0

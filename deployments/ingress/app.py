@@ -9,13 +9,11 @@ from fastapi.openapi.utils import get_openapi
 from starlette.middleware.cors import CORSMiddleware
 
 from acestep import __version__
-from deployments.ingress import answers
 from deployments.ingress import errors as problems
-from deployments.ingress import uploads as files
 from deployments.ingress.acestep import models, tasks, texts
 from deployments.ingress.links import Prefix
 from deployments.ingress.middleware import BodyLimit, LostProxy, OptionalPrefix, Strangers, host_of
-from deployments.ingress.native import cluster, health, webhooks
+from deployments.ingress.native import answers, cluster, files, health, webhooks
 from deployments.ingress.native import songs as native
 from deployments.ingress.native import texts as plans
 from deployments.ingress.openai import chat

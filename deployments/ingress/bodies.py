@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 
 from deployments.ingress.auth import caller_of
 from deployments.ingress.errors import TooLarge
-from deployments.threads import with_files
+from deployments.jobs.threads import with_files
 
 MAX_VALUES = 50_000  # of one JSON body: the codes of eight songs of ten minutes are 24 000
 MAX_DEPTH = 64

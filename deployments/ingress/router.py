@@ -25,10 +25,10 @@ from deployments.jobs.backlog import ACTIVE, read_backlogs
 from deployments.jobs.blobs import Storage
 from deployments.jobs.retention import Retention
 from deployments.jobs.store import UNREACHABLE, JobStore
+from deployments.jobs.threads import store_pool
 from deployments.scheduling.ledger import Routing
 from deployments.telemetry.logs import join_serve
 from deployments.telemetry.metrics import RouterMeter
-from deployments.threads import store_pool
 
 log = logging.getLogger(__name__)
 BACKLOG_POLL_S = 1.0
@@ -80,7 +80,7 @@ class Router:
                 states = await asyncio.to_thread(service.store.counts, ACTIVE)
                 if time.monotonic() - counted > ENDED_POLL_S:
                     states, counted = await asyncio.to_thread(service.store.counts), time.monotonic()
-                self._meter.fleet(service.fleet.view, backlogs, states, service.routing.corrections.factor)
+                self._meter.fleet(service.fleet.view.pools, backlogs, states, service.routing.corrections.factor)
             except Exception:
                 log.exception("cannot read what waits")
             await asyncio.sleep(BACKLOG_POLL_S)

@@ -28,8 +28,8 @@ from deployments.ingress.auth import Caller
 from deployments.ingress.bodies import SPOOL_BYTES, spooled
 from deployments.jobs.blobs import Storage
 from deployments.jobs.retention import CLEAN_EVERY_S
+from deployments.jobs.threads import with_files
 from deployments.jobs.uploads import FOLDER, FileRecord, FileRecords, new_record
-from deployments.threads import with_files
 
 ABSOLUTE = "absolute audio file paths are not allowed"
 TRAVERSAL = "path traversal in audio file paths is not allowed"

@@ -16,7 +16,7 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
 from acestep.errors import InvalidRequest
-from acestep.paths import home, writable
+from acestep.paths import writable
 from deployments.jobs.urls import driver_url
 
 SILENT_S = 15.0  # after which a PostgreSQL that says nothing any more is taken for gone
@@ -34,11 +34,6 @@ _POSTGRES = {
 }
 POOL_SIZE, POOL_OVERFLOW = 8, 24  # together, one connection for each of the router's threads
 _MIGRATION_LOCK = 0x0ACE57E9  # PostgreSQL advisory lock: routers that start together migrate one after another
-
-
-def default_database_url() -> str:
-    """SQLite in the state directory."""
-    return f"sqlite:///{writable(home()) / 'jobs.sqlite3'}"
 
 
 def open_database(url: str) -> Engine:

@@ -28,7 +28,7 @@ from sqlalchemy.engine import Engine
 from acestep.errors import InvalidRequest
 from deployments.jobs.database import storable, writer
 from deployments.jobs.schema import webhooks
-from deployments.threads import with_names
+from deployments.jobs.threads import with_names
 
 log = logging.getLogger(__name__)
 

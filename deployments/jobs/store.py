@@ -22,7 +22,8 @@ from acestep.errors import AceStepError, InvalidRequest
 from acestep.plan import Plan
 from acestep.request import Adjustment, SongRequest
 from acestep.song import Progress, Song
-from deployments.jobs.database import DatabaseNow, default_database_url, open_database, storable, writer
+from deployments.config.args import default_database_url
+from deployments.jobs.database import DatabaseNow, open_database, storable, writer
 from deployments.jobs.schema import events, jobs, webhooks
 
 QUEUED, RUNNING, SUCCEEDED, FAILED, CANCELLED = "queued", "running", "succeeded", "failed", "cancelled"

@@ -26,8 +26,9 @@ from acestep.sizing.cost import (
     render_seconds,
 )
 from acestep.song import LATENT_FPS, Song
+from deployments.config.args import Role
 from deployments.fleet import busy
-from deployments.fleet.watch import FleetView, Role
+from deployments.fleet.watch import FleetView
 from deployments.jobs.backlog import Backlog
 from deployments.jobs.queue import Place as LinePlace
 from deployments.jobs.queue import turn_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import platform
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from ray import serve
 
@@ -21,11 +21,10 @@ from acestep.settings.resolve import Resolved
 from acestep.settings.resolve import resolve as resolve_settings
 from acestep.sizing.cost import Profile
 from acestep.sizing.profiles import find, named
-from deployments.config.args import PoolArgs
+from deployments.config.args import PoolArgs, Role
 from deployments.dispatch import retry
 
 log = logging.getLogger(__name__)
-Role = Literal["plan", "render"]
 
 
 @dataclass(frozen=True)

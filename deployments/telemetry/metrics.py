@@ -5,14 +5,12 @@ The router counts jobs and stages here; replicas sample their engine and their c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
 
 from ray.serve.metrics import Counter, Gauge, Histogram
 
-from deployments.fleet.watch import FleetView
-from deployments.jobs.backlog import Backlog
-from deployments.jobs.store import Job
+from acestep.request import Adjustment
 
 SECONDS = [0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000]
 RATIOS = [0.1, 0.25, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500]
@@ -21,6 +19,45 @@ RATIOS = [0.1, 0.25, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500]
 def _tags(*names: str) -> Any:
     """Tag keys; Ray annotates them as a tuple of exactly one."""
     return names
+
+
+class EndedJob(Protocol):
+    """What is counted of a job: its times in seconds since the epoch, what was changed of its request, and `eta_s` in `extra`."""
+
+    @property
+    def adjustments(self) -> Iterable[Adjustment]: ...
+    @property
+    def created_at(self) -> float: ...
+    @property
+    def started_at(self) -> float | None: ...
+    @property
+    def finished_at(self) -> float | None: ...
+    @property
+    def extra(self) -> Mapping[str, Any]: ...
+
+
+class PoolNow(Protocol):
+    """What is drawn of a pool: its name, its role, and replicas."""
+
+    @property
+    def app(self) -> str: ...
+    @property
+    def role(self) -> str: ...
+    @property
+    def running(self) -> int: ...
+    @property
+    def starting(self) -> int: ...
+    @property
+    def target(self) -> int: ...
+
+
+class Work(Protocol):
+    """Seconds of work of a pool."""
+
+    @property
+    def waiting_s(self) -> float: ...
+    @property
+    def running_s(self) -> float: ...
 
 
 class Meter:
@@ -32,7 +69,7 @@ class Meter:
     def retry(self, pool: str) -> None:
         """A replica was lost under a job."""
 
-    def ended(self, job: Job, outcome: str, audio_s: float) -> None:
+    def ended(self, job: EndedJob, outcome: str, audio_s: float) -> None:
         """A job ended, with this much audio made."""
 
 
@@ -59,7 +96,7 @@ class RouterMeter(Meter):
     def retry(self, pool: str) -> None:
         self._retries.inc(tags={"pool": pool})
 
-    def ended(self, job: Job, outcome: str, audio_s: float) -> None:
+    def ended(self, job: EndedJob, outcome: str, audio_s: float) -> None:
         self._jobs.inc(tags={"outcome": outcome})
         for adjustment in job.adjustments:
             self._clamps.inc(tags={"field": adjustment.field})
@@ -74,18 +111,18 @@ class RouterMeter(Meter):
 
     def fleet(
         self,
-        view: FleetView,
-        backlogs: Mapping[str, Backlog],
+        pools: Iterable[PoolNow],
+        backlogs: Mapping[str, Work],
         states: Mapping[str, int],
         factor: Callable[[str, str], float],
     ) -> None:
         """Gauges that are read once a second."""
         for state, count in states.items():
             self._state.set(count, {"state": state})
-        for pool in view.pools:
-            backlog = backlogs.get(pool.app, Backlog())
-            self._backlog.set(backlog.waiting_s, {"pool": pool.app, "kind": "waiting"})
-            self._backlog.set(backlog.running_s, {"pool": pool.app, "kind": "running"})
+        for pool in pools:
+            work = backlogs.get(pool.app)
+            self._backlog.set(work.waiting_s if work else 0.0, {"pool": pool.app, "kind": "waiting"})
+            self._backlog.set(work.running_s if work else 0.0, {"pool": pool.app, "kind": "running"})
             for state, n in (("running", pool.running), ("starting", pool.starting), ("target", pool.target)):
                 self._replicas.set(n, {"pool": pool.app, "role": pool.role, "state": state})
             self._correction.set(factor(pool.app, pool.role), {"pool": pool.app})

@@ -35,7 +35,7 @@ from deployments.ingress.downloads import send_file
 from deployments.ingress.errors import NotFound, retry_after
 from deployments.ingress.service import Service, Svc, check_idempotency_key, hash_of
 from deployments.jobs.store import Busy, Job
-from deployments.threads import with_files
+from deployments.jobs.threads import with_files
 
 router = APIRouter(tags=["ACE-Step's own API"], route_class=CompatRoute)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends
+from pydantic import Field
 
 from deployments.fleet.watch import Pool
-from deployments.ingress.answers import Cluster
 from deployments.ingress.auth import caller_of
+from deployments.ingress.native.answers import Answer
 from deployments.ingress.native.health import readiness
 from deployments.ingress.redact import redact
 from deployments.ingress.service import Service, service_of
@@ -29,6 +30,74 @@ _SHOWN = (
     "stats",
     "capacity",
 )
+
+
+class Replicas(Answer):
+    """Replicas of a pool."""
+
+    running: int = Field(description="That run.")
+    starting: int = Field(description="That start.")
+    target: int = Field(description="That there shall be.")
+
+
+class Scale(Answer):
+    """How far a pool grows and shrinks."""
+
+    min: int = Field(description="Fewest replicas.")
+    max: int = Field(description="Most replicas.")
+
+
+class Load(Answer):
+    """Work of a pool, in estimated seconds."""
+
+    waiting_s: float = Field(description="That waits.")
+    running_s: float = Field(description="That is left of what runs.")
+    running_jobs: int = Field(description="Jobs that run.")
+
+
+class PoolView(Answer):
+    """One pool, with what a replica of it said of itself; that is left out until one has."""
+
+    name: str = Field(description="The pool's Serve application.")
+    role: Literal["plan", "render"] = Field(description="Which stage it serves.")
+    tiers: list[str] = Field(description="Tiers of cards that it may use; empty for any.")
+    status: str = Field(description="As Ray Serve has it, such as RUNNING, DEPLOYING.")
+    replicas: Replicas = Field(description="How many there are.")
+    scale: Scale = Field(description="How many there may be.")
+    backlog: Load = Field(description="Its work.")
+    cost_correction: float = Field(description="What measured times are of estimated ones, lately.")
+    reason: str | None = Field(None, description="Why it does not serve.")
+    model: str | None = Field(None, description="Its checkpoint.")
+    notice: str | None = Field(None, description="What is to be known of its checkpoint.")
+    tier: str | None = Field(None, description="The card's tier.")
+    device: str | None = Field(None, description="The card.")
+    memory_gib: float | None = Field(None, description="Memory that counts for the tier, in GiB.")
+    limits: dict[str, Any] | None = Field(None, description="What it can do: durations, batches, modes, by name.")
+    settings: dict[str, Any] | None = Field(None, description="Its settings by name, as resolved.")
+    warnings: list[str] | None = Field(None, description="What was wrong with its settings.")
+    disabled: str | None = Field(None, description="Why a planner does not plan here.")
+    stats: dict[str, Any] | None = Field(None, description="The engine's own numbers, by name.")
+    capacity: int | None = Field(None, description="Pieces of work in flight at once.")
+
+
+class NodeView(Answer):
+    """A machine of the cluster."""
+
+    name: str = Field(description="As Ray has it.")
+    tier: str | None = Field(description="Its label `acestep/gpu-tier`.")
+    gpus: float = Field(description="Cards.")
+    cpus: float = Field(description="Cores.")
+    labels: dict[str, str] = Field(description="Its labels, without Ray's own.")
+
+
+class Cluster(Answer):
+    """What the fleet is made of and does now."""
+
+    ready: bool = Field(description="Both stages can serve.")
+    missing: list[str] = Field(description="What is missing, in words, with the label that a pool needs.")
+    jobs: dict[str, int] = Field(description="Number of jobs by state.")
+    pools: list[PoolView] = Field(description="Planners and renderers.")
+    nodes: list[NodeView] = Field(description="Machines that live.")
 
 
 @router.get(

@@ -3,18 +3,67 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Response
+from pydantic import Field
 
+from deployments.config.args import Role
 from deployments.config.options import label_selector, node_labels
-from deployments.fleet.watch import FleetView, Pool, Role
-from deployments.ingress.answers import Alive, Health, HealthData, Readiness
+from deployments.fleet.watch import FleetView, Pool
+from deployments.ingress.native.answers import Answer
 from deployments.ingress.redact import redact
 from deployments.ingress.service import Service, service_of
 
 router = APIRouter(tags=["health"])
 SILENT_S = 5.0  # without a word from the job store: it is looked at twice a second
+
+
+class Alive(Answer):
+    """The router answers."""
+
+    status: Literal["ok"] = Field(description="`ok`.")
+
+
+class PoolReadiness(Answer):
+    """One pool."""
+
+    pool: str = Field(description="Its name.")
+    role: Literal["plan", "render"] = Field(description="Which stage it serves.")
+    running: int = Field(description="Replicas that run.")
+    starting: int = Field(description="Replicas that start.")
+    reason: str | None = Field(None, description="Why it does not serve; left out where it does.")
+
+
+class Readiness(Answer):
+    """Whether songs can be made."""
+
+    ready: bool = Field(description="Both stages can serve.")
+    missing: list[str] = Field(description="What is missing, in words.")
+    pools: list[PoolReadiness] = Field(description="Every pool.")
+
+
+class HealthData(Answer):
+    """What ACE-Step's clients read."""
+
+    status: Literal["ok"] = Field(description="`ok`.")
+    service: str = Field(description="`ACE-Step API`.")
+    version: str = Field(description="Of ACE-Step's interface, not of this server.")
+    models_initialized: bool = Field(description="A renderer runs.")
+    llm_initialized: bool = Field(description="A planner runs.")
+    loaded_model: str | None = Field(description="The renderer's checkpoint.")
+    loaded_lm_model: str | None = Field(description="The planner's checkpoint.")
+    notice: str | None = Field(None, description="What is to be known of the checkpoints; left out where nothing is.")
+
+
+class Health(Answer):
+    """ACE-Step's envelope."""
+
+    data: HealthData = Field(description="The state.")
+    code: int = Field(description="200.")
+    error: None = Field(description="Null.")
+    timestamp: int = Field(description="Unix milliseconds.")
+    extra: None = Field(description="Null.")
 
 
 def readiness(view: FleetView) -> tuple[bool, dict[str, Any]]:

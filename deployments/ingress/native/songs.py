@@ -16,20 +16,20 @@ from pydantic import Field
 
 from acestep.errors import InvalidRequest, error_from_dict
 from acestep.request import SongRequest
-from deployments.ingress.answers import JobPage, JobView, Kind, State
 from deployments.ingress.auth import Auth, Caller, HeldStream, caller_of
 from deployments.ingress.bodies import KeyFirst
 from deployments.ingress.downloads import send_file
 from deployments.ingress.errors import PROBLEMS, Conflict, NotFound
 from deployments.ingress.links import audio_path, events_path, job_path, public, read_audio_path
 from deployments.ingress.native import examples
+from deployments.ingress.native.answers import JobPage, JobView, Kind, State
 from deployments.ingress.native.events import stream
 from deployments.ingress.native.views import job_view
 from deployments.ingress.native.waiting import wait_for_end
 from deployments.ingress.service import Service, Svc, check_idempotency_key, hash_of
 from deployments.jobs.outbox import check_url
 from deployments.jobs.store import CANCELLED, SUCCEEDED, TERMINAL, Job
-from deployments.threads import with_files
+from deployments.jobs.threads import with_files
 
 router = APIRouter(prefix="/v1", tags=["songs"], responses=PROBLEMS, route_class=KeyFirst)
 JobId = Annotated[str, Field(max_length=64, description="`id` of the job.")]

@@ -25,11 +25,11 @@ from acestep.request import (
 )
 from acestep.sizing.limits import check_sources
 from acestep.words import is_instrumental
-from deployments.ingress.answers import JobView
 from deployments.ingress.auth import Auth
 from deployments.ingress.bodies import KeyFirst
 from deployments.ingress.errors import PROBLEMS
 from deployments.ingress.native import examples
+from deployments.ingress.native.answers import JobView
 from deployments.ingress.native.songs import IdempotencyKey, Prefer, SongSubmission, accept
 from deployments.ingress.service import Svc
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from acestep.request import SongRequest
 from deployments.dispatch.errands import ANSWER
-from deployments.ingress.answers import FileView, JobView
 from deployments.ingress.links import audio_path, events_path, job_path, public
+from deployments.ingress.native.answers import FileView, JobView
 from deployments.ingress.redact import public_error
 from deployments.ingress.service import Service
 from deployments.jobs.queue import Place

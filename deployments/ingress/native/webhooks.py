@@ -9,11 +9,11 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Query
 from pydantic import Field
 
-from deployments.ingress.answers import Secret, WebhookList, WebhookView
 from deployments.ingress.auth import Auth
 from deployments.ingress.bodies import KeyFirst
 from deployments.ingress.errors import PROBLEMS, NotFound
 from deployments.ingress.native import examples
+from deployments.ingress.native.answers import Secret, WebhookList, WebhookView
 from deployments.ingress.service import Svc
 from deployments.jobs.outbox import Message, derived_secret, shown_secret
 

@@ -28,7 +28,7 @@ from deployments.ingress.native.waiting import wait_for_end
 from deployments.ingress.openai.messages import ChatRequest, Meaning, read_messages, task_fields, unused
 from deployments.ingress.service import Service, Svc
 from deployments.jobs.store import SUCCEEDED, Busy, Job
-from deployments.threads import with_files
+from deployments.jobs.threads import with_files
 
 HEARTBEAT_S = 2.0
 USAGE = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}  # a song has none

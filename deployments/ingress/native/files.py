@@ -8,16 +8,16 @@ from typing import Annotated
 from fastapi import APIRouter, File, Response, UploadFile
 from pydantic import Field
 
-from deployments.ingress.answers import FileView
 from deployments.ingress.auth import Auth
 from deployments.ingress.bodies import KeyFirst
 from deployments.ingress.errors import PROBLEMS, NotFound
 from deployments.ingress.links import public
 from deployments.ingress.native import examples
+from deployments.ingress.native.answers import FileView
 from deployments.ingress.native.views import file_view
 from deployments.ingress.service import Service, Svc
+from deployments.jobs.threads import with_files
 from deployments.jobs.uploads import FileRecord
-from deployments.threads import with_files
 
 router = APIRouter(prefix="/v1", tags=["files"], responses=PROBLEMS, route_class=KeyFirst)
 FileId = Annotated[str, Field(max_length=64, description="`id` of the file.")]

@@ -16,7 +16,7 @@ Ended = Literal["succeeded", "failed", "cancelled"]
 Kind = Literal["song", "plan", "codes", "understand"]
 
 
-class _Answer(BaseModel):
+class Answer(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
@@ -28,7 +28,7 @@ class JobError(BaseModel):
     message: str = Field(description="One or two sentences: what is wrong and what to do.")
 
 
-class Cost(_Answer):
+class Cost(Answer):
     """What a job asks for."""
 
     audio_s: float = Field(description="Seconds of audio, over all items; 0 for other jobs than songs.")
@@ -36,14 +36,14 @@ class Cost(_Answer):
     render_s: float = Field(description="Estimated seconds of renderer work.")
 
 
-class DeviceSeconds(_Answer):
+class DeviceSeconds(Answer):
     """Seconds of a job's own on the devices."""
 
     plan: float = Field(description="On the planner's card.")
     render: float = Field(description="On the renderer's card.")
 
 
-class Usage(_Answer):
+class Usage(Answer):
     """What an ended job used."""
 
     audio_s: float = Field(description="Seconds of audio that were made, over all items.")
@@ -51,14 +51,14 @@ class Usage(_Answer):
     total_s: float = Field(description="Seconds from its submission to its end.")
 
 
-class Placement(_Answer):
+class Placement(Answer):
     """Where a job goes, or went; null before that is decided and where the stage is not needed."""
 
     planner: str | None = Field(description="The planner's pool.")
     renderer: str | None = Field(description="The renderer's pool.")
 
 
-class Audio(_Answer):
+class Audio(Answer):
     """One file of a song."""
 
     format: str = Field(description="As asked for in `formats`.")
@@ -68,7 +68,7 @@ class Audio(_Answer):
     url: str = Field(description="Path of the file, signed: works without a key until it expires.")
 
 
-class Item(_Answer):
+class Item(Answer):
     """One song of a job."""
 
     index: int = Field(description="Which of the batch, from 0.")
@@ -87,14 +87,14 @@ class Item(_Answer):
     audio: list[Audio] = Field(description="The song in every format that was asked for.")
 
 
-class Timings(_Answer):
+class Timings(Answer):
     """Wall seconds by stage."""
 
     plan: PlanTimings = Field(description="Inside the planner.")
     render: RenderTimings = Field(description="Inside the renderer.")
 
 
-class SongResult(_Answer):
+class SongResult(Answer):
     """What a song's job made."""
 
     items: list[Item] = Field(description="One per song of the batch.")
@@ -105,21 +105,21 @@ class SongResult(_Answer):
     timings: Timings = Field(description="How long it took.")
 
 
-class TextResult(_Answer):
+class TextResult(Answer):
     """What a job of kind `codes` or `understand` found."""
 
     codes: list[int] = Field(description="Audio codes of its source, 5 per second.")
     sample: Sample | None = Field(None, description="The description, of kind `understand`.")
 
 
-class Links(_Answer):
+class Links(Answer):
     """Paths of the job."""
 
     self: str = Field(description="This view. Needs the key.")
     events: str = Field(description="Its events, signed: works without a key until it expires.")
 
 
-class JobView(_Answer):
+class JobView(Answer):
     """A job: where it stands, what it costs and, once done, its result."""
 
     id: str = Field(description="Names the job in every path.")
@@ -161,14 +161,14 @@ class JobView(_Answer):
     )
 
 
-class JobPage(_Answer):
+class JobPage(Answer):
     """Jobs, newest first."""
 
     jobs: list[JobView] = Field(description="At most `limit`.")
     next: str | None = Field(description="`cursor` of the next page; null on the last.")
 
 
-class FileView(_Answer):
+class FileView(Answer):
     """An uploaded file."""
 
     id: str = Field(description="For `src_audio` and `reference_audio`.")
@@ -180,7 +180,7 @@ class FileView(_Answer):
     expires_at: float = Field(description="Unix seconds after which it is deleted, unless a job waits for it.")
 
 
-class WebhookView(_Answer):
+class WebhookView(Answer):
     """A message about a job's end, and its delivery."""
 
     id: str = Field(description="Names the message; the same in every attempt (`webhook-id`).")
@@ -198,13 +198,13 @@ class WebhookView(_Answer):
     delivered_at: float | None = Field(description="Unix seconds of its delivery; null before.")
 
 
-class WebhookList(_Answer):
+class WebhookList(Answer):
     """Messages, newest first."""
 
     webhooks: list[WebhookView] = Field(description="At most `limit`.")
 
 
-class Secret(_Answer):
+class Secret(Answer):
     """What webhooks of your key are signed with."""
 
     secret: str = Field(description="As libraries for Standard Webhooks take it.")
@@ -213,7 +213,7 @@ class Secret(_Answer):
 # -- events of a job
 
 
-class EventData(_Answer):
+class EventData(Answer):
     """What every event tells."""
 
     job_id: str = Field(description="The job.")
@@ -244,7 +244,7 @@ class EndedData(EventData):
     error: JobError | None = Field(None, description="Why it failed or was cancelled.")
 
 
-class _Event(_Answer):
+class _Event(Answer):
     id: int = Field(description="For `Last-Event-ID`.")
 
 
@@ -269,7 +269,7 @@ class PlannedEvent(_Event):
     data: PlannedData = Field(description="As JSON.")
 
 
-class ProgressEvent(_Answer):
+class ProgressEvent(Answer):
     """How far its stage is. Has no id: only the latest is kept."""
 
     event: Literal["progress"] = Field(description="What happened.")
@@ -294,121 +294,3 @@ def add_schemas(document: dict[str, Any]) -> None:
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
     for name, part in {**schema.pop("$defs", {}), "JobEvent": schema}.items():
         schemas.setdefault(name, part)
-
-
-# -- health and fleet
-
-
-class Alive(_Answer):
-    """The router answers."""
-
-    status: Literal["ok"] = Field(description="`ok`.")
-
-
-class PoolReadiness(_Answer):
-    """One pool."""
-
-    pool: str = Field(description="Its name.")
-    role: Literal["plan", "render"] = Field(description="Which stage it serves.")
-    running: int = Field(description="Replicas that run.")
-    starting: int = Field(description="Replicas that start.")
-    reason: str | None = Field(None, description="Why it does not serve; left out where it does.")
-
-
-class Readiness(_Answer):
-    """Whether songs can be made."""
-
-    ready: bool = Field(description="Both stages can serve.")
-    missing: list[str] = Field(description="What is missing, in words.")
-    pools: list[PoolReadiness] = Field(description="Every pool.")
-
-
-class HealthData(_Answer):
-    """What ACE-Step's clients read."""
-
-    status: Literal["ok"] = Field(description="`ok`.")
-    service: str = Field(description="`ACE-Step API`.")
-    version: str = Field(description="Of ACE-Step's interface, not of this server.")
-    models_initialized: bool = Field(description="A renderer runs.")
-    llm_initialized: bool = Field(description="A planner runs.")
-    loaded_model: str | None = Field(description="The renderer's checkpoint.")
-    loaded_lm_model: str | None = Field(description="The planner's checkpoint.")
-    notice: str | None = Field(None, description="What is to be known of the checkpoints; left out where nothing is.")
-
-
-class Health(_Answer):
-    """ACE-Step's envelope."""
-
-    data: HealthData = Field(description="The state.")
-    code: int = Field(description="200.")
-    error: None = Field(description="Null.")
-    timestamp: int = Field(description="Unix milliseconds.")
-    extra: None = Field(description="Null.")
-
-
-class Replicas(_Answer):
-    """Replicas of a pool."""
-
-    running: int = Field(description="That run.")
-    starting: int = Field(description="That start.")
-    target: int = Field(description="That there shall be.")
-
-
-class Scale(_Answer):
-    """How far a pool grows and shrinks."""
-
-    min: int = Field(description="Fewest replicas.")
-    max: int = Field(description="Most replicas.")
-
-
-class Load(_Answer):
-    """Work of a pool, in estimated seconds."""
-
-    waiting_s: float = Field(description="That waits.")
-    running_s: float = Field(description="That is left of what runs.")
-    running_jobs: int = Field(description="Jobs that run.")
-
-
-class PoolView(_Answer):
-    """One pool, with what a replica of it said of itself; that is left out until one has."""
-
-    name: str = Field(description="The pool's Serve application.")
-    role: Literal["plan", "render"] = Field(description="Which stage it serves.")
-    tiers: list[str] = Field(description="Tiers of cards that it may use; empty for any.")
-    status: str = Field(description="As Ray Serve has it, such as RUNNING, DEPLOYING.")
-    replicas: Replicas = Field(description="How many there are.")
-    scale: Scale = Field(description="How many there may be.")
-    backlog: Load = Field(description="Its work.")
-    cost_correction: float = Field(description="What measured times are of estimated ones, lately.")
-    reason: str | None = Field(None, description="Why it does not serve.")
-    model: str | None = Field(None, description="Its checkpoint.")
-    notice: str | None = Field(None, description="What is to be known of its checkpoint.")
-    tier: str | None = Field(None, description="The card's tier.")
-    device: str | None = Field(None, description="The card.")
-    memory_gib: float | None = Field(None, description="Memory that counts for the tier, in GiB.")
-    limits: dict[str, Any] | None = Field(None, description="What it can do: durations, batches, modes, by name.")
-    settings: dict[str, Any] | None = Field(None, description="Its settings by name, as resolved.")
-    warnings: list[str] | None = Field(None, description="What was wrong with its settings.")
-    disabled: str | None = Field(None, description="Why a planner does not plan here.")
-    stats: dict[str, Any] | None = Field(None, description="The engine's own numbers, by name.")
-    capacity: int | None = Field(None, description="Pieces of work in flight at once.")
-
-
-class NodeView(_Answer):
-    """A machine of the cluster."""
-
-    name: str = Field(description="As Ray has it.")
-    tier: str | None = Field(description="Its label `acestep/gpu-tier`.")
-    gpus: float = Field(description="Cards.")
-    cpus: float = Field(description="Cores.")
-    labels: dict[str, str] = Field(description="Its labels, without Ray's own.")
-
-
-class Cluster(_Answer):
-    """What the fleet is made of and does now."""
-
-    ready: bool = Field(description="Both stages can serve.")
-    missing: list[str] = Field(description="What is missing, in words, with the label that a pool needs.")
-    jobs: dict[str, int] = Field(description="Number of jobs by state.")
-    pools: list[PoolView] = Field(description="Planners and renderers.")
-    nodes: list[NodeView] = Field(description="Machines that live.")
