@@ -1,28 +1,23 @@
-"""`acestep k8s`: plan, render, check, apply, scale, wait and status of the fleet on Kubernetes."""
+"""`acestep k8s`: what kubectl does not do for the fleet: plan, render, check and scale."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from acestep.errors import AceStepError, InvalidRequest
+from acestep.errors import InvalidRequest
 from deployments.k8s import render as renderer
-from deployments.k8s.apply import apply_all
-from deployments.k8s.changes import Effect
-from deployments.k8s.check import check_all, rayservice_of, read_manifests
-from deployments.k8s.cluster import RAY, Cluster, Document, resize_steps
-from deployments.k8s.findings import Finding, groups_of, mapping
+from deployments.k8s.check import check as check_manifests
 from deployments.k8s.groups import NAME, Source
+from deployments.k8s.kubectl import Kubectl
+from deployments.k8s.manifests import rayservice_of, read_manifests
 from deployments.k8s.plan import plan as make_plan
-from deployments.k8s.preflight import preflight
-from deployments.k8s.status import READY, describe, pending
-from deployments.k8s.status import wait as wait_for
+from deployments.k8s.scale import scale as scale_groups
 
-DRA = "resource.k8s.io/v1"
 app = typer.Typer(help="The fleet as a RayService on Kubernetes.", no_args_is_help=True, add_completion=False)
 render = typer.Typer(
     help="Write manifests from the tier table. Needs no cluster.", no_args_is_help=True, add_completion=False
@@ -31,36 +26,28 @@ app.add_typer(render, name="render")
 _out = Console(highlight=False, soft_wrap=True, markup=False)
 
 Namespace = Annotated[str, typer.Option("--namespace", "-n", help="Namespace of the fleet.")]
-OwnNamespace = Annotated[
-    str | None, typer.Option("--namespace", "-n", help="Namespace of the fleet, where the manifests name none.")
-]
 Context = Annotated[str | None, typer.Option(help="Context of the kubeconfig; left out: the current one.")]
 Service = Annotated[str, typer.Option("--name", help="Name of the RayService.")]
 Manifests = Annotated[
-    Path, typer.Argument(help="Rendered manifests, or - for standard input: kubectl kustomize DIR | acestep k8s ... -")
-]
-Crd = Annotated[
-    Path | None, typer.Option(help="KubeRay's ray.io_rayservices.yaml or its folder; else KUBERAY_CRD_DIR.")
+    Path,
+    typer.Argument(help="Rendered manifests, or - for standard input: kubectl kustomize DIR | acestep k8s check -"),
 ]
 Groups = Annotated[
     list[str], typer.Option("--group", "-g", help="TIER=MAX or TIER=MIN-MAX; cpu=N-N for workers without a card.")
 ]
 
 
-@app.callback()
-def _k8s() -> None:
-    """The fleet as a RayService on Kubernetes."""
-
-
 @app.command()
 def plan(context: Context = None) -> None:
     """Which cards the cluster has, by tier, and the fleet they make."""
-    cluster = Cluster.connect(context=context)
-    claimable = cluster.serves("ResourceSlice", DRA)
-    slices, claims = (
-        cluster.find(kind, DRA, everywhere=True) if claimable else [] for kind in ("ResourceSlice", "ResourceClaim")
+    kubectl = Kubectl(context)
+    kinds = ["nodes", "pods"]
+    if kubectl.serves("resource.k8s.io/v1"):
+        kinds += ["resourceslices.v1.resource.k8s.io", "resourceclaims.v1.resource.k8s.io"]
+    objects = kubectl.find(*kinds)
+    found = make_plan(
+        *([d for d in objects if d.get("kind") == kind] for kind in ("Node", "Pod", "ResourceSlice", "ResourceClaim"))
     )
-    found = make_plan(cluster.find("Node", everywhere=True), cluster.find("Pod", everywhere=True), slices, claims)
     for tier in found.tiers:
         size = f"{tier.mib[0]}" if tier.mib[0] == tier.mib[1] else f"{tier.mib[0]}-{tier.mib[1]}"
         _out.print(
@@ -135,141 +122,21 @@ def fleet(
 
 
 @app.command()
-def check(
-    manifests: Manifests,
-    crd: Crd = None,
-    online: Annotated[
-        bool, typer.Option("--online", help="Also ask the cluster: CRD, operator, node labels, volumes, permissions.")
-    ] = False,
-    namespace: OwnNamespace = None,
-    context: Context = None,
-) -> None:
-    """Every mistake that can be found before it costs a cluster. Exit code 1 where there is an error."""
+def check(manifests: Manifests) -> None:
+    """What Kubernetes would accept and what then would not work. Needs no cluster. Exit code 1 where there is an error."""
     documents = read_manifests(manifests)
-    findings = check_all(documents, crd)
-    if online:
-        findings += preflight(Cluster.connect(_namespace(documents, namespace), context), documents)
-    _report(findings)
-
-
-def _namespace(documents: list[Document], asked: str | None) -> str:
-    """Where the RayService goes."""
-    own = mapping(rayservice_of(documents), "metadata").get("namespace")
-    if own and asked and own != asked:
-        raise InvalidRequest(
-            f"the manifests are for namespace {own}, not {asked}: change `namespace` in the overlay", field="namespace"
-        )
-    return str(own or asked or NAME)
-
-
-def _report(findings: list[Finding]) -> None:
+    rayservice_of(documents)
+    findings = check_manifests(documents)
     for finding in findings:
         _out.print(str(finding))
-    errors = sum(f.level == "error" for f in findings)
-    if errors:
+    if errors := sum(f.level == "error" for f in findings):
         raise InvalidRequest(f"{errors} error(s)", field="manifests")
     _out.print("ok")
-
-
-@app.command()
-def apply(
-    manifests: Manifests,
-    allow_new_cluster: Annotated[
-        bool, typer.Option(help="Go on where a second cluster would be started beside the running one.")
-    ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would change.")] = False,
-    crd: Crd = None,
-    namespace: OwnNamespace = None,
-    context: Context = None,
-) -> None:
-    """Check, show what would change, and apply server-side. Refuses what would double the fleet, unless told."""
-    documents = read_manifests(manifests)
-    errors = [f for f in check_all(documents, crd) if f.level == "error"]
-    if errors:
-        _report(errors)
-    cluster = Cluster.connect(_namespace(documents, namespace), context)
-    change = apply_all(cluster, documents, allow_new_cluster=allow_new_cluster, dry_run=dry_run)
-    if dry_run:
-        _out.print("nothing was changed (--dry-run)")
-    elif change.effect is not Effect.NOTHING:
-        _out.print("next: acestep k8s wait")
 
 
 @app.command()
 def scale(group: Groups, name: Service = NAME, namespace: Namespace = NAME, context: Context = None) -> None:
     """Set the sizes of worker groups, in the RayService and in its running cluster: KubeRay does not pass them on."""
     sizes = {group: (size.least, size.most) for group, size in map(renderer.parse_size, group)}
-    for line in scale_groups(Cluster.connect(namespace, context), name, sizes):
+    for line in scale_groups(Kubectl(context, namespace), name, sizes):
         _out.print(line)
-
-
-def scale_groups(cluster: Cluster, name: str, sizes: dict[str, tuple[int, int]]) -> list[str]:
-    """Patch the RayService and its clusters. Returns what was done.
-
-    Args:
-        sizes: Group, or tier → (least, most).
-
-    Raises:
-        InvalidRequest: no such RayService, or no such group.
-    """
-    service = _service(cluster, name)
-    groups = {str(g.get("groupName")) for g in groups_of(service)}
-    sizes = {f"gpu-{g}" if g not in groups and f"gpu-{g}" in groups else g: size for g, size in sizes.items()}
-    path: tuple[str, ...] = ("spec", "rayClusterConfig", "workerGroupSpecs")
-    targets = [("RayService", name, service, path)]
-    for role in ("activeServiceStatus", "pendingServiceStatus"):
-        running = str(mapping(service, "status", role).get("rayClusterName") or "")
-        found = cluster.get("RayCluster", running, RAY) if running else None
-        if found is not None:
-            targets.append(("RayCluster", running, found, ("spec", "workerGroupSpecs")))
-    patches = [(kind, target, resize_steps(document, sizes, path)) for kind, target, document, path in targets]
-    for kind, target, steps in patches:
-        cluster.patch(kind, target, steps, RAY)
-    text = ", ".join(f"{g} {least}-{most}" for g, (least, most) in sizes.items())
-    return [f"{kind} {target}: {text}" for kind, target, _ in patches]
-
-
-@app.command()
-def status(name: Service = NAME, namespace: Namespace = NAME, context: Context = None) -> None:
-    """What runs, what does not, and why. Exit code 1 unless all of it serves."""
-    cluster = Cluster.connect(namespace, context)
-    lines = list(describe(_service(cluster, name), _pods(cluster), cluster.find("Event")))
-    for line in lines:
-        _out.print(line)
-    if not lines[0].endswith(f": {READY}"):
-        raise typer.Exit(1)
-
-
-@app.command()
-def wait(
-    name: Service = NAME,
-    timeout: Annotated[float, typer.Option(min=0, help="Seconds.")] = 900.0,
-    settle: Annotated[float, typer.Option(min=0, help="Seconds that it must stay ready.")] = 15.0,
-    namespace: Namespace = NAME,
-    context: Context = None,
-) -> None:
-    """Wait until everything serves. Exit code 1 where it failed, with the pods that cannot start."""
-    cluster = Cluster.connect(namespace, context)
-    last = wait_for(
-        lambda: _service(cluster, name),
-        timeout_s=timeout,
-        settle_s=settle,
-        on_change=lambda state: _out.print(f"{name}: {state}"),
-    )
-    if last != READY:
-        for line in pending(_pods(cluster), cluster.find("Event")):
-            _out.print(line)
-        raise AceStepError(
-            f"{name} is {last} after {timeout:g} s" if not last.startswith("failed") else f"{name} {last}"
-        )
-
-
-def _service(cluster: Cluster, name: str) -> dict[str, Any]:
-    found = cluster.get("RayService", name, RAY)
-    if found is None:
-        raise InvalidRequest(f"there is no RayService {name} in namespace {cluster.namespace}", field="name")
-    return found
-
-
-def _pods(cluster: Cluster) -> list[Document]:
-    return cluster.find("Pod", selector=f"app.kubernetes.io/part-of={NAME}")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
+from acestep.errors import InvalidRequest
 from acestep.gpu_config import TIERS, get_tier_of_mib
-from deployments.k8s.extra import needs
-from deployments.k8s.findings import items, mapping
 from deployments.k8s.groups import DRA_DRIVER, GPU_MEMORY_LABEL, GPU_RESOURCE
+from deployments.k8s.manifests import Manifest, items, mapping
+
+_QUANTITY = re.compile(r"(\d+)([KMGT]i|[kMGT])?")
+_UNITS = {None: 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
 
 @dataclass
@@ -57,10 +60,10 @@ class FleetPlan:
 
 
 def plan(
-    nodes: Iterable[Mapping[str, Any]],
-    pods: Iterable[Mapping[str, Any]] = (),
-    slices: Iterable[Mapping[str, Any]] = (),
-    claims: Iterable[Mapping[str, Any]] = (),
+    nodes: Iterable[Manifest],
+    pods: Iterable[Manifest] = (),
+    slices: Iterable[Manifest] = (),
+    claims: Iterable[Manifest] = (),
 ) -> FleetPlan:
     """What a fleet on these nodes could be.
 
@@ -88,7 +91,7 @@ def plan(
     return FleetPlan(tuple(tiers[t] for t in TIERS if t in tiers), tuple(warnings), claims=bool(by_slice))
 
 
-def _add_labelled(tiers: dict[str, TierCards], node: Mapping[str, Any], name: str, used: int) -> Iterator[str]:
+def _add_labelled(tiers: dict[str, TierCards], node: Manifest, name: str, used: int) -> Iterator[str]:
     labels = mapping(node, "metadata", "labels")
     cards = _count(node, GPU_RESOURCE)
     slices = sorted(k for k in mapping(node, "status", "allocatable") if k.startswith("nvidia.com/mig-"))
@@ -122,14 +125,14 @@ def _add_slice(tiers: dict[str, TierCards], name: str, cards: list[tuple[str, in
         tiers.setdefault(tier, TierCards(tier)).add(name, product, mib, 1, int(free))
 
 
-def _allocated(claims: Iterable[Mapping[str, Any]]) -> set[tuple[str, str]]:
+def _allocated(claims: Iterable[Manifest]) -> set[tuple[str, str]]:
     """(pool, device) of the DRA driver's devices that claims hold."""
-    results = [r for c in claims for r in map(mapping, items(c, "status", "allocation", "devices", "results"))]
+    results = [r for c in claims for r in items(c, "status", "allocation", "devices", "results")]
     return {(str(r.get("pool")), str(r.get("device"))) for r in results if r.get("driver") == DRA_DRIVER}
 
 
 def _cards_of_slices(
-    slices: Iterable[Mapping[str, Any]], allocated: set[tuple[str, str]]
+    slices: Iterable[Manifest], allocated: set[tuple[str, str]]
 ) -> dict[str, list[tuple[str, int, bool]]]:
     """Node → (product, MiB, whether it is free) of each whole card that the DRA driver offers."""
     found: dict[str, list[tuple[str, int, bool]]] = {}
@@ -148,7 +151,7 @@ def _cards_of_slices(
     return found
 
 
-def _requested(pods: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+def _requested(pods: Iterable[Manifest]) -> dict[str, int]:
     """Node → cards that its living pods have."""
     used: dict[str, int] = {}
     for pod in pods:
@@ -161,10 +164,17 @@ def _requested(pods: Iterable[Mapping[str, Any]]) -> dict[str, int]:
     return used
 
 
-def _count(node: Mapping[str, Any], resource: str) -> int:
+def _count(node: Manifest, resource: str) -> int:
     return int(mapping(node, "status", "allocatable").get(resource, 0))
 
 
 def mib_of(quantity: str) -> int:
-    """A Kubernetes quantity of bytes in whole MiB."""
-    return int(needs("kubernetes.utils.quantity").parse_quantity(quantity) / 2**20)
+    """A Kubernetes quantity of bytes in whole MiB.
+
+    Raises:
+        InvalidRequest: it is none.
+    """
+    found = _QUANTITY.fullmatch(quantity)
+    if found is None:
+        raise InvalidRequest(f"a ResourceSlice says memory {quantity!r}, which is no amount of bytes", field="memory")
+    return int(found[1]) * _UNITS[found[2]] // 2**20

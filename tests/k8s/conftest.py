@@ -12,9 +12,7 @@ import kubernetes_validate.utils
 import pytest
 import yaml
 
-from deployments.k8s import check
-from deployments.k8s.check import rayservice_of
-from deployments.k8s.schema import CRD_ENV, LOADER, find_crd, read_schema
+from deployments.k8s.manifests import LOADER, Manifest, cluster_of, groups_of, rayservice_of
 
 ROOT = Path(__file__).resolve().parents[2]
 K8S = ROOT / "k8s"
@@ -61,9 +59,8 @@ def _parsed(overlay: str) -> list[Document]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _schemas_are_read_once() -> Iterator[None]:
-    """kubernetes-validate and the CRD are megabytes for every object; hundreds of checks of one run share what was parsed."""
+    """kubernetes-validate reads its files, megabytes, for every object."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(check, "read_schema", cache(read_schema))
         patch.setattr(kubernetes_validate.utils, "schema_contents", cache(kubernetes_validate.utils.schema_contents))
         yield
 
@@ -81,18 +78,14 @@ def rendered() -> Callable[[str], list[Document]]:
 @pytest.fixture
 def production(rendered: Callable[[str], list[Document]]) -> Document:
     """The RayService with most in it, to be broken by tests."""
-    return copy.deepcopy(rayservice_of(rendered("production")))
+    return dict(rayservice_of(rendered("production")))
 
 
-@pytest.fixture(scope="session")
-def schema() -> Document | None:
-    """KubeRay's own schema of a RayService, where its CRD is here."""
-    path = find_crd()
-    return read_schema(path) if path else None
+def autoscaling_config(service: Manifest) -> dict[str, Any]:
+    """The node types, resources and labels that Ray's autoscaler reads from a RayService. Ray has no public reader of them."""
+    from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 
-
-@pytest.fixture
-def crd_schema(schema: Document | None) -> Document:
-    if schema is None:
-        pytest.skip(f"{CRD_ENV} does not name the folder of KubeRay's ray.io_rayservices.yaml")
-    return schema
+    metadata = {"name": service["metadata"]["name"], "namespace": "acestep"}
+    spec = {**cluster_of(service), "workerGroupSpecs": groups_of(service)}
+    config: dict[str, Any] = _derive_autoscaling_config_from_ray_cr({"metadata": metadata, "spec": spec})
+    return config

@@ -18,10 +18,12 @@ import yaml
 
 from acestep.errors import ERROR_TYPES
 from deployments.config.args import RouterArgs
-from deployments.k8s.check import check_all, rayservice_of
-from deployments.k8s.findings import groups_of
+from deployments.k8s.check import check
+from deployments.k8s.manifests import groups_of, rayservice_of
 from deployments.k8s.render import COMPONENT
+from tests.k8s import crd
 from tests.k8s.conftest import K8S, ROOT, Document, tool
+from tests.k8s.test_overlays import missing
 
 COMPONENTS = sorted(
     str(p.parent.relative_to(K8S / "components")) for p in (K8S / "components").rglob("kustomization.yaml")
@@ -53,10 +55,13 @@ def of_kind(objects: list[Document], kind: str) -> list[Document]:
 @pytest.mark.parametrize("name", [c for c in COMPONENTS if c not in ("model-download", "cpu-only", "gpu-any")])
 def test_a_component_works_on_its_own(name: str, tmp_path: Path) -> None:
     components = [name] if "gpu-" in name else ["gpu-tier6", name]
-    findings = [f for f in check_all(built(tmp_path, "cpu-only", *components)) if f.level == "error"]
+    objects = built(tmp_path, "cpu-only", *components)
+    findings = [f for f in check(objects) if f.level == "error"]
     if name == "files-s3":  # the Serve config is the overlay's
         findings = [f for f in findings if "says no files_url" not in f.message]
     assert [str(f) for f in findings] == []
+    assert missing(objects) == set()
+    assert crd.problems(rayservice_of(objects)) == []
 
 
 def test_every_component_says_what_it_is_for() -> None:
@@ -80,7 +85,7 @@ def test_volumes_are_exchanged_in_all_groups(tmp_path: Path) -> None:
 def test_names_with_a_prefix_are_followed_into_the_pods(tmp_path: Path) -> None:
     objects = kustomize(tmp_path, resources=["overlays/mixed-fleet"], namePrefix="x-")
     assert rayservice_of(objects)["metadata"]["name"] == "x-acestep"
-    assert [str(f) for f in check_all(objects) if "names " in f.message] == []
+    assert missing(objects) == set()
 
 
 # -- the way in: long answers, large uploads
@@ -111,11 +116,10 @@ def test_nobody_but_the_serve_port_is_reachable_from_outside(tmp_path: Path) -> 
     assert rayservice_of(objects)["spec"]["serveService"]["spec"] == {"type": "LoadBalancer"}
 
 
-@pytest.mark.parametrize("way_in", ["gateway", "ingress"])
-def test_a_way_in_leads_to_the_fleet_beside_a_load_balancer_too(way_in: str, tmp_path: Path) -> None:
-    assert [str(f) for f in check_all(built(tmp_path, "cpu-only", "loadbalancer", way_in)) if f.level == "error"] == []
-    findings = check_all(built(tmp_path, "cpu-only", "incremental-upgrade", way_in))
-    assert any("incremental upgrade makes a Gateway of its own" in f.message for f in findings)
+def test_the_ingress_leads_to_kuberays_service(tmp_path: Path) -> None:
+    ingress = of_kind(built(tmp_path, "cpu-only", "ingress", "loadbalancer"), "Ingress")[0]
+    backends = [path["backend"] for rule in ingress["spec"]["rules"] for path in rule["http"]["paths"]]
+    assert backends == [{"service": {"name": "acestep-serve-svc", "port": {"number": 8000}}}]
 
 
 # -- who reaches what. Policies add up: what one of those that select a pod allows is allowed.

@@ -1,35 +1,108 @@
-"""Every overlay builds, and no layer of checks finds anything in it."""
+"""Every overlay builds, and is what Kubernetes, KubeRay, Ray's autoscaler and we expect."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
 
 from deployments.config.args import PoolArgs, RouterArgs
-from deployments.k8s.check import check_all, rayservice_of
-from deployments.k8s.findings import groups_of, items, mapping
-from deployments.k8s.fleet_rules import pools, serve_config
-from deployments.k8s.readers import autoscaling_config
-from deployments.k8s.schema import check_rayservice
-from tests.k8s.conftest import K8S, OVERLAYS, Document, build
+from deployments.k8s.check import check, pools, serve_config
+from deployments.k8s.manifests import cluster_of, groups_of, items, mapping, pod_templates, rayservice_of
+from tests.k8s import crd
+from tests.k8s.conftest import K8S, OVERLAYS, Document, autoscaling_config, build
 
 Rendered = Callable[[str], list[Document]]
-NO_SCHEMA = {"Gateway", "HTTPRoute", "PodMonitor", "PrometheusRule"}  # foreign CRDs, see test_components.py
+FOREIGN = {"RayService", "Gateway", "HTTPRoute", "PodMonitor", "PrometheusRule"}  # kinds of other projects
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_no_check_finds_anything(overlay: str, rendered: Rendered) -> None:
-    findings = check_all(rendered(overlay))
-    assert [str(f) for f in findings if f.level != "note"] == []
-    unchecked = {f.where.partition("/")[0] for f in findings} - {"RayService"}
-    assert unchecked <= NO_SCHEMA
+def test_no_rule_is_broken(overlay: str, rendered: Rendered) -> None:
+    assert [str(f) for f in check(rendered(overlay))] == []
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_kuberays_own_schema_takes_it(overlay: str, rendered: Rendered, crd_schema: Document) -> None:
-    assert [str(f) for f in check_rayservice(rayservice_of(rendered(overlay)), crd_schema)] == []
+def test_kubernetes_own_schemas_take_it(overlay: str, rendered: Rendered) -> None:
+    for document in rendered(overlay):
+        if document["kind"] not in FOREIGN:
+            kubernetes_validate.validate(document, "1.36", strict=True)
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_kuberays_own_schema_takes_it(overlay: str, rendered: Rendered) -> None:
+    assert crd.problems(rayservice_of(rendered(overlay))) == []
+
+
+def test_kuberays_own_schema_refuses_what_the_api_server_refuses(production: Document) -> None:
+    cluster = cluster_of(production)
+    cluster["rayVersoin"] = "2.60.0"
+    cluster["workerGroupSpecs"][0]["maxReplicas"] = "2"
+    cluster["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]["imagePolicy"] = "x"
+    del cluster["workerGroupSpecs"][1]["groupName"], cluster["workerGroupSpecs"][1]["minReplicas"]
+    text = "\n".join(crd.problems(production))
+    assert [w for w in ("rayVersoin", "'2' is not", "imagePolicy", "'groupName' is a required") if w not in text] == []
+    assert "minReplicas" not in text  # the server fills it in
+
+
+def _pods(objects: list[Document]) -> Iterator[tuple[str, Any]]:
+    """Every pod spec that the objects lead to. The autoscaler's container, which KubeRay adds, stands in the head's pod."""
+    for document in objects:
+        if document["kind"] == "RayService":
+            own = {"name": "autoscaler", **cluster_of(document)["autoscalerOptions"]}
+            for name, template in pod_templates(document):
+                pod = mapping(template, "spec")
+                yield name, {**pod, "containers": [*pod["containers"], *([own] if name == "head" else [])]}
+        elif template := mapping(document, "spec", "template"):
+            yield document["kind"], template["spec"]
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_the_namespace_admits_the_pods(overlay: str, rendered: Rendered) -> None:
+    """PodSecurity `restricted`, which refuses a pod in silence: the RayService would only never have a head."""
+    objects = rendered(overlay)
+    namespace = next(d for d in objects if d["kind"] == "Namespace")
+    assert namespace["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
+    for name, pod in _pods(objects):
+        security = pod["securityContext"]
+        assert security["runAsNonRoot"] is True, name
+        assert security["runAsUser"] != 0
+        assert security["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert not {"hostNetwork", "hostPID", "hostIPC"} & set(pod)
+        for container in (*pod.get("initContainers", ()), *pod["containers"]):
+            own = container["securityContext"]
+            assert own["allowPrivilegeEscalation"] is False, container["name"]
+            assert own["capabilities"] == {"drop": ["ALL"]}
+            assert set(own) <= {"allowPrivilegeEscalation", "readOnlyRootFilesystem", "runAsNonRoot", "capabilities"}
+            assert not any("hostPort" in port for port in container.get("ports", ()))
+        allowed = {"configMap", "emptyDir", "persistentVolumeClaim", "secret"}
+        assert {kind for volume in pod.get("volumes", ()) for kind in volume} <= allowed | {"name"}
+
+
+_NAMES = {"configMapRef": "ConfigMap", "configMap": "ConfigMap", "persistentVolumeClaim": "PersistentVolumeClaim"}
+_NAMES |= {"serviceAccountName": "ServiceAccount", "resourceClaimTemplateName": "ResourceClaimTemplate"}
+
+
+def missing(objects: list[Document]) -> set[tuple[str, str]]:
+    """Objects that pods name and that are not there. Secrets come from elsewhere."""
+
+    def named(value: Any) -> Iterator[tuple[str, str]]:
+        for key, child in value.items() if isinstance(value, dict) else ():
+            if key in _NAMES:
+                yield _NAMES[key], child if isinstance(child, str) else child.get("claimName") or child["name"]
+        for child in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+            yield from named(child)
+
+    return set(named(objects)) - {(d["kind"], d["metadata"]["name"]) for d in objects}
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_what_pods_name_is_there(overlay: str, rendered: Rendered) -> None:
+    objects = rendered(overlay)
+    assert missing(objects) == set()
+    assert missing([d for d in objects if d["kind"] != "ServiceAccount"])
 
 
 def test_building_twice_gives_the_same() -> None:

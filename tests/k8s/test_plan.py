@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from acestep.errors import InvalidRequest
 from deployments.k8s.plan import mib_of, plan
 
 MIB = "nvidia.com/gpu.memory"
@@ -106,3 +107,8 @@ def test_slices_of_other_drivers_do_not_count() -> None:
 )
 def test_quantities(text: str, mib: int) -> None:
     assert mib_of(text) == mib
+
+
+def test_what_is_no_quantity_is_said() -> None:
+    with pytest.raises(InvalidRequest, match="'a lot'"):
+        mib_of("a lot")

@@ -12,8 +12,8 @@ from acestep.errors import Unavailable
 from deployments.jobs.backlog import read_backlog
 from deployments.jobs.blobs import Storage
 from deployments.jobs.store import JobStore
-from deployments.k8s.check import rayservice_of
-from deployments.k8s.fleet_rules import pools, serve_config
+from deployments.k8s.check import pools, serve_config
+from deployments.k8s.manifests import rayservice_of
 from tests.jobs.conftest import postgres  # noqa: F401 - the fixture
 from tests.k8s.conftest import Document
 from tests.postgres import Postgres

@@ -25,9 +25,8 @@ import pytest
 import yaml
 
 from acestep.cli.client import Client
-from deployments.k8s.check import rayservice_of
-from deployments.k8s.readers import autoscaling_config
-from tests.k8s.conftest import Document
+from deployments.k8s.manifests import rayservice_of
+from tests.k8s.conftest import Document, autoscaling_config
 from tests.server import _kill_session, free_port
 
 pytestmark = pytest.mark.e2e

@@ -1,0 +1,266 @@
+"""`acestep k8s ...` as users call it: with the real kubectl where a cluster is asked, against a small API server."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from acestep.cli import main as cli
+from deployments.k8s.kubectl import Kubectl
+from deployments.k8s.manifests import groups_of, rayservice_of
+from deployments.k8s.scale import SERVICE, resize_steps
+from tests.k8s.conftest import K8S, Document, build, tool
+from tests.k8s.fake_api import FakeApi
+from tests.k8s.test_plan import node, pod, slice_of
+
+
+@dataclass
+class Done:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., Done]:
+    """`acestep k8s ...` in this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def command(*arguments: str, stdin: str = "") -> Done:
+        monkeypatch.setattr("sys.argv", ["acestep", "k8s", *arguments])
+        monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        return Done(code, *capsys.readouterr())
+
+    return command
+
+
+@pytest.fixture
+def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeApi]:
+    """The server that kubectl's configuration names, with a cluster's nodes."""
+    monkeypatch.setenv("PATH", f"{tool('kubectl').parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("HOME", str(tmp_path))  # kubectl's cache of kinds
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "config"))
+    with FakeApi().serve() as server:
+        config: Document = {
+            "apiVersion": "v1", "kind": "Config", "current-context": "x",
+            "clusters": [{"name": "x", "cluster": {"server": server.url}}],
+            "users": [{"name": "x", "user": {"token": "x"}}],
+            "contexts": [{"name": "x", "context": {"cluster": "x", "user": "x"}}],
+        }  # fmt: skip
+        (tmp_path / "config").write_text(yaml.safe_dump(config))
+        for document in (node("a", 8188, 2), node("b", 23034, 2, product="L4")):
+            server.put({"kind": "Node", **document})
+        server.put({"kind": "Pod", **pod("b", 1), "metadata": {"name": "p"}}, "other")
+        yield server
+
+
+@pytest.fixture
+def fleet(api: FakeApi, rendered: Callable[[str], list[Document]]) -> Document:
+    """The RayService that runs, and its cluster."""
+    service = dict(rayservice_of(rendered("mixed-fleet")))
+    service["status"] = {"activeServiceStatus": {"rayClusterName": "acestep-abcde"}}
+    api.put(service)
+    api.put({"kind": "RayCluster", "metadata": {"name": "acestep-abcde"}, "spec": service["spec"]["rayClusterConfig"]})
+    return service
+
+
+# -- plan
+
+
+def test_a_plan_reads_nodes_and_what_pods_have_of_them(run: Callable[..., Done], api: FakeApi) -> None:
+    planned = run("plan")
+    assert planned.code == 0, planned
+    assert "tier6      2 card(s), 1 free, on 1 node(s): L4, 23034 MiB" in planned.out
+    assert "no cards of tier1, tier2, tier3, tier5, unlimited" in planned.out
+    assert planned.out.endswith("render fleet k8s/overlays/mixed-fleet/fleet --group tier4=2 --group tier6=2\n")
+
+
+def test_a_plan_knows_claims_where_the_cluster_does(run: Callable[..., Done], api: FakeApi) -> None:
+    api.put({"kind": "ResourceSlice", "metadata": {"name": "b"}, **slice_of("b", "23034Mi", "8188Mi")})
+    held = {"driver": "gpu.nvidia.com", "pool": "b", "device": "gpu-1"}
+    status = {"allocation": {"devices": {"results": [held]}}}
+    api.put({"kind": "ResourceClaim", "metadata": {"name": "c"}, "status": status}, "other")
+    planned = run("plan")
+    assert "tier4      3 card(s), 2 free" in planned.out, planned
+    assert planned.out.endswith("--source dra\n")
+
+
+def test_a_plan_does_without_them(run: Callable[..., Done], api: FakeApi) -> None:
+    api.without.add("resource.k8s.io/v1")
+    assert run("plan").out.endswith("--group tier4=2 --group tier6=2\n")
+
+
+def test_what_kubectl_says_reaches_the_user(
+    run: Callable[..., Done], api: FakeApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = run("plan", "--context", "other")
+    assert wrong.code == 1
+    assert 'context "other" does not exist' in wrong.err
+    monkeypatch.setenv("PATH", str(tmp_path))
+    without = run("plan")
+    assert without.code == 1
+    assert "kubectl is not on the PATH" in without.err
+
+
+# -- scale
+
+
+def sizes(groups: Any) -> dict[str, tuple[int, int]]:
+    return {g["groupName"]: (g["minReplicas"], g["maxReplicas"]) for g in groups}
+
+
+def test_scaling_reaches_the_service_and_its_running_cluster(
+    run: Callable[..., Done], api: FakeApi, fleet: Document
+) -> None:
+    done = run("scale", "--group", "tier6=1-5", "-g", "gpu-tier4=3")
+    assert done.code == 0, done
+    text = "gpu-tier6 1-5, gpu-tier4 0-3"
+    assert done.out == f"RayService acestep: {text}\nRayCluster acestep-abcde: {text}\n"
+    expected = {"gpu-tier4": (0, 3), "gpu-tier6": (1, 5), "gpu-unlimited": (0, 1)}
+    assert sizes(groups_of(api.get("RayService", "acestep"))) == expected
+    assert sizes(api.get("RayCluster", "acestep-abcde")["spec"]["workerGroupSpecs"]) == expected
+
+
+def test_scaling_what_is_not_there_changes_nothing(run: Callable[..., Done], api: FakeApi, fleet: Document) -> None:
+    before = dict(api.objects)
+    assert "gpu-tier4, gpu-tier6" in run("scale", "-g", "tier6=1", "-g", "tier1=1").err
+    assert "no RayService other" in run("scale", "-g", "tier6=1", "--name", "other").err
+    assert "no RayService acestep" in run("scale", "-g", "tier6=1", "--namespace", "other").err
+    assert "TIER=MAX" in run("scale", "-g", "tier6").err
+    assert api.objects == before
+
+
+def test_a_list_of_groups_that_changed_meanwhile_is_not_patched_at_the_wrong_place(
+    api: FakeApi, fleet: Document
+) -> None:
+    steps = resize_steps(fleet, {"gpu-tier6": (0, 9)}, ("spec", "rayClusterConfig", "workerGroupSpecs"))
+    groups_of(api.get("RayService", "acestep"))[1]["groupName"] = "gpu-tier5"
+    with pytest.raises(Exception, match="the test of"):
+        Kubectl(namespace="acestep").patch(SERVICE, "acestep", steps)
+    assert sizes(groups_of(api.get("RayService", "acestep")))["gpu-tier5"] == (0, 2)
+
+
+def test_groups_that_are_no_tier_can_be_scaled_too(run: Callable[..., Done], api: FakeApi, fleet: Document) -> None:
+    for found in (
+        api.get("RayService", "acestep")["spec"]["rayClusterConfig"],
+        api.get("RayCluster", "acestep-abcde")["spec"],
+    ):
+        found["workerGroupSpecs"][2]["groupName"] = "spot"
+    assert "RayCluster acestep-abcde: spot 0-3" in run("scale", "-g", "spot=3").out
+
+
+# -- rights
+
+
+@pytest.mark.parametrize("command", ["plan", "scale"])
+def test_the_documented_roles_are_enough(command: str, run: Callable[..., Done], api: FakeApi, fleet: Document) -> None:
+    text = (K8S / "rbac.yaml").read_text()
+    needed = dict(re.findall(r"^#   `acestep k8s (\w+)` +(acestep-\w+)", text, re.MULTILINE))
+    roles = {d["metadata"]["name"]: d["rules"] for d in yaml.safe_load_all(text)}
+    may = {
+        (verb, group, resource)
+        for rule in roles[needed[command]]
+        for group in rule["apiGroups"]
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+    }
+    assert run(command, *(["--group", "tier6=1"] if command == "scale" else [])).code == 0
+    assert api.asked == may
+
+
+# -- without a cluster
+
+
+def test_check(run: Callable[..., Done], tmp_path: Path) -> None:
+    good = run("check", "-", stdin=build("cpu-smoke"))
+    assert (good.code, good.out) == (0, "ok\n"), good
+    bad = run("check", "-", stdin=build("mixed-fleet").replace("version: v2", "version: v1"))
+    assert bad.code == 1
+    assert "error: RayService/acestep autoscalerOptions: version must be v2: v1 ignores labels" in bad.out
+    assert "1 error(s)" in bad.err
+    folder = run("check", str(tmp_path))
+    assert folder.code == 1
+    assert "kubectl kustomize" in folder.err
+    node = "{apiVersion: v1, kind: Node, metadata: {name: a}}"
+    wrong = (("", "no object"), ("a: [", "not YAML"), ("a: b", "without apiVersion"), (node, "expected one RayService"))
+    for text, says in wrong:
+        broken = run("check", "-", stdin=text)
+        assert broken.code == 1
+        assert says in broken.err
+
+
+def test_rendering(run: Callable[..., Done], tmp_path: Path) -> None:
+    astray = run("render", "fleet", "mine/fleet", "-g", "tier5=2")
+    assert astray.code == 1
+    assert "there is no k8s/components/gpu-tier5: say --components" in astray.err
+    assert not (tmp_path / "mine").exists()
+    (tmp_path / "k8s").symlink_to(K8S)
+    where = ("render", "fleet", "mine/fleet", "--components", "k8s/components")
+    assert run(*where, "-g", "tier5=2").code == 0
+    assert yaml.safe_load((tmp_path / "mine/fleet/kustomization.yaml").read_text())["components"] == [
+        "../../k8s/components/gpu-tier5"
+    ]
+    assert "gpu-tier5 stays with size 0" in run(*where, "-g", "tier6=1").out
+    other = str(tmp_path / "other")
+    stale = run("render", "components", "--check", other)
+    assert stale.code == 1
+    assert "not as rendered" in stale.err
+    assert run("render", "components", other).code == 0
+    assert run("render", "components", "--check", other).code == 0
+
+
+# -- what k8s/README.md says
+
+
+def documented() -> list[str]:
+    """The commands in the blocks of k8s/README.md that this machine has programs for."""
+    text = (K8S / "README.md").read_text()
+    blocks = "\n".join(re.findall(r"^ *```\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE)).replace("\\\n", " ")
+    commands = [" ".join(line.split()) for line in blocks.splitlines()]
+    return [c.removesuffix(" &") for c in commands if re.match(r"(KEY=\$\()?(kubectl|acestep k8s) ", c)]
+
+
+def test_the_documented_commands_are_ones(tmp_path: Path) -> None:
+    """In their order, on a copy of k8s/. There is no API server: what asks one must fail for that reason and no other."""
+    shutil.copytree(K8S, tmp_path / "k8s")
+    programs = f"{tool('kubectl').parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = os.environ | {
+        "PATH": programs,
+        "HOME": str(tmp_path),
+        "KUBECONFIG": str(tmp_path / "config"),
+        "COLUMNS": "200",
+    }
+    (tmp_path / "config").write_text(
+        "{apiVersion: v1, kind: Config, current-context: x, contexts: [{name: x, context: {}}]}"
+    )
+    commands = documented()
+    assert len(commands) > 15
+    for command in commands:
+        done = subprocess.run(
+            ["bash", "-o", "pipefail", "-c", command],
+            cwd=tmp_path,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        if done.returncode or "$(kubectl" in command:
+            assert re.search(r"connection refused|was refused", done.stderr), (command, done.stderr)
+        else:
+            assert command.startswith("kubectl config") or "acestep k8s" in command, command
