@@ -88,9 +88,9 @@ class Nodes:
 
     def request(self, method: str, path: str, **kwargs: Any) -> httpx.Response:
         headers = {"Authorization": f"Bearer {TOKEN}"}
-        return httpx.request(method, f"http://{HEAD}:{self.dashboard}{path}", headers=headers, timeout=20.0, **kwargs)
+        return httpx.request(method, f"http://{HEAD}:{self.dashboard}{path}", headers=headers, timeout=120.0, **kwargs)
 
-    def wait(self, what: str, ready: Callable[[], Any], timeout_s: float = 90.0) -> Any:
+    def wait(self, what: str, ready: Callable[[], Any], timeout_s: float = 200.0) -> Any:
         """Poll until `ready` gives something."""
         until, last = time.monotonic() + timeout_s, ""
         while time.monotonic() < until:
