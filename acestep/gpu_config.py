@@ -279,14 +279,15 @@ def get_limits(config: GPUConfig, role: Role, *, planner_on_card: bool | None = 
 
 
 def get_lm_model_size(model_path: str) -> str:
-    """`0.6B`, `1.7B` or `4B` from a checkpoint's name or path; `tiny` for the random-weight checkpoint.
+    """`0.6B`, `1.7B` or `4B` from a checkpoint's name, else from its path; `tiny` for the random-weight checkpoint.
 
-    A name without a size counts as the smallest, as upstream does.
+    Where neither has a size it counts as the smallest, as upstream does.
     """
     name = os.path.basename(model_path.rstrip("/\\"))
     if is_tiny(name):
         return "tiny"
-    return next((size for size in PLANNER_SIZES if size.lower() in name.lower()), "0.6B")
+    texts = (name.lower(), model_path.lower())
+    return next((size for text in texts for size in PLANNER_SIZES if size.lower() in text), "0.6B")
 
 
 def is_tiny(model_path: str) -> bool:

@@ -7,7 +7,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from acestep.checkpoints.bpe import byte_level_bpe
 from acestep.checkpoints.tiny_planner import SPECIAL_TOKENS
-from acestep.lm.model import Layer, ModelConfig, PlannerModel
+from acestep.lm.model import DecoderLayer, ModelConfig, PlannerModel
 from acestep.lm.tokenizer import PlannerTokenizer
 
 VOCAB_SIZE, TEXT_SIZE, AUDIO_TOKENS = 217_204, 151_643, 65_535
@@ -52,7 +52,7 @@ def random_model(size: str, device: torch.device, dtype: torch.dtype, max_len: i
 
     embedding = matrix(c.vocab_size, c.hidden_size)
     layers = [
-        Layer(
+        DecoderLayer(
             input_norm=ones(c.hidden_size),
             qkv=matrix((c.heads + 2 * c.kv_heads) * c.head_dim, c.hidden_size),
             qk_norm=ones(c.heads + c.kv_heads, c.head_dim),

@@ -91,3 +91,10 @@ def variant_defaults(is_turbo: bool, name: str | None = None) -> VariantDefaults
     if name in published():
         row |= published()[name].defaults
     return VariantDefaults(**{**row, "tasks": tuple(row["tasks"])})
+
+
+@cache
+def expected_defaults(model: str) -> VariantDefaults:
+    """Defaults by a checkpoint's name, for where there is no more of it than that; a name that says nothing counts as turbo."""
+    is_turbo = not any(variant in model.lower() for variant in ("base", "sft"))
+    return variant_defaults(is_turbo, model.removeprefix("ACE-Step/"))

@@ -75,7 +75,6 @@ class Studio:
     """
 
     def __init__(self, overrides: dict[str, Any] | None = None) -> None:
-        self._overrides = overrides
         self.settings: Resolved = resolve_settings("both", overrides)
         cap_process_memory(self.settings.device)
         self._planner: Planner | None = None

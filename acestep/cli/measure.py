@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from acestep.formats import AudioFormat
+from acestep.gpu_config import get_lm_model_size
 from acestep.plan import CODES_PER_SECOND, Plan
 from acestep.request import SongRequest
 from acestep.sizing.cost import (
@@ -22,12 +23,10 @@ from acestep.sizing.cost import (
     PlannerCost,
     Profile,
     RendererCost,
-    defaults_of,
     plan_rows,
-    planner_size,
-    renderer_size,
 )
 from acestep.sizing.profiles import find
+from acestep.sizing.weights import renderer_size
 from acestep.song import LATENT_FPS, SAMPLE_RATE
 from acestep.worker import Ticket
 
@@ -66,7 +65,7 @@ def calibrate(
     base = find(card, tier=tier, cpu=cpu)
     planners, renderers, what = {}, {}, []
     if planner is not None:
-        size = planner_size(planner[0].info.name)
+        size = get_lm_model_size(planner[0].info.name)
         planners[size] = measure_planner(planner[0], load_s=planner[1])
         what.append(f"{planner[0].info.name} in {planner[0].info.dtype}")
     if renderer is not None:
@@ -143,7 +142,7 @@ def _plan(planner: Planner, batch: int, copies: int, duration: float, lyrics: st
 def measure_renderer(renderer: Renderer, *, load_s: float, longest_s: float) -> RendererCost:
     """Fit a denoising forward to constant, linear and quadratic parts, and time conditions and decoder."""
     durations = [d for d in (10.0, 20.0, 60.0, 120.0, 240.0) if d <= max(20.0, longest_s)]
-    steps = min(4, defaults_of(renderer.info.name).steps)
+    steps = min(4, renderer.info.defaults.steps)
     few = {"steps": steps, "guidance_scale": 1.0}
     _render(renderer, _rendered(10.0, **few))  # warm up
     timings = [_render(renderer, _rendered(d, **few)) for d in durations]

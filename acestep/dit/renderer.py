@@ -178,10 +178,6 @@ class Renderer:
         ticket: Any = self._thread.submit(CodesWork(path), priority=priority)
         return ticket
 
-    def audio_to_codes(self, path: Path) -> tuple[int, ...]:
-        """5 Hz audio codes of a file. Waits for its turn on the engine thread."""
-        return self.submit_codes(path).result()
-
     def cancel(self, ticket: Ticket[Any, Any]) -> None:
         """Drop a work before the engine's next step or VAE tile."""
         self._thread.cancel(ticket)

@@ -83,7 +83,6 @@ class Arena:
         *,
         device: torch.device,
         dtype: torch.dtype,
-        page: int = 1,
         clean: bool = False,
     ) -> None:
         self.allocator = SpanAllocator(tokens)

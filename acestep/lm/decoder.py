@@ -21,7 +21,7 @@ from acestep.lm.heads import Heads
 from acestep.lm.invariance import invariant_rows
 from acestep.lm.job import Job, Output
 from acestep.lm.model import PlannerModel
-from acestep.lm.reading import FlatReader, Reader, Row, StaticReader
+from acestep.lm.reading import FlatReader, PlannerRow, Reader, StaticReader
 from acestep.lm.sampling import penalise, sample
 from acestep.stage_settings import AttentionBackend
 
@@ -99,9 +99,9 @@ class Decoder:
             move = output.program.start()
             output.written = list(move.forced)
             # Only the first output reads the prompt; the others take over its keys and values.
-            output.cond = Row(next(places), [*job.prompt, *move.forced] if i == 0 else [])
+            output.cond = PlannerRow(next(places), [*job.prompt, *move.forced] if i == 0 else [])
             if job.uncond is not None:
-                output.uncond = Row(next(places), [*job.uncond, *move.forced] if i == 0 else [])
+                output.uncond = PlannerRow(next(places), [*job.uncond, *move.forced] if i == 0 else [])
             if move.choice is None:  # everything was known before
                 self._release(output)
             else:
@@ -144,7 +144,7 @@ class Decoder:
             self.remove(job)
         return finished
 
-    def _read_and_draw(self, reading: list[tuple[Row, int]], due: list[Output]) -> None:
+    def _read_and_draw(self, reading: list[tuple[PlannerRow, int]], due: list[Output]) -> None:
         for at, (row, _) in enumerate(reading):
             row.hidden = at
         with self._kernels():
@@ -154,9 +154,9 @@ class Decoder:
                 due += self._share_prompt(job)
         self._draw(due, hidden)
 
-    def _select(self) -> tuple[list[tuple[Row, int]], list[Output]]:
+    def _select(self) -> tuple[list[tuple[PlannerRow, int]], list[Output]]:
         """Rows with the number of tokens that each reads now, and the outputs that are up to date after it."""
-        reading: list[tuple[Row, int]] = []
+        reading: list[tuple[PlannerRow, int]] = []
         due: list[Output] = []
         budget = PREFILL_TOKENS
         for job in self.jobs:
@@ -255,7 +255,7 @@ class Decoder:
         output.done = True
 
 
-def _portions(output: Output) -> list[tuple[Row, int]]:
+def _portions(output: Output) -> list[tuple[PlannerRow, int]]:
     """What each row reads in this step: a chunk, but rows of one output end their prompts in the same step."""
     rows = output.rows
     ends = all(len(row.pending) <= PREFILL_CHUNK for row in rows)

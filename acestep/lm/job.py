@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from acestep.lm.grammar import Choice, Program
-from acestep.lm.reading import Row
+from acestep.lm.reading import PlannerRow
 from acestep.lm.sampling import SamplingParams
 
 
@@ -28,15 +28,15 @@ class Output:
     written: list[int] = field(default_factory=list)
     done: bool = False
     choice: Choice = field(init=False)
-    cond: Row = field(init=False)
-    uncond: Row | None = field(init=False, default=None)
+    cond: PlannerRow = field(init=False)
+    uncond: PlannerRow | None = field(init=False, default=None)
 
     @property
     def greedy(self) -> bool:
         return self.params.greedy or self.choice.greedy
 
     @property
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[PlannerRow]:
         return [self.cond] if self.uncond is None else [self.cond, self.uncond]
 
 

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from acestep.errors import ModelMissing
-from acestep.lm.model import Layer, ModelConfig, PlannerModel
+from acestep.lm.model import DecoderLayer, ModelConfig, PlannerModel
 from acestep.lm.tokenizer import PlannerTokenizer
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -91,7 +91,7 @@ def load_model(folder: Path, *, device: torch.device, dtype: torch.dtype, max_le
         queries, kv = config.heads * head_size, config.kv_heads * head_size
         q_norm, k_norm = get("self_attn.q_norm", head_size), get("self_attn.k_norm", head_size)
         layers.append(
-            Layer(
+            DecoderLayer(
                 input_norm=get("input_layernorm", h),
                 qkv=torch.cat([
                     get("self_attn.q_proj", queries, h), get("self_attn.k_proj", kv, h), get("self_attn.v_proj", kv, h),

@@ -29,7 +29,7 @@ _FIELD = re.compile(r"^([A-Za-z_]+)\s*:(.*)$")
 _LYRIC_HEADER = re.compile(
     r"\A(?:#\s*languages?[^\n]*\n(?:(?![ \t]*#)[^\n]*\n)*+)?\s*#\s*lyrics?\s*:?[ \t]*(?:\n|\Z)", re.IGNORECASE
 )
-_CODES = re.compile(r"<\|audio_code_(\d+)\|>")
+_CODES = re.compile(r"<\|audio_code_\d+\|>")
 
 
 def field_values(field: str, max_duration: int) -> tuple[str, ...]:
@@ -148,11 +148,6 @@ def degenerate(text: str, most_words: int = CAPTION_WORDS) -> str | None:
             if run >= least:
                 return "repeats itself"
     return None
-
-
-def parse_codes(text: str) -> list[int]:
-    """`<|audio_code_12|><|audio_code_9|>` → `[12, 9]`."""
-    return [int(n) for n in _CODES.findall(text)]
 
 
 def _read_yaml(block: str) -> dict[str, str] | None:

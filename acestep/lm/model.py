@@ -45,7 +45,7 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class Layer:
+class DecoderLayer:
     """Weights of one decoder layer; projections that read the same input are one matrix."""
 
     input_norm: torch.Tensor
@@ -69,7 +69,7 @@ class PlannerModel:
         self,
         config: ModelConfig,
         embedding: torch.Tensor,
-        layers: list[Layer],
+        layers: list[DecoderLayer],
         norm: torch.Tensor,
         head: torch.Tensor,
         max_len: int,

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
-class Row:
+class PlannerRow:
     """One sequence of the model.
 
     Attributes:
@@ -33,7 +33,7 @@ class Row:
 class Reader(Protocol):
     """Reads the first `length` pending tokens of every row and returns the hidden state after the last of each, (rows, hidden)."""
 
-    def __call__(self, reading: list[tuple[Row, int]]) -> torch.Tensor: ...
+    def __call__(self, reading: list[tuple[PlannerRow, int]]) -> torch.Tensor: ...
 
 
 class FlatReader:
@@ -44,7 +44,7 @@ class FlatReader:
         self._arena = arena
         self._min_rows = min_rows
 
-    def __call__(self, reading: list[tuple[Row, int]]) -> torch.Tensor:
+    def __call__(self, reading: list[tuple[PlannerRow, int]]) -> torch.Tensor:
         ids: list[int] = []
         positions: list[int] = []
         segments: list[Segment] = []
@@ -110,7 +110,7 @@ class StaticReader:
         """How many shapes are recorded."""
         return len(self._graphs)
 
-    def __call__(self, reading: list[tuple[Row, int]]) -> torch.Tensor:
+    def __call__(self, reading: list[tuple[PlannerRow, int]]) -> torch.Tensor:
         single = [i for i, (_, length) in enumerate(reading) if length == 1]
         if not single:
             return self._flat(reading)
@@ -122,7 +122,7 @@ class StaticReader:
         result[single], result[rest] = hidden, self._flat([reading[i] for i in rest])
         return result
 
-    def _decode(self, rows: list[Row]) -> torch.Tensor:
+    def _decode(self, rows: list[PlannerRow]) -> torch.Tensor:
         batch = next(b for b in self._batches if b >= len(rows))
         keys = next(k for k in self._keys if k > max(row.span.used for row in rows))
         idle = batch - len(rows)

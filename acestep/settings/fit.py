@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from acestep.checkpoints.published import expected_defaults
 from acestep.errors import OutOfMemory
 from acestep.gpu_config import Limits, is_tiny
 from acestep.hardware.cards import Device
 from acestep.request import MIN_DURATION_S
 from acestep.settings.options import Book
 from acestep.settings.renderer import int8_missing, with_tile
-from acestep.sizing.ledger import Admission, RenderTask, admit_render, is_guided, known_configs, longest_song
+from acestep.sizing.ledger import RenderFit, RenderTask, admit_render, known_configs, longest_song
 from acestep.stage_settings import RendererSettings
 from acestep.units import GIB
 
@@ -30,10 +31,10 @@ def fit_renderer(
     """
     if is_tiny(model):
         return settings, limits
-    task = RenderTask(limits.max_duration, limits.max_batch, guided=is_guided(model))
+    task = RenderTask(limits.max_duration, limits.max_batch, guided=not expected_defaults(model).distilled)
     configs, room = known_configs(model), device.memory_bytes
 
-    def admission(candidate: RendererSettings) -> Admission | None:
+    def admission(candidate: RendererSettings) -> RenderFit | None:
         try:
             return admit_render(task, configs, candidate, room)
         except OutOfMemory:
@@ -85,7 +86,7 @@ def _switched(settings: RendererSettings, name: str) -> RendererSettings:
     return replace(settings, offload="stage", offload_dit=settings.offload_dit or name == "offload_dit_to_cpu")
 
 
-def _admitted(book: Book, settings: RendererSettings, found: Admission) -> RendererSettings:
+def _admitted(book: Book, settings: RendererSettings, found: RenderFit) -> RendererSettings:
     if found.vae_tile_frames == settings.vae_tile_frames:
         return settings
     book.note("vae_tile_frames", found.vae_tile_frames, "larger tiles do not fit")

@@ -23,7 +23,7 @@ CPU_MAX_LEN = 8_192
 TYPICAL_SONG_S, TYPICAL_PROMPT_TOKENS = 240, 800
 # What the renderer on the same card keeps where the table sets no bound on the planner: its weights, ten minutes of activations, its
 # context, and slack (acestep.sizing.ledger says 8.1 and 13.7).
-RENDERER_RESERVE_GIB = {"2B": 9.0, "XL": 15.0}
+RENDERER_RESERVE_GIB = {"tiny": 9.0, "2B": 9.0, "XL": 15.0}
 
 
 def choose_planner(

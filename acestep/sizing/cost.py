@@ -10,20 +10,23 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from acestep.checkpoints.published import VariantDefaults, variant_defaults
+from acestep.checkpoints.published import default_name, expected_defaults
+from acestep.gpu_config import get_lm_model_size
 from acestep.plan import CODES_PER_SECOND, Plan
 from acestep.request import SongRequest
+from acestep.sizing.weights import renderer_size
 from acestep.song import LATENT_FPS
 from acestep.tasks import RULES, source_song_s
 
 C = TypeVar("C")
 NonNegative = Field(ge=0.0, allow_inf_nan=False)
 Positive = Field(gt=0.0, allow_inf_nan=False)
+
+DEFAULT_PLANNER, DEFAULT_RENDERER = default_name("planner"), default_name("renderer")
 
 # What the planner is expected to do where the request leaves it open.
 EXPECTED_DURATION_S = 150.0
@@ -82,7 +85,7 @@ class Profile(BaseModel):
 
     Args:
         price: Relative price of an hour of this card. Only order and ratios matter: "cheapest" means the smallest.
-        planners, renderers: By size name, see `planner_size` and `renderer_size`.
+        planners, renderers: By size: see `acestep.gpu_config.get_lm_model_size` and `acestep.sizing.weights.renderer_size`.
         output_s: Seconds of CPU per second of audio, by file format.
     """
 
@@ -99,10 +102,10 @@ class Profile(BaseModel):
     output_s: dict[str, float] = {}
 
     def planner(self, model: str | None) -> PlannerCost:
-        return _by_size(self.planners, planner_size(model), self.name, "planner")
+        return _by_size(self.planners, get_lm_model_size(model or DEFAULT_PLANNER), self.name, "planner")
 
     def renderer(self, model: str | None) -> RendererCost:
-        return _by_size(self.renderers, renderer_size(model), self.name, "renderer")
+        return _by_size(self.renderers, renderer_size(model or DEFAULT_RENDERER), self.name, "renderer")
 
 
 def _by_size(costs: Mapping[str, C], size: str, profile: str, stage: str) -> C:
@@ -114,28 +117,9 @@ def _by_size(costs: Mapping[str, C], size: str, profile: str, stage: str) -> C:
         ) from None
 
 
-def planner_size(model: str | None) -> str:
-    """`acestep-5Hz-lm-4B` → `4B`. Unknown names count as the 1.7B, upstream's default."""
-    name = (model or "").lower()
-    return next((size for size in ("0.6B", "1.7B", "4B", "tiny") if size.lower() in name), "1.7B")
-
-
-def renderer_size(model: str | None) -> str:
-    """`acestep-v15-xl-turbo` → `XL`. Unknown names count as the 2B."""
-    name = (model or "").lower()
-    return "tiny" if "tiny" in name else "XL" if "xl" in name else "2B"
-
-
-@cache
-def defaults_of(model: str | None) -> VariantDefaults:
-    """Sampling defaults by the checkpoint's name. Unknown names count as turbo."""
-    name = (model or "").lower()
-    return variant_defaults(is_turbo=not ("base" in name or "sft" in name))
-
-
 def forwards(request: SongRequest, model: str | None) -> float:
     """DiT forwards of one item, guidance counted as the second forward that it is."""
-    defaults = defaults_of(model or request.model)
+    defaults = expected_defaults(model or request.model or DEFAULT_RENDERER)
     steps = len(request.timesteps) if request.timesteps else request.steps or defaults.steps
     guidance = defaults.guidance_scale
     if (

@@ -6,10 +6,8 @@ by doctor. Pure arithmetic over configurations (`acestep.sizing.weights`, `acest
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from acestep.condition_texts import MAX_LYRIC_TOKENS, MAX_TEXT_TOKENS
 from acestep.errors import OutOfMemory
@@ -85,24 +83,13 @@ class Need:
 
 
 @dataclass(frozen=True)
-class Admission:
+class RenderFit:
     """How a rendering fits: songs per pass, the VAE tile, and what that takes. `notes` say what was made smaller."""
 
     songs_per_pass: int
     vae_tile_frames: int
     need: Need
     notes: tuple[str, ...] = ()
-
-
-def read_configs(folder: Path) -> dict[str, Config]:
-    """Component configurations of a renderer checkpoint in the diffusers layout."""
-    names = [name for parts in _GROUPS.values() for name in parts]
-    return {name: json.loads((folder / name / "config.json").read_text(encoding="utf-8")) for name in names}
-
-
-def is_guided(model: str) -> bool:
-    """Whether a published renderer is evaluated twice per step by default; guidance is distilled into the turbo ones."""
-    return any(variant in model.lower() for variant in ("base", "sft"))
 
 
 def known_configs(model: str) -> dict[str, Config]:
@@ -164,7 +151,7 @@ def plan_need(
 
 def admit_render(
     task: RenderTask, configs: Mapping[str, Config], settings: RendererSettings, device_bytes: int
-) -> Admission:
+) -> RenderFit:
     """How `task` fits into `device_bytes`: as the settings say, else in smaller groups, else with a smaller VAE tile.
 
     Raises:
@@ -179,7 +166,7 @@ def admit_render(
     while True:
         need = render_need(task, configs, settings, songs)
         if need.peak <= available:
-            return Admission(songs, settings.vae_tile_frames, need, tuple(notes))
+            return RenderFit(songs, settings.vae_tile_frames, need, tuple(notes))
         smaller = [t for t in TILES if t < settings.vae_tile_frames]
         too_big = {stage for stage, size in need.stages.items() if size > available}
         if "denoise" in too_big and songs > 1:

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
+from acestep.gpu_config import is_tiny
+
 Config = Mapping[str, Any]
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 SILENCE_FRAMES = 15_000
@@ -49,8 +51,8 @@ RENDERERS: dict[str, dict[str, Config]] = {
 
 
 def renderer_size(model: str) -> str:
-    """`2B` or `XL`, by the checkpoint's name."""
-    return "XL" if "xl" in model.lower() else "2B"
+    """`2B` or `XL` by the checkpoint's name, `tiny` for the random-weight checkpoints."""
+    return "tiny" if is_tiny(model) else "XL" if "xl" in model.lower() else "2B"
 
 
 def _linear(inputs: int, outputs: int, bias: bool = True) -> int:

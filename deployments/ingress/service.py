@@ -9,17 +9,18 @@ import json
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Collection
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncIterator, Collection, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any
 from urllib.parse import parse_qs, urlsplit
 
 from fastapi import Depends, Request
 
+from acestep.checkpoints.published import VariantDefaults, expected_defaults
 from acestep.dit import checks
 from acestep.errors import InvalidRequest
 from acestep.request import Adjustment, SongRequest
-from acestep.sizing.cost import defaults_of, expected_duration
+from acestep.sizing.cost import expected_duration
 from acestep.sizing.limits import check_sources, over_plan
 from deployments.config.args import RouterArgs
 from deployments.dispatch.dispatcher import Dispatcher
@@ -132,8 +133,7 @@ class Service:
         if decision is not None:
             request = decision.request
             if kind == "song" and (pool := self.fleet.view.get(decision.renderer or "")) and pool.info:
-                model = str(pool.info["model"])
-                checks.check(request, defaults_of(model), model)
+                checks.check(request, defaults_of(pool.info), str(pool.info["model"]))
             adjustments = (*adjustments, *decision.adjustments)
             columns = {
                 "plan_pool": decision.planner, "est_plan_s": decision.est_plan_s,
@@ -326,6 +326,13 @@ class Service:
     @property
     def uptime_s(self) -> float:
         return time.time() - self.started
+
+
+def defaults_of(info: Mapping[str, Any]) -> VariantDefaults:
+    """A renderer's defaults as its replica told them; what it did not tell goes by the checkpoint's name."""
+    known = {f.name for f in fields(VariantDefaults)}
+    told = {name: value for name, value in (info.get("defaults") or {}).items() if name in known}
+    return replace(expected_defaults(str(info["model"])), **told)
 
 
 def hash_of(*parts: Any) -> str:

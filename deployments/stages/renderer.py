@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from acestep.dit.finish import Maker, finish
@@ -66,6 +67,7 @@ class RendererDeployment:
                 "model_hash": checkpoint.hash,
                 "notice": checkpoint.notice,
                 "tasks": self.renderer.info.tasks,
+                "defaults": asdict(self.renderer.info.defaults),
             }
         # Clips of 20 s fill a step's frame budget; a CPU has none and renders one song after another.
         together = min(MAX_TOGETHER, int(self.renderer.stats().get("batch_frames", 0)) // CLIP_FRAMES)

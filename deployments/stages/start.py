@@ -35,6 +35,7 @@ class ReplicaInfo:
         capacity: Pieces of work in flight at once: batch rows of a planner, 1 for a renderer.
         together: Songs that a renderer may hold at once, so that short ones can share its denoising steps.
         limits: `acestep.gpu_config.Limits` as a dict.
+        defaults: `acestep.checkpoints.VariantDefaults` of a renderer's checkpoint as a dict.
         disabled: Why this planner does not run, where the tier table or a setting switches it off.
         profile: Cost profile of its card.
     """
@@ -51,6 +52,7 @@ class ReplicaInfo:
     capacity: int = 1
     together: int = 1
     tasks: tuple[str, ...] = ()
+    defaults: dict[str, Any] = field(default_factory=dict)
     load_s: float = 0.0
     settings: dict[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()

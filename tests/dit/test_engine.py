@@ -408,7 +408,7 @@ def test_offloaded_parts_are_there_whenever_they_are_used(make_renderer: Make, s
         ),
     ):
         assert renderer.submit(work).result(60).items
-    assert len(renderer.audio_to_codes(source)) == 20
+    assert len(renderer.submit_codes(source).result()) == 20
     assert used == {"conditions", "dit", "vae"}
 
 

@@ -23,9 +23,7 @@ from acestep.sizing.cost import (
     needs_planner,
     plan_rows,
     plan_seconds,
-    planner_size,
     render_seconds,
-    renderer_size,
 )
 
 
@@ -142,16 +140,27 @@ def test_guidance_and_sampler_multiply_the_forwards() -> None:
     assert forwards(song(timesteps=[1.0, 0.5]), "acestep-v15-turbo") == 2
 
 
-def test_model_names_give_sizes() -> None:
-    assert planner_size("ACE-Step/acestep-5Hz-lm-4B") == "4B"
-    assert planner_size("tiny-lm") == "tiny"
-    assert planner_size(None) == "1.7B"
-    assert [renderer_size(n) for n in ("acestep-v15-xl-sft", "acestep-v15-sft", "tiny-xl", None)] == [
-        "XL",
-        "2B",
-        "tiny",
-        "2B",
-    ]
+@pytest.mark.parametrize(
+    ("model", "size"),
+    [
+        ("acestep-v15-xl-sft", "XL"),
+        ("acestep-v15-sft", "2B"),
+        ("tiny-xl", "tiny"),
+        ("/tiny/v15-xl", "XL"),
+        (None, "2B"),
+    ],
+)
+def test_the_name_of_a_renderer_gives_its_cost(model: str | None, size: str) -> None:
+    profile = profiles.named("h100-sxm")
+    tiny = profile.renderers["2B"].model_copy(update={"load_s": 1.0})
+    profile = profile.model_copy(update={"renderers": {**profile.renderers, "tiny": tiny}})
+    assert profile.renderer(model) is profile.renderers[size]
+
+
+def test_the_name_of_a_planner_gives_its_cost() -> None:
+    profile = profiles.named("h100-sxm")
+    assert profile.planner("ACE-Step/acestep-5Hz-lm-4B") is profile.planners["4B"]
+    assert profile.planner(None) is profile.planners["1.7B"]
 
 
 # -- profiles

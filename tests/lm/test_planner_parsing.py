@@ -10,7 +10,6 @@ from acestep.lm.metadata import (
     LYRICS_WORDS,
     degenerate,
     metadata_of,
-    parse_codes,
     parse_lyrics,
     parse_reasoning,
     render_metadata,
@@ -61,10 +60,6 @@ def test_unacceptable_values_become_missing() -> None:
 )
 def test_lyrics(text: str, lyrics: str) -> None:
     assert parse_lyrics(text) == lyrics
-
-
-def test_codes() -> None:
-    assert parse_codes("<|audio_code_12|><|audio_code_9|> and <|audio_code_x|>") == [12, 9]
 
 
 @settings(max_examples=500, deadline=None)

@@ -11,11 +11,12 @@ import pytest
 from hypothesis import event, given
 from hypothesis import strategies as st
 
+from acestep.checkpoints.published import expected_defaults
 from acestep.errors import DeviceUnavailable, InvalidRequest, OutOfMemory
 from acestep.hardware.cards import Device, cpu_device
 from acestep.settings.options import OPTIONS
 from acestep.settings.resolve import Resolved, resolve
-from acestep.sizing.ledger import RenderTask, admit_render, is_guided, known_configs, plan_need
+from acestep.sizing.ledger import RenderTask, admit_render, known_configs, plan_need
 from acestep.sizing.weights import PLANNERS
 from acestep.units import GIB
 from tests.cards import MakeCard
@@ -384,7 +385,7 @@ def test_what_a_card_offers_fits_it(device: Device, role: Any, model: str, init_
         assert need.peak <= room
         used = room if role == "both" else 0
     if r.renderer is not None:
-        task = RenderTask(r.limits.max_duration, r.limits.max_batch, guided=is_guided(model))
+        task = RenderTask(r.limits.max_duration, r.limits.max_batch, guided=not expected_defaults(model).distilled)
         admission = admit_render(task, known_configs(model), r.renderer, device.total_bytes)
         assert admission.need.peak + used <= device.total_bytes
         assert admission.vae_tile_frames == r.renderer.vae_tile_frames

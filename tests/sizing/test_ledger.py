@@ -33,7 +33,6 @@ from acestep.sizing.ledger import (
     known_configs,
     longest_song,
     plan_need,
-    read_configs,
     render_need,
 )
 from acestep.stage_settings import PlannerSettings, RendererSettings
@@ -44,6 +43,12 @@ torch.set_num_threads(1)  # tiny products: a second thread only waits
 CPU = torch.device("cpu")
 CARD = RendererSettings(device="cuda:0", dtype="bfloat16", vae_tile_frames=512)
 LOOSE = 2.5  # an upper bound may be this much above the truth, not more
+
+
+def read_configs(folder: Path) -> dict[str, Any]:
+    """Component configurations of a renderer checkpoint in the diffusers layout."""
+    names = [name for name in known_configs("acestep-v15-turbo") if (folder / name).is_dir()]
+    return {name: json.loads((folder / name / "config.json").read_text(encoding="utf-8")) for name in names}
 
 
 def peak_bytes(work: Callable[[], Any]) -> int:

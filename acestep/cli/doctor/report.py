@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from acestep import __version__
+from acestep.checkpoints.published import expected_defaults
 from acestep.cli.client import server_url
 from acestep.cli.doctor import probes
 from acestep.cli.doctor.probes import Finding
@@ -24,7 +25,7 @@ from acestep.hardware.simulation import AS_DETECTED_ENV, SIMULATE_ENV
 from acestep.settings.options import OPTIONS
 from acestep.settings.planner import PROMPT_ALLOWANCE
 from acestep.settings.resolve import Resolved, resolve
-from acestep.sizing.ledger import RenderTask, admit_render, is_guided, known_configs, plan_need, render_need
+from acestep.sizing.ledger import RenderTask, admit_render, known_configs, plan_need, render_need
 from acestep.sizing.weights import PLANNERS
 from acestep.units import GIB
 
@@ -177,7 +178,9 @@ def ledger(settings: Resolved) -> dict[str, dict[str, int]]:
     found: dict[str, dict[str, int]] = {}
     if settings.renderer is not None and settings.renderer_model and not is_tiny(settings.renderer_model):
         model = settings.renderer_model
-        task = RenderTask(settings.limits.max_duration, settings.limits.max_batch, guided=is_guided(model))
+        task = RenderTask(
+            settings.limits.max_duration, settings.limits.max_batch, guided=not expected_defaults(model).distilled
+        )
         need = render_need(task, known_configs(model), settings.renderer)
         found["renderer"] = dict(need.stages)
         found["renderer weights"] = dict(need.weights)
@@ -276,7 +279,7 @@ def _peak(r: Resolved, device: Device) -> str:
     model = str(r.renderer_model)
     if is_tiny(model):
         return ""
-    task = RenderTask(r.limits.max_duration, r.limits.max_batch, guided=is_guided(model))
+    task = RenderTask(r.limits.max_duration, r.limits.max_batch, guided=not expected_defaults(model).distilled)
     try:
         found = admit_render(task, known_configs(model), r.renderer, device.memory_bytes)
     except AceStepError as error:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from acestep.checkpoints.published import VariantDefaults, default_name, expected_defaults
 from acestep.errors import InvalidRequest
 from acestep.request import INSTRUMENTAL, MAX_SEED, NO_USER_INPUT, Adjustment, SongRequest
-from acestep.sizing.cost import defaults_of
 from acestep.tasks import RULES
 from acestep.words import is_instrumental, split_names
 from deployments.dispatch.errands import PREPARE
@@ -40,8 +40,8 @@ class Submission:
 class Served:
     """What the fleet serves, as far as names matter here."""
 
-    renderers: Sequence[str] = ()
-    planner: str | None = None
+    renderers: Mapping[str, VariantDefaults]
+    planner: str | None
 
 
 def build(v: Values, served: Served) -> Submission:
@@ -169,7 +169,8 @@ def _top_p(v: Values) -> float:
 
 def _renderer(v: Values, served: Served, kind: str) -> dict[str, Any]:
     model = _model(v, served)
-    defaults = defaults_of(model or (served.renderers[0] if served.renderers else None))
+    model_or_first = model or next(iter(served.renderers), None)
+    defaults = served.renderers[model_or_first] if model_or_first else expected_defaults(default_name("renderer"))
     steps = v["inference_steps"]
     if steps is not None and steps > defaults.max_steps and kind == "song":
         v.warn("inference_steps", steps, defaults.max_steps, "more bring nothing for this checkpoint")

@@ -33,7 +33,7 @@ from deployments.ingress.auth import Caller
 from deployments.ingress.bodies import parse_json
 from deployments.ingress.downloads import send_file
 from deployments.ingress.errors import NotFound, retry_after
-from deployments.ingress.service import Service, Svc, check_idempotency_key, hash_of
+from deployments.ingress.service import Service, Svc, check_idempotency_key, defaults_of, hash_of
 from deployments.jobs.store import Busy, Job
 from deployments.jobs.threads import with_files
 
@@ -119,9 +119,9 @@ async def resolved(service: Service, caller: Caller, values: Values) -> Any:
 
 def served(service: Service) -> Served:
     view = service.fleet.view
-    names = [str(p.info["model"]) for p in view.of("render") if p.info]
+    renderers = {str(p.info["model"]): defaults_of(p.info) for p in view.of("render") if p.info}
     planner = next((str(p.info["model"]) for p in view.of("plan") if p.info), None)
-    return Served(tuple(dict.fromkeys(names)), planner)
+    return Served(renderers, planner)
 
 
 def _sha256(part: UploadFile) -> str:
