@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from acestep.adjust import check_sources, over_plan
 from acestep.audio.reading import audio_seconds
 from acestep.checkpoints import resolve as resolve_checkpoint
 from acestep.dit import checks
@@ -19,7 +20,7 @@ from acestep.request import Adjustment, SongRequest
 from acestep.settings.resolve import Resolved
 from acestep.settings.resolve import resolve as resolve_settings
 from acestep.sizing.cost import needs_planner
-from acestep.sizing.limits import apply_limits, check_sources, over_plan, without_planner
+from acestep.sizing.limits import apply_limits, without_planner
 from acestep.song import Progress, Song
 
 if TYPE_CHECKING:

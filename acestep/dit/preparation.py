@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from acestep.adjust import fit_codes, refusal, unique
 from acestep.audio.reading import read_audio
 from acestep.checkpoints.adapter_files import FIELD, listed
 from acestep.checkpoints.published import VariantDefaults
@@ -33,7 +34,6 @@ from acestep.dit.work import RenderWork
 from acestep.errors import InvalidOutput
 from acestep.plan import CODES_PER_SECOND
 from acestep.request import Adjustment
-from acestep.sizing.limits import fit_codes, refusal, unique
 from acestep.song import SAMPLE_RATE, SAMPLES_PER_FRAME
 from acestep.tasks import RULES, follows_source, instruction
 

@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
+from acestep.adjust import over_plan, refusal, unique
 from acestep.condition_texts import MAX_TEXT_TOKENS, caption_text
 from acestep.errors import InvalidOutput, InvalidRequest, LimitExceeded
 from acestep.lm.grammar import MAX_CAPTION_TOKENS, CodesProgram, CotProgram, Grammar, OpenProgram
@@ -28,7 +29,6 @@ from acestep.lm.sampling import SamplingParams
 from acestep.lm.work import FormatWork, InspireWork, PlannerWork, PlanWork, Sample, TextWork, UnderstandWork
 from acestep.plan import CODES_PER_SECOND, Adjustment, Metadata, Plan
 from acestep.request import INSTRUMENTAL, MAX_DURATION_S, MAX_SEED, MIN_DURATION_S, SongRequest
-from acestep.sizing.limits import over_plan, refusal, unique
 from acestep.tasks import RULES, instruction
 from acestep.words import is_instrumental
 

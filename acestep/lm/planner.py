@@ -47,7 +47,6 @@ class PlannerInfo:
     slots: int
     max_len: int
     weight_bytes: int
-    kv_bytes: int
     invariant_rows: int | None
     graphs: int
     load_s: float
@@ -121,7 +120,6 @@ class Planner:
             slots=decoder.max_rows,
             max_len=max_len,
             weight_bytes=model.weight_bytes,
-            kv_bytes=decoder.arena.bytes,
             invariant_rows=decoder.invariant_rows,
             graphs=decoder.graphs,
             load_s=time.monotonic() - begin,

@@ -269,14 +269,12 @@ class Estimate:
 
     Attributes:
         duration_s: Seconds of audio per item that the numbers hold for.
-        duration_known: False where the planner is still to decide it.
         plan: All items' planning.
         render_item: One item's rendering.
         render: All items' rendering on one replica.
     """
 
     duration_s: float
-    duration_known: bool
     items: int
     plan: Seconds
     render_item: Seconds
@@ -301,8 +299,7 @@ def estimate(
         duration: Seconds of audio; None takes the request's, else what is expected of the planner.
         planner, renderer: Checkpoint names.
     """
-    expected, known = expected_duration(request)
-    seconds, known = (duration, True) if duration is not None else (expected, known)
+    seconds = expected_duration(request)[0] if duration is None else duration
     cost = profile.renderer(renderer or request.model)
     plan = NOTHING
     if needs_planner(request):
@@ -313,7 +310,7 @@ def estimate(
             request, cost, seconds, model=renderer or request.model, items=items, output_s=profile.output_s
         )
 
-    return Estimate(seconds, known, request.batch_size, plan, render(1), render(request.batch_size))
+    return Estimate(seconds, request.batch_size, plan, render(1), render(request.batch_size))
 
 
 class Corrections:

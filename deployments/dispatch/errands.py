@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from acestep.adjust import refusal
 from acestep.errors import AceStepError, Internal, Unavailable
 from acestep.lm.work import Sample
 from acestep.request import (
@@ -19,7 +20,6 @@ from acestep.request import (
     Adjustment,
     SongRequest,
 )
-from acestep.sizing.limits import refusal
 from acestep.validation import first_problem
 from acestep.words import read_key, read_time_signature, readable
 from deployments.config.args import Role

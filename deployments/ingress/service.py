@@ -16,12 +16,12 @@ from urllib.parse import parse_qs, urlsplit
 
 from fastapi import Depends, Request
 
+from acestep.adjust import check_sources, over_plan
 from acestep.checkpoints.published import VariantDefaults, expected_defaults
 from acestep.dit import checks
 from acestep.errors import InvalidRequest
 from acestep.request import Adjustment, SongRequest
 from acestep.sizing.cost import expected_duration
-from acestep.sizing.limits import check_sources, over_plan
 from deployments.config.args import RouterArgs
 from deployments.dispatch.dispatcher import Dispatcher
 from deployments.dispatch.errands import question_of

@@ -206,7 +206,7 @@ def test_on_a_cpu_keys_and_values_take_half_of_what_the_process_may_have(
     monkeypatch.setattr("acestep.hardware.host.memory", lambda: (64 << 30, 8 << 20))
     planner = Planner.load(checkpoint, PlannerSettings(slots=64, max_len=1_024))
     planner.close()
-    assert planner.info.kv_bytes == 4 << 20
+    assert planner.stats()["kv_bytes"] == 4 << 20
 
 
 def test_the_tiny_checkpoint_is_the_same_every_time(tmp_path: Path) -> None:

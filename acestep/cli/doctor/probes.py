@@ -123,7 +123,7 @@ def checkpoint(name: str, kind: Kind) -> Finding:
             details["complete"] = has_tiny(paths.checkpoints_dir())
             where = "is here" if details["complete"] else "made here on first use"
             return Finding("ok", "checkpoints", f"{kind} {name}: {where}; noise, not music", details)
-        folder = _locate(name, kind)
+        folder = _locate(name)
         details["path"] = str(folder)
         shape = layout.classify(folder)
         if shape == "original" and kind == "renderer":
@@ -143,7 +143,7 @@ def checkpoint(name: str, kind: Kind) -> Finding:
     return Finding("ok", "checkpoints", f"{kind} {name}: {folder}", {**details, "complete": True})
 
 
-def _locate(name: str, kind: Kind) -> Path:
+def _locate(name: str) -> Path:
     """The folder of a model, without touching it."""
     path, root = Path(name).expanduser(), paths.checkpoints_dir()
     for folder in (path, root / name, root / f"{name}-diffusers"):

@@ -7,6 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Body, Response
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from acestep.adjust import check_sources
 from acestep.lm.work import TEXT_TEMPERATURE, UNDERSTAND_TEMPERATURE, Sample
 from acestep.plan import NUM_CODES
 from acestep.request import (
@@ -23,7 +24,6 @@ from acestep.request import (
     Text,
     TimeSignature,
 )
-from acestep.sizing.limits import check_sources
 from acestep.words import is_instrumental
 from deployments.ingress.auth import Auth
 from deployments.ingress.bodies import KeyFirst
