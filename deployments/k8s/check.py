@@ -18,6 +18,7 @@ from acestep.errors import InvalidRequest
 from deployments.config.args import PoolArgs, RendererArgs, RouterArgs, parse_args
 from deployments.config.options import ROLE_LABEL, gpu_share, label_selector
 from deployments.config.validate import BUILDERS, problems
+from deployments.k8s import model_cache
 from deployments.k8s.groups import HOME, MODELS, RAY_VERSION
 from deployments.k8s.manifests import (
     Manifest,
@@ -29,7 +30,6 @@ from deployments.k8s.manifests import (
     pod_templates,
     ray_container,
 )
-from deployments.k8s.model_cache import ENV as REQUIRED_MODELS
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 SERVE_PORT = 8000
@@ -65,17 +65,15 @@ def warning(where: str, message: str) -> Finding:
 def check(documents: Iterable[Manifest]) -> list[Finding]:
     """All findings, in the order of the objects."""
     documents = list(documents)
-    insisting = {
-        str(mapping(d, "metadata").get("name"))
-        for d in documents
-        if d["kind"] == "ConfigMap" and mapping(d, "data").get(REQUIRED_MODELS)
+    environments = {
+        str(mapping(d, "metadata").get("name")): mapping(d, "data") for d in documents if d["kind"] == "ConfigMap"
     }
     findings: list[Finding] = []
     for document in documents:
         if document["kind"] == "PodDisruptionBudget":
             findings += check_disruption_budget(document)
         elif document["kind"] == "RayService":
-            findings += [*check_fleet(document), *_models(document, insisting)]
+            findings += [*check_fleet(document), *check_models(document, environments)]
     return findings
 
 
@@ -255,15 +253,33 @@ def _volumes(where: str, service: Manifest, config: Manifest) -> Iterator[Findin
         yield warning(f"{where} head", f"{HOME} is no lasting volume: jobs are lost with the head's pod")
 
 
-def _models(service: Manifest, insisting: set[str]) -> Iterator[Finding]:
-    """Workers that insist on models, by one of these ConfigMaps, must mount the volume that holds them."""
+def check_models(service: Manifest, environments: Mapping[str, Manifest]) -> Iterator[Finding]:
+    """Pods that may not download must mount the volume with the models, and the Job that fills it must know of all of them.
+
+    Args:
+        environments: ConfigMaps' data by name.
+    """
+    where = name_of(service)
+    env: dict[str, str] = {}
     for group in groups_of(service):
         template = mapping(group, "template")
-        named = {mapping(e, "configMapRef").get("name") for e in items(ray_container(template), "envFrom")}
-        if any(name in insisting for name in map(str, named)) and not lasts(template, MODELS):
+        names = [str(mapping(e, "configMapRef").get("name")) for e in items(ray_container(template), "envFrom")]
+        own = {k: str(v) for name in names for k, v in mapping(environments, name).items()}
+        if model_cache.offline(own):
+            env |= own
+            if not lasts(template, MODELS):
+                yield error(
+                    f"{where} group {group.get('groupName')}",
+                    f"HF_HUB_OFFLINE is set, but {MODELS} is empty in its pods, so they never start: list component model-cache after the groups",
+                )
+    required = env.get(model_cache.ENV, "").split()
+    for name, args in pools(serve_config(service)).items() if env else ():
+        kind = "renderer" if isinstance(args, RendererArgs) else "planner"
+        if isinstance(args, PoolArgs) and f"{kind}:{args.model}" not in required:
             yield error(
-                f"{name_of(service)} group {group.get('groupName')}",
-                f"{REQUIRED_MODELS} is set, but {MODELS} is empty in its pods, so they never start: list component model-cache after the groups",
+                f"{where} application {name}",
+                f"its model ({args.model or 'args.model says none'}) is not among {model_cache.ENV} ({' '.join(required) or 'empty'}): "
+                "it is not on the volume and may not be downloaded",
             )
 
 

@@ -90,10 +90,10 @@ def fleet(
     ),
     source: Annotated[str, typer.Option(help="How cards are claimed: plugin, or dra.")] = "plugin",
     model: Annotated[
-        str | None, typer.Option(help="Renderer checkpoint; left out: ACESTEP_CONFIG_PATH, else the tiny one.")
+        str | None, typer.Option(help="Renderer checkpoint; left out: acestep-v15-turbo. tiny makes noise, for trying.")
     ] = None,
     planner: Annotated[
-        str | None, typer.Option(help="Planner checkpoint; left out: ACESTEP_LM_MODEL_PATH, else by tier.")
+        str | None, typer.Option(help="Planner checkpoint; left out: as large as the planners' cards should have.")
     ] = None,
     database_url: Annotated[str | None, typer.Option(help="Job store; left out: SQLite on the head.")] = None,
     files_url: Annotated[str | None, typer.Option(help="Finished songs; left out: the shared volume.")] = None,

@@ -14,8 +14,9 @@ from typing import Any
 
 import yaml
 
+from acestep.checkpoints.published import default_name
 from acestep.errors import InvalidRequest
-from acestep.gpu_config import TIERS, mib_ranges
+from acestep.gpu_config import TIERS, get_gpu_config, is_lm_model_size_allowed, is_tiny, mib_ranges
 from deployments.config.build import ON_HEAD, Cards, build_config
 from deployments.k8s.groups import (
     ANY_GPU,
@@ -29,6 +30,7 @@ from deployments.k8s.groups import (
     group_name,
     router_budget,
 )
+from deployments.k8s.model_cache import ENV as REQUIRED_MODELS
 
 GROUPS = "/spec/rayClusterConfig/workerGroupSpecs"
 COMPONENT = {"apiVersion": "kustomize.config.k8s.io/v1alpha1", "kind": "Component"}
@@ -59,9 +61,8 @@ def committed() -> dict[str, str]:
     files |= {f"overlays/mixed-fleet/fleet/{n}": t for n, t in fleet(mixed, components=here).items()}
     large = dict(map(parse_group, ("cpu=2-2", "tier5=2-4", "tier6=1-4", "unlimited=1-2")))
     production = fleet(
-        large, components=here, model="acestep-v15-turbo", planner="acestep-5Hz-lm-1.7B", routers=2,
-        database_url="postgresql+psycopg://", files_url="s3://acestep-songs/files",
-    )  # fmt: skip
+        large, components=here, routers=2, database_url="postgresql+psycopg://", files_url="s3://acestep-songs/files"
+    )
     return files | {f"overlays/production/fleet/{n}": t for n, t in production.items()}
 
 
@@ -117,10 +118,13 @@ def fleet(
     Args:
         sizes: Groups in their order, see `merged_sizes`.
         components: Path from the component's folder to `k8s/components`.
+        model: Renderer checkpoint; None: the published default.
+        planner: Planner checkpoint; None: what the tier table recommends for the planners' cards.
         routers: More than one go to workers without a GPU, one each; a single one stays on the head, beside its job store.
 
     Raises:
-        InvalidRequest: no group has a card, or there are fewer workers without a GPU than routers.
+        InvalidRequest: no group has a card, the planners' cards are too small for `planner`, or there are fewer workers without a GPU than
+            routers.
     """
     tiers = {t: sizes[group_name(t)] for t in TIERS if sizes.get(group_name(t), GroupSize(0, 0)).most}
     if not tiers:
@@ -131,6 +135,7 @@ def fleet(
             f"{routers} routers need as many workers without a GPU: --group {CPU_GROUP}={routers}-{routers}",
             field="routers",
         )
+    model, planner = _models(list(tiers), model, planner)
     config = build_config(
         [Cards(tier, size.most) for tier, size in tiers.items()],
         model=model,
@@ -154,7 +159,8 @@ def fleet(
                     "disableNameSuffixHash": True,
                     "annotations": {"config.kubernetes.io/local-config": "true"},
                 },
-            }
+            },
+            {"name": "acestep-env", "behavior": "merge", "envs": ["models.properties"]},
         ],
         "replacements": [
             {
@@ -175,9 +181,34 @@ def fleet(
     return {
         FILE: FLEET_HEADER + to_yaml(kustomization),
         **files,
+        "models.properties": f"{FLEET_HEADER}{REQUIRED_MODELS}={_required(model, planner)}\n",
         "sizes.yaml": FLEET_HEADER + to_yaml(sizes_patch(sizes)),
         "serve_config.yaml": FLEET_HEADER + to_yaml(config),
     }
+
+
+def _models(tiers: Sequence[str], model: str | None, planner: str | None) -> tuple[str, str | None]:
+    """The checkpoints of a fleet on cards of these tiers, smallest first. Planners live on the first that can hold one."""
+    model = model or default_name("renderer")
+    home = next((t for t in tiers if get_gpu_config(t).available_lm_models), None)
+    if home is None:
+        if planner:
+            raise InvalidRequest(
+                f"planner: cards of {', '.join(tiers)} are too small for any", field="planner", asked=planner
+            )
+        return model, None
+    row = get_gpu_config(home)
+    planner = planner or ("tiny-lm" if is_tiny(model) else row.recommended_lm_model)
+    if not is_tiny(planner) and not is_lm_model_size_allowed(planner, row.available_lm_models):
+        raise InvalidRequest(
+            f"planner: {planner} is too large for {home}, the smallest cards here that plan; they hold {', '.join(row.available_lm_models)}",
+            field="planner", asked=planner,
+        )  # fmt: skip
+    return model, planner
+
+
+def _required(model: str, planner: str | None) -> str:
+    return f"renderer:{model}" + (f" planner:{planner}" if planner else "")
 
 
 def _place_router(config: Manifest, routers: int) -> None:

@@ -118,14 +118,28 @@ def test_a_disruption_budget_that_never_allows_a_drain_is_refused(spec: Document
     assert list(check_disruption_budget(budget | {"spec": {"minAvailable": 1}})) == []
 
 
-def test_models_that_workers_insist_on_must_be_mounted(rendered: Callable[[str], list[Document]]) -> None:
+def test_the_volume_with_the_models_must_be_mounted(rendered: Callable[[str], list[Document]]) -> None:
     """What comes of listing model-cache before a group: the volume is set in the groups that are there then."""
     objects = rendered("mixed-fleet")
     pod = cluster(rayservice_of(objects))["workerGroupSpecs"][1]["template"]["spec"]
     volume = next(v for v in pod["volumes"] if v["name"] == "models")
     del volume["persistentVolumeClaim"]
     volume["emptyDir"] = {}
-    assert [f.message for f in check(objects) if "list component model-cache after the groups" in f.message]
+    assert ["list component model-cache after the groups" in f.message for f in check(objects)] == [True]
+
+
+@pytest.mark.parametrize("model", ["acestep-v15-base", None])
+def test_models_that_may_not_be_downloaded_must_be_on_the_volume(
+    model: str | None, rendered: Callable[[str], list[Document]]
+) -> None:
+    objects = rendered("mixed-fleet")
+    config(lambda c: args_of(c, "dit-tier6").update(model=model))(rayservice_of(objects))
+    (found,) = check(objects)
+    assert "application dit-tier6: its model" in str(found)
+    assert "is not among ACESTEP_REQUIRED_MODELS (renderer:acestep-v15-turbo planner:acestep-5Hz-lm-0.6B)" in str(found)
+    environment = next(d for d in objects if d["kind"] == "ConfigMap" and "HF_HUB_OFFLINE" in d["data"])
+    environment["data"]["HF_HUB_OFFLINE"] = "0"
+    assert check(objects) == []
 
 
 JUNK = (None, "x", -1, 1.5, True, [], {}, [None], ["x"], {"x": None})

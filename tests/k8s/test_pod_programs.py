@@ -22,6 +22,7 @@ from deployments.k8s import drain, model_cache
 
 @pytest.fixture
 def required(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     return lambda text: monkeypatch.setenv(model_cache.ENV, text)
 
 
@@ -42,6 +43,14 @@ def test_workers_wait_for_the_job_that_fills_the_volume(tmp_path: Path, required
     assert model_cache.fill(tmp_path) == [], "a second run has nothing to do"
 
 
+def test_workers_that_may_download_wait_for_nobody(
+    tmp_path: Path, required: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    required("renderer:tiny")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    model_cache.check(tmp_path)
+
+
 def test_a_model_that_cannot_be_had_leaves_no_mark(tmp_path: Path, required: Callable[[str], None]) -> None:
     required("renderer:nobody/nothing")
     with pytest.raises(ModelMissing):
@@ -58,6 +67,7 @@ def test_an_entry_that_says_nothing_is_refused(text: str) -> None:
 
 def test_the_init_container_ends_with_an_error(tmp_path: Path) -> None:
     env = {"PATH": "/usr/bin:/bin", "ACESTEP_CHECKPOINTS": str(tmp_path), model_cache.ENV: "renderer:tiny"}
+    env["HF_HUB_OFFLINE"] = "1"
     command = [sys.executable, "-m", "deployments.k8s.model_cache"]
     checked = subprocess.run([*command, "check"], env=env, capture_output=True, text=True, timeout=60)
     assert checked.returncode == 1

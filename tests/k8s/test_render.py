@@ -117,6 +117,25 @@ def test_several_routers_need_workers_of_their_own() -> None:
         fleet(dict(map(parse_group, ("cpu=1-1",))), components="c")
 
 
+def test_a_fleet_names_its_models_and_the_volume_gets_all_of_them() -> None:
+    files = fleet(dict(map(parse_group, ("tier4=1", "tier6=1", "unlimited=1"))), components="c")
+    args = [a["args"] for a in yaml.safe_load(files["serve_config.yaml"])["applications"][1:]]
+    assert {a["model"] for a in args} == {"acestep-v15-turbo", "acestep-5Hz-lm-0.6B"}
+    assert files["models.properties"].endswith(
+        "\nACESTEP_REQUIRED_MODELS=renderer:acestep-v15-turbo planner:acestep-5Hz-lm-0.6B\n"
+    )
+    tiny = fleet(dict(map(parse_group, ("tier6=1",))), components="c", model="tiny")
+    assert tiny["models.properties"].endswith("=renderer:tiny planner:tiny-lm\n")
+    without = fleet(dict(map(parse_group, ("tier1=1",))), components="c", model="acestep-v15-base")
+    assert without["models.properties"].endswith("=renderer:acestep-v15-base\n")
+
+
+@pytest.mark.parametrize(("tier", "says"), [("tier4", "they hold acestep-5Hz-lm-0.6B"), ("tier1", "too small for any")])
+def test_a_planner_that_no_card_holds_is_refused(tier: str, says: str) -> None:
+    with pytest.raises(InvalidRequest, match=says):
+        fleet(dict([parse_group(f"{tier}=2")]), components="c", planner="acestep-5Hz-lm-1.7B")
+
+
 def test_rendering_does_not_share_state_between_groups() -> None:
     group = gpu_group("tier4")
     before = copy.deepcopy(gpu_group("tier5"))
