@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from acestep.checkpoints.checkpoint import Checkpoint
+from acestep.checkpoints.lean import without_compiler
 from acestep.checkpoints.modules import (
     AceStepAudioTokenDetokenizer,
     AceStepAudioTokenizer,
@@ -96,7 +97,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 def _load(folder: Path, dtype: torch.dtype) -> Any:
     try:
-        with quiet():
+        with quiet(), without_compiler():
             model, info = component_class(folder.name).from_pretrained(
                 folder,
                 dtype=dtype,

@@ -11,7 +11,10 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from transformers.utils import logging as transformers_logging
+from acestep.checkpoints.lean import lean
+
+with lean():
+    from transformers.utils import logging as transformers_logging
 
 # Optional accelerators complain while they are imported (kernels built for another torch, deprecated registrations).
 # None of it can be acted upon by a user of this project.
@@ -38,7 +41,7 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-with quiet():
+with quiet(), lean():
     from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer, normalized_guidance
     from diffusers.models.autoencoders.autoencoder_oobleck import AutoencoderOobleck, Snake1d
     from diffusers.models.embeddings import apply_rotary_emb
