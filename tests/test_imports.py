@@ -1,0 +1,85 @@
+"""What each process imports: nothing of the heavy libraries that it does not run. Asked of sys.modules, in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.server import tiny_checkpoints
+
+COMPILER = ("torch._dynamo.convert_frame", "torch._inductor")
+TRAINING = ("accelerate.test_utils", "botocore", "datasets", "peft", "torchao", "scipy", "sklearn", "pandas")
+SERVICE = ("ray", "fastapi", "starlette", "sqlalchemy", "alembic")
+
+
+def imported(code: str, home: Path) -> set[str]:
+    """Names in sys.modules after `code`, in a new interpreter."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("ACESTEP_")} | {
+        "ACESTEP_HOME": str(home), "ACESTEP_CHECKPOINTS": str(tiny_checkpoints()), "ACESTEP_DEVICE": "cpu",
+    }  # fmt: skip
+    told = "\nimport json, sys; print(json.dumps(sorted(n for n, m in sys.modules.items() if m is not None)))"
+    done = subprocess.run([sys.executable, "-c", code + told], env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def found(names: set[str], unwanted: tuple[str, ...]) -> list[str]:
+    return sorted(n for n in names if any(n == u or n.startswith(u + ".") for u in unwanted))
+
+
+LOAD_RENDERER = """
+from acestep.checkpoints import resolve as checkpoint
+from acestep.dit.renderer import Renderer
+from acestep.settings.resolve import resolve
+Renderer.load(checkpoint("tiny", "renderer"), resolve("render").renderer).close()
+"""
+LOAD_PLANNER = """
+from acestep.checkpoints import resolve as checkpoint
+from acestep.lm.planner import Planner
+from acestep.settings.resolve import resolve
+path = checkpoint("tiny-lm", "planner").path
+Planner.load(path, resolve("plan").planner, name="tiny-lm", model_hash=None).close()
+"""
+
+
+def test_a_renderer_has_the_modules_it_runs_and_no_others_of_diffusers_and_transformers(tmp_path: Path) -> None:
+    names = imported(LOAD_RENDERER, tmp_path)
+    assert {"diffusers.models.transformers.ace_step_transformer", "transformers.models.qwen3.modeling_qwen3"} <= names
+    assert not found(names, (*COMPILER, *TRAINING, *SERVICE))
+    for package in ("diffusers.guiders", "diffusers.hooks", "diffusers.models.autoencoders", "diffusers.pipelines"):
+        assert len(found(names, (package,))) <= 3, found(names, (package,))
+    assert [n for n in names if n.startswith("transformers.models.") and "modeling_" in n and ".auto." not in n] == [
+        "transformers.models.qwen3.modeling_qwen3"
+    ]
+
+
+def test_a_planner_has_neither_diffusers_nor_transformers(tmp_path: Path) -> None:
+    names = imported(LOAD_PLANNER, tmp_path)
+    assert "torch" in names
+    assert not found(names, ("diffusers", "transformers", "accelerate", *COMPILER, *TRAINING, *SERVICE))
+
+
+@pytest.mark.parametrize("first", ["", "import diffusers, peft, scipy.signal, torch._dynamo\n"])
+def test_what_was_left_out_can_be_imported_afterwards_and_is_the_same(tmp_path: Path, first: str) -> None:
+    imported(
+        first
+        + """
+from acestep.checkpoints import modules
+import diffusers, torch
+from diffusers.guiders import AdaptiveProjectedGuidance
+from diffusers.hooks import HookRegistry
+import peft, scipy.signal
+assert diffusers.AutoencoderOobleck is modules.AutoencoderOobleck
+assert diffusers.AceStepTransformer1DModel is modules.AceStepTransformer1DModel
+assert diffusers.AceStepPipeline.__call__
+from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer
+assert MomentumBuffer is modules.MomentumBuffer
+assert torch.distributed.is_available() and torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)) == 2
+""",
+        tmp_path,
+    )
