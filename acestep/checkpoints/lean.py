@@ -54,9 +54,9 @@ def lean() -> Iterator[None]:
     metadata = importlib.metadata
     with (
         # Both libraries list every file of every installed distribution, to know packages whose names differ from their distributions'.
-        mock.patch.object(metadata, "distributions", lambda **_: ()),
-        mock.patch.object(metadata, "packages_distributions", lambda: {}),
-        mock.patch.object(torch.distributed, "is_available", lambda: False),  # sharded tensors, with all of sympy
+        mock.patch.object(metadata, "distributions", return_value=()),
+        mock.patch.object(metadata, "packages_distributions", return_value={}),
+        mock.patch.object(torch.distributed, "is_available", return_value=False),  # sharded tensors, with all of sympy
         without_compiler(),
         _placed(dict.fromkeys(_OPTIONAL)),
     ):
