@@ -5,6 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
+# All tests: three workers, since those with a server mostly wait. A part of them, named in PYTEST_ARGS, runs in one process.
+IN_PARALLEL := --numprocesses=3 --dist=loadgroup --no-loadscope-reorder
+
 # No usage report. Set it yourself to choose otherwise.
 export RAY_USAGE_STATS_ENABLED ?= 0
 
@@ -15,7 +18,7 @@ run: $(VENV)/.run-installed
 	@env=$$($(BIN)/acestep ray-env --alone) && eval "$$env" && $(BIN)/acestep prepare $(CONFIG) && exec $(BIN)/serve run $(CONFIG)
 
 test: $(VENV)/.test-installed
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(if $(PYTEST_ARGS),$(PYTEST_ARGS),$(IN_PARALLEL))
 
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff check .

@@ -48,7 +48,7 @@ class Cluster(Server):
                 [sys.executable, "-m", "tests.cluster", str(self.config), *specs], cwd=ROOT, env=self.env,
                 stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
-        self.wait_for("/readyz" if ready else "/livez", timeout_s=2 * START_TIMEOUT_S)
+        self.wait_for("/readyz" if ready else "/livez", timeout_s=START_TIMEOUT_S)
         return self
 
     def tell(self, order: str) -> None:
@@ -57,7 +57,7 @@ class Cluster(Server):
         self.process.stdin.write(order.encode() + b"\n")
         self.process.stdin.flush()
 
-    def interrupt(self, timeout_s: float = 90.0) -> float:
+    def interrupt(self, timeout_s: float = 120.0) -> float:
         assert self.process is not None
         assert self.process.stdin is not None
         self.process.stdin.close()

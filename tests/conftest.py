@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,9 +16,34 @@ os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
+signal.signal(signal.SIGTERM, signal.default_int_handler)  # who is told to end puts away what it has started, too
 
 hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no fault of the code
 hypothesis.settings.load_profile("untimed")
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With several workers: a file's tests stay together, and so do those that share a server.
+
+    Tests through the front door wait more than they compute. Their groups are spread over the run, all but its end, so that beside each of them
+    something computes.
+    """
+    if config.getoption("dist", "no") == "no":
+        return
+    groups: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        marked = item.get_closest_marker("xdist_group")
+        name = marked.args[0] if marked else item.nodeid.partition("::")[0]
+        if not marked:
+            item.add_marker(pytest.mark.xdist_group(name))
+        groups.setdefault(name, []).append(item)
+    waiting = [tests for tests in groups.values() if any(t.get_closest_marker("e2e") for t in tests)]
+    computing = [tests for tests in groups.values() if tests not in waiting]
+    computing.sort(key=len, reverse=True)
+    place = [(0.7 * i / len(waiting), tests) for i, tests in enumerate(waiting)]
+    place += [(i / len(computing), tests) for i, tests in enumerate(computing)]
+    items[:] = [test for _, tests in sorted(place, key=lambda p: p[0]) for test in tests]
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
+import ctypes
 import os
+import random
 import re
 import shutil
 import signal
@@ -23,13 +26,22 @@ import yaml
 from acestep.ray_env import ALONE
 
 ROOT = Path(__file__).resolve().parents[1]
-START_TIMEOUT_S = 120.0
+START_TIMEOUT_S = 240.0  # several servers may start at once on two cores
+
+
+# Below the range from which the system serves whoever asks for any port, as Ray does dozens of times before Serve opens the one it was given.
+PORTS = range(20_000, 32_000)
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nothing else takes meanwhile: no two tests of a run are given the same one."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0")
+    mine = PORTS[int(worker.removeprefix("gw")) % 12 :: 12]
+    while True:
+        port = random.choice(mine)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("0.0.0.0", port))
+            return port
 
 
 class Server:
@@ -90,7 +102,7 @@ class Server:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [*self.prefix, str(serve), "run", str(self.config)], cwd=self.folder, env=self.env, stdout=log, stderr=log,
-                start_new_session=True, preexec_fn=_default_sigint,
+                start_new_session=True, preexec_fn=ends_with_us(),
             )  # fmt: skip
         self.wait_for("/readyz" if ready else "/livez")
         return self
@@ -151,7 +163,7 @@ class Server:
                 found.append(int(folder.name))
         return found
 
-    def interrupt(self, timeout_s: float = 60.0) -> float:
+    def interrupt(self, timeout_s: float = 120.0) -> float:
         """Ctrl-C, as a terminal sends it: to the whole process group. Returns the seconds until all of it had ended."""
         assert self.process is not None, "not started"
         began = time.monotonic()
@@ -211,8 +223,18 @@ def as_user(uid: int) -> list[str]:
     return ["unshare", "--mount", "sh", "-c", script, "sh", *drop]
 
 
-def _default_sigint() -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+_LIBC = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1  # prctl(2)
+
+
+def ends_with_us(by: signal.Signals = signal.SIGINT) -> Callable[[], None]:
+    """For `preexec_fn`: the process is told to end when the tests are killed, and takes Ctrl-C also where they run in the background."""
+
+    def prepare() -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        _LIBC.prctl(_PR_SET_PDEATHSIG, by)
+
+    return prepare
 
 
 def _kill_session(leader: int) -> None:

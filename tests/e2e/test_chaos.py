@@ -13,7 +13,7 @@ import pytest
 from acestep.cli.client import Client
 from tests.server import Server
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.e2e
 JOBS = 50
 
 

@@ -16,7 +16,7 @@ from acestep.cli.client import Client
 from deployments.config.build import build_config, parse_tiers
 from tests.cluster import Cluster
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.e2e
 NODES = [("small", "tier4", 8.0), ("middle", "tier6", 16.0), ("large", "unlimited", 80.0)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
@@ -12,9 +13,9 @@ import pytest
 
 from acestep.cli.client import Client
 from acestep.ray_env import ALONE
-from tests.server import START_TIMEOUT_S, Server, _kill_session, free_port
+from tests.server import START_TIMEOUT_S, Server, _kill_session, ends_with_us, free_port
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(500)]
+pytestmark = pytest.mark.e2e
 RAY = str(Path(sys.executable).with_name("ray"))
 HEAD, WORKER = "127.0.0.2", "127.0.0.3"  # Ray replaces 127.0.0.1 by the network card's address
 DEPLOY = """
@@ -88,7 +89,7 @@ class TwoNodes(Server):
         with self.log.open("ab") as log:
             return subprocess.Popen(
                 [RAY, "start", "--block", *arguments, *ports], env=self.env, cwd=self.folder, stdout=log, stderr=log,
-                start_new_session=True,
+                start_new_session=True, preexec_fn=ends_with_us(signal.SIGTERM),
             )  # fmt: skip
 
     def _when_up(self, address: str) -> None:

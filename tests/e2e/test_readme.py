@@ -12,7 +12,7 @@ import soundfile
 
 from tests.server import ROOT, Server
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("the server")]
 EXAMPLES = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
 
 
@@ -23,7 +23,7 @@ def test_an_example_of_the_readme_works(server: Server, tmp_path: Path, example:
     )
     env = {**server.env, "ACESTEP_URL": server.url, "PYTHONUNBUFFERED": "1"}
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
+        ["bash", "-euo", "pipefail", "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "urn:acestep" not in done.stdout, done.stdout

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -15,9 +16,9 @@ import httpx
 import pytest
 
 from acestep.ray_env import ALONE
-from tests.server import START_TIMEOUT_S, Server, _default_sigint, _kill_session, free_port
+from tests.server import START_TIMEOUT_S, Server, _kill_session, ends_with_us, free_port
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.e2e
 BIN = Path(sys.executable).parent
 PORTS = ["--min-worker-port", "0", "--max-worker-port", "0", "--object-store-memory", "100000000", "--num-cpus", "3"]
 
@@ -53,8 +54,9 @@ class Started(Server):
         told = [str(BIN / command[0]), *command[1:], *PORTS, *more_ports(), "--block", "--disable-usage-stats"]
         with self.log.open("ab") as log:
             node = subprocess.Popen(
-                told, env=env, cwd=self.folder, stdout=log, stderr=log, stdin=subprocess.PIPE, start_new_session=True
-            )
+                told, env=env, cwd=self.folder, stdout=log, stderr=log, stdin=subprocess.PIPE, start_new_session=True,
+                preexec_fn=ends_with_us(signal.SIGTERM),
+            )  # fmt: skip
         self.nodes.append(node)
         assert node.stdin is not None
         node.stdin.write(stdin.encode())
@@ -73,7 +75,7 @@ class Started(Server):
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [str(BIN / "serve"), "run", str(self.config)], cwd=self.folder, env=self.env | settings, stdout=log, stderr=log,
-                start_new_session=True, preexec_fn=_default_sigint,
+                start_new_session=True, preexec_fn=ends_with_us(),
             )  # fmt: skip
         until = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < until:

@@ -11,7 +11,7 @@ import pytest
 
 from tests.server import Server
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.e2e
 
 
 def asleep(config: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ import pytest
 from acestep.cli.client import Client
 from tests.server import Server
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 CLIENTS, SECONDS, WARM_UP_S = 8, 120.0, 45.0
 MIB = 1 << 20
 

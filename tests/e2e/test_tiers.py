@@ -13,7 +13,7 @@ import yaml
 
 from tests.server import Server
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.e2e
 
 # size in GiB, detected or given: tier, longest song, largest batch, planner on. Planner and renderer share the one card here, so where the
 # planner is on the table's columns "planner on the same card" hold.

@@ -27,7 +27,7 @@ import yaml
 from acestep.cli.client import Client
 from deployments.k8s.manifests import rayservice_of
 from tests.k8s.conftest import Document, autoscaling_config
-from tests.server import _kill_session, free_port
+from tests.server import _kill_session, ends_with_us, free_port
 
 pytestmark = pytest.mark.e2e
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -83,8 +83,9 @@ class Nodes:
             command += [f"--address={HEAD}:{self.gcs}"]
         with (self.folder / f"{group}.log").open("wb") as log:
             self.processes[group] = subprocess.Popen(
-                command, cwd=self.folder, env=self.env, stdout=log, stderr=log, start_new_session=True
-            )
+                command, cwd=self.folder, env=self.env, stdout=log, stderr=log, start_new_session=True,
+                preexec_fn=ends_with_us(signal.SIGTERM),
+            )  # fmt: skip
 
     def request(self, method: str, path: str, **kwargs: Any) -> httpx.Response:
         headers = {"Authorization": f"Bearer {TOKEN}"}
