@@ -58,7 +58,7 @@ def plan(context: Context = None) -> None:
     if found.tiers:
         if found.without:
             _out.print(f"no cards of {', '.join(found.without)}")
-        _out.print(f"acestep k8s render fleet k8s/overlays/mixed-fleet/fleet {found.arguments()}")
+        _out.print(f"acestep k8s render fleet k8s/overlays/mine/fleet {found.arguments()}")
 
 
 @render.command()

@@ -39,17 +39,21 @@ def _knows_components(kubectl: str) -> bool:
     return version.startswith("v") and int(version[1:].partition(".")[0]) >= 5
 
 
-@cache
-def build(overlay: str) -> str:
-    """`kubectl kustomize` of an overlay."""
-    done = subprocess.run(
-        [str(tool("kubectl")), "kustomize", str(K8S / "overlays" / overlay)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def kustomize(folder: Path) -> list[Document]:
+    """The objects that `kubectl kustomize` makes of a folder."""
+    return [d for d in yaml.load_all(_text(folder), Loader=LOADER) if d]
+
+
+def _text(folder: Path) -> str:
+    done = subprocess.run([str(tool("kubectl")), "kustomize", str(folder)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+@cache
+def build(overlay: str) -> str:
+    """`kubectl kustomize` of an overlay, as text."""
+    return _text(K8S / "overlays" / overlay)
 
 
 @cache

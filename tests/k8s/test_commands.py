@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,8 @@ from acestep.cli import main as cli
 from deployments.k8s.kubectl import Kubectl
 from deployments.k8s.manifests import groups_of, rayservice_of
 from deployments.k8s.scale import SERVICE, resize_steps
-from tests.k8s.conftest import K8S, Document, build, tool
+from tests.k8s import crd
+from tests.k8s.conftest import K8S, Document, build, kustomize, tool
 from tests.k8s.fake_api import FakeApi
 from tests.k8s.test_plan import node, pod, slice_of
 
@@ -88,7 +90,7 @@ def test_a_plan_reads_nodes_and_what_pods_have_of_them(run: Callable[..., Done],
     assert planned.code == 0, planned
     assert "tier6      2 card(s), 1 free, on 1 node(s): L4, 23034 MiB" in planned.out
     assert "no cards of tier1, tier2, tier3, tier5, unlimited" in planned.out
-    assert planned.out.endswith("render fleet k8s/overlays/mixed-fleet/fleet --group tier4=2 --group tier6=2\n")
+    assert planned.out.endswith("render fleet k8s/overlays/mine/fleet --group tier4=2 --group tier6=2\n")
 
 
 def test_a_plan_knows_claims_where_the_cluster_does(run: Callable[..., Done], api: FakeApi) -> None:
@@ -228,12 +230,16 @@ def test_rendering(run: Callable[..., Done], tmp_path: Path) -> None:
 # -- what k8s/README.md says
 
 
+def blocks(language: str) -> str:
+    """The code blocks of k8s/README.md in a language; commands are in none."""
+    found = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", (K8S / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    return "".join(text for said, text in found if said == language)
+
+
 def documented() -> list[str]:
-    """The commands in the blocks of k8s/README.md that this machine has programs for."""
-    text = (K8S / "README.md").read_text()
-    blocks = "\n".join(re.findall(r"^ *```\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE)).replace("\\\n", " ")
-    commands = [" ".join(line.split()) for line in blocks.splitlines()]
-    return [c.removesuffix(" &") for c in commands if re.match(r"(KEY=\$\()?(kubectl|acestep k8s) ", c)]
+    """The commands that this machine has programs for."""
+    commands = [" ".join(line.split()) for line in blocks("").replace("\\\n", " ").splitlines()]
+    return [c.removesuffix(" &") for c in commands if re.match(r"(KEY=\$\()?(kubectl|acestep k8s|mkdir) ", c)]
 
 
 def test_the_documented_commands_are_ones(tmp_path: Path) -> None:
@@ -263,4 +269,15 @@ def test_the_documented_commands_are_ones(tmp_path: Path) -> None:
         if done.returncode or "$(kubectl" in command:
             assert re.search(r"connection refused|was refused", done.stderr), (command, done.stderr)
         else:
-            assert command.startswith("kubectl config") or "acestep k8s" in command, command
+            assert command.startswith(("kubectl config", "mkdir")) or "acestep k8s" in command, command
+        if command.startswith("mkdir k8s/overlays/mine"):
+            with (tmp_path / "k8s/overlays/mine/kustomization.yaml").open("a") as own:
+                own.write(textwrap.dedent(blocks("yaml")))
+    mine = kustomize(tmp_path / "k8s/overlays/mine")
+    claims = {
+        d["metadata"]["name"]: d["spec"].get("storageClassName") for d in mine if d["kind"] == "PersistentVolumeClaim"
+    }
+    assert claims == {"acestep-state": None, "acestep-files": "nfs", "acestep-models": "nfs"}
+    images = set(re.findall(r"image: *(\S+)", yaml.safe_dump(mine)))
+    assert images == {"registry.example.com/acestep-serve:0.1.0-cuda"}
+    assert crd.problems(rayservice_of(mine)) == []

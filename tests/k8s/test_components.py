@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 from collections.abc import Callable, Iterator
 from functools import cache
 from importlib.util import find_spec
@@ -22,7 +21,7 @@ from deployments.k8s.check import check
 from deployments.k8s.manifests import groups_of, rayservice_of
 from deployments.k8s.render import COMPONENT
 from tests.k8s import crd
-from tests.k8s.conftest import K8S, ROOT, Document, tool
+from tests.k8s.conftest import K8S, ROOT, Document, kustomize
 from tests.k8s.test_overlays import missing
 
 COMPONENTS = sorted(
@@ -32,20 +31,18 @@ MONITORING = K8S / "components" / "monitoring"
 LONGEST_S = int(RouterArgs.model_fields["max_run_s"].default)
 
 
-def kustomize(folder: Path, **overlay: Any) -> list[Document]:
+def overlaid(folder: Path, **overlay: Any) -> list[Document]:
     """Objects of an overlay that lies outside of the tree."""
     here = os.path.relpath(K8S, folder)
     for key in ("resources", "components"):
         overlay[key] = [f"{here}/{path}" for path in overlay.get(key, [])]
     (folder / "kustomization.yaml").write_text(yaml.safe_dump(overlay))
-    done = subprocess.run([str(tool("kubectl")), "kustomize", str(folder)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return [d for d in yaml.safe_load_all(done.stdout) if d]
+    return kustomize(folder)
 
 
 def built(folder: Path, *components: str) -> list[Document]:
     """The base with some components."""
-    return kustomize(folder, resources=["base"], components=[f"components/{c}" for c in components])
+    return overlaid(folder, resources=["base"], components=[f"components/{c}" for c in components])
 
 
 def of_kind(objects: list[Document], kind: str) -> list[Document]:
@@ -84,7 +81,7 @@ def test_volumes_are_exchanged_in_all_groups(tmp_path: Path) -> None:
 
 
 def test_names_with_a_prefix_are_followed_into_the_pods(tmp_path: Path) -> None:
-    objects = kustomize(tmp_path, resources=["overlays/mixed-fleet"], namePrefix="x-")
+    objects = overlaid(tmp_path, resources=["overlays/mixed-fleet"], namePrefix="x-")
     assert rayservice_of(objects)["metadata"]["name"] == "x-acestep"
     assert missing(objects) == set()
 

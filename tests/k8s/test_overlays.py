@@ -196,9 +196,10 @@ def test_only_pods_with_routers_know_the_routers_secrets(rendered: Rendered) -> 
 def test_pods_may_finish_the_longest_song(overlay: str, rendered: Rendered) -> None:
     service = rayservice_of(rendered(overlay))
     longest = max(a.graceful_shutdown_s for a in pools(serve_config(service)).values() if isinstance(a, PoolArgs))
-    assert service["spec"]["rayClusterDeletionDelaySeconds"] >= longest
+    delay = service["spec"]["rayClusterDeletionDelaySeconds"]
     for group in groups_of(service):
         pod = group["template"]["spec"]
+        assert delay >= pod["terminationGracePeriodSeconds"], "an upgrade gives an old cluster what a drain gives a pod"
         hook = mapping(pod["containers"][0], "lifecycle", "preStop", "exec")["command"]
         assert longest <= int(hook[-1]) < pod["terminationGracePeriodSeconds"]
 
