@@ -17,9 +17,10 @@ from typing import Literal
 from acestep.errors import InvalidRequest
 from acestep.hardware.cards import Device, list_cards
 from acestep.hardware.simulation import simulated_as_detected, simulated_gib
+from acestep.request import MAX_BATCH, MAX_DURATION_S
 
-Role = Literal["plan", "render", "both"]
-ROLES: tuple[Role, ...] = ("plan", "render", "both")
+CardRole = Literal["plan", "render", "both"]
+ROLES: tuple[CardRole, ...] = ("plan", "render", "both")
 TIERS = ("tier1", "tier2", "tier3", "tier4", "tier5", "tier6", "unlimited")
 PLANNER_SIZES = ("0.6B", "1.7B", "4B")
 DEFAULT_PROFILE = "2026-02"
@@ -27,8 +28,6 @@ PROFILE_ENV = "ACESTEP_TIER_PROFILE"
 
 # A card reports a little less than its label says: within this much under a border it still counts as the larger card.
 DETECTED_GRACE_GIB = 0.5
-MAX_DURATION_S = 600
-MAX_BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ class GPUConfig:
 
 
 @dataclass(frozen=True)
-class Profile:
+class TierProfile:
     """A named version of the table."""
 
     name: str
@@ -100,8 +99,8 @@ _SMALL, _MIDDLE, _ALL = (_0_6B,), (_0_6B, _1_7B), (_0_6B, _1_7B, _4B)
 _GB: dict[str, float | None] = {"0.6B": 3, "1.7B": 8, "4B": 12}
 _SMALL_GB, _MIDDLE_GB = {"0.6B": _GB["0.6B"]}, {"0.6B": _GB["0.6B"], "1.7B": _GB["1.7B"]}
 _FREE: dict[str, float | None] = dict.fromkeys(PLANNER_SIZES)
-PROFILES: dict[str, Profile] = {
-    "2026-02": Profile(
+PROFILES: dict[str, TierProfile] = {
+    "2026-02": TierProfile(
         "2026-02",
         "ACE-Step 1.5, February 2026: docs/en/GPU_COMPATIBILITY.md and acestep/gpu_config.py",
         (
@@ -114,7 +113,7 @@ PROFILES: dict[str, Profile] = {
             GPUConfig("unlimited", "unlimited", 24, True, 600, 600, 8, 8, _ALL, _4B, _FREE, True, False),
         ),
     ),
-    "2026-09": Profile(
+    "2026-09": TierProfile(
         "2026-09",
         "ACE-Step 1.5, September 2026: docs/en/GPU_COMPATIBILITY.md and acestep/gpu_config.py",
         (
@@ -145,11 +144,11 @@ class Limits:
     max_duration: float
     max_batch: int
     tier: str
-    role: Role
+    role: CardRole
     reason: str
 
 
-def get_profile(name: str | None = None) -> Profile:
+def get_profile(name: str | None = None) -> TierProfile:
     """The table called `name`, else the one in `ACESTEP_TIER_PROFILE`, else the default.
 
     Raises:
@@ -172,7 +171,7 @@ def get_gpu_memory_gb(index: int = 0) -> float:
     return cards[index].gib if index < len(cards) else 0.0
 
 
-def _row(gib: float, detected: bool, profile: Profile) -> GPUConfig:
+def _row(gib: float, detected: bool, profile: TierProfile) -> GPUConfig:
     if not (math.isfinite(gib) and gib >= 0):
         raise InvalidRequest(f"gpu_memory_gb: {gib} is not a size in GiB", field="gpu_memory_gb", asked=str(gib))
     found = profile.rows[0]
@@ -255,7 +254,7 @@ def _size_text(config: GPUConfig) -> str:
     return f"a card of {config.gpu_memory_gb:.4g} GiB"
 
 
-def get_limits(config: GPUConfig, role: Role, *, planner_on_card: bool | None = None) -> Limits:
+def get_limits(config: GPUConfig, role: CardRole, *, planner_on_card: bool | None = None) -> Limits:
     """What a card may be asked to do in a role.
 
     Args:
@@ -269,7 +268,7 @@ def get_limits(config: GPUConfig, role: Role, *, planner_on_card: bool | None = 
     where = f"{_size_text(config)} ({config.label})"
     if role == "plan":
         reason = f"{where} that only plans bounds no song"
-        return Limits(float(MAX_DURATION_S), MAX_BATCH, config.tier, role, reason)
+        return Limits(MAX_DURATION_S, MAX_BATCH, config.tier, role, reason)
     with_lm = role == "both" if planner_on_card is None else planner_on_card
     seconds = config.max_duration_with_lm if with_lm else config.max_duration_without_lm
     batch = config.max_batch_size_with_lm if with_lm else config.max_batch_size_without_lm

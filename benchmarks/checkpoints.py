@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from acestep.checkpoints import resolve
-from acestep.checkpoints.convert import SILENCE_FRAMES, make_readable, write_pipeline_files
-from acestep.checkpoints.layout import COMPONENTS
+from acestep.checkpoints.convert import make_readable, write_pipeline_files
+from acestep.checkpoints.layout import COMPONENTS, SILENCE_FRAMES
 from acestep.checkpoints.modules import quiet
 from acestep.checkpoints.tiny_planner import write_tokenizer
 from benchmarks.lm_models import random_model, transformers_model, true_tokens

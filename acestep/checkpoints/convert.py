@@ -20,11 +20,17 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 
-from acestep.checkpoints.layout import COMPONENTS, SILENCE_FILE, TOKENIZER_FILES, read_config, weight_files
+from acestep.checkpoints.layout import (
+    COMPONENTS,
+    SILENCE_FILE,
+    SILENCE_FRAMES,
+    TOKENIZER_FILES,
+    read_config,
+    weight_files,
+)
 from acestep.checkpoints.modules import component_class, quiet
 from acestep.errors import ModelMissing
 
-SILENCE_FRAMES = 15_000
 SILENCE_KEY = "silence_latent"
 PREFIXES = {
     "decoder.": "transformer",

@@ -25,6 +25,7 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 _OPTIONAL_THERE = ("audio_tokenizer", "audio_token_detokenizer")
 SILENCE_FILE = "silence_latent.pt"
+SILENCE_FRAMES = 15_000
 _MAX_HEADER = 100_000_000
 
 

@@ -20,18 +20,17 @@ from acestep.checkpoints.convert import (
     PATCH_RENAMES,
     PREFIXES,
     RENAMES,
-    SILENCE_FRAMES,
     link_companions,
     make_readable,
     write_component,
     write_pipeline_files,
 )
-from acestep.checkpoints.layout import SILENCE_FILE
+from acestep.checkpoints.layout import SILENCE_FILE, SILENCE_FRAMES
 from acestep.checkpoints.modules import Qwen3Model, component_class, quiet
 from acestep.checkpoints.published import TINY_PLANNER, TINY_RENDERERS, companion_folders
 from acestep.checkpoints.tiny_planner import write_tiny_planner
 
-CHANNELS = 8
+LATENT_CHANNELS = 8
 DTYPE = torch.bfloat16  # as published
 
 _SHARED: dict[str, Any] = {
@@ -51,23 +50,23 @@ _WIDE: dict[str, Any] = {
 _LAYER_TYPES = ["sliding_attention", "full_attention"]
 _CONDITION: dict[str, Any] = {
     "text_hidden_dim": 32,
-    "timbre_hidden_dim": CHANNELS,
+    "timbre_hidden_dim": LATENT_CHANNELS,
     "num_lyric_encoder_hidden_layers": 2,
     "num_timbre_encoder_hidden_layers": 2,
 }
 _POOLER: dict[str, Any] = {
-    "audio_acoustic_hidden_dim": CHANNELS,
+    "audio_acoustic_hidden_dim": LATENT_CHANNELS,
     "pool_window_size": 5,
     "num_attention_pooler_hidden_layers": 2,
     "layer_types": _LAYER_TYPES,
 }
 _FSQ: dict[str, Any] = {"fsq_dim": 32, "fsq_input_levels": [8, 8, 8, 5, 5, 5], "fsq_input_num_quantizers": 1}
 _VAE: dict[str, Any] = {
-    "encoder_hidden_size": 2 * CHANNELS,  # mean and scale of each channel
+    "encoder_hidden_size": 2 * LATENT_CHANNELS,  # mean and scale of each channel
     "downsampling_ratios": [2, 4, 4, 6, 10],
     "channel_multiples": [1, 2, 4, 8, 16],
     "decoder_channels": 2,
-    "decoder_input_channels": CHANNELS,
+    "decoder_input_channels": LATENT_CHANNELS,
     "audio_channels": 2,
     "sampling_rate": 48_000,
 }
@@ -97,7 +96,9 @@ def write_tiny(root: Path) -> None:
     for name in TINY_RENDERERS:
         configs = _renderer_configs(name)
         states = {part: _component(part, config, name) for part, config in configs.items()}
-        states["condition_encoder"]["silence_latent"] = _noise(f"{name}.silence", (1, SILENCE_FRAMES, CHANNELS), 0.1)
+        states["condition_encoder"]["silence_latent"] = _noise(
+            f"{name}.silence", (1, SILENCE_FRAMES, LATENT_CHANNELS), 0.1
+        )
         _write_original(root / name, name, states)
         twin = root / f"{name}-diffusers"
         for part, config in configs.items():
@@ -113,8 +114,8 @@ def _renderer_configs(name: str) -> dict[str, dict[str, Any]]:
     transformer = {
         **shared,
         "num_hidden_layers": len(_LAYER_TYPES),
-        "in_channels": 3 * CHANNELS,  # noise, source, mask
-        "audio_acoustic_hidden_dim": CHANNELS,
+        "in_channels": 3 * LATENT_CHANNELS,  # noise, source, mask
+        "audio_acoustic_hidden_dim": LATENT_CHANNELS,
         "patch_size": 2,
         "layer_types": _LAYER_TYPES,
         "is_turbo": name != "tiny-base",

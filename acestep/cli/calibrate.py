@@ -10,10 +10,10 @@ import typer
 from acestep.cli import output as out
 from acestep.cli.settings import SetOption, given
 from acestep.errors import InvalidRequest
+from acestep.gpu_config import ROLES
 from acestep.units import GIB
 
 app = typer.Typer(add_completion=False)
-ROLES = ("plan", "render", "both")
 
 
 @app.command()
@@ -32,8 +32,7 @@ def calibrate(
     the card meanwhile.
     """
     from acestep.cli.local import Studio
-    from acestep.cli.measure import calibrate as measure
-    from acestep.cli.measure import timed
+    from acestep.cli.measure import measured_profile, timed
     from acestep.paths import writable
     from acestep.sizing.profiles import measured_dir
 
@@ -53,7 +52,7 @@ def calibrate(
         if role != "plan":
             stages["renderer"] = timed(studio.renderer)
         device = studio.settings.device
-        profile = measure(
+        profile = measured_profile(
             card=device.name,
             tier=studio.settings.tier,
             cpu=device.kind == "cpu",

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from acestep.formats import AudioFormat
+from acestep.formats import FORMATS, AudioFormat
 from acestep.gpu_config import get_lm_model_size
 from acestep.plan import CODES_PER_SECOND, Plan
 from acestep.request import SongRequest
 from acestep.sizing.cost import (
+    CHARS_PER_TOKEN,
     PROMPT_TOKENS,
     PlannerCost,
     Profile,
@@ -36,15 +37,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FORMATS: tuple[AudioFormat, ...] = ("wav", "wav24", "wav32", "flac", "mp3", "opus", "aac")
 LONG_TEXT = "a line of lyrics that is here for its length\n" * 40
-CHARS_PER_TOKEN = 3.0
 LAUNCH_BOUND = 1.3  # two items in less than this times one item's step: the step is spent on launching, not on work
 ENCODED_S = 5.0
 REPEATS = 2  # the faster one counts: what is slower had a disturbance in it
 
 
-def calibrate(
+def measured_profile(
     *,
     card: str,
     tier: str,

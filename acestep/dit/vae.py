@@ -22,7 +22,7 @@ from acestep.sizing.activations import SMALLEST_CORE_FRAMES, decode_bytes, encod
 
 log = logging.getLogger(__name__)
 
-Need = Callable[[dict[str, Any], int, str], int]  # bytes by configuration, frames and dtype
+BytesNeeded = Callable[[dict[str, Any], int, str], int]  # bytes by configuration, frames and dtype
 
 FIRST_CORE_FRAMES = 64  # 2.56 s: soon there for a listener
 
@@ -132,17 +132,17 @@ class Vae:
         mean: Tensor = self.vae.encode(window).latent_dist.mode()
         return mean
 
-    def _core(self, need: Need) -> int:
+    def _core(self, need: BytesNeeded) -> int:
         """Frames of the next tile without its overlap."""
         return max(self._fitting_tile(need) - 2 * self._overlap, SMALLEST_CORE_FRAMES)
 
-    def _fitting_tile(self, need: Need) -> int:
+    def _fitting_tile(self, need: BytesNeeded) -> int:
         """The tile as set, or what of it fits into the memory that is free now."""
         if self._device.type != "cuda":
             return self._tile
         return min(self._tile, int(0.8 * self._free() / need(self._config, 1, self._dtype_name)))
 
-    def _shrink(self, core: int, need: Need, error: BaseException) -> int:
+    def _shrink(self, core: int, need: BytesNeeded, error: BaseException) -> int:
         """Half of a core that did not fit, for this tile and all that follow; gives up below the smallest."""
         if self._device.type == "cuda":
             torch.cuda.empty_cache()

@@ -15,7 +15,7 @@ from acestep.hardware import host, nvml
 from acestep.hardware.simulation import simulated_as_detected, simulated_gib
 from acestep.units import GIB
 
-Kind = Literal["cuda", "rocm", "xpu", "mps", "cpu"]
+DeviceKind = Literal["cuda", "rocm", "xpu", "mps", "cpu"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Device:
     """
 
     index: int
-    kind: Kind
+    kind: DeviceKind
     name: str
     total_bytes: int
     free_bytes: int

@@ -10,7 +10,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from acestep.hardware.cards import Device, Kind, cpu_device, list_cards, nvml_devices, pick, simulated
+from acestep.hardware.cards import Device, DeviceKind, cpu_device, list_cards, nvml_devices, pick, simulated
 
 __all__ = ["Device", "cap_process_memory", "list_cards", "list_devices", "pick"]
 
@@ -69,7 +69,7 @@ def _torch_cards(known: Mapping[str, Device]) -> list[Device]:
 
     cards: list[Device] = []
     if torch.cuda.is_available():
-        kind: Kind = "rocm" if torch.version.hip else "cuda"
+        kind: DeviceKind = "rocm" if torch.version.hip else "cuda"
         for i in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(i)
             uuid = str(getattr(properties, "uuid", "")) or None

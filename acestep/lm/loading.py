@@ -20,7 +20,7 @@ from acestep.lm.tokenizer import PlannerTokenizer
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
+def read_model_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
     """Sizes, and the raw `config.json`.
 
     Raises:
@@ -78,7 +78,7 @@ def load_model(folder: Path, *, device: torch.device, dtype: torch.dtype, max_le
     Raises:
         ModelMissing: A file or tensor is absent, damaged, of another shape, or unknown.
     """
-    config, _ = read_config(folder)
+    config, _ = read_model_config(folder)
     tensors = _Tensors(folder, device, dtype)
     head_size, h = config.head_dim, config.hidden_size
     embedding = tensors.take("embed_tokens.weight", (config.vocab_size, h))

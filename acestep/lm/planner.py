@@ -17,7 +17,7 @@ from acestep.lm.decoder import Decoder
 from acestep.lm.engine import PlannerEngine
 from acestep.lm.flows import FlowBuilder
 from acestep.lm.grammar import Grammar
-from acestep.lm.loading import check_vocabulary, load_model, read_config
+from acestep.lm.loading import check_vocabulary, load_model, read_model_config
 from acestep.lm.memory import arena_tokens
 from acestep.lm.prompts import PromptBuilder
 from acestep.lm.tokenizer import PlannerTokenizer
@@ -80,7 +80,7 @@ class Planner:
         """
         begin = time.monotonic()
         path = Path(path)
-        config, raw = read_config(path)
+        config, raw = read_model_config(path)
         tokenizer = PlannerTokenizer.load(path)
         check_vocabulary(tokenizer, config, path)
         device, dtype = _device(settings.device), getattr(torch, settings.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from acestep.errors import OutOfMemory
-from acestep.gpu_config import PLANNER_SIZES, GPUConfig, Role, get_limits, get_lm_model_size, is_tiny, planner_name
+from acestep.gpu_config import PLANNER_SIZES, CardRole, GPUConfig, get_limits, get_lm_model_size, is_tiny, planner_name
 from acestep.hardware import host
 from acestep.hardware.cards import Device
 from acestep.plan import CODES_PER_SECOND
@@ -27,7 +27,7 @@ RENDERER_RESERVE_GIB = {"tiny": 9.0, "2B": 9.0, "XL": 15.0}
 
 
 def choose_planner(
-    book: Book, role: Role, device: Device, row: GPUConfig, renderer_model: str
+    book: Book, role: CardRole, device: Device, row: GPUConfig, renderer_model: str
 ) -> tuple[str | None, str]:
     """Checkpoint (None where the planner is off), and why it is on or off."""
     if role == "render":
@@ -88,7 +88,7 @@ def smaller_planner(model: str) -> str | None:
 
 
 def planner_settings(
-    book: Book, role: Role, device: Device, row: GPUConfig, model: str, renderer_model: str
+    book: Book, role: CardRole, device: Device, row: GPUConfig, model: str, renderer_model: str
 ) -> PlannerSettings:
     """Settings of the planner `model` on `device`, beside the renderer `renderer_model` where the role is both.
 
@@ -178,7 +178,7 @@ def _dtype(book: Book, device: Device) -> str:
     return str(dtype)
 
 
-def _share(book: Book, role: Role, device: Device, row: GPUConfig, size: str, renderer_model: str) -> int | None:
+def _share(book: Book, role: CardRole, device: Device, row: GPUConfig, size: str, renderer_model: str) -> int | None:
     """Bytes set aside for the planner, or None for all that is free."""
     table = row.lm_memory_gb.get(size)
     if device.kind == "cpu":

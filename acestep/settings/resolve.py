@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from acestep.errors import OutOfMemory
-from acestep.gpu_config import GPUConfig, Limits, Role, get_limits, get_lm_model_size, is_tiny, tier_row
+from acestep.gpu_config import CardRole, GPUConfig, Limits, get_limits, get_lm_model_size, is_tiny, tier_row
 from acestep.hardware.cards import Device, cpu_device, pick
 from acestep.hardware.devices import list_devices
 from acestep.settings.fit import fit_renderer
@@ -44,7 +44,7 @@ class Resolved:
         warnings: Overrides that could not hold, and other things a user must hear.
     """
 
-    role: Role
+    role: CardRole
     device: Device
     planner_device: Device
     config: GPUConfig
@@ -68,7 +68,7 @@ class Resolved:
 
 
 def resolve(
-    role: Role = "both",
+    role: CardRole = "both",
     overrides: Mapping[str, Any] | None = None,
     *,
     devices: Sequence[Device] | None = None,
@@ -155,7 +155,7 @@ def _pick(book: Book, present: list[Device], name: str) -> Device:
 
 
 def _give_way(
-    book: Book, role: Role, model: str, device: Device, reason: str, error: OutOfMemory
+    book: Book, role: CardRole, model: str, device: Device, reason: str, error: OutOfMemory
 ) -> tuple[str | None, Device, str]:
     """What becomes of a planner that leaves too little room: a smaller one, one on the CPU where somebody insists on it, or none.
 

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
+from acestep.checkpoints.layout import SILENCE_FRAMES
 from acestep.gpu_config import is_tiny
 
 Config = Mapping[str, Any]
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-SILENCE_FRAMES = 15_000
 
 _LM = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 217_204, "tie_word_embeddings": True}
 PLANNERS: dict[str, Config] = {

@@ -13,8 +13,7 @@ from acestep.checkpoints import Checkpoint
 from acestep.checkpoints import resolve as resolve_checkpoint
 from acestep.checkpoints.published import Kind
 from acestep.errors import DeviceUnavailable
-from acestep.gpu_config import TIERS
-from acestep.gpu_config import Role as CardRole
+from acestep.gpu_config import TIERS, CardRole
 from acestep.hardware.devices import Device, cap_process_memory
 from acestep.paths import home, writable
 from acestep.settings.resolve import Resolved

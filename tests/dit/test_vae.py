@@ -10,7 +10,7 @@ import torch
 
 from acestep.checkpoints.load import RendererComponents
 from acestep.checkpoints.modules import AutoencoderOobleck
-from acestep.checkpoints.tiny import CHANNELS
+from acestep.checkpoints.tiny import LATENT_CHANNELS
 from acestep.dit.vae import FoldedSnake, Vae, fold
 from acestep.errors import OutOfMemory
 
@@ -33,7 +33,7 @@ def drained(encoding: Any) -> torch.Tensor:
 
 
 def latents_of(frames: int) -> torch.Tensor:
-    return torch.randn(frames, CHANNELS, generator=torch.Generator().manual_seed(frames), dtype=torch.float64)
+    return torch.randn(frames, LATENT_CHANNELS, generator=torch.Generator().manual_seed(frames), dtype=torch.float64)
 
 
 def test_folding_changes_nothing(fresh: Fresh, rel: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from acestep.errors import LimitExceeded
-from acestep.gpu_config import Role
+from acestep.gpu_config import CardRole
 from acestep.hardware.cards import Device
 from acestep.hardware.devices import list_devices
 from acestep.request import SongRequest
@@ -32,7 +32,7 @@ SIZES = [
 IDS = [f"{size}{' detected' if reported else ''}" for size, reported, *_ in SIZES]
 
 
-def settle(size: str, reported: bool, role: Role = "both", **settings: object) -> Resolved:
+def settle(size: str, reported: bool, role: CardRole = "both", **settings: object) -> Resolved:
     env = {"MAX_CUDA_VRAM": size, "MAX_CUDA_VRAM_AS_DETECTED": str(reported).lower(), "CUDA_VISIBLE_DEVICES": ""}
     return resolve(role, settings, devices=list_devices(env=env), env=env)
 

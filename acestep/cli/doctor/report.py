@@ -17,7 +17,7 @@ from acestep.cli.client import server_url
 from acestep.cli.doctor import probes
 from acestep.cli.doctor.probes import Finding
 from acestep.errors import AceStepError
-from acestep.gpu_config import DEFAULT_PROFILE, Role, get_lm_model_size, is_tiny, tier_row
+from acestep.gpu_config import DEFAULT_PROFILE, CardRole, get_lm_model_size, is_tiny, tier_row
 from acestep.hardware import host
 from acestep.hardware.cards import Device
 from acestep.hardware.devices import list_devices
@@ -60,7 +60,7 @@ class Report:
 
     machine: Mapping[str, Any]
     cards: Sequence[CardReport]
-    role: Role
+    role: CardRole
     settings: Resolved | None
     ledger: Mapping[str, Mapping[str, int]]
     findings: Sequence[Finding]
@@ -77,7 +77,7 @@ class Report:
 def report(
     overrides: Mapping[str, Any] | None = None,
     *,
-    role: Role = "both",
+    role: CardRole = "both",
     env: Mapping[str, str] | None = None,
     devices: Sequence[Device] | None = None,
 ) -> Report:
@@ -257,7 +257,7 @@ def card_report(
     return CardReport(device, tier_row(device, DEFAULT_PROFILE).tier, chosen, **said)
 
 
-def _ability(role: Role, device: Device, overrides: Mapping[str, Any] | None, env: Mapping[str, str]) -> str:
+def _ability(role: CardRole, device: Device, overrides: Mapping[str, Any] | None, env: Mapping[str, str]) -> str:
     try:
         r = resolve(role, overrides, device=device, env=env)
     except AceStepError as error:

@@ -63,7 +63,7 @@ _OUTPUT_S = {
 
 
 @dataclass(frozen=True)
-class Card:
+class CardFacts:
     """One row of cards.json: dense bf16 TFLOP/s, GB/s, relative price of an hour."""
 
     name: str
@@ -83,13 +83,13 @@ def _table() -> dict[str, Any]:
 
 
 @cache
-def cards() -> dict[str, Card]:
+def cards() -> dict[str, CardFacts]:
     """All known cards by short name."""
     rows = (dict(zip(_table()["columns"], row, strict=True)) for row in _table()["cards"])
-    return {row["name"]: Card(**{**row, "match": tuple(row["match"])}) for row in rows}
+    return {row["name"]: CardFacts(**{**row, "match": tuple(row["match"])}) for row in rows}
 
 
-def identify(card: str) -> Card | None:
+def identify(card: str) -> CardFacts | None:
     """The row of a card by the name that its driver gives, MIG slices scaled down. None where it is not in the table."""
     name = re.sub(r"\s+", " ", card.upper())
     known = cards().get(card)
@@ -100,14 +100,14 @@ def identify(card: str) -> Card | None:
         known = max(matches, key=lambda pair: pair[0])[1]
     if slice_ := re.search(r"\bMIG (\d)G\.(\d+)GB", name):
         compute, memory = int(slice_[1]) / 7, float(slice_[2])
-        return Card(
+        return CardFacts(
             f"{known.name}-{slice_[1]}g", f"{known.card} MIG {slice_[1]}g.{slice_[2]}gb", (), memory, known.tflops * compute,
             known.gb_per_s * memory / known.memory_gb, known.price * compute,
         )  # fmt: skip
     return known
 
 
-def calculate(card: Card, *, provenance: str | None = None) -> Profile:
+def calculate(card: CardFacts, *, provenance: str | None = None) -> Profile:
     """The profile that a card's data sheet implies."""
     cpu = card.name in CPU_CARDS
     flops, bytes_s = card.tflops * 1e12, card.gb_per_s * 1e9
