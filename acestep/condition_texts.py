@@ -7,6 +7,8 @@ from acestep.request import INSTRUMENTAL, SongRequest
 
 MAX_TEXT_TOKENS = 256
 MAX_LYRIC_TOKENS = 2_048
+LYRICS_END = "<|endoftext|>"
+_LYRICS_BEGIN = "\n\n# Lyric\n"
 
 
 def caption_text(
@@ -34,7 +36,12 @@ def lyrics_text(request: SongRequest, metadata: Metadata) -> str:
     asked = request.vocal_language if request.vocal_language != "unknown" else None
     planned = metadata.language if request.use_cot_language else None
     lyrics = INSTRUMENTAL if request.instrumental else request.lyrics
-    return f"# Languages\n{asked or planned or 'unknown'}\n\n# Lyric\n{lyrics}<|endoftext|>"
+    return f"# Languages\n{asked or planned or 'unknown'}{_LYRICS_BEGIN}{lyrics}{LYRICS_END}"
+
+
+def lyrics_header(text: str) -> str:
+    """What stands before the lyrics in a text of `lyrics_text`."""
+    return text[: text.index(_LYRICS_BEGIN) + len(_LYRICS_BEGIN)]
 
 
 def _caption(request: SongRequest, metadata: Metadata, lego_sft: bool) -> str:

@@ -258,6 +258,15 @@ class SongRequest(BaseModel):
     )
     loudness_lufs: float | None = Field(None, ge=-40.0, le=-5.0, description="Integrated loudness target instead.")
 
+    timestamps: bool = Field(
+        False,
+        description="Also tell when each line and word is sung: files `lrc` and `lyrics`, and lyrics in the audio's tags.",
+    )
+    score: bool = Field(False, description="Also judge how well the lyrics can be heard: `scores` of each item.")
+    latents: SkipJsonSchema[tuple[str, ...]] = Field(
+        (), max_length=MAX_BATCH, description="Stored latents of songs that are made already; set, not asked."
+    )
+
     # Service
     strict: bool = Field(False, description="Refuse (422) instead of clamping to what the hardware can do.")
 
@@ -310,6 +319,11 @@ class SongRequest(BaseModel):
     @property
     def instrumental(self) -> bool:
         return words.is_instrumental(self.lyrics)
+
+    @property
+    def listens(self) -> bool:
+        """Whether the renderer looks for the lyrics in what it made."""
+        return self.timestamps or self.score
 
     @property
     def seeds(self) -> tuple[int, ...]:

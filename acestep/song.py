@@ -15,6 +15,7 @@ LATENT_FPS = 25  # latent frames per second of audio
 SAMPLES_PER_FRAME = 1_920
 TINY_NOTICE = "tiny checkpoint: noise, not music"
 
+SidecarKind = Literal["latent", "lrc", "lyrics"]
 StageName = Literal["queued", "planning", "rendering", "decoding", "encoding"]
 
 
@@ -39,6 +40,30 @@ class AudioFile(BaseModel):
     sha256: str
 
 
+class Sidecar(BaseModel):
+    """A file beside the audio of one item. `path` is relative to the artifact store's root."""
+
+    model_config = ConfigDict(frozen=True)
+    kind: SidecarKind = Field(
+        description="`latent`: what the sound was decoded from (safetensors); `lrc`, `lyrics`: when each line and word is sung (LRC; JSON)."
+    )
+    content_type: str = Field(description="Its MIME type.")
+    path: str
+    bytes: int = Field(description="Its size.")
+    sha256: str = Field(description="Checksum of the file, in hexadecimal digits.")
+
+
+class LyricScores(BaseModel):
+    """How well the lyrics can be heard in a song, as ACE-Step judges it by its own attention; each 0 to 1."""
+
+    model_config = ConfigDict(frozen=True)
+    coverage: float = Field(description="Share of the words that were sung at all.")
+    monotonicity: float = Field(description="Share of the words that were sung after the one before.")
+    confidence: float = Field(description="How sure the attention is along the lyrics.")
+    dit_score: float = Field(description="coverage² · monotonicity² · confidence of the finished song.")
+    lm_score: float = Field(description="The same before the first step, where only text and audio codes decide.")
+
+
 class SongItem(BaseModel):
     model_config = ConfigDict(frozen=True)
     index: int
@@ -56,7 +81,9 @@ class SongItem(BaseModel):
         None,
         description="Where source audio is kept around a window: what the window alone was turned up by, so as not to clip.",
     )
-    files: tuple[AudioFile, ...] = ()
+    files: tuple[AudioFile, ...] = Field((), description="The audio.")
+    sidecars: tuple[Sidecar, ...] = ()
+    scores: LyricScores | None = None
     manifest: str | None = Field(None, description="Path of manifest.json beside the files.")
 
 

@@ -29,6 +29,7 @@ from acestep.checkpoints.layout import (
     weight_files,
 )
 from acestep.checkpoints.modules import component_class, quiet
+from acestep.checkpoints.published import LYRIC_HEADS
 from acestep.errors import ModelMissing
 
 SILENCE_KEY = "silence_latent"
@@ -91,7 +92,9 @@ def component_configs(config: dict[str, Any], source: Path) -> dict[str, dict[st
     transformer = {f: config[f] for f in transformer_fields}
     transformer["is_turbo"] = bool(config.get("is_turbo", False))
     if config.get("is_lego_sft"):
-        transformer["is_lego_sft"] = True  # diffusers has no such argument and passes over it
+        transformer["is_lego_sft"] = True  # diffusers has no such argument and passes over it, and over the next
+    if config.get(LYRIC_HEADS):
+        transformer[LYRIC_HEADS] = config[LYRIC_HEADS]
     transformer["model_version"] = config.get("model_version")
     if config.get("encoder_hidden_size") is not None:
         transformer["encoder_hidden_size"] = config["encoder_hidden_size"]

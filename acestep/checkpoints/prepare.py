@@ -25,8 +25,8 @@ from acestep.paths import writable
 
 log = logging.getLogger(__name__)
 
-CONVERTER_VERSION = 1
-TINY_VERSION = 3
+CONVERTER_VERSION = 2
+TINY_VERSION = 4
 _RECORD = ".prepared.json"
 _LOCK_TIMEOUT_S = 1_800
 

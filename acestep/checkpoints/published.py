@@ -13,6 +13,7 @@ Kind = Literal["renderer", "planner"]
 
 TINY_RENDERERS = ("tiny", "tiny-base", "tiny-xl")
 TINY_PLANNER = "tiny-lm"
+LYRIC_HEADS = "lyric_alignment_layers_config"  # in a renderer's configuration: {"layer": [head, ...]}
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class VariantDefaults:
         guidance_scale: Classifier-free guidance; 1 is off (it is distilled into the turbo weights).
         tasks: Tasks that this variant was trained for.
         lego_sft: Trained on captions that describe the whole song and the part of it (`is_lego_sft` in its configuration).
+        lyric_heads: Heads of cross-attention, by layer, that follow the lyrics; empty where they are not known.
     """
 
     steps: int
@@ -34,6 +36,7 @@ class VariantDefaults:
     guidance_scale: float
     tasks: tuple[str, ...]
     lego_sft: bool = False
+    lyric_heads: Mapping[int, tuple[int, ...]] = field(default_factory=dict, hash=False)
 
     @property
     def distilled(self) -> bool:
@@ -83,6 +86,26 @@ def companion_folders() -> dict[str, str]:
 def default_name(kind: Kind) -> str:
     """The model that is taken from a root that holds several."""
     return str(_table()["default_names"][kind])
+
+
+def lyric_heads(config: Mapping[str, Any]) -> dict[int, tuple[int, ...]]:
+    """Heads that follow the lyrics in a DiT of this configuration: those it names, else those known of its size.
+
+    Raises:
+        ValueError: it names heads or layers that it does not have.
+    """
+    layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
+    given = config.get(LYRIC_HEADS)
+    if given is None:
+        sizes = _table()["lyric_heads"]
+        given = next((row["heads"] for row in sizes if row["size"] == [layers, heads, config["hidden_size"]]), {})
+    try:
+        found = {int(layer): tuple(int(head) for head in of) for layer, of in given.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise ValueError(f"{LYRIC_HEADS} is not a list of heads by layer") from None
+    if not all(0 <= layer < layers and of and all(0 <= head < heads for head in of) for layer, of in found.items()):
+        raise ValueError(f"{LYRIC_HEADS} names what a DiT of {layers} layers and {heads} heads does not have")
+    return found
 
 
 def variant_defaults(is_turbo: bool, name: str | None = None) -> VariantDefaults:

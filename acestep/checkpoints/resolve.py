@@ -18,6 +18,7 @@ from acestep.checkpoints.published import (
     companion_folders,
     companions,
     default_name,
+    lyric_heads,
     published,
     variant_defaults,
 )
@@ -147,6 +148,10 @@ def _from_folder(
 
 def _renderer(folder: Path, name: str, *, revision: str | None = None) -> Checkpoint:
     config = layout.check_renderer(folder)
+    try:
+        heads = lyric_heads(config)
+    except ValueError as error:
+        raise ModelMissing(f"{folder / 'transformer'}: {error}.", path=str(folder)) from None
     return Checkpoint(
         name=name,
         kind="renderer",
@@ -154,6 +159,7 @@ def _renderer(folder: Path, name: str, *, revision: str | None = None) -> Checkp
         defaults=replace(
             variant_defaults(bool(config.get("is_turbo", False)), name),
             lego_sft=bool(config.get("is_lego_sft", False)),
+            lyric_heads=heads,
         ),
         notice=TINY_NOTICE if config.get("model_version") in TINY_RENDERERS else None,
         revision=revision,

@@ -27,7 +27,7 @@ from acestep.checkpoints.convert import (
 )
 from acestep.checkpoints.layout import SILENCE_FILE, SILENCE_FRAMES
 from acestep.checkpoints.modules import Qwen3Model, component_class, quiet
-from acestep.checkpoints.published import TINY_PLANNER, TINY_RENDERERS, companion_folders
+from acestep.checkpoints.published import LYRIC_HEADS, TINY_PLANNER, TINY_RENDERERS, companion_folders
 from acestep.checkpoints.tiny_planner import write_tiny_planner
 
 LATENT_CHANNELS = 8
@@ -120,6 +120,7 @@ def _renderer_configs(name: str) -> dict[str, dict[str, Any]]:
         "layer_types": _LAYER_TYPES,
         "is_turbo": name != "tiny-base",
         "model_version": name,
+        LYRIC_HEADS: {"0": [0], "1": [0, 1]},
     }
     if name == "tiny-xl":
         transformer |= {**_WIDE, "encoder_hidden_size": _ENCODER["hidden_size"]}

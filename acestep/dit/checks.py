@@ -4,11 +4,25 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from acestep.checkpoints.published import VariantDefaults
+from acestep.checkpoints.published import LYRIC_HEADS, VariantDefaults
 from acestep.errors import InvalidRequest
 from acestep.request import TRACKS, Adjustment, SongRequest
 from acestep.song import LATENT_FPS
 from acestep.tasks import NO_CODES, RULES, TaskRule
+
+
+def check_lyric_heads(request: SongRequest, known: bool, name: str) -> None:
+    """Refuse to listen for lyrics where it is not known which heads of the checkpoint `name` follow them.
+
+    Raises:
+        InvalidRequest: names the field.
+    """
+    if request.listens and not known:
+        field = "timestamps" if request.timestamps else "score"
+        raise InvalidRequest(
+            f"{field}: it is not known which attention heads of {name} follow the lyrics; its config.json has no {LYRIC_HEADS}.",
+            field=field,
+        )
 
 
 def check(request: SongRequest, defaults: VariantDefaults, name: str) -> None:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from acestep.checkpoints.load import RendererComponents
-from acestep.condition_texts import MAX_LYRIC_TOKENS, MAX_TEXT_TOKENS
+from acestep.condition_texts import LYRICS_END, MAX_LYRIC_TOKENS, MAX_TEXT_TOKENS, lyrics_header
 from acestep.dit.precision import in_float32
 from acestep.errors import InvalidOutput
 from acestep.plan import CODES_PER_SECOND
@@ -35,6 +36,15 @@ class Texts:
     lyrics: Tensor
     caption_tokens: int  # before cutting
     lyric_tokens: int
+
+
+@dataclass(frozen=True)
+class LyricTokens:
+    """Lyrics within a packed condition: the first one's place, their ids, and what each adds to the text."""
+
+    first: int
+    ids: tuple[int, ...]
+    texts: tuple[str, ...]
 
 
 class Conditions:
@@ -78,6 +88,16 @@ class Conditions:
             ids.append(cut)
             counts.append(int(full.shape[1]))
         return Texts(ids[0], ids[1], counts[0], counts[1])
+
+    def lyric_tokens(self, lyrics: str) -> LyricTokens:
+        """The tokens of `lyrics_text` that are lyrics: between its header and its end."""
+        tokenizer = self._parts.tokenizer
+        header = len(tokenizer(lyrics_header(lyrics), add_special_tokens=False).input_ids)
+        ids = self.tokenize("", lyrics).lyrics[0].tolist()
+        end = tokenizer.convert_tokens_to_ids(LYRICS_END)
+        stop = ids.index(end, header) if end in ids[header:] else len(ids)
+        own = ids[header:stop]
+        return LyricTokens(header, tuple(own), tuple(_texts_of(tokenizer, own)))
 
     @torch.inference_mode()
     def encode(self, caption: str, lyrics: str, references: Sequence[Tensor] = (), key: object = None) -> Tensor:
@@ -203,6 +223,19 @@ class Conditions:
 
     def _silence_row(self) -> Tensor:
         return self.silence[None].to(self._device, self._dtype)
+
+
+def _texts_of(tokenizer: Any, ids: Sequence[int]) -> Iterator[str]:
+    """The text of each token. Characters that several tokens make show at the last of them."""
+    pending: list[int] = []
+    for token in ids:
+        pending.append(token)
+        text = tokenizer.decode(pending, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if text.endswith("\ufffd"):
+            yield ""
+        else:
+            yield text
+            pending = []
 
 
 def restore_timbre_token(components: RendererComponents) -> None:

@@ -7,7 +7,7 @@ once per step, and no S×S mask is ever built.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from acestep.checkpoints.modules import AceStepTransformer1DModel, rotary_freqs
 from acestep.dit.attention import Attention, WindowLayout, key_mask, window_layout
+from acestep.dit.attention_maps import AttentionMaps, Listener
 from acestep.dit.layer import Layer, compiled_layer
 from acestep.dit.lora import ActiveLora, applied
 from acestep.stage_settings import AttentionBackend
@@ -41,7 +42,8 @@ class Projected:
 class Row:
     """One evaluation: latents `x` `[L, C]` in float32 at time `t`, with `context` `[L, 2C]` and a projected condition.
 
-    `lora` changes this row alone; the condition must have been projected with the same one.
+    `lora` changes this row alone; the condition must have been projected with the same one. A `listener` asks for maps of attention
+    instead of the velocity.
     """
 
     x: Tensor
@@ -49,6 +51,7 @@ class Row:
     context: Tensor
     condition: Projected
     lora: ActiveLora | None = None
+    listener: Listener | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +151,7 @@ class Denoiser:
 
     @torch.inference_mode()
     def velocity(self, rows: Sequence[Row]) -> list[Tensor]:
-        """Velocity `[L, C]` in float32 of each row, the same whatever other rows are there."""
+        """Velocity `[L, C]` of each row, or its maps as `AttentionMaps` has them; float32, the same whatever other rows are there."""
         batch = self._batch_of(rows)
         latents = batch.context.new_zeros((len(rows), batch.context.shape[1], rows[0].x.shape[1]))
         for i, row in enumerate(rows):
@@ -157,9 +160,16 @@ class Denoiser:
         loras = [row.lora for row in rows]
         # The hooks of an adapter, or another precision, would each compile all over again.
         layer = Layer() if any(loras) or self.dtype != self._own_dtype else self._layer
+        maps = {
+            i: AttentionMaps(row.listener, -(-len(row.x) // self.patch), row.condition.tokens)
+            for i, row in enumerate(rows)
+            if row.listener is not None
+        }
+        # Where all rows only listen, what comes after the last layer that they listen to is left out.
+        asked = [row.listener.layers if row.listener else len(self.transformer.layers) for row in rows]
         with applied(self.transformer, loras):
-            out = self._forward(latents, times, batch, layer)
-        return [out[i, :frames].float() for i, frames in enumerate(batch.frames)]
+            out = self._forward(latents, times, batch, layer, max(asked), maps)
+        return [maps[i].result() if i in maps else out[i, :frames].float() for i, frames in enumerate(batch.frames)]
 
     def _batch_of(self, rows: Sequence[Row]) -> _Batch:
         key = tuple((id(row.context), id(row.condition)) for row in rows)
@@ -221,7 +231,15 @@ class Denoiser:
             key_mask(lengths, width, self.device, self.dtype),
         )
 
-    def _forward(self, latents: Tensor, times: Tensor, batch: _Batch, layer: Layer) -> Tensor:
+    def _forward(
+        self,
+        latents: Tensor,
+        times: Tensor,
+        batch: _Batch,
+        layer: Layer,
+        layers: int,
+        maps: Mapping[int, AttentionMaps],
+    ) -> Tensor:
         model = self.transformer
         # The model was trained with a second time input, (t - r), that is 0 in plain flow matching.
         temb_t, proj_t = self._embed_time(model.time_embed, times)
@@ -230,8 +248,8 @@ class Denoiser:
 
         states = model.proj_in_conv(torch.cat([batch.context, latents], dim=-1).transpose(1, 2)).transpose(1, 2)
         states = states.contiguous()
-        for index, (block, kind) in enumerate(zip(model.layers, model.layer_types, strict=True)):
-            states = self._block(layer, block, kind, states, proj, batch, index)
+        for index, (block, kind) in enumerate(zip(model.layers[:layers], model.layer_types[:layers], strict=True)):
+            states = self._block(layer, block, kind, states, proj, batch, index, maps)
 
         shift, scale = (model.scale_shift_table + temb.unsqueeze(1)).chunk(2, dim=1)
         states = (model.norm_out(states) * (1 + scale) + shift).type_as(states)
@@ -239,12 +257,15 @@ class Denoiser:
         return velocity
 
     def _block(
-        self, layer: Layer, block: Any, kind: str, states: Tensor, proj: Tensor, batch: _Batch, index: int
-    ) -> Tensor:
+        self, layer: Layer, block: Any, kind: str, states: Tensor, proj: Tensor, batch: _Batch, index: int,
+        maps: Mapping[int, AttentionMaps],
+    ) -> Tensor:  # fmt: skip
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (block.scale_shift_table + proj).chunk(6, dim=1)
         attended = self._self_attention(kind, *layer.before(block, states, shift, scale, *batch.rope), batch)
         states, q = layer.between(block, states, gate, attended)
         attended = _joined(self.attention.full(q, batch.keys[index], batch.values[index], batch.cross_mask))
+        for row, seen in maps.items():
+            seen.take(index, q[row], batch.keys[index][row])
         del q  # the feed-forward part is where memory peaks
         return layer.after(block, states, mlp_shift, mlp_scale, mlp_gate, attended)
 

@@ -25,6 +25,7 @@ from acestep.dit.runs import ItemRun, SongRun
 from acestep.dit.vae import Vae
 from acestep.dit.work import CodesWork, Rendered, RenderWork
 from acestep.errors import AceStepError, Internal, InvalidOutput, OutOfMemory
+from acestep.request import Adjustment
 from acestep.song import SAMPLES_PER_FRAME, Progress, RenderTimings
 from acestep.worker import Ticket
 
@@ -112,8 +113,8 @@ class RenderEngine:
         return {
             "songs": len(songs),
             "preparing": sum(song.preparation is not None for song in songs),
-            "denoising": sum(run.latents is None for run in runs),
-            "decoding": sum(run.latents is not None and not run.decoded for run in runs),
+            "denoising": sum(run.pending is not None for run in runs),
+            "decoding": sum(run.tiles is not None and not run.decoded for run in runs),
             "batch_frames": self._budget,
             "denoise_steps": self._denoise_steps,
             "denoise_rows": self._rows,
@@ -131,7 +132,7 @@ class RenderEngine:
                 return True
         for song in self._songs:
             for run in song.runs:
-                if run.latents is not None and not run.decoded:
+                if run.tiles is not None and not run.decoded:
                     self._decode(song, run)
                     return True
             if song.runs:
@@ -153,7 +154,7 @@ class RenderEngine:
             song.preparation = None
             if isinstance(done.value, Prepared):
                 song.prepared = done.value
-                song.runs = [ItemRun(item, self._device) for item in done.value.items]
+                song.runs = [ItemRun(item, self._device, self._dtype) for item in done.value.items]
                 song.frames = sum(run.frames * len(run.pending or ()) for run in song.runs)
             else:
                 self._close(song, result=done.value)
@@ -182,7 +183,7 @@ class RenderEngine:
             self._denoiser.set_precision(first.precision or self._dtype)
             for _, run in batch:
                 if run.stale:
-                    run.renew(self._denoiser, self._device)
+                    run.renew(self._denoiser)
         except torch.OutOfMemoryError as error:
             self._close(song, error=self._out_of_memory("the weights of the DiT", error))
             return
@@ -192,14 +193,19 @@ class RenderEngine:
         self._rows += len(rows)
         for song, run in batch:
             mine = [next(outcomes) for _ in run.pending or ()]
+            before, listening = run.walker.done, run.listening
             if failure := next((o for o in mine if isinstance(o, AceStepError)), None):
-                self._close(song, error=failure)
+                if listening:
+                    self._not_heard(song, run, failure)
+                else:
+                    self._close(song, error=failure)
                 continue
-            before = run.walker.done
             run.send([o for o in mine if isinstance(o, Tensor)])
             if run.walker.done > before:
                 self._report(song, run, "rendering", run.walker.done, run.walker.total)
-            if run.latents is not None:
+            if listening and run.pending is None:
+                self._check_maps(song, run)
+            elif run.latents is not None and not listening:
                 self._check_latents(song, run)
         seconds = time.monotonic() - begin
         for song in {id(song): song for song, _ in batch}.values():
@@ -210,10 +216,10 @@ class RenderEngine:
         waiting = [(song, run) for song in self._songs for run in song.runs if run.pending is not None]
         first, run = waiting[0]
         batch, rows, longest, room = [waiting[0]], len(run.pending or ()), run.frames, min(self._budget, first.room)
-        precision = run.precision
+        alike = (run.precision, run.listening)  # who listens only must not change who shares a step
         for song, run in waiting[1:]:
             more, longer, tighter = rows + len(run.pending or ()), max(longest, run.frames), min(room, song.room)
-            if run.precision == precision and more * longer <= tighter:
+            if (run.precision, run.listening) == alike and more * longer <= tighter:
                 batch.append((song, run))
                 rows, longest, room = more, longer, tighter
         return batch
@@ -244,15 +250,37 @@ class RenderEngine:
         latents = run.latents
         assert latents is not None
         if bool(torch.isfinite(latents).all()) and bool(latents.any()):
-            run.begin_decoding(self._vae)
+            if run.item.lyrics is not None:
+                run.listen()
+            else:
+                run.begin_decoding(self._vae)
             return
         if self._retry_in_float32 and run.precision is None:
             log.warning("item %d of %s is not finite; denoising it again in float32", run.item.index, song.ticket.id)
             self._retried += 1
-            run.precision, run.latents, run.stale = torch.float32, None, True
-            run.start(self._device)
+            run.precision, run.stale = torch.float32, True
+            run.start()
             return
         self._close(song, error=self._invalid(run, "the DiT gave latents that are not finite, or all zero"))
+
+    def _check_maps(self, song: SongRun, run: ItemRun) -> None:
+        if not all(bool(torch.isfinite(seen).all()) for seen in run.maps or ()):
+            self._not_heard(song, run, self._invalid(run, "the DiT gave attention that is not finite"))
+        elif run.item.latents is None:
+            run.begin_decoding(self._vae)
+        else:
+            self._end(song, run)
+
+    def _not_heard(self, song: SongRun, run: ItemRun, error: AceStepError) -> None:
+        """A song goes on without what was to be heard in it, where more is asked for than that."""
+        request = song.ticket.work.request
+        if run.item.latents is not None or request.strict:
+            self._close(song, error=error)
+            return
+        field = "timestamps" if request.timestamps else "score"
+        song.told.append(Adjustment(field=field, asked=True, given=False, reason=error.message))
+        run.maps = None
+        run.begin_decoding(self._vae)
 
     # -- decoding
 
@@ -277,9 +305,12 @@ class RenderEngine:
         self._report(song, run, "decoding", done, run.frames)
         song.seconds["decode_s"] += time.monotonic() - begin
         if done >= run.frames:
-            run.decoded = True
-            if all(other.decoded for other in song.runs):
-                self._close(song, result=self._rendered(song))
+            self._end(song, run)
+
+    def _end(self, song: SongRun, run: ItemRun) -> None:
+        run.decoded = True
+        if all(other.decoded for other in song.runs):
+            self._close(song, result=self._rendered(song))
 
     def _hand_out(self, song: SongRun, run: ItemRun, first: int, part: Tensor) -> None:
         work = song.ticket.work
@@ -301,7 +332,7 @@ class RenderEngine:
                 **song.prepared.sampling.as_settings(),
                 "lora": song.prepared.lora.as_settings() if song.prepared.lora else None,
             },
-            adjustments=song.prepared.adjustments,
+            adjustments=(*song.prepared.adjustments, *song.told),
         )
 
     # -- shared

@@ -6,9 +6,9 @@ drop a cancelled one quickly. Where one waits for a file to be read, which anoth
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
 from typing import Any, TypeVar
 
@@ -21,9 +21,12 @@ from acestep.checkpoints.adapter_files import FIELD, listed
 from acestep.checkpoints.published import VariantDefaults
 from acestep.condition_texts import MAX_LYRIC_TOKENS, MAX_TEXT_TOKENS, caption_text, lyrics_text
 from acestep.dit.admission import Admission
+from acestep.dit.attention_maps import Listener
 from acestep.dit.checks import check_files
 from acestep.dit.conditions import Conditions, reference_excerpt
 from acestep.dit.denoiser import Denoiser, Projected
+from acestep.dit.latents import StoredLatents, read_latents
+from acestep.dit.listening import Lyrics
 from acestep.dit.lora import ActiveLora, LoraCache
 from acestep.dit.residency import Residency
 from acestep.dit.sampler import Path, Repaint, Side
@@ -51,13 +54,18 @@ _CROSSFADE_S = 0.05
 
 @dataclass(frozen=True, eq=False)
 class Item:
-    """One song to be: its path to latents, its exact length, and what is put back around it."""
+    """One song to be: its path to latents, its exact length, what is put back around it, and which lyrics to listen for.
+
+    `latents` are there where the song is made already, and only listened to.
+    """
 
     index: int
     seed: int
     samples: int
     path: Path
     splice: Splice | None
+    lyrics: Lyrics | None = None
+    latents: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,13 +135,16 @@ class Preparation:
         # A file may change under its name, so its encoding is shared within this work only.
         reference_key = object() if references else None
 
+        channels = self._conditions.silence.shape[1]
+        stored = {index: read_latents(path, channels) for index, path in work.latents.items()}
         contexts: dict[object, Tensor] = {}
         encoded: dict[tuple[str, str], Tensor] = {}
         texts: dict[int, list[tuple[str, str]]] = {}
         lengths: dict[int, int] = {}
         for index in work.indices:
             codes = work_codes(work, index)
-            samples = lengths[index] = song_samples(work, codes, source)
+            found = stored.get(index)
+            samples = lengths[index] = found.samples if found else song_samples(work, codes, source)
             adjustments += _length_adjustments(work, samples, source, codes)
             frames = -(-samples // SAMPLES_PER_FRAME)
             texts[index] = self._texts(work, codes, samples / SAMPLE_RATE)
@@ -169,7 +180,8 @@ class Preparation:
             if len(texts[index]) > 1:
                 silent = contexts.setdefault(("silence", frames), self._silence(frames))
                 sides.append(Side(silent, projected[texts[index][1]], null, lora))
-            items.append(self._item(work, index, lengths[index], sampling, sides, source))
+            item = self._item(work, index, lengths[index], sampling, sides, source)
+            items.append(replace(item, lyrics=self._lyrics(work, texts[index][0][1]), latents=_latents(stored, index)))
         if not follows_source(request, codes=bool(work_codes(work, 0))) and request.audio_cover_strength != 1.0:
             adjustments.append(
                 Adjustment(
@@ -177,9 +189,23 @@ class Preparation:
                     reason="there are no audio codes to follow",
                 )
             )  # fmt: skip
+        if request.listens and request.instrumental:
+            field = "timestamps" if request.timestamps else "score"
+            adjustments.append(
+                Adjustment(field=field, asked=True, given=False, reason="there are no lyrics to listen for")
+            )
         if request.strict and adjustments:
             raise refusal(adjustments[0])
         return Prepared(tuple(items), pass_frames, sampling, lora, tuple(unique(adjustments)))
+
+    def _lyrics(self, work: RenderWork, text: str) -> Lyrics | None:
+        """How to listen for the lyrics in `text`, of `lyrics_text`; None where that is not asked for, or there are none."""
+        request = work.request
+        if not request.listens or request.instrumental:
+            return None
+        tokens = self._conditions.lyric_tokens(text)
+        listener = Listener(self._defaults.lyric_heads, tokens.first, tokens.first + len(tokens.ids))
+        return Lyrics(tokens.ids, tokens.texts, listener, scored=request.score)
 
     def _project(self, tokens: Tensor, lora: ActiveLora | None) -> Projected:
         self._residency.need("dit")
@@ -316,6 +342,10 @@ class Preparation:
             repaint=repaint,
         )
         return Item(index, request.seeds[index], samples, path, splice)
+
+
+def _latents(stored: Mapping[int, StoredLatents], index: int) -> Tensor | None:
+    return stored[index].latents if index in stored else None
 
 
 def work_codes(work: RenderWork, index: int) -> tuple[int, ...] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
@@ -12,50 +12,82 @@ import torch
 from torch import Tensor
 
 from acestep.dit.denoiser import Denoiser, Row
+from acestep.dit.latents import kept
+from acestep.dit.listening import listen
+from acestep.dit.lyrics import Heard
 from acestep.dit.preparation import Item, Prepared, Steps
-from acestep.dit.sampler import Walk, Walker, reprojected
+from acestep.dit.sampler import Walker, reprojected
 from acestep.dit.vae import Vae
 from acestep.dit.work import RenderedItem
-from acestep.song import CHANNELS
+from acestep.request import Adjustment
+from acestep.song import CHANNELS, SAMPLE_RATE
 from acestep.worker import Ticket
 
 _SPLICED_SAMPLES = 1 << 20  # at once: bounds the copies that a splice makes
 
 
 class ItemRun:
-    """One item on its way: denoising while it has `pending` rows, then decoding `tiles` into `audio`, then `decoded`."""
+    """One item on its way: with `pending` rows denoising, or listening once it has latents; then decoding `tiles` into `audio`, then `decoded`.
 
-    def __init__(self, item: Item, device: torch.device) -> None:
+    Args:
+        dtype: Of the renderer, for what is kept of the latents.
+    """
+
+    def __init__(self, item: Item, device: torch.device, dtype: torch.dtype) -> None:
         self.item = item
+        self._device, self._dtype = device, dtype
         self.precision: torch.dtype | None = None  # None: the renderer's own
         self.stale = False  # conditions were projected in another precision than the one to denoise in
         self.latents: Tensor | None = None
         self.tiles: Iterator[tuple[int, Tensor]] | None = None
-        self.audio = torch.empty(0)
+        self.kept: Tensor | None = None
+        self.maps: list[Tensor] | None = None
+        self.audio = torch.empty((CHANNELS, 0))
         self.decoded = False
-        self.start(device)
+        self.start()
 
-    def start(self, device: torch.device) -> None:
-        self.walker = Walker(self.item.path, device)
-        self._walk: Walk = self.walker.walk()
+    def start(self) -> None:
+        self.walker = Walker(self.item.path, self._device)
+        self._walk: Generator[list[Row], Sequence[Tensor], Any] = self.walker.walk()
+        self.latents = self.item.latents  # already made, or None
         self.pending: list[Row] | None = next(self._walk)
+        if self.latents is not None:
+            self.latents = self.latents.to(self._device)
+            self.listen()
 
-    def renew(self, denoiser: Denoiser, device: torch.device) -> None:
+    def renew(self, denoiser: Denoiser) -> None:
         """Begin anew with conditions projected in the precision that the denoiser has now."""
         self.item = replace(self.item, path=reprojected(self.item.path, denoiser.project))
         self.stale = False
-        self.start(device)
+        self.start()
 
-    def send(self, velocities: Sequence[Tensor]) -> None:
-        """Give the walk its velocities; afterwards it has new pending rows, or latents."""
+    def send(self, outcomes: Sequence[Tensor]) -> None:
+        """Give the walk its velocities, or maps; afterwards it has new pending rows, or latents, or all maps."""
         try:
-            self.pending = self._walk.send(velocities)
+            self.pending = self._walk.send(outcomes)
         except StopIteration as done:
             self.pending = None
-            self.latents = done.value
+            if self.latents is None:
+                self.latents = done.value
+            else:
+                self.maps = done.value
+
+    @property
+    def listening(self) -> bool:
+        return self.pending is not None and self.latents is not None
+
+    def listen(self) -> None:
+        """Listen for the lyrics in what is kept of the latents: then the file gives the same later."""
+        assert self.item.lyrics is not None
+        assert self.latents is not None
+        latents = kept(self.latents, self._dtype).float()
+        self._walk = listen(self.item.path, self.item.lyrics, latents, self._device)
+        self.pending = next(self._walk)
 
     def begin_decoding(self, vae: Vae) -> None:
         assert self.latents is not None
+        self.pending = None
+        self.kept = kept(self.latents, self._dtype).cpu()
         self.tiles = vae.decode(self.latents)
         self.audio = torch.empty((CHANNELS, self.item.samples))
 
@@ -71,15 +103,20 @@ class ItemRun:
 
     def rendered(self) -> RenderedItem:
         """The decoded song. What was made inside a source is turned down to ±1 before it is put there, and the source is not."""
-        if (splice := self.item.splice) is None:
-            return RenderedItem(self.item.index, self.item.seed, self.audio)
+        plain = RenderedItem(self.item.index, self.item.seed, self.audio, latents=self.kept, heard=self._heard())
+        if (splice := self.item.splice) is None or self.item.latents is not None:
+            return plain
         window = splice.window
         peak = float(self.audio[:, window.start_sample : window.end_sample].abs().max())
         gain = 1.0 / max(peak, 1.0)
         for first in range(0, self.item.samples, _SPLICED_SAMPLES):
             part = self.audio[:, first : first + _SPLICED_SAMPLES]
             part.copy_(splice(first, part * gain))
-        return RenderedItem(self.item.index, self.item.seed, self.audio, made_gain_db=20.0 * math.log10(gain))
+        return replace(plain, made_gain_db=20.0 * math.log10(gain))
+
+    def _heard(self) -> Heard | None:
+        lyrics = self.item.lyrics
+        return None if lyrics is None or self.maps is None else lyrics.heard(self.maps, self.item.samples / SAMPLE_RATE)
 
     @property
     def frames(self) -> int:
@@ -96,6 +133,7 @@ class SongRun:
         self.reading: Future[Any] | None = None  # what the preparation waits for
         self.prepared: Prepared | None = None
         self.runs: list[ItemRun] = []
+        self.told: list[Adjustment] = []  # on the way
         self.frames = frames  # rows × frames it asks for, as far as is known
         self.seconds = dict.fromkeys(("conditions_s", "denoise_s", "decode_s"), 0.0)
 
@@ -105,7 +143,7 @@ class SongRun:
 
     @property
     def denoising(self) -> bool:
-        return self.preparation is not None or any(run.latents is None for run in self.runs)
+        return self.preparation is not None or any(run.pending is not None for run in self.runs)
 
     @property
     def room(self) -> int:

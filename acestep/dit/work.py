@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from acestep.dit.lyrics import Heard
 from acestep.plan import Plan
 from acestep.request import Adjustment, SongRequest
 from acestep.song import RenderTimings
@@ -27,6 +28,7 @@ class RenderWork:
         src_audio, reference_audio: Local files, resolved and allowed by the caller.
         on_audio: Called on the engine thread with (item, first sample, float32 `[2, n]` on the CPU) as soon as a piece is decoded,
             before any loudness step. The pieces come in order and join without overlap.
+        latents: Files of finished latents by item. Such items are only listened to, for their lyrics; they come without audio.
     """
 
     request: SongRequest
@@ -35,6 +37,7 @@ class RenderWork:
     src_audio: Path | None = None
     reference_audio: tuple[Path, ...] = ()
     on_audio: OnAudio | None = None
+    latents: Mapping[int, Path] = field(default_factory=dict)
 
     @property
     def indices(self) -> tuple[int, ...]:
@@ -53,13 +56,16 @@ class RenderedItem:
     """PCM of one item: float32 `[2, samples]` at 48 kHz on the CPU, as the VAE gave it (no loudness step).
 
     Where `made_gain_db` is a number, samples of the source stand around a window, as they came, and all is within ±1: the window was
-    turned down by this for it (0 or less).
+    turned down by this for it (0 or less). `latents` are what it was decoded from, on the CPU, as `acestep.dit.latents.kept` says;
+    `heard` is what attention saw of its lyrics, where that was asked for.
     """
 
     index: int
     seed: int
     audio: Tensor
     made_gain_db: float | None = None
+    latents: Tensor | None = field(default=None, repr=False)
+    heard: Heard | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
