@@ -16,6 +16,11 @@ SAMPLES_PER_FRAME = 1_920
 TINY_NOTICE = "tiny checkpoint: noise, not music"
 
 SidecarKind = Literal["latent", "lrc", "lyrics"]
+SIDECARS: dict[SidecarKind, tuple[str, str]] = {  # file name and MIME type
+    "latent": ("latent.safetensors", "application/octet-stream"),
+    "lrc": ("lyrics.lrc", "text/plain; charset=utf-8"),
+    "lyrics": ("lyrics.json", "application/json"),
+}
 StageName = Literal["queued", "planning", "rendering", "decoding", "encoding"]
 
 
@@ -51,6 +56,40 @@ class Sidecar(BaseModel):
     path: str
     bytes: int = Field(description="Its size.")
     sha256: str = Field(description="Checksum of the file, in hexadecimal digits.")
+
+
+class TimedToken(BaseModel):
+    """A token of the lyrics, as the DiT reads them."""
+
+    model_config = ConfigDict(frozen=True)
+    token_id: int = Field(description="In the text encoder's vocabulary.")
+    text: str = Field(description="What it adds; empty where a character goes on in the next one.")
+    start: float = Field(description="Seconds.")
+    end: float = Field(description="Seconds.")
+
+
+class TimedWord(BaseModel):
+    """Some text and when it is sung."""
+
+    model_config = ConfigDict(frozen=True)
+    text: str = Field(description="Without blanks around it.")
+    start: float = Field(description="Seconds.")
+    end: float = Field(description="Seconds.")
+
+
+class TimedLine(TimedWord):
+    """A line of the lyrics. Section tags such as `[Verse]` are lines as they stand."""
+
+    words: tuple[TimedWord, ...] = Field((), description="Its words; where a script has no blanks, its characters.")
+
+
+class TimedLyrics(BaseModel):
+    """When the lyrics of a song are sung: the file `lyrics.json`."""
+
+    model_config = ConfigDict(frozen=True)
+    duration: float = Field(description="Seconds of the song.")
+    sentences: tuple[TimedLine, ...] = Field(description="Its lines; empty ones are left out.")
+    tokens: tuple[TimedToken, ...] = Field(description="What words and lines are made of.")
 
 
 class LyricScores(BaseModel):

@@ -7,21 +7,24 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mutagen.flac import FLAC
-from mutagen.id3 import COMM, ID3, TIT2, TSSE, TXXX, Encoding
+from mutagen.id3 import COMM, ID3, SYLT, TIT2, TSSE, TXXX, USLT, Encoding
 from mutagen.mp4 import MP4, AtomDataType, MP4FreeForm
 from mutagen.oggopus import OggOpus
 from mutagen.wave import WAVE
 
 from acestep.formats import AudioFormat
 from acestep.plan import Metadata
+from acestep.song import TimedLine
 
 SOFTWARE = "ACE-Step 1.5"
 _MP4_NAMESPACE = "----:com.acestep"
 _TITLE_CHARS = 80
+_MILLISECONDS, _LYRICS = 2, 1  # of SYLT
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class SongTags:
         model: Renderer checkpoint.
         plan: Metadata that the planner or the caller decided; codes are not in the tags but in the manifest's hash.
         notice: What every listener must be told, such as that a tiny checkpoint made it.
+        lines: Of the lyrics.
     """
 
     title: str
@@ -43,6 +47,7 @@ class SongTags:
     model: str
     plan: Metadata | None = None
     notice: str | None = None
+    lines: Sequence[TimedLine] = ()
 
     @classmethod
     def titled(cls, prompt: str, **rest: Any) -> SongTags:
@@ -68,6 +73,16 @@ class SongTags:
         return "\n".join(f"{name.lower()}: {value}" for name, value in self.fields().items())
 
 
+def lrc(lines: Iterable[TimedLine]) -> str:
+    """Lines as LRC: `[mm:ss.xx]text`."""
+    return "\n".join(f"[{_clock(line.start)}]{line.text}" for line in lines)
+
+
+def _clock(seconds: float) -> str:
+    minutes, hundredths = divmod(round(seconds * 100), 6_000)
+    return f"{minutes:02d}:{hundredths // 100:02d}.{hundredths % 100:02d}"
+
+
 def write_tags(data: bytes, fmt: AudioFormat, tags: SongTags) -> bytes:
     """`data`, an encoded file in format `fmt`, with `tags` added. The audio in it is not touched."""
     buffer = io.BytesIO(data)
@@ -79,6 +94,11 @@ def write_tags(data: bytes, fmt: AudioFormat, tags: SongTags) -> bytes:
     elif fmt == "mp3":
         id3 = ID3()
         _fill_id3(id3, tags)
+        if tags.lines:
+            utf8 = Encoding.UTF8
+            timed = [(line.text, round(line.start * 1000)) for line in tags.lines]
+            id3.add(SYLT(encoding=utf8, lang="XXX", format=_MILLISECONDS, type=_LYRICS, desc="", text=timed))
+            id3.add(USLT(encoding=utf8, lang="XXX", desc="", text="\n".join(line.text for line in tags.lines)))
         id3.save(buffer)
     elif fmt in ("flac", "opus"):
         vorbis = FLAC(buffer) if fmt == "flac" else OggOpus(buffer)
@@ -86,6 +106,8 @@ def write_tags(data: bytes, fmt: AudioFormat, tags: SongTags) -> bytes:
         vorbis["COMMENT"] = tags.comment()
         for name, value in tags.fields().items():
             vorbis[name] = value
+        if tags.lines:
+            vorbis["LYRICS"] = lrc(tags.lines)
         buffer.seek(0)
         vorbis.save(buffer)
     else:
@@ -95,6 +117,8 @@ def write_tags(data: bytes, fmt: AudioFormat, tags: SongTags) -> bytes:
         mp4["\xa9too"] = SOFTWARE
         for name, value in tags.fields().items():
             mp4[f"{_MP4_NAMESPACE}:{name}"] = MP4FreeForm(value.encode(), dataformat=AtomDataType.UTF8)
+        if tags.lines:
+            mp4["\xa9lyr"] = lrc(tags.lines)
         buffer.seek(0)
         mp4.save(buffer)
     return buffer.getvalue()

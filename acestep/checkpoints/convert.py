@@ -264,7 +264,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def _mismatches(component: str, config: dict[str, Any], stored: dict[str, _Stored]) -> list[str]:
-    with torch.device("meta"):
+    with quiet(), torch.device("meta"):
         expected = component_class(component).from_config(config).state_dict()
     expected.pop(SILENCE_KEY, None)  # comes from a file of its own
     prefix = f"{component}."

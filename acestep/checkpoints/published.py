@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import resources
 from typing import Any, Literal
@@ -88,6 +88,10 @@ def default_name(kind: Kind) -> str:
     return str(_table()["default_names"][kind])
 
 
+def _heads(given: Mapping[str, Any]) -> dict[int, tuple[int, ...]]:
+    return {int(layer): tuple(int(head) for head in of) for layer, of in given.items()}
+
+
 def lyric_heads(config: Mapping[str, Any]) -> dict[int, tuple[int, ...]]:
     """Heads that follow the lyrics in a DiT of this configuration: those it names, else those known of its size.
 
@@ -100,7 +104,7 @@ def lyric_heads(config: Mapping[str, Any]) -> dict[int, tuple[int, ...]]:
         sizes = _table()["lyric_heads"]
         given = next((row["heads"] for row in sizes if row["size"] == [layers, heads, config["hidden_size"]]), {})
     try:
-        found = {int(layer): tuple(int(head) for head in of) for layer, of in given.items()}
+        found = _heads(given)
     except (AttributeError, TypeError, ValueError):
         raise ValueError(f"{LYRIC_HEADS} is not a list of heads by layer") from None
     if not all(0 <= layer < layers and of and all(0 <= head < heads for head in of) for layer, of in found.items()):
@@ -120,4 +124,7 @@ def variant_defaults(is_turbo: bool, name: str | None = None) -> VariantDefaults
 def expected_defaults(model: str) -> VariantDefaults:
     """Defaults by a checkpoint's name, for where there is no more of it than that; a name that says nothing counts as turbo."""
     is_turbo = not any(variant in model.lower() for variant in ("base", "sft"))
-    return variant_defaults(is_turbo, model.removeprefix("ACE-Step/"))
+    name = model.removeprefix("ACE-Step/")
+    known = name in published() and "xl" not in name  # of XL, its configuration has to tell
+    heads = _heads(_table()["lyric_heads"][0]["heads"]) if known else {}
+    return replace(variant_defaults(is_turbo, name), lyric_heads=heads)

@@ -11,20 +11,6 @@ from acestep.song import LATENT_FPS
 from acestep.tasks import NO_CODES, RULES, TaskRule
 
 
-def check_lyric_heads(request: SongRequest, known: bool, name: str) -> None:
-    """Refuse to listen for lyrics where it is not known which heads of the checkpoint `name` follow them.
-
-    Raises:
-        InvalidRequest: names the field.
-    """
-    if request.listens and not known:
-        field = "timestamps" if request.timestamps else "score"
-        raise InvalidRequest(
-            f"{field}: it is not known which attention heads of {name} follow the lyrics; its config.json has no {LYRIC_HEADS}.",
-            field=field,
-        )
-
-
 def check(request: SongRequest, defaults: VariantDefaults, name: str) -> None:
     """Refuse what the checkpoint `name` cannot do or what makes no sense together.
 
@@ -43,6 +29,7 @@ def check(request: SongRequest, defaults: VariantDefaults, name: str) -> None:
                 f"{field}: {name} takes at most {defaults.max_steps} steps, not {asked}.",
                 field=field, asked=asked, limit=defaults.max_steps,
             )  # fmt: skip
+    _check_lyric_heads(request, defaults, name)
     if request.sampler == "heun" and request.infer_method == "sde":
         raise InvalidRequest("sampler: heun is a method for ode; use euler with sde.", field="sampler")
     has_codes = request.audio_codes is not None or bool(request.plan and request.plan.codes)
@@ -121,6 +108,15 @@ def _check_unused(request: SongRequest, rule: TaskRule) -> None:
     for field, is_set in unused.items():
         if is_set:
             raise InvalidRequest(f"{field}: task {request.task} has no use for it.", field=field)
+
+
+def _check_lyric_heads(request: SongRequest, defaults: VariantDefaults, name: str) -> None:
+    if request.listens and not defaults.lyric_heads:
+        field = "timestamps" if request.timestamps else "score"
+        raise InvalidRequest(
+            f"{field}: it is not known which attention heads of {name} follow the lyrics; its config.json has no {LYRIC_HEADS}.",
+            field=field,
+        )
 
 
 def check_files(request: SongRequest, src_audio: Path | None, reference_audio: tuple[Path, ...]) -> None:

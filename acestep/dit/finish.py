@@ -7,17 +7,19 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from acestep.audio.loudness import PEAK_DBFS, master
 from acestep.audio.manifest import manifest
-from acestep.audio.tags import SongTags
+from acestep.audio.tags import SongTags, lrc
 from acestep.audio.writing import encode
+from acestep.dit.latents import write_latents
+from acestep.dit.lyrics import lyric_scores, timed_lyrics
 from acestep.errors import InvalidOutput
 from acestep.formats import content_type, extension
 from acestep.plan import Plan
 from acestep.request import SongRequest
-from acestep.song import SAMPLE_RATE, AudioFile, Song, SongItem
+from acestep.song import SAMPLE_RATE, SIDECARS, AudioFile, Sidecar, SidecarKind, Song, SongItem, TimedLine
 from acestep.tasks import normalizes
 
 if TYPE_CHECKING:
@@ -41,17 +43,23 @@ def finish(
     maker: Maker,
     put: Callable[[str, bytes], None],
     prefix: str = "",
+    *,
+    keep_latents: bool = True,
 ) -> Song:
-    """Encode all items in all asked formats.
+    """Encode all items in all asked formats. Items that were only listened to get no audio.
 
     Args:
         put: Stores one file under a name such as `<prefix>0-wav.wav`; called for every file and manifest.
+        keep_latents: Store what each song was decoded from, too.
 
     Raises:
         InvalidOutput: the audio is not finite, or nothing but zeros.
     """
     began = time.monotonic()
-    items = tuple(_finish_item(request, plan, rendered, item, maker, put, prefix) for item in rendered.items)
+    items = tuple(
+        _finish_item(request, plan, rendered, item, maker, _Sidecars(put, f"{prefix}{item.index}-"), keep_latents)
+        for item in rendered.items
+    )
     return Song(
         items=items,
         plan=plan,
@@ -65,15 +73,82 @@ def finish(
     )
 
 
+class _Sidecars:
+    """Stores the files of one item, and lists those beside its audio."""
+
+    def __init__(self, put: Callable[[str, bytes], None], prefix: str) -> None:
+        self._put = put
+        self._prefix = prefix
+        self.listed: list[Sidecar] = []
+
+    def put(self, name: str, data: bytes) -> str:
+        """Returns the whole name."""
+        self._put(self._prefix + name, data)
+        return self._prefix + name
+
+    def add(self, kind: SidecarKind, data: bytes) -> None:
+        name, content_type = SIDECARS[kind]
+        path = self.put(name, data)
+        self.listed.append(
+            Sidecar(
+                kind=kind,
+                content_type=content_type,
+                path=path,
+                bytes=len(data),
+                sha256=hashlib.sha256(data).hexdigest(),
+            )
+        )
+
+
 def _finish_item(
     request: SongRequest,
     plan: Plan,
     rendered: Rendered,
     item: RenderedItem,
     maker: Maker,
-    put: Callable[[str, bytes], None],
-    prefix: str,
+    store: _Sidecars,
+    keep_latents: bool,
 ) -> SongItem:
+    lines: tuple[TimedLine, ...] = ()
+    if item.heard is not None and request.timestamps:
+        timed = timed_lyrics(item.heard)
+        lines = timed.sentences
+        store.add("lrc", lrc(lines).encode())
+        store.add("lyrics", timed.model_dump_json(indent=1).encode())
+    scores = lyric_scores(item.heard) if item.heard is not None and request.score else None
+    samples = int(item.audio.shape[-1])
+    facts: dict[str, Any] = {}
+    if samples:
+        facts = _finish_audio(request, plan, rendered, item, maker, store, lines)
+    elif item.heard is not None:
+        samples = round(item.heard.seconds * SAMPLE_RATE)
+    if keep_latents and item.latents is not None:
+        data = write_latents(
+            item.latents, samples=samples, seed=item.seed, model=maker.model, model_hash=maker.model_hash
+        )
+        store.add("latent", data)
+    return SongItem(
+        index=item.index,
+        seed=item.seed,
+        lm_seed=request.lm_seeds[item.index] if plan.model else None,
+        duration=samples / SAMPLE_RATE,
+        samples=samples,
+        sidecars=tuple(store.listed),
+        scores=scores,
+        **facts,
+    )
+
+
+def _finish_audio(
+    request: SongRequest,
+    plan: Plan,
+    rendered: Rendered,
+    item: RenderedItem,
+    maker: Maker,
+    store: _Sidecars,
+    lines: tuple[TimedLine, ...],
+) -> dict[str, Any]:
+    """Audio files and manifest: those fields of a `SongItem` that tell of them."""
     if not bool(item.audio.any()):
         raise InvalidOutput(
             f"item {item.index}: every sample is zero. Try another seed; if it stays, the checkpoint or the precision is at fault.",
@@ -89,12 +164,11 @@ def _finish_item(
     metadata = plan.metadata_of(item.index)
     caption = (metadata.caption if request.use_cot_caption else None) or request.prompt
     notice = maker.notice or plan.notice
-    tags = SongTags.titled(caption, seed=item.seed, model=maker.model, plan=metadata, notice=notice)
+    tags = SongTags.titled(caption, seed=item.seed, model=maker.model, plan=metadata, notice=notice, lines=lines)
     files = []
     for fmt in request.formats:
         data = encode(audio, SAMPLE_RATE, fmt, bitrate_kbps=request.bitrate_kbps, tags=tags)
-        name = f"{prefix}{item.index}-{fmt}.{extension(fmt)}"
-        put(name, data)
+        name = store.put(f"{fmt}.{extension(fmt)}", data)
         files.append(
             AudioFile(
                 format=fmt,
@@ -108,17 +182,9 @@ def _finish_item(
         request, plan, item=item.index, seed=item.seed, model=maker.model, model_hash=maker.model_hash,
         device=maker.device, notice=notice, settings=rendered.settings, level=level, made_gain_db=item.made_gain_db,
     )  # fmt: skip
-    name = f"{prefix}{item.index}-manifest.json"
-    put(name, json.dumps(facts, indent=1, ensure_ascii=False).encode())
-    samples = int(item.audio.shape[-1])
-    return SongItem(
-        index=item.index,
-        seed=item.seed,
-        lm_seed=request.lm_seeds[item.index] if plan.model else None,
-        duration=samples / SAMPLE_RATE,
-        samples=samples,
-        gain_db=round(level.gain_db, 3),
-        made_gain_db=None if item.made_gain_db is None else round(item.made_gain_db, 3),
-        files=tuple(files),
-        manifest=name,
-    )
+    return {
+        "gain_db": round(level.gain_db, 3),
+        "made_gain_db": None if item.made_gain_db is None else round(item.made_gain_db, 3),
+        "files": tuple(files),
+        "manifest": store.put("manifest.json", json.dumps(facts, indent=1, ensure_ascii=False).encode()),
+    }

@@ -6,15 +6,14 @@ are frames of the DiT, 12.5 a second. numpy only.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from acestep.song import LyricScores
+from acestep.song import LyricScores, TimedLine, TimedLyrics, TimedToken, TimedWord
 
 Matrix = npt.NDArray[np.floating[Any]]
 Path = tuple[tuple[int, int], ...]
@@ -50,22 +49,6 @@ class Heard:
     alignment: Matrix = field(repr=False)
     energy: Matrix = field(repr=False)
     first_energy: Matrix | None = field(default=None, repr=False)
-
-
-@dataclass(frozen=True)
-class Word:
-    """Some text and when it is sung, in seconds."""
-
-    text: str
-    start: float
-    end: float
-
-
-@dataclass(frozen=True)
-class Sentence(Word):
-    """A line of the lyrics and its words. Section tags such as `[Verse]` are lines as they stand."""
-
-    words: tuple[Word, ...] = ()
 
 
 def warp(cost: Matrix) -> Path:
@@ -117,7 +100,7 @@ def token_times(alignment: Matrix, seconds: float) -> list[tuple[float, float]]:
     return times
 
 
-def sentences(texts: Sequence[str], times: Sequence[tuple[float, float]]) -> tuple[Sentence, ...]:
+def sentences(texts: Sequence[str], times: Sequence[tuple[float, float]]) -> tuple[TimedLine, ...]:
     """The lines of the lyrics, each with its words; seconds with 3 decimals. Empty lines are left out."""
     found, line = [], list[int]()
     for index, text in enumerate(texts):
@@ -126,7 +109,7 @@ def sentences(texts: Sequence[str], times: Sequence[tuple[float, float]]) -> tup
             words = [w for part in _words(texts, line) if (w := _timed(texts, times, part)).text]
             whole = _timed(texts, times, line)
             if whole.text:
-                found.append(Sentence(whole.text, whole.start, whole.end, tuple(words)))
+                found.append(TimedLine(**dict(whole), words=tuple(words)))
             line = []
     return tuple(found)
 
@@ -155,34 +138,22 @@ def _stands_alone(character: str, before: str) -> bool:
     )
 
 
-def _timed(texts: Sequence[str], times: Sequence[tuple[float, float]], part: Sequence[int]) -> Word:
+def _timed(texts: Sequence[str], times: Sequence[tuple[float, float]], part: Sequence[int]) -> TimedWord:
     text = "".join(texts[i] for i in part).strip()
-    return Word(text, round(times[part[0]][0], 3), round(times[part[-1]][1], 3))
+    return TimedWord(text=text, start=round(times[part[0]][0], 3), end=round(times[part[-1]][1], 3))
 
 
-def lrc(lines: Iterable[Sentence]) -> str:
-    """The lines as LRC: `[mm:ss.xx]text`."""
-    return "\n".join(f"[{_clock(line.start)}]{line.text}" for line in lines)
-
-
-def _clock(seconds: float) -> str:
-    minutes, hundredths = divmod(round(seconds * 100), 6_000)
-    return f"{minutes:02d}:{hundredths // 100:02d}.{hundredths % 100:02d}"
-
-
-def as_json(heard: Heard, times: Sequence[tuple[float, float]], lines: Sequence[Sentence]) -> str:
-    """All there is to say: sentences with their words, and the tokens, in seconds."""
-    facts = {
-        "duration": round(heard.seconds, 3),
-        "sentences": [
-            {"text": s.text, "start": s.start, "end": s.end, "words": [vars(word) for word in s.words]} for s in lines
-        ],
-        "tokens": [
-            {"token_id": token, "text": text, "start": round(start, 3), "end": round(end, 3)}
+def timed_lyrics(heard: Heard) -> TimedLyrics:
+    """When each line, word and token of a song is sung."""
+    times = token_times(heard.alignment, heard.seconds)
+    return TimedLyrics(
+        duration=round(heard.seconds, 3),
+        sentences=sentences(heard.texts, times),
+        tokens=tuple(
+            TimedToken(token_id=token, text=text, start=round(start, 3), end=round(end, 3))
             for token, text, (start, end) in zip(heard.token_ids, heard.texts, times, strict=True)
-        ],
-    }  # fmt: skip
-    return json.dumps(facts, ensure_ascii=False, indent=1)
+        ),
+    )
 
 
 def sung(texts: Sequence[str]) -> list[bool]:

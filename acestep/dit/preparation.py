@@ -136,7 +136,7 @@ class Preparation:
         reference_key = object() if references else None
 
         channels = self._conditions.silence.shape[1]
-        stored = {index: read_latents(path, channels) for index, path in work.latents.items()}
+        stored = {i: read_latents(work.latents[i], channels) for i in work.indices if i in work.latents}
         contexts: dict[object, Tensor] = {}
         encoded: dict[tuple[str, str], Tensor] = {}
         texts: dict[int, list[tuple[str, str]]] = {}

@@ -150,7 +150,6 @@ class Renderer:
     def check(self, request: SongRequest) -> None:
         """Refuse what this checkpoint cannot do. Raises `InvalidRequest`, which names the field."""
         checks.check(request, self.info.defaults, self.info.name)
-        checks.check_lyric_heads(request, bool(self.info.defaults.lyric_heads), self.info.name)
 
     def submit(
         self,

@@ -36,6 +36,9 @@ CAPTION_STEPS = 120  # 60 to 250 seen; it is most of the reasoning block
 PROMPT_TOKENS = 39  # what every prompt holds besides the caller's text
 CHARS_PER_TOKEN = 3.0
 CLIP_FRAMES = 500  # 20 s of audio; songs up to this share a renderer's steps
+LISTEN_FORWARDS = (
+    0.5  # of a forward: lyrics are followed by the first third of the layers, and their maps are worked out
+)
 REFERENCE_FRAMES = 750  # three 10 s crops of one reference recording
 
 
@@ -131,6 +134,13 @@ def forwards(request: SongRequest, model: str | None) -> float:
     if request.sampler == "heun" and request.infer_method == "ode":
         per_step = 2.0 - 1.0 / steps if defaults.distilled else 2.0
     return steps * per_step * (1.0 + guided)
+
+
+def listens(request: SongRequest) -> float:
+    """DiT forwards of one item that look for its lyrics."""
+    if not request.listens or request.instrumental:
+        return 0.0
+    return LISTEN_FORWARDS * (2 if request.score else 1)  # a score asks the noise, too
 
 
 def needs_metadata(request: SongRequest) -> bool:
@@ -255,9 +265,12 @@ def render_seconds(
     conditions += len(request.reference_audio) * REFERENCE_FRAMES * cost.encode_frame_s
     if needs_codes(request) or request.audio_codes is not None or (request.plan is not None and request.plan.codes):
         conditions += items * frames * cost.detokenize_frame_s
-    denoise = forwards(request, model) * cost.seconds_per_forward([frames] * items)
-    decode = items * frames * cost.decode_frame_s
-    output = items * duration * sum((output_s or {}).get(f, 0.0) for f in request.formats)
+    made = bool(request.latents)  # before: they are only listened to
+    denoise = (listens(request) + (0.0 if made else forwards(request, model))) * cost.seconds_per_forward(
+        [frames] * items
+    )
+    decode = 0.0 if made else items * frames * cost.decode_frame_s
+    output = 0.0 if made else items * duration * sum((output_s or {}).get(f, 0.0) for f in request.formats)
     parts = {"conditions_s": conditions, "denoise_s": denoise, "decode_s": decode, "encode_s": output}
     total = sum(parts.values())
     return Seconds(total, total, parts)

@@ -99,6 +99,10 @@ class RendererArgs(PoolArgs):
     lora_roots: tuple[str, ...] | None = Field(
         None, description="Folders whose LoRA adapters a request may name. Null: ACESTEP_HOME/loras."
     )
+    keep_latents: bool = Field(
+        True,
+        description="Store what each song was decoded from beside its audio: lyrics can be timed later. 12 MB per hour of audio.",
+    )
 
 
 class KeyArgs(_Args):

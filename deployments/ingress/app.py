@@ -13,7 +13,7 @@ from deployments.ingress import errors as problems
 from deployments.ingress.acestep import models, tasks, texts
 from deployments.ingress.links import Prefix
 from deployments.ingress.middleware import BodyLimit, LostProxy, OptionalPrefix, Strangers, host_of
-from deployments.ingress.native import answers, cluster, files, health, webhooks
+from deployments.ingress.native import answers, cluster, files, health, lyrics, song_files, webhooks
 from deployments.ingress.native import songs as native
 from deployments.ingress.native import texts as plans
 from deployments.ingress.openai import chat
@@ -63,7 +63,7 @@ def build_app(service: Service) -> FastAPI:
     app.add_middleware(OptionalPrefix)
     app.add_middleware(Prefix, public_url=service.args.public_url)
     app.add_middleware(LostProxy)
-    for module in (health, cluster, native, plans, files, webhooks, tasks, texts, models, chat):
+    for module in (health, cluster, native, song_files, lyrics, plans, files, webhooks, tasks, texts, models, chat):
         app.include_router(module.router)
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     return app

@@ -29,6 +29,11 @@ def audio_path(job_id: str, index: int, format: str) -> str:
     return f"{job_path(job_id)}/audio/{index}.{format}"
 
 
+def sidecar_path(job_id: str, index: int, kind: str) -> str:
+    """Path of one file beside the audio; what its URL signs."""
+    return f"{job_path(job_id)}/files/{index}.{kind}"
+
+
 def read_audio_path(path: str) -> tuple[str, int, str | None] | None:
     """(job, index, format) of an audio URL's path, whatever stands in front of it; None where it is none."""
     match = _AUDIO.fullmatch(path[max(0, path.rfind("/v1/jobs/")) :])

@@ -45,6 +45,7 @@ from deployments.scheduling.eta import Stage, remaining_s
 from deployments.scheduling.ledger import Routing
 from deployments.telemetry.tracing import TRACE, here
 
+STAGED = ("song", "plan", "lyrics")  # kinds that go through planner and renderer as the request needs them
 QUESTIONS_AT_ONCE = 4  # of one router
 MAX_QUESTIONS = 32  # of one key, waiting ones included
 QUESTION_S = 5.0
@@ -108,7 +109,7 @@ class Service:
         Returns (job, created): False where the idempotency key was known already.
 
         Args:
-            kind: `song`, `plan`, `codes` or `understand`: how far the job goes.
+            kind: `song`, `plan`, `codes` or `understand`: how far the job goes; `lyrics` listens to the request's latents.
             adjustments: What was changed before.
             extra: For the API that asks.
 
@@ -121,7 +122,9 @@ class Service:
             known = await asyncio.to_thread(self.store.earlier, caller.name, idempotency_key, body_hash)
             if known is not None:
                 return known, False
-        request, told = await self.with_sources(request, caller)
+        told: list[Adjustment] = []
+        if kind != "lyrics":  # its sources came with the song that it listens to
+            request, told = await self.with_sources(request, caller)
         request, changed = over_plan(request)
         adjustments = (*told, *adjustments, *changed)
         if kind == "song":
@@ -132,7 +135,7 @@ class Service:
         decision = await self._admit(request, caller, kind)
         if decision is not None:
             request = decision.request
-            if kind == "song" and (pool := self.fleet.view.get(decision.renderer or "")) and pool.info:
+            if kind in ("song", "lyrics") and (pool := self.fleet.view.get(decision.renderer or "")) and pool.info:
                 checks.check(request, defaults_of(pool.info), str(pool.info["model"]))
             adjustments = (*adjustments, *decision.adjustments)
             columns = {
@@ -166,7 +169,7 @@ class Service:
 
     async def _admit(self, request: SongRequest, caller: Caller, kind: str) -> Decision | None:
         """Where a new song or plan would go, and when: behind what the fair order serves before this caller, not behind everybody."""
-        if kind not in ("song", "plan"):
+        if kind not in STAGED:
             return None
         only_plan = kind == "plan"
         me = self.routing.newcomer(self.fleet.view, request, caller.name, only_plan=only_plan)
@@ -190,6 +193,10 @@ class Service:
         """
         if request.source_s is not None:
             raise InvalidRequest("source_s: is measured, not asked", field="source_s")
+        if request.latents:
+            raise InvalidRequest(
+                "latents: are not asked for; POST /v1/jobs/{id}/lyrics finds a song's own", field="latents"
+            )
         changes: dict[str, Any] = {}
         files: list[FileRecord] = []
         if request.src_audio is not None:
@@ -293,7 +300,7 @@ class Service:
         return found
 
     def _remaining(self, job: Job, place: Place) -> float | None:
-        if job.kind not in ("song", "plan") or (job.plan_pool is None and job.render_pool is None):
+        if job.kind not in STAGED or (job.plan_pool is None and job.render_pool is None):
             return None
         stage: Stage = "planned" if job.planned_at else "queued"
         left_s = None

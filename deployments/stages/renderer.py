@@ -95,7 +95,10 @@ class RendererDeployment:
             parsed, made = SongRequest.model_validate(request), Plan.model_validate(plan)
             parsed = with_adapter(parsed, self.lora_roots)
             names = [*filter(None, [parsed.src_audio]), *parsed.reference_audio]
-            async with local_files(self.storage, names) as paths:
+            async with (
+                local_files(self.storage, names) as paths,
+                local_files(self.storage, parsed.latents, "latents") as latents,
+            ):
                 source = paths.pop(0) if parsed.src_audio else None
                 work = RenderWork(
                     parsed,
@@ -103,6 +106,7 @@ class RendererDeployment:
                     tuple(items) if items is not None else None,
                     src_audio=source,
                     reference_audio=tuple(paths),
+                    latents=dict(enumerate(latents)),
                 )
                 ticket = self.renderer.submit(
                     work, id=ticket_id(job_id), priority=priority, deadline=deadline, on_progress=mailbox.put
@@ -170,7 +174,16 @@ class RendererDeployment:
     ) -> Song:
         maker = Maker(self.info.model, self.info.model_hash, self.info.device, self.info.notice)
         with span("encode", job_id=job_id, items=len(rendered.items)):
-            return await asyncio.to_thread(finish, request, plan, rendered, maker, put, prefix=f"songs/{job_id}/")
+            return await asyncio.to_thread(
+                finish,
+                request,
+                plan,
+                rendered,
+                maker,
+                put,
+                prefix=f"songs/{job_id}/",
+                keep_latents=self.args.keep_latents,
+            )
 
     async def describe(self) -> dict[str, Any]:
         return {**self.info.to_dict(), "stats": self.renderer.stats()}

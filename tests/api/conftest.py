@@ -17,7 +17,7 @@ import pytest
 from acestep.gpu_config import get_gpu_config, get_limits
 from acestep.plan import Metadata, Plan, PlanTimings
 from acestep.sizing.profiles import find
-from acestep.song import AudioFile, RenderTimings, Song, SongItem
+from acestep.song import AudioFile, RenderTimings, Sidecar, Song, SongItem
 from deployments.config.args import PlannerArgs, RendererArgs, RouterArgs
 from deployments.dispatch.dispatcher import Dispatcher
 from deployments.fleet.watch import Fleet, FleetView, Pool
@@ -82,9 +82,16 @@ class Site:
                 path = f"songs/{job_id}/{index}-{fmt}.{extension}"
                 self.service.storage.put(path, data)
                 files.append(AudioFile(format=fmt, content_type=kind, path=path, bytes=len(data), sha256="0" * 64))
-            items.append(
-                SongItem(index=index, seed=seed, duration=30.0, samples=1_440_000, gain_db=-2.5, files=tuple(files))
+            path = f"songs/{job_id}/{index}-latent.safetensors"
+            self.service.storage.put(path, data)
+            beside = Sidecar(
+                kind="latent", content_type="application/octet-stream", path=path, bytes=len(data), sha256="0" * 64
             )
+            items.append(
+                SongItem(
+                    index=index, seed=seed, duration=30.0, samples=1_440_000, gain_db=-2.5, files=tuple(files), sidecars=(beside,)
+                )
+            )  # fmt: skip
         song = Song(items=tuple(items), plan=plan, renderer="acestep-v15-turbo", timings=RenderTimings(denoise_s=0.5))
         store.succeed(job_id, "test", song)
         return self.job(job_id)

@@ -12,8 +12,10 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from acestep.audio.tags import lrc
 from acestep.dit import lyrics
 from acestep.dit.attention_maps import AttentionMaps, Listener
+from acestep.song import TimedLine
 
 Floats = npt.NDArray[np.floating[Any]]
 
@@ -36,7 +38,7 @@ def test_known_attention_gives_the_known_map_path_times_and_score(golden: dict[s
     assert [list(step) for step in lyrics.warp(-alignment)] == golden["path"]
     times = lyrics.token_times(alignment, golden["seconds"])
     assert np.allclose(times, golden["token_times"], rtol=0, atol=1e-9)
-    assert lyrics.lrc(lyrics.sentences(golden["token_text"], times)) == golden["lrc"]
+    assert lrc(lyrics.sentences(golden["token_text"], times)) == golden["lrc"]
     assert [int(word) for word in lyrics.sung(golden["token_text"])] == golden["type_mask"]
     assert lyrics.aligned(energy, lyrics.sung(golden["token_text"])).score == golden["lyrics_score"]
 
@@ -75,9 +77,9 @@ def test_lines_words_and_scripts_without_blanks() -> None:
     ]  # fmt: skip
     assert [(w.text, w.start, w.end) for w in found[1].words] == [("Hello", 4, 4.5), ("world", 5, 6.5)]
     assert [w.text for w in found[2].words] == ["世", "界", "ok"]
-    assert lyrics.lrc(found).splitlines()[2] == "[00:09.00]世界 ok"
-    assert lyrics.lrc([lyrics.Sentence("late", 125.239, 130.0)]) == "[02:05.24]late"
-    assert lyrics.lrc([lyrics.Sentence("late", 59.999, 60.0)]) == "[01:00.00]late"
+    assert lrc(found).splitlines()[2] == "[00:09.00]世界 ok"
+    assert lrc([TimedLine(text="late", start=125.239, end=130.0)]) == "[02:05.24]late"
+    assert lrc([TimedLine(text="late", start=59.999, end=60.0)]) == "[01:00.00]late"
 
 
 def test_nothing_heard_scores_nothing() -> None:

@@ -138,7 +138,7 @@ def _succeeded(service: Service, job: Job, created: int) -> list[dict[str, Any]]
     warnings = warnings_of(job)
     entries = []
     for item in song.items:
-        url = audio_url(service, item.files[0].path)
+        url = audio_url(service, item.files[0].path) if item.files else ""  # one that was only listened to has none
         entry = {
             "file": url,
             **{k: v for k, v in _entry(1, created).items() if k != "file"},

@@ -9,11 +9,11 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from acestep.lm.work import Sample
 from acestep.plan import Metadata, Plan, PlanTimings
 from acestep.request import Adjustment
-from acestep.song import Progress, RenderTimings, StageName
+from acestep.song import LyricScores, Progress, RenderTimings, SidecarKind, StageName, TimedLyrics
 
 State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 Ended = Literal["succeeded", "failed", "cancelled"]
-Kind = Literal["song", "plan", "codes", "understand"]
+Kind = Literal["song", "plan", "codes", "understand", "lyrics"]
 
 
 class Answer(BaseModel):
@@ -68,6 +68,18 @@ class Audio(Answer):
     url: str = Field(description="Path of the file, signed: works without a key until it expires.")
 
 
+class File(Answer):
+    """A file beside the audio of a song."""
+
+    kind: SidecarKind = Field(
+        description="`latent`: what the sound was decoded from (safetensors); `lrc` and `lyrics`: when lines and words are sung (LRC, JSON)."
+    )
+    content_type: str = Field(description="Its MIME type.")
+    bytes: int = Field(description="Its size.")
+    sha256: str = Field(description="Checksum of the file, in hexadecimal digits.")
+    url: str = Field(description="Path of the file, signed: works without a key until it expires.")
+
+
 class Item(Answer):
     """One song of a job."""
 
@@ -84,7 +96,9 @@ class Item(Answer):
     made_gain_db: float | None = Field(
         description="Where source audio is kept around a window: what the window alone was turned up by, so as not to clip."
     )
-    audio: list[Audio] = Field(description="The song in every format that was asked for.")
+    audio: list[Audio] = Field(description="The song in every format that was asked for; none of kind `lyrics`.")
+    files: list[File] = Field(description="Its latents, where the renderer keeps them, and its timed lyrics.")
+    scores: LyricScores | None = Field(description="How well the lyrics can be heard, where `score` asked for it.")
 
 
 class Timings(Answer):
@@ -124,8 +138,9 @@ class JobView(Answer):
 
     id: str = Field(description="Names the job in every path.")
     kind: Kind = Field(
-        description="`song`; `plan` stops after the planner; `codes` and `understand` are ACE-Step's tasks that make no song."
+        description="`song`; `plan` stops after the planner; `codes` and `understand` are ACE-Step's tasks that make no song; `lyrics` listens to one that is made."
     )
+    of: str | None = Field(description="Of kind `lyrics`: the job whose songs it listens to.")
     state: State = Field(
         description="`queued` (also between planner and renderer of a job that is taken up again), `running`, or one of the three in which it ends and stays."
     )
@@ -289,8 +304,10 @@ JobEvent = Annotated[
 
 
 def add_schemas(document: dict[str, Any]) -> None:
-    """Put the events' schema, which no route has as its answer, into the OpenAPI document as `JobEvent`."""
-    schema = TypeAdapter(JobEvent).json_schema(ref_template="#/components/schemas/{model}", mode="serialization")
+    """Put the schemas of events and of the file `lyrics`, which no route has as its answer, into the OpenAPI document."""
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
-    for name, part in {**schema.pop("$defs", {}), "JobEvent": schema}.items():
-        schemas.setdefault(name, part)
+    kinds: tuple[tuple[str, Any], ...] = (("JobEvent", JobEvent), ("TimedLyrics", TimedLyrics))
+    for title, kind in kinds:
+        schema = TypeAdapter(kind).json_schema(ref_template="#/components/schemas/{model}", mode="serialization")
+        for name, part in {**schema.pop("$defs", {}), title: schema}.items():
+            schemas.setdefault(name, part)

@@ -24,6 +24,7 @@ SONGS: dict[str, Any] = {
     },
 }  # fmt: skip
 
+LYRICS: dict[str, Any] = {"both": {"summary": "When, and how well", "value": {"timestamps": True, "score": True}}}
 INSPIRE: dict[str, Any] = {"wish": {"summary": "A wish", "value": {"query": "a song for a long drive home"}}}
 FORMAT: dict[str, Any] = {"sketch": {"summary": "A sketch", "value": {"caption": "sad piano song", "bpm": 72}}}
 UNDERSTAND: dict[str, Any] = {
@@ -32,7 +33,7 @@ UNDERSTAND: dict[str, Any] = {
 
 _ID = "3f7c3c1e-6f0e-4a53-9f0d-0f4a7a3f1b52"
 _JOB: dict[str, Any] = {
-    "id": _ID, "kind": "song", "state": "queued", "stage": "queued", "progress": None,
+    "id": _ID, "kind": "song", "of": None, "state": "queued", "stage": "queued", "progress": None,
     "position": 1, "eta_s": 12.5, "cost": {"audio_s": 30.0, "plan_s": 6.1, "render_s": 4.4}, "usage": None,
     "created_at": 1790000000.0, "started_at": None, "finished_at": None, "cancel_requested": False, "attempts": 0,
     "placement": {"planner": "lm", "renderer": "dit"},
@@ -55,11 +56,23 @@ _DONE: dict[str, Any] = {
                    "gain_db": 2.1, "made_gain_db": None, "audio": [{
             "format": "wav", "content_type": "audio/wav", "bytes": 5760044, "sha256": "9f86d081884c7d65" * 4,
             "url": f"/v1/jobs/{_ID}/audio/0.wav?expires=1790086440&signature=p2vW1yVbJ0mYxkq0pC9nq8G4b3l2i1hTz7cRr5sXw8E",
-        }]}],
+        }], "files": [{
+            "kind": "latent", "content_type": "application/octet-stream", "bytes": 96312, "sha256": "9f86d081884c7d65" * 4,
+            "url": f"/v1/jobs/{_ID}/files/0.latent?expires=1790086440&signature=p2vW1yVbJ0mYxkq0pC9nq8G4b3l2i1hTz7cRr5sXw8E",
+        }], "scores": None}],
         "renderer": "acestep-v15-turbo", "renderer_hash": None, "device": "NVIDIA L4", "settings": {},
         "timings": {"plan": _PLAN["timings"], "render": {"queued_s": 0.0, "conditions_s": 0.2, "denoise_s": 2.4, "decode_s": 1.6,
                                                          "encode_s": 0.1}},
     },
+}  # fmt: skip
+_HEARD: dict[str, Any] = {
+    **_DONE, "kind": "lyrics", "of": _ID, "usage": {"audio_s": 0.0, "device_s": {"plan": 0.0, "render": 0.4}, "total_s": 0.6}, "plan": None,
+    "result": {**_DONE["result"], "items": [{
+        **_DONE["result"]["items"][0], "gain_db": None, "audio": [], "files": [{
+            "kind": kind, "content_type": content_type, "bytes": 512, "sha256": "9f86d081884c7d65" * 4,
+            "url": f"/v1/jobs/{_ID}/files/0.{kind}?expires=1790086440&signature=p2vW1yVbJ0mYxkq0pC9nq8G4b3l2i1hTz7cRr5sXw8E",
+        } for kind, content_type in (("lrc", "text/plain; charset=utf-8"), ("lyrics", "application/json"))],
+    }]},
 }  # fmt: skip
 _FILE: dict[str, Any] = {
     "id": "file-0123456789abcdef0123456789abcdef", "name": "guitar.wav", "bytes": 5760044, "sha256": "9f86d081884c7d65" * 4,
@@ -84,6 +97,8 @@ def _json(description: str, example: Any) -> dict[str, Any]:
 JOB_202 = _json("The job was accepted", _JOB)
 JOB_200 = _json("The job", _DONE)
 JOBS_200 = _json("A page of jobs; `next` is the cursor of the next one", {"jobs": [_DONE], "next": None})
+LYRICS_202 = _json("The job was accepted", {**_JOB, "kind": "lyrics", "of": _ID})
+LYRICS_200 = _json("It ended within `Prefer: wait=n`", _HEARD)
 FILE = _json("The file", _FILE)
 WEBHOOK = _json("The message", _WEBHOOK)
 WEBHOOKS = _json("The messages", {"webhooks": [_WEBHOOK]})
@@ -100,4 +115,15 @@ AUDIO: dict[int | str, dict[str, Any]] = {
     304: {"description": "Not changed since: `If-None-Match`, `If-Modified-Since`"},
     412: {"description": "Another file by now: `If-Match`, `If-Unmodified-Since`"},
     416: {"description": "The range is outside the file"},
+}
+FILES: dict[int | str, dict[str, Any]] = {
+    **AUDIO,
+    200: {
+        "description": "The file",
+        "content": {
+            "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+            "text/plain": {"schema": {"type": "string"}, "example": "[00:03.12]Lights go by along the shore"},
+            "application/json": {"schema": {"$ref": "#/components/schemas/TimedLyrics"}},
+        },
+    },
 }

@@ -12,15 +12,14 @@ from typing import Annotated
 
 from fastapi import APIRouter, Body, Header, Query, Request, Response
 from fastapi.responses import StreamingResponse
-from pydantic import Field
+from pydantic import BaseModel, Field
 
-from acestep.errors import InvalidRequest, error_from_dict
+from acestep.errors import InvalidRequest
 from acestep.request import SongRequest
 from deployments.ingress.auth import Auth, Caller, HeldStream, caller_of
 from deployments.ingress.bodies import KeyFirst
-from deployments.ingress.downloads import send_file
-from deployments.ingress.errors import PROBLEMS, Conflict, NotFound
-from deployments.ingress.links import audio_path, events_path, job_path, public, read_audio_path
+from deployments.ingress.errors import PROBLEMS, NotFound
+from deployments.ingress.links import events_path, job_path, public
 from deployments.ingress.native import examples
 from deployments.ingress.native.answers import JobPage, JobView, Kind, State
 from deployments.ingress.native.events import stream
@@ -28,8 +27,7 @@ from deployments.ingress.native.views import job_view
 from deployments.ingress.native.waiting import wait_for_end
 from deployments.ingress.service import Service, Svc, check_idempotency_key, hash_of
 from deployments.jobs.outbox import check_url
-from deployments.jobs.store import CANCELLED, SUCCEEDED, TERMINAL, Job
-from deployments.jobs.threads import with_files
+from deployments.jobs.store import TERMINAL, Job
 
 router = APIRouter(prefix="/v1", tags=["songs"], responses=PROBLEMS, route_class=KeyFirst)
 JobId = Annotated[str, Field(max_length=64, description="`id` of the job.")]
@@ -65,11 +63,15 @@ async def by_signature_or_key(
     return None
 
 
-class SongSubmission(SongRequest):
-    """A song request with how to deal with it."""
+class JobOptions(BaseModel):
+    """How to deal with a job."""
 
     webhook_url: str | None = Field(None, max_length=2048, description="Hears of the job's end, signed, with retries.")
     deadline_s: float | None = Field(None, gt=0, le=86_400, description="Give up this many seconds from now.")
+
+
+class SongSubmission(JobOptions, SongRequest):
+    """A song request with how to deal with it."""
 
     def song(self) -> SongRequest:
         """The request alone."""
@@ -97,15 +99,23 @@ async def accept(
     """Submit and answer: 202 with the job, or 200 where it ended within the time that `Prefer` allows."""
     request = submission.song()
     check_prompt(request)
-    if submission.webhook_url:
-        check_url(submission.webhook_url, service.args.webhook_networks)
-    extra = {"webhook": submission.webhook_url} if submission.webhook_url else {}
-    deadline = time.time() + submission.deadline_s if submission.deadline_s else None
+    return await submitted(service, caller, request, submission, response, kind, idempotency_key, prefer)
+
+
+async def submitted(
+    service: Service, caller: Caller, request: SongRequest, asked: JobOptions, response: Response, kind: str,
+    idempotency_key: str | None, prefer: str | None, of: str | None = None,
+) -> JobView:  # fmt: skip
+    """Submit, for whoever says so in `asked`, and answer; `of` names the job that this one is about."""
+    if asked.webhook_url:
+        check_url(asked.webhook_url, service.args.webhook_networks)
+    extra = {name: value for name, value in (("webhook", asked.webhook_url), ("of", of)) if value}
+    deadline = time.time() + asked.deadline_s if asked.deadline_s else None
     seconds = wait_seconds(prefer, service.args.max_wait_s)
     with service.waiting.hold(caller.name) if seconds else contextlib.nullcontext():
         job, created = await service.submit(
             request, caller, kind=kind, extra=extra, deadline=deadline, idempotency_key=check_idempotency_key(idempotency_key),
-            body_hash=hash_of(kind, submission.model_dump(mode="json", exclude_defaults=True)),
+            body_hash=hash_of(kind, asked.model_dump(mode="json", exclude_defaults=True), *filter(None, [of])),
         )  # fmt: skip
         response.headers["Location"] = public(job_path(job.id))
         if not created:
@@ -213,43 +223,3 @@ async def job_events(
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         frames = stream(service.store, service.dispatcher.notices, job_id, after)
         return HeldStream(frames, place.pop_all(), media_type="text/event-stream", headers=headers)
-
-
-@router.get(
-    "/jobs/{job_id}/audio/{file}", summary="One song as a file", response_class=Response, responses=examples.AUDIO
-)
-async def get_audio(
-    request: Request, job_id: JobId, file: Annotated[str, Field(max_length=16, description="`{index}.{format}`, such as 0.wav.")], service: Svc,
-    expires: Expires = None, signature: Signature = None,
-) -> Response:  # fmt: skip
-    """`{index}.{format}`, with the signature that the job's view gives or with a key; with a key also `{index}` alone."""
-    named = read_audio_path(f"{job_path(job_id)}/audio/{file}")
-    if named is None:
-        raise NotFound("audio is named by index and format, such as 0.wav")
-    _, index, format = named
-    signed = audio_path(job_id, index, format or "")
-    job = await service.job(job_id, await by_signature_or_key(service, request, signed, expires, signature))
-    if job is None:
-        raise NotFound(f"there is no job {job_id[:64]!r}")
-    if job.state != SUCCEEDED or job.result is None:
-        if job.ended:
-            why = f": {error_from_dict(job.error).message}" if job.error else ""
-            raise Conflict(
-                f"the job has {'been ' if job.state == CANCELLED else ''}{job.state} and has no audio{why}",
-                state=job.state,
-            )
-        raise Conflict(f"the job is {job.state}; its audio is not there yet", state=job.state)
-    item = next((i for i in job.result.items if i.index == index), None)
-    if item is None:
-        raise NotFound(f"the job has items 0 to {len(job.result.items) - 1}, not {index}")
-    stored = next((f for f in item.files if format in (None, f.format)), None)
-    if stored is None:
-        raise NotFound(f"the job was made as {', '.join(f.format for f in item.files)}, not {format}")
-    name = f"{job.id}-{index}.{stored.path.rpartition('.')[2]}"
-    return await with_files(send_file, request, service.storage, stored.path, stored.content_type, name)
-
-
-# A second route: one operation with two methods would get the same name twice in the OpenAPI document.
-router.add_api_route(
-    "/jobs/{job_id}/audio/{file}", get_audio, methods=["HEAD"], response_class=Response, include_in_schema=False
-)

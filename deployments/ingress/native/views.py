@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from acestep.request import SongRequest
+from acestep.song import SongItem
 from deployments.dispatch.errands import ANSWER
-from deployments.ingress.links import audio_path, events_path, job_path, public
+from deployments.ingress.links import audio_path, events_path, job_path, public, sidecar_path
 from deployments.ingress.native.answers import FileView, JobView
 from deployments.ingress.redact import public_error
 from deployments.ingress.service import Service
@@ -21,6 +22,7 @@ async def job_view(service: Service, job: Job, place: Place | None = None) -> Jo
     view: dict[str, Any] = {
         "id": job.id,
         "kind": job.kind,
+        "of": job.extra.get("of"),
         "state": job.state,
         "stage": job.stage if not job.ended else job.state,
         "progress": job.progress if not job.ended else None,
@@ -42,16 +44,7 @@ async def job_view(service: Service, job: Job, place: Place | None = None) -> Jo
         "links": {"self": public(job_path(job.id)), "events": public(service.signer.sign(events_path(job.id)))},
     }
     if song := job.result:
-        items = []
-        for item in song.items:
-            audio = [
-                {
-                    **file.model_dump(exclude={"path"}),
-                    "url": public(service.signer.sign(audio_path(job.id, item.index, file.format))),
-                }
-                for file in item.files
-            ]
-            items.append({**item.model_dump(exclude={"files", "manifest"}), "audio": audio})
+        items = [_item(service, job.id, item) for item in song.items]
         view["result"] = {
             "items": items,
             "renderer": song.renderer,
@@ -67,6 +60,21 @@ async def job_view(service: Service, job: Job, place: Place | None = None) -> Jo
     return JobView.model_validate(view)
 
 
+def _item(service: Service, job_id: str, item: SongItem) -> dict[str, Any]:
+    def signed(path: str) -> str:
+        return public(service.signer.sign(path))
+
+    audio = [
+        {**file.model_dump(exclude={"path"}), "url": signed(audio_path(job_id, item.index, file.format))}
+        for file in item.files
+    ]
+    files = [
+        {**file.model_dump(exclude={"path"}), "url": signed(sidecar_path(job_id, item.index, file.kind))}
+        for file in item.sidecars
+    ]
+    return {**item.model_dump(exclude={"files", "sidecars", "manifest"}), "audio": audio, "files": files}
+
+
 def usage(job: Job) -> dict[str, Any] | None:
     """What an ended job used: seconds of audio made, and seconds of its own on the devices by stage."""
     if not job.ended:
@@ -74,7 +82,7 @@ def usage(job: Job) -> dict[str, Any] | None:
     plan = job.plan.timings if job.plan else None
     render = job.result.timings if job.result else None
     return {
-        "audio_s": round(sum(i.duration for i in job.result.items), 3) if job.result else 0.0,
+        "audio_s": round(sum(i.duration for i in job.result.items if i.files), 3) if job.result else 0.0,
         "device_s": {
             "plan": round(plan.metadata_s + plan.codes_s, 3) if plan else 0.0,
             "render": round(render.conditions_s + render.denoise_s + render.decode_s, 3) if render else 0.0,
@@ -85,7 +93,7 @@ def usage(job: Job) -> dict[str, Any] | None:
 
 def request_view(request: SongRequest) -> dict[str, Any]:
     """A request as it can be sent again; stored source audio by its file id."""
-    shown = request.model_dump(mode="json", exclude_defaults=True, exclude={"source_s"})
+    shown = request.model_dump(mode="json", exclude_defaults=True, exclude={"source_s", "latents"})
     if "src_audio" in shown:
         shown["src_audio"] = shown["src_audio"].removeprefix(FOLDER)
     if "reference_audio" in shown:
