@@ -6,6 +6,7 @@ Ranges are those of ACE-Step 1.5 itself. What a *card* can do is narrower and is
 from __future__ import annotations
 
 import secrets
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -20,6 +21,7 @@ from acestep.plan import Metadata, Plan
 MIN_DURATION_S = 10.0
 MAX_DURATION_S = 600.0
 MAX_BATCH = 8
+MAX_LORAS = 8
 MAX_PROMPT_CHARS = 2_048
 MAX_LYRICS_CHARS = 8_192
 MAX_SEED = 2**63 - 1
@@ -88,11 +90,26 @@ Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Lora(BaseModel):
-    """A LoRA adapter for this request: a folder or file of safetensors under an allow-listed root."""
+    """An adapter for this request (LoRA, LoKr, DoRA): a folder or file of safetensors under an allow-listed root."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     path: Text = Field(min_length=1, max_length=1024, description="Folder or file, under one of `lora_roots`.")
-    scale: float = Field(1.0, ge=0.0, le=4.0, description="Multiplies the adapter's own alpha / r.")
+    scale: float = Field(1.0, ge=0.0, le=4.0, description="Multiplies what the adapter changes.")
+
+
+def _several(value: Any) -> Any:
+    """One adapter is read here, so that what is wrong in it is at `lora.path`, not at `lora.0.path`."""
+    if isinstance(value, (Mapping, Lora)):
+        return (Lora.model_validate(value),)
+    return () if value is None else value
+
+
+Loras = Annotated[
+    tuple[Lora, ...],
+    BeforeValidator(
+        _several, json_schema_input_type=Lora | Annotated[tuple[Lora, ...], Field(max_length=MAX_LORAS)] | None
+    ),
+]
 
 
 def _with_instrumental(schema: dict[str, Any]) -> None:
@@ -187,7 +204,11 @@ class SongRequest(BaseModel):
     use_adg: bool = Field(False, description="Angle-based guidance; for base checkpoints.")
     cfg_interval_start: Probability = Field(0.0, description="Guidance is on from this time, 1 being noise, ...")
     cfg_interval_end: Probability = Field(1.0, description="... to this one.")
-    lora: Lora | None = Field(None, description="Adapter for this song; null: none.")
+    lora: Loras = Field(
+        (),
+        max_length=MAX_LORAS,
+        description="Adapters for this song, one or several, whose changes add up in any order; null: none.",
+    )
 
     # Source audio: ids of uploaded files or allow-listed paths, resolved by the API before a stage sees them.
     src_audio: Text | None = Field(

@@ -41,7 +41,7 @@ def manifest(
         plan: As it was rendered.
         item, seed: Which item of the batch, and its seed.
         model, model_hash, device, notice: Of the renderer.
-        settings: Sampling as used; its entry "lora" (name, hash, scale) becomes an entry of its own.
+        settings: Sampling as used; its entry "lora" (name, hash, kind and scale of each adapter) becomes an entry of its own.
         level: What mastering measured and did.
         made_gain_db: Of what was made inside a source that was kept, before it was put there.
     """

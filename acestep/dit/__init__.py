@@ -1,7 +1,7 @@
 """The renderer stage: conditions, denoising and VAE decoding of ACE-Step 1.5 for many songs at once.
 
 The way of a song: `renderer` takes it, `tasks` refuses what makes no sense, `preparation` turns it into contexts and conditions
-(`prompts`, `conditions`, `precision`, `window`, `lora`), `engine` lets `sampler` ask for velocities and answers many songs with one evaluation of
+(`prompts`, `conditions`, `precision`, `window`), `engine` lets `sampler` ask for velocities and answers many songs with one evaluation of
 `denoiser` (`layer`, `attention`), and `vae` decodes what comes out, piece by piece. `admission` and `budget` decide what fits and what shares a
 step, `residency` what is on the card.
 

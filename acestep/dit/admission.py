@@ -29,10 +29,18 @@ class Admission:
         }  # fmt: skip
         on_card = device.type == "cuda"
         total = int(torch.cuda.get_device_properties(device).total_memory) if on_card else host.memory()[0]
-        self._bytes = min(total, settings.memory_bytes or total)
+        self.device_bytes = min(total, settings.memory_bytes or total)
 
     def pass_frames(
-        self, *, frames: int, songs: int, guided: bool, condition_tokens: int, references: int, encodes_source: bool
+        self,
+        *,
+        frames: int,
+        songs: int,
+        guided: bool,
+        condition_tokens: int,
+        references: int,
+        encodes_source: bool,
+        adapter_bytes: int = 0,
     ) -> int:
         """Rows times frames of such songs that may share an evaluation of the DiT.
 
@@ -46,10 +54,11 @@ class Admission:
             condition_tokens=condition_tokens,
             references=references,
             encodes_source=encodes_source,
+            adapter_bytes=adapter_bytes,
         )
-        admit_render(replace(task, songs=1), self._configs, self._settings, self._bytes)
+        admit_render(replace(task, songs=1), self._configs, self._settings, self.device_bytes)
         together = songs
-        while together > 1 and self._denoise_bytes(task, together) > self._bytes:
+        while together > 1 and self._denoise_bytes(task, together) > self.device_bytes:
             together //= 2
         return together * (2 if guided else 1) * frames if together < songs else UNLIMITED
 

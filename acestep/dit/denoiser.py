@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from acestep.adapters.cache import ActiveLora
+from acestep.adapters.hooks import AdapterHooks
 from acestep.checkpoints.modules import AceStepTransformer1DModel, rotary_freqs
 from acestep.dit.attention import Attention, WindowLayout, key_mask, window_layout
 from acestep.dit.attention_maps import AttentionMaps, Listener
 from acestep.dit.layer import Layer, compiled_layer
-from acestep.dit.lora import ActiveLora, applied
 from acestep.stage_settings import AttentionBackend
 
 _KEPT_BATCHES = 2  # the one at work and the one it took over from
@@ -42,7 +43,7 @@ class Projected:
 class Row:
     """One evaluation: latents `x` `[L, C]` in float32 at time `t`, with `context` `[L, 2C]` and a projected condition.
 
-    `lora` changes this row alone; the condition must have been projected with the same one. A `listener` asks for maps of attention
+    `lora` changes this row alone; the condition must have been projected with the same. A `listener` asks for maps of attention
     instead of the velocity.
     """
 
@@ -74,7 +75,7 @@ class Denoiser:
     """Velocities of the DiT.
 
     Args:
-        transformer: Loaded and on `device`; may carry LoRA layers.
+        transformer: Loaded and on `device`.
         device, dtype: Where and in what to compute. Latents come and go as float32.
         backend: Attention kernel.
         compile: Fuse the layer that the model repeats with `torch.compile`; `warm_up` does it ahead of the first song.
@@ -89,6 +90,7 @@ class Denoiser:
         compile: bool = False,
     ) -> None:
         self.transformer: Any = transformer  # its submodules are untyped
+        self._adapters = AdapterHooks(transformer)
         self.device = device
         self.dtype = dtype
         self._backend = backend
@@ -103,6 +105,7 @@ class Denoiser:
     def forget(self) -> None:
         """Drop what is kept between steps, to give its memory back."""
         self._batches.clear()
+        self._adapters.forget()
 
     def warm_up(self) -> None:
         """Compile now what songs would wait for later. Raises whatever the compiler does."""
@@ -136,7 +139,7 @@ class Denoiser:
     @torch.inference_mode()
     def project(self, tokens: Tensor, lora: ActiveLora | None = None) -> Projected:
         """Keys and values of a condition `[E, width of the condition encoder]`, for all layers."""
-        with applied(self.transformer, [lora]):
+        with self._adapters.applied([lora]):
             return self._project(tokens)
 
     def _project(self, tokens: Tensor) -> Projected:
@@ -167,7 +170,7 @@ class Denoiser:
         }
         # Where all rows only listen, what comes after the last layer that they listen to is left out.
         asked = [row.listener.layers if row.listener else len(self.transformer.layers) for row in rows]
-        with applied(self.transformer, loras):
+        with self._adapters.applied(loras):
             out = self._forward(latents, times, batch, layer, max(asked), maps)
         return [maps[i].result() if i in maps else out[i, :frames].float() for i, frames in enumerate(batch.frames)]
 

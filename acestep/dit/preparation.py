@@ -15,9 +15,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from acestep.adapters.cache import ActiveLora, LoraCache
+from acestep.adapters.files import FIELD, listed
 from acestep.adjust import fit_codes, refusal, unique
 from acestep.audio.reading import read_audio
-from acestep.checkpoints.adapter_files import FIELD, listed
 from acestep.checkpoints.published import VariantDefaults
 from acestep.condition_texts import MAX_LYRIC_TOKENS, MAX_TEXT_TOKENS, caption_text, lyrics_text
 from acestep.dit.admission import Admission
@@ -27,14 +28,13 @@ from acestep.dit.conditions import Conditions, reference_excerpt
 from acestep.dit.denoiser import Denoiser, Projected
 from acestep.dit.latents import StoredLatents, read_latents
 from acestep.dit.listening import Lyrics
-from acestep.dit.lora import ActiveLora, LoraCache
 from acestep.dit.residency import Residency
 from acestep.dit.sampler import Path, Repaint, Side
 from acestep.dit.sampling import Sampling, resolve
 from acestep.dit.vae import Vae
 from acestep.dit.window import Splice, Window, window_of
 from acestep.dit.work import RenderWork
-from acestep.errors import InvalidOutput
+from acestep.errors import InvalidOutput, OutOfMemory
 from acestep.plan import CODES_PER_SECOND
 from acestep.request import Adjustment
 from acestep.song import SAMPLE_RATE, SAMPLES_PER_FRAME
@@ -123,10 +123,11 @@ class Preparation:
                 Adjustment(field="global_caption", asked=request.global_caption, given="", reason=reason)
             )
         lora = self._loras.get(request.lora)
-        if lora is not None and (left_out := lora.adapter.left_out):
-            reason = f"this renderer applies adapters to its DiT only; left out: {listed(list(left_out))}"
-            given = f"{len(lora.adapter.layers)} of {len(lora.adapter.layers) + len(left_out)} layers"
-            adjustments.append(Adjustment(field=FIELD, asked=lora.adapter.name, given=given, reason=reason))
+        for adapter, _ in lora.parts if lora else ():
+            if left_out := adapter.left_out:
+                reason = f"this renderer applies adapters to its DiT only; left out: {listed(list(left_out))}"
+                given = f"{len(adapter.layers)} of {len(adapter.layers) + len(left_out)} layers"
+                adjustments.append(Adjustment(field=FIELD, asked=adapter.name, given=given, reason=reason))
         source = (yield from self._source(work)) if work.src_audio is not None else None
         references = []
         for path in work.reference_audio:
@@ -158,7 +159,7 @@ class Preparation:
                     self._residency.need("conditions")
                     encoded[caption, lyrics] = self._conditions.encode(caption, lyrics, references, key=reference_key)
                     yield None
-        pass_frames = self._admission.pass_frames(
+        pass_frames = self._pass_frames(
             frames=-(-max(lengths.values()) // SAMPLES_PER_FRAME),
             songs=len(lengths),
             guided=sampling.guided,
@@ -206,6 +207,15 @@ class Preparation:
         tokens = self._conditions.lyric_tokens(text)
         listener = Listener(self._defaults.lyric_heads, tokens.first, tokens.first + len(tokens.ids))
         return Lyrics(tokens.ids, tokens.texts, listener, scored=request.score)
+
+    def _pass_frames(self, **task: Any) -> int:
+        """As the ledger says; adapters that no song uses make room where there is none."""
+        try:
+            return self._admission.pass_frames(**task, adapter_bytes=self._loras.held_bytes)
+        except OutOfMemory:
+            self._loras.drop()
+            self._denoiser.forget()
+            return self._admission.pass_frames(**task, adapter_bytes=self._loras.held_bytes)
 
     def _project(self, tokens: Tensor, lora: ActiveLora | None) -> Projected:
         self._residency.need("dit")

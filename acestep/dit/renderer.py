@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from acestep.adapters.cache import LoraCache, cache_bytes
 from acestep.checkpoints.checkpoint import Checkpoint
 from acestep.checkpoints.load import RendererComponents, load_renderer
 from acestep.checkpoints.modules import AceStepAttention
@@ -22,7 +23,6 @@ from acestep.dit.budget import batch_frames
 from acestep.dit.conditions import Conditions
 from acestep.dit.denoiser import Denoiser
 from acestep.dit.engine import RenderEngine, Result, Work
-from acestep.dit.lora import LoraCache
 from acestep.dit.preparation import Preparation
 from acestep.dit.residency import Residency
 from acestep.dit.vae import Vae
@@ -88,7 +88,7 @@ class Renderer:
         set_encoder_attention(components, denoiser.attention.backend, device, dtype)
         if settings.compile:
             warm_up(denoiser, vae, residency)
-        loras = LoraCache(components.transformer, device, dtype)
+        loras = LoraCache(components.transformer, device, dtype, cache_bytes(admission.device_bytes))
         conditions = Conditions(components, device, dtype)
         budget = settings.max_batch_frames
         if budget is None:

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from acestep.adapters.cache import ActiveLora
 from acestep.dit.denoiser import Projected, Row
 from acestep.dit.guidance import Guidance
-from acestep.dit.lora import ActiveLora
 from acestep.dit.sampling import Sampling
 from acestep.dit.schedule import start_at_noise
 
@@ -19,7 +19,7 @@ Walk = Generator[list[Row], Sequence[Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Side:
-    """One way to condition an item: context `[L, 2C]`, condition, the learned "no condition", and an adapter."""
+    """One way to condition an item: context `[L, 2C]`, condition, the learned "no condition", and adapters."""
 
     context: Tensor
     condition: Projected

@@ -51,6 +51,7 @@ class RenderTask:
         condition_tokens: Lyrics, caption and timbre.
         references: Reference recordings.
         encodes_source: Source or reference audio goes through the VAE encoder.
+        adapter_bytes: Adapters on the device, those of other songs included.
     """
 
     seconds: float
@@ -59,6 +60,7 @@ class RenderTask:
     condition_tokens: int = MAX_LYRIC_TOKENS + MAX_TEXT_TOKENS + 1
     references: int = 0
     encodes_source: bool = False
+    adapter_bytes: int = 0
 
     @property
     def frames(self) -> int:
@@ -117,7 +119,7 @@ def render_need(
     rows = songs_per_pass * (2 if task.guided else 1)
     overlap = 2 * settings.vae_overlap_frames
     tile = min(max(settings.vae_tile_frames, overlap + SMALLEST_CORE_FRAMES), task.frames + overlap)
-    kept = task.songs * item_bytes(dit, task.frames, working)
+    kept = task.songs * item_bytes(dit, task.frames, working) + task.adapter_bytes
     lyrics = min(task.condition_tokens, MAX_LYRIC_TOKENS)
     working_bytes = {
         "conditions": conditions_bytes(

@@ -281,7 +281,7 @@ def _suited_renderers(request: SongRequest, fleet: FleetState) -> tuple[list[Poo
             unsuited.append(f"pool {pool.name} serves {pool.model}, not {model}")
         elif pool.tasks and request.task not in pool.tasks:
             unsuited.append(f"pool {pool.name}'s {pool.model} cannot do task {request.task}")
-        elif request.lora is not None and not pool.loras:
+        elif request.lora and not pool.loras:
             unsuited.append(f"pool {pool.name} loads no LoRA adapters")
         else:
             suited.append(pool)

@@ -23,7 +23,7 @@ from acestep.song import Progress, Song
 from deployments.config.args import RendererArgs, parse_args
 from deployments.dispatch import retry
 from deployments.jobs.blobs import Storage
-from deployments.stages.adapters import adapter_roots, with_adapter
+from deployments.stages.adapters import adapter_roots, with_adapters
 from deployments.stages.inputs import local_files
 from deployments.stages.messages import TALK_PRIORITY, ProgressMailbox, failure, follow, ticket_id
 from deployments.stages.simulated import NOTICE, SimulatedRenderer
@@ -93,7 +93,7 @@ class RendererDeployment:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         try:
             parsed, made = SongRequest.model_validate(request), Plan.model_validate(plan)
-            parsed = with_adapter(parsed, self.lora_roots)
+            parsed = with_adapters(parsed, self.lora_roots)
             names = [*filter(None, [parsed.src_audio]), *parsed.reference_audio]
             async with (
                 local_files(self.storage, names) as paths,

@@ -8,7 +8,7 @@ import pytest
 
 from acestep.errors import InvalidRequest
 from acestep.request import SongRequest
-from deployments.stages.adapters import adapter_roots, with_adapter
+from deployments.stages.adapters import adapter_roots, with_adapters
 
 
 def asked(path: str) -> SongRequest:
@@ -20,9 +20,9 @@ def test_adapters_by_name_and_by_path(tmp_path: Path) -> None:
     (root / "jazz").mkdir(parents=True)
     roots = adapter_roots([str(root)])
     for path in ("jazz", str(root / "jazz"), "./jazz/../jazz"):
-        assert with_adapter(asked(path), roots).lora.path == str((root / "jazz").resolve())  # type: ignore[union-attr]
+        assert with_adapters(asked(path), roots).lora[0].path == str((root / "jazz").resolve())
     plain = SongRequest(prompt="x")
-    assert with_adapter(plain, roots) is plain
+    assert with_adapters(plain, roots) is plain
 
 
 def test_everything_else_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,7 +34,7 @@ def test_everything_else_is_not_there(tmp_path: Path, monkeypatch: pytest.Monkey
     roots = adapter_roots(None)
     for path in ("none", "../secret", str(tmp_path / "secret"), "link", "/etc", ".", str(root)):
         with pytest.raises(InvalidRequest, match="there is no adapter"):
-            with_adapter(asked(path), roots)
+            with_adapters(asked(path), roots)
 
 
 def test_links_lead_from_folder_to_folder_but_not_out(tmp_path: Path) -> None:
@@ -57,14 +57,14 @@ def test_links_lead_from_folder_to_folder_but_not_out(tmp_path: Path) -> None:
     (one / "folk" / "a.safetensors").write_bytes(b"weights")
     roots = adapter_roots([str(one), str(two)])
     for name in ("pop", "jazz.safetensors"):
-        path = Path(with_adapter(asked(name), roots).lora.path)  # type: ignore[union-attr]
+        path = Path(with_adapters(asked(name), roots).lora[0].path)
         assert path == one.resolve() / name, "its own name, not the cache's"
     for name in ("out", "out/x.safetensors", "out/nothing", "rock", "soul", "folk"):
         with pytest.raises(InvalidRequest, match=r"there is no adapter .* lead") as caught:
-            with_adapter(asked(name), roots)
+            with_adapters(asked(name), roots)
         assert caught.value.details["field"] == "lora.path"
     for name in ("round", "out/../../secret", str(secret), str(secret / "x.safetensors")):
         with pytest.raises(InvalidRequest, match=r"there is no adapter .* folders$"):
-            with_adapter(asked(name), roots)
+            with_adapters(asked(name), roots)
     with pytest.raises(InvalidRequest, match="cannot be read: File name too long"):
-        with_adapter(asked("x" * 400), roots)
+        with_adapters(asked("x" * 400), roots)

@@ -22,7 +22,7 @@ def test_everything_that_made_the_song_is_there():
         metadata=Metadata(bpm=90), codes=((1, 2), (3, 4, 5)), lm_seeds=(10, 11), model="tiny-lm", model_hash="cd"
     )
     request = SongRequest(prompt="calm piano", batch_size=2, seed=7, duration=10, lora=Lora(path="/srv/loras/x"))
-    lora = {"name": "x", "hash": "ef", "scale": 0.5}
+    lora = [{"name": "x", "hash": "ef", "kind": "LoRA", "scale": 0.5}]
     found = facts(request, plan, settings={"steps": 8, "lora": lora}, level=Loudness(-1.0, -14.004, True))
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert found["seed"] == 8

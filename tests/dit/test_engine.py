@@ -469,7 +469,7 @@ class TestLora:
         plain = renderer.submit(work_of()).result(60).items[0].audio
         changed = renderer.submit(work_of(lora=adapter)).result(60)
         assert rel(changed.items[0].audio, plain) > 1e-3
-        assert changed.settings["lora"]["name"] == "style"
+        assert changed.settings["lora"][0]["name"] == "style"
         assert torch.equal(renderer.submit(work_of()).result(60).items[0].audio, plain)
         tickets: list[Ticket[RenderWork, Rendered]] = [
             renderer.submit(work_of(lora=x)) for x in (adapter, None, adapter)

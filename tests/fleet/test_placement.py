@@ -248,7 +248,7 @@ def test_a_chosen_pool_can_always_serve_the_request(
         assert decision.renderer is None
         assert not any(
             p.limits.max_duration >= (request.duration or 0) and p.limits.max_batch >= request.batch_size
-            and (p.loras or request.lora is None)
+            and (p.loras or not request.lora)
             for p in fleet.of("render")
         )  # fmt: skip
         return
@@ -256,7 +256,7 @@ def test_a_chosen_pool_can_always_serve_the_request(
     assert renderer.role == "render"
     assert (decision.request.duration or 0) <= renderer.limits.max_duration == decision.max_duration
     assert decision.request.batch_size <= renderer.limits.max_batch
-    assert renderer.loras or request.lora is None
+    assert renderer.loras or not request.lora
     assert sorted(i for g in decision.groups for i in g) == list(range(decision.request.batch_size))
     chosen = [renderer]
     if decision.planner:
@@ -268,7 +268,7 @@ def test_a_chosen_pool_can_always_serve_the_request(
     assert (decision.eta_s is None) == any(not p.can_run for p in chosen)
     if decision.eta_s is not None:
         assert decision.eta_s >= decision.plan_wall_s + decision.render_wall_s > 0
-    if clamp and any(p.can_run for p in fleet.of("render") if p.loras or request.lora is None):
+    if clamp and any(p.can_run for p in fleet.of("render") if p.loras or not request.lora):
         assert renderer.can_run
     if not clamp:
         assert decision.request.duration == request.duration

@@ -1,4 +1,4 @@
-"""Where trainers leave a LoRA adapter. Only names and places; torch is not imported, and nothing but safetensors is ever found."""
+"""Where trainers leave an adapter. Only names and places; torch is not imported, and nothing but safetensors is ever found."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _SHOWN = 10
 
 # In a folder that a request names; the first place that holds weights is taken. ACE-Step's trainers end with final and best.
 _PLACES = (".", "adapter", "final/adapter", "final", "best/adapter", "best")
-# PEFT's name and diffusers'; else the only file there.
-_WEIGHTS = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+# The names of PEFT, diffusers and ACE-Step's LoKr trainer; else the only file there.
+_WEIGHTS = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors", "lokr_weights.safetensors")
 
 
 def adapter_files(path: Path) -> tuple[Path, ...]:

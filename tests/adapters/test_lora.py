@@ -1,6 +1,7 @@
 """Adapters: exactly alpha / r, on their own rows only, from safetensors only."""
 
 import copy
+import gc
 import json
 import pickle
 
@@ -10,96 +11,40 @@ from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from acestep.checkpoints import resolve
-from acestep.checkpoints.load import load_renderer
-from acestep.dit.lora import LoraCache, _aliases, _module_name, _names, applied, load_adapter
+from acestep.adapters.cache import LoraCache
+from acestep.adapters.load import load_adapter
+from acestep.adapters.names import aliases, all_names, module_name
 from acestep.errors import InvalidRequest
 from acestep.request import Lora
-
-RANK, ALPHA = 4, 8
-CPU, F32 = torch.device("cpu"), torch.float32
-ATTENTION = tuple(
-    f"layers.{i}.{kind}.{proj}" for i in (0, 1) for kind in ("self_attn", "cross_attn") for proj in ("to_q", "to_v")
-)
-TARGETS = (*ATTENTION, "layers.0.self_attn.to_out.0", "layers.1.mlp.down_proj", "condition_embedder")
-ORIGINAL = {".to_q": ".q_proj", ".to_v": ".v_proj", ".to_out.0": ".o_proj"}
-
-
-@pytest.fixture(scope="module")
-def transformer(home):
-    return load_renderer(resolve("tiny-xl", "renderer", root=home.parent), device="cpu", dtype=F32).transformer
-
-
-def pairs(transformer, seed=0, rank=RANK, targets=TARGETS):
-    generator = torch.Generator().manual_seed(seed)
-    found = {}
-    for name in targets:
-        module = transformer.get_submodule(name)
-        down = torch.randn(rank, module.in_features, generator=generator) * 0.2
-        up = torch.randn(module.out_features, rank, generator=generator) * 0.2
-        found[name] = (down, up)
-    return found
-
-
-def original_name(name):
-    for new, old in ORIGINAL.items():
-        if name.endswith(new):
-            return name.removesuffix(new) + old
-    return name
-
-
-def write_peft(folder, weights, **config):
-    """As PEFT saves an adapter that upstream trained on the original DiT."""
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {}
-    for name, (down, up) in weights.items():
-        state[f"base_model.model.{original_name(name)}.lora_A.weight"] = down
-        state[f"base_model.model.{original_name(name)}.lora_B.weight"] = up
-    save_file({key: value.contiguous() for key, value in state.items()}, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "bias": "none", **config}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return folder
-
-
-def inputs(count=3):
-    generator = torch.Generator().manual_seed(1)
-
-    def noise(*shape):
-        return torch.randn(count, *shape, generator=generator)
-
-    times = torch.rand(count, generator=generator)
-    return {
-        "hidden_states": noise(20, 8),
-        "timestep": times,
-        "timestep_r": times,
-        "encoder_hidden_states": noise(7, 32),
-        "context_latents": noise(20, 16),
-    }
-
-
-@torch.inference_mode()
-def run(transformer, **kwargs):
-    return transformer(**kwargs, return_dict=False)[0]
-
-
-def merged(transformer, weights, scale):
-    """The reference: a copy of the model with scale · B A added to its weights."""
-    model = copy.deepcopy(transformer)
-    for name, (down, up) in weights.items():
-        factor = scale[name] if isinstance(scale, dict) else scale
-        model.get_submodule(name).weight += factor * (up @ down)
-    return model
-
-
-def relative(a, b):
-    return float((a - b).norm() / b.norm())
+from tests.adapters.written import (
+    ALPHA,
+    ATTENTION,
+    CPU,
+    F32,
+    FOREIGN,
+    RANK,
+    TARGETS,
+    active_of,
+    applied,
+    inputs,
+    loaded,
+    merged,
+    original_name,
+    pairs,
+    refused,
+    relative,
+    run,
+    same,
+    state_as,
+    write_peft,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
 def test_equals_merged_weights_at_alpha_over_r(transformer, tmp_path, strength):
     weights = pairs(transformer)
     folder = write_peft(tmp_path / "a", weights)
-    active = LoraCache(transformer, CPU, F32).get(Lora(path=str(folder), scale=strength))
+    active = active_of(transformer, folder, strength)
     batch = inputs()
     plain = run(transformer, **batch)
     with applied(transformer, [active] * 3):
@@ -110,7 +55,7 @@ def test_equals_merged_weights_at_alpha_over_r(transformer, tmp_path, strength):
 
 def test_without_alpha_it_would_be_another_song(transformer, tmp_path):
     weights = pairs(transformer)
-    active = LoraCache(transformer, CPU, F32).get(Lora(path=str(write_peft(tmp_path / "a", weights))))
+    active = active_of(transformer, write_peft(tmp_path / "a", weights))
     batch = inputs()
     with applied(transformer, [active] * 3):
         ours = run(transformer, **batch)
@@ -120,7 +65,7 @@ def test_without_alpha_it_would_be_another_song(transformer, tmp_path):
 def test_rows_do_not_see_each_others_adapters(transformer, tmp_path):
     cache = LoraCache(transformer, CPU, F32)
     first, second = (
-        cache.get(Lora(path=str(write_peft(tmp_path / str(seed), pairs(transformer, seed))))) for seed in (1, 2)
+        cache.get([Lora(path=str(write_peft(tmp_path / str(seed), pairs(transformer, seed))))]) for seed in (1, 2)
     )
     batch = inputs(4)
     rows = [first, None, second, first]
@@ -135,7 +80,7 @@ def test_rows_do_not_see_each_others_adapters(transformer, tmp_path):
 
 
 def test_nothing_stays_behind_not_even_after_a_failure(transformer, tmp_path):
-    active = LoraCache(transformer, CPU, F32).get(Lora(path=str(write_peft(tmp_path / "a", pairs(transformer)))))
+    active = active_of(transformer, write_peft(tmp_path / "a", pairs(transformer)))
     batch = inputs(1)
     before = run(transformer, **batch)
     broken = {**batch, "context_latents": batch["context_latents"][..., :3]}
@@ -156,9 +101,9 @@ def test_peft_itself_agrees(transformer, tmp_path):
     state = {f"base_model.model.{k}": v.contiguous() for k, v in get_peft_model_state_dict(model).items()}
     save_file(state, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config.to_dict(), "target_modules": None}, default=str))
-    active = LoraCache(transformer, CPU, F32).get(Lora(path=str(tmp_path)))
-    assert active.adapter.layers["layers.0.self_attn.to_q"].scale == 4.0
-    assert active.adapter.layers["layers.0.mlp.down_proj"].scale == 0.75
+    active = active_of(transformer, tmp_path)
+    assert active.parts[0][0].layers["layers.0.self_attn.to_q"].scale == 4.0
+    assert active.parts[0][0].layers["layers.0.mlp.down_proj"].scale == 0.75
     batch = inputs()
     with applied(transformer, [active] * 3):
         assert relative(run(transformer, **batch), run(model, **batch)) < 1e-6
@@ -181,7 +126,7 @@ def test_folders_as_libraries_write_them(writer, transformer, tmp_path):
         model.add_adapter(config)
         model.save_lora_adapter(tmp_path)
         assert [p.name for p in tmp_path.iterdir()] == ["pytorch_lora_weights.safetensors"]
-    active = LoraCache(transformer, CPU, F32).get(Lora(path=str(tmp_path)))
+    active = active_of(transformer, tmp_path)
     batch = inputs()
     plain, changed = run(transformer, **batch), run(model, **batch)
     assert relative(changed, plain) > 0.01
@@ -191,9 +136,9 @@ def test_folders_as_libraries_write_them(writer, transformer, tmp_path):
 
 def test_no_name_of_the_model_is_foreign_or_shared(transformer):
     names = [name for name, _ in transformer.named_modules()]
-    known = _names(transformer)
+    known = all_names(names)
     for name in names[1:]:
-        assert [_module_name(alias.replace(".", joint), known) for alias in _aliases(name) for joint in "._"] == [
+        assert [module_name(alias.replace(".", joint), known) for alias in aliases(name) for joint in "._"] == [
             name
         ] * 4
 
@@ -228,57 +173,33 @@ def test_cached_by_content_and_bounded(transformer, tmp_path):
     one = write_peft(tmp_path / "one", weights)
     same = write_peft(tmp_path / "same", weights)
     cache = LoraCache(transformer, CPU, F32)
-    adapter = cache.get(Lora(path=str(one))).adapter
-    assert cache.get(Lora(path=str(same), scale=0.3)).adapter is adapter
-    assert cache.get(None) is None
+
+    def get(path, cache=cache, scale=1.0):
+        return cache.get([Lora(path=str(path), scale=scale)]).parts[0][0]
+
+    adapter = get(one)
+    assert get(same, scale=0.3) is adapter
+    assert cache.get([]) is None
     # Another alpha is another adapter, even with the same weights; so is a file that was replaced.
-    other = cache.get(Lora(path=str(write_peft(tmp_path / "other", weights, lora_alpha=4)))).adapter
+    other = get(write_peft(tmp_path / "other", weights, lora_alpha=4))
     assert other.hash != adapter.hash
     write_peft(one, pairs(transformer, seed=5))
-    assert cache.get(Lora(path=str(one))).adapter.hash not in (adapter.hash, other.hash)
+    assert get(one).hash not in (adapter.hash, other.hash)
 
     small = LoraCache(transformer, CPU, F32, max_bytes=adapter.bytes)
     for folder in (same, tmp_path / "other", same):
-        small.get(Lora(path=str(folder)))
+        assert get(folder, small)
         assert small.bytes == adapter.bytes
-
-
-FOREIGN = {
-    "peft": "base_model.model.{}.lora_A.weight",
-    "peft with the adapter's name": "base_model.model.{}.lora_A.jazz.weight",
-    "comfy": "diffusion_model.decoder.{}.lora_A.weight",
-    "diffusers": "transformer.{}.lora.down.weight",
-    "compiled": "base_model.model._orig_mod.decoder.{}.lora_A.weight",
-    "kohya": "lora_unet_{_}.lora_down.weight",
-    "kohya of the whole model": "lora_unet_decoder_{_}.lora_down.weight",
-    "lycoris": "lycoris_{_}.lora_down.weight",
-    "flat diffusers": "lora_transformer_{_}.lora_down.weight",
-}
-UP = {"lora_A": "lora_B", "lora_down": "lora_up", "lora.down": "lora.up"}
-
-
-def state_as(form, weights, naming=original_name):
-    """The weights under the keys of one of `FOREIGN`."""
-    state = {}
-    for name, (down, up) in weights.items():
-        known = naming(name)
-        key = form.replace("{}", known).replace("{_}", known.replace(".", "_"))
-        first, second = next(pair for pair in UP.items() if pair[0] in key)
-        state[key], state[key.replace(first, second)] = down, up
-    return state
-
-
-def loaded(path, transformer, dtype=F32):
-    return load_adapter(path, transformer, device=CPU, dtype=dtype)
-
-
-def same(adapter, weights, scale=1.0):
-    assert set(adapter.layers) == set(weights)
-    for name, (down, up) in weights.items():
-        layer = adapter.layers[name]
-        assert torch.equal(layer.down, down)
-        assert torch.equal(layer.up, up)
-        assert layer.scale == scale
+    with pytest.raises(InvalidRequest, match=r"together; .* is the most"):
+        small.get([Lora(path=str(same)), Lora(path=str(tmp_path / "other"))])
+    with pytest.raises(InvalidRequest, match="takes more than 0 MiB"):
+        get(same, LoraCache(transformer, CPU, F32, max_bytes=adapter.bytes - 1))
+    # What songs hold is counted, too, and is gone with them.
+    small.drop()
+    del adapter, other
+    assert small.bytes == 0
+    gc.collect()
+    assert small.held_bytes == 0
 
 
 @pytest.mark.parametrize("naming", [original_name, str], ids=["original", "diffusers"])
@@ -350,7 +271,7 @@ def test_a_convolution_as_peft_trains_it(transformer, tmp_path):
     assert state["base_model.model.proj_in.1.lora_A.weight"].ndim == 3
     save_file(state, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 3, "lora_alpha": 6}))
-    active = LoraCache(transformer, CPU, F32).get(Lora(path=str(tmp_path)))
+    active = active_of(transformer, tmp_path)
     batch = inputs()
     plain, changed = run(transformer, **batch), run(model, **batch)
     with applied(transformer, [active] * 3):
@@ -366,35 +287,27 @@ def test_what_is_not_of_the_dit_is_left_out_and_named(transformer, tmp_path):
     state = state_as(FOREIGN["kohya"], weights)
     state |= state_as("lora_{_}.lora_down.weight", {"te.layers.0.mlp.fc1": (torch.ones(4, 8), torch.ones(8, 4))})
     state["lora_te_layers_0_mlp_fc1.alpha"] = torch.tensor(4.0)
-    state |= state_as(FOREIGN["kohya"], {"proj_out.1": (torch.ones(4, 48, 2), torch.ones(8, 4, 1))})
     save_file(state, tmp_path / "k.safetensors")
     adapter = loaded(tmp_path, transformer)
     same(adapter, weights)
-    assert adapter.left_out == ("proj_out_conv", "te_layers_0_mlp_fc1")
+    assert adapter.left_out == ("te_layers_0_mlp_fc1",)
     # The greater part of it, or any layer of the DiT, is another model's adapter.
     foreign = {f"encoder.layers.{i}.q_proj": (torch.ones(4, 8), torch.ones(8, 4)) for i in range(len(weights))}
     save_file(state_as(FOREIGN["peft"], {**weights, **foreign}), tmp_path / "k.safetensors")
-    refused(tmp_path, transformer, "greater part no LoRA of this renderer's DiT: encoder.layers.0.to_q")
+    refused(tmp_path, transformer, "greater part no adapter of this renderer's DiT: encoder.layers.0.to_q")
     deeper = {**weights, "layers.9.mlp.up_proj": (torch.ones(4, 48), torch.ones(96, 4))}
     save_file(state_as(FOREIGN["kohya"], deeper), tmp_path / "k.safetensors")
     refused(tmp_path, transformer, "no linear layer layers_9_mlp_up_proj")
 
 
 @pytest.mark.parametrize(
-    ("part", "method"),
-    [
-        ("lokr_w1", "LoKr"),
-        ("hada_w1_a", "LoHa"),
-        ("dora_scale", "DoRA"),
-        ("lora_magnitude_vector", "DoRA"),
-        ("lora_E", "AdaLoRA"),
-    ],
+    ("part", "method"), [("hada_w1_a", "LoHa"), ("lora_mid.weight", "LoCon with Tucker factors"), ("lora_E", "AdaLoRA")]
 )
 def test_other_methods_are_refused_in_one_sentence(part, method, transformer, tmp_path):
     state = {f"lycoris_layers_0_self_attn_q_proj.{part}": torch.ones(2, 2)}
     state |= state_as(FOREIGN["peft"], pairs(transformer))
     save_file(state, tmp_path / "lokr_weights.safetensors")
-    refused(tmp_path, transformer, f" is {method}; only LoRA is supported.$")
+    refused(tmp_path, transformer, f" is {method}; only LoRA, LoKr and DoRA are supported.$")
 
 
 @pytest.mark.parametrize("stored", [torch.float64, torch.bfloat16, torch.float8_e4m3fn])
@@ -442,13 +355,6 @@ def test_patterns_of_alpha_by_the_names_of_the_trained_model(transformer, tmp_pa
     )
 
 
-def refused(path, transformer, match):
-    with pytest.raises(InvalidRequest, match=match) as caught:
-        LoraCache(transformer, CPU, F32).get(Lora(path=str(path)))
-    assert caught.value.details["field"] == "lora.path"
-    return caught.value
-
-
 def test_pickles_are_never_loaded(transformer, tmp_path):
     class Bomb:
         def __reduce__(self):
@@ -486,18 +392,21 @@ def test_what_does_not_fit_is_listed(transformer, tmp_path):
         "base_model.model.layers.77.self_attn.q_proj.lora_B.weight": torch.zeros(64, RANK),
     }
     changed("no linear layer layers.77.self_attn.to_q", **extra)
-    changed("no LoRA of this model: magnitude", magnitude=torch.zeros(3))
+    changed("no adapter of this model: magnitude", magnitude=torch.zeros(3))
     save_file({"x": torch.zeros(1)}, path)
     refused(folder, transformer, "x")
     save_file({}, path)
-    refused(folder, transformer, "no LoRA weights")
+    refused(folder, transformer, "no adapter weights")
 
 
 @pytest.mark.parametrize(
     ("config", "match"),
     [
-        ({"peft_type": "LOKR"}, "LOKR"),
-        ({"use_dora": True}, "use_dora"),
+        ({"peft_type": "LOHA"}, "LOHA; supported are LORA and LOKR"),
+        ({"use_dora": True}, r"to_q lacks lora_magnitude_vector \(or dora_scale\)"),
+        ({"use_dora": "yes"}, "use_dora"),
+        ({"lora_alpha": 0}, "lora_alpha in the adapter's config is 0"),
+        ({"rank_pattern": {"to_q": 0}}, "rank_pattern of to_q .* is 0"),
         ({"modules_to_save": ["norm_out"]}, "modules_to_save"),
         ({"bias": "all"}, "bias"),
         ({"lora_bias": True}, "lora_bias"),
