@@ -17,8 +17,8 @@ COPY pyproject.toml constraints.txt README.md ./
 RUN mkdir acestep deployments \
  && touch acestep/__init__.py deployments/__init__.py \
  && case "$VARIANT" in \
-      cuda) pip install --constraint constraints.txt ".[gpu,postgres,s3]" ;; \
-      cpu) pip install --constraint constraints.txt --extra-index-url https://download.pytorch.org/whl/cpu ".[postgres,s3]" ;; \
+      cuda) pip install --constraint constraints.txt ".[gpu,postgres,s3,wavelets]" ;; \
+      cpu) pip install --constraint constraints.txt --extra-index-url https://download.pytorch.org/whl/cpu ".[postgres,s3,wavelets]" ;; \
       *) echo "VARIANT must be cuda or cpu, not $VARIANT" >&2; exit 1 ;; \
     esac
 COPY acestep acestep

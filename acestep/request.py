@@ -13,18 +13,23 @@ from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, C
 from pydantic.json_schema import SkipJsonSchema
 
 from acestep import words
+from acestep.controls import SamplingControls
 from acestep.errors import InvalidRequest
+from acestep.field_types import MAX_BATCH as MAX_BATCH
+from acestep.field_types import MAX_LYRICS_CHARS as MAX_LYRICS_CHARS
+from acestep.field_types import MAX_PROMPT_CHARS as MAX_PROMPT_CHARS
+from acestep.field_types import MAX_SEED as MAX_SEED
+from acestep.field_types import Caption as Caption
+from acestep.field_types import Lyrics as Lyrics
+from acestep.field_types import Probability, seed_or_none
+from acestep.field_types import Text as Text
 from acestep.formats import AudioFormat, check_formats
 from acestep.plan import Adjustment as Adjustment
 from acestep.plan import Metadata, Plan
 
 MIN_DURATION_S = 10.0
 MAX_DURATION_S = 600.0
-MAX_BATCH = 8
 MAX_LORAS = 8
-MAX_PROMPT_CHARS = 2_048
-MAX_LYRICS_CHARS = 8_192
-MAX_SEED = 2**63 - 1
 _ITEM_BITS = (
     50  # of a planner's seed: above them stands which item of its batch a song was, exact in JSON's numbers everywhere
 )
@@ -35,10 +40,6 @@ Task = Literal["text2music", "cover", "cover-nofsq", "repaint", "lego", "extract
 TASKS: tuple[Task, ...] = get_args(Task)
 DEFAULT_FORMATS: tuple[AudioFormat, ...] = ("wav",)
 LANGUAGES, TRACKS = words.LANGUAGES, words.TRACKS
-
-
-def _seed(value: Any) -> Any:
-    return None if value in (-1, "-1") and not isinstance(value, bool) else value
 
 
 def _formats(value: Any) -> Any:
@@ -67,16 +68,6 @@ def _window_end(value: Any) -> float | None:
     return None if seconds == -1.0 else seconds
 
 
-def _text(value: str) -> str:
-    # Lone surrogates and NUL reach us through JSON escapes; neither can be tokenised or stored.
-    if "\x00" in value or any(0xD800 <= ord(c) <= 0xDFFF for c in value):
-        raise ValueError("must not contain NUL or lone surrogate characters")
-    return value
-
-
-Text = Annotated[str, AfterValidator(_text)]
-Caption = Annotated[Text, BeforeValidator(words.read_caption)]
-Lyrics = Annotated[Text, BeforeValidator(words.read_text)]
 Word = Annotated[str, Field(max_length=words.MAX_CHARS)]
 Bpm = Annotated[Annotated[int, Field(ge=30, le=300)] | None, BeforeValidator(words.read_bpm)]
 Duration = Annotated[
@@ -86,7 +77,6 @@ Key = Annotated[Word | None, BeforeValidator(words.read_key)]
 TimeSignature = Annotated[Word | None, BeforeValidator(words.read_time_signature)]
 Language = Annotated[Word | None, BeforeValidator(words.read_language)]
 Track = Annotated[Word | None, BeforeValidator(words.read_track)]
-Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Lora(BaseModel):
@@ -122,7 +112,7 @@ def _as_given(plan: Plan | None) -> Plan | None:
     return plan and plan.model_copy(update={"adjustments": ()})
 
 
-class SongRequest(BaseModel):
+class SongRequest(SamplingControls):
     """One song job: a prompt (and more) in, `batch_size` songs out. Immutable."""
 
     model_config = ConfigDict(
@@ -140,9 +130,9 @@ class SongRequest(BaseModel):
     time_signature: TimeSignature = Field(None, description="2, 3, 4 or 6; also as '6/8'.")
     vocal_language: Language = Field(None, description="Code or name, such as en, zh-CN, Deutsch.")
     batch_size: int = Field(1, ge=1, le=MAX_BATCH, description="Number of variants.")
-    seed: Annotated[int | Annotated[tuple[int, ...], Field(max_length=MAX_BATCH)] | None, BeforeValidator(_seed)] = (
-        Field(None, description="One seed (item i uses seed + i), one per item, or null / -1 for a random one.")
-    )
+    seed: Annotated[
+        int | Annotated[tuple[int, ...], Field(max_length=MAX_BATCH)] | None, BeforeValidator(seed_or_none)
+    ] = Field(None, description="One seed (item i uses seed + i), one per item, or null / -1 for a random one.")
 
     # Planner
     thinking: bool = Field(True, description="The planner writes audio codes for the renderer.")
@@ -200,8 +190,11 @@ class SongRequest(BaseModel):
         None, min_length=1, max_length=200, description="Own schedule, falling from 1; overrides steps and shift."
     )
     infer_method: Literal["ode", "sde"] = Field("ode", description="sde: fresh noise in every step.")
-    sampler: Literal["euler", "heun"] = Field("euler", description="heun: two forwards a step, more exact.")
-    use_adg: bool = Field(False, description="Angle-based guidance; for base checkpoints.")
+    sampler: Literal["euler", "heun"] = Field(
+        "euler",
+        description="heun: two forwards a step, more exact. `sampler_mode` is the same.",
+        validation_alias=AliasChoices("sampler", "sampler_mode"),
+    )
     cfg_interval_start: Probability = Field(0.0, description="Guidance is on from this time, 1 being noise, ...")
     cfg_interval_end: Probability = Field(1.0, description="... to this one.")
     lora: Loras = Field(
@@ -317,6 +310,8 @@ class SongRequest(BaseModel):
             bad = [] if self.seed is None or 0 <= self.seed <= MAX_SEED else [self.seed]
         if bad:
             raise ValueError(f"seed: {bad[0]} is outside 0 to {MAX_SEED}")
+        if isinstance(self.retake_seed, tuple) and len(self.retake_seed) != self.batch_size:
+            raise ValueError(f"retake_seed: {len(self.retake_seed)} seeds for batch_size {self.batch_size}")
         if self.timesteps and any(b >= a for a, b in zip(self.timesteps, self.timesteps[1:], strict=False)):
             raise ValueError("timesteps: must fall strictly")
         if self.cfg_interval_start > self.cfg_interval_end:
@@ -354,6 +349,11 @@ class SongRequest(BaseModel):
         if isinstance(self.seed, tuple):
             return self.seed
         return tuple((self.seed + i) % (MAX_SEED + 1) for i in range(self.batch_size))
+
+    def used_retake_seed(self, item: int) -> int | None:
+        """The `retake_seed` that has a part in an item, for its manifest."""
+        seeds = self.retake_seeds(self.batch_size) if self.retakes or self.flow_edit_morph else None
+        return seeds[item] if seeds else None
 
     @property
     def lm_seeds(self) -> tuple[int, ...]:
@@ -397,4 +397,6 @@ class SongRequest(BaseModel):
             drawn["seed"] = secrets.randbelow(2**31)
         if self.lm_seed == -1:
             drawn["lm_seed"] = secrets.randbelow(2**31)
+        if self.retakes and self.retake_seed is None:
+            drawn["retake_seed"] = secrets.randbelow(2**31)
         return self.model_copy(update=drawn) if drawn else self

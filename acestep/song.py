@@ -111,6 +111,7 @@ class SongItem(BaseModel):
         None,
         description="With `seed` and the same request, what makes this item again alone; null where no planner ran.",
     )
+    retake_seed: int | None = Field(None, description="Of this item's other noise; null where there was none.")
     duration: float = Field(description="Seconds, exact: samples / sample_rate.")
     samples: int
     sample_rate: int = SAMPLE_RATE

@@ -32,6 +32,7 @@ class TaskRule:
     codes: bool = False
 
 
+FLOW_EDIT_TASKS: tuple[Task, ...] = ("text2music", "cover", "cover-nofsq")
 NO_CODES = "codes cannot stand in for it: make a song of them with task cover first, and send that as source audio"
 _COVER = "Generate audio semantic tokens based on the given conditions:"
 RULES: dict[Task, TaskRule] = {

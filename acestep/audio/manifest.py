@@ -17,7 +17,17 @@ from acestep.request import SongRequest
 SCHEMA = 1
 _PACKAGES = ("acestep-serve", "torch", "diffusers", "transformers")
 # Ids of uploads and paths on this machine say nothing elsewhere; plan and codes have their own places.
-_LEFT_OUT = {"seed", "lm_seed", "plan", "audio_codes", "src_audio", "source_s", "reference_audio", "lora"}
+_LEFT_OUT = {
+    "seed",
+    "lm_seed",
+    "retake_seed",
+    "plan",
+    "audio_codes",
+    "src_audio",
+    "source_s",
+    "reference_audio",
+    "lora",
+}
 
 
 def manifest(
@@ -52,6 +62,7 @@ def manifest(
         "item": item,
         "seed": seed,
         "lm_seed": request.lm_seeds[item] if plan.model else None,
+        "retake_seed": request.used_retake_seed(item),
         "notice": notice,
         "renderer": {"name": model, "hash": model_hash, "device": device},
         "planner": {"name": plan.model, "hash": plan.model_hash, "seed": lm_seed} if plan.model else None,

@@ -26,6 +26,7 @@ class VariantDefaults:
         shift: Timestep shift.
         guidance_scale: Classifier-free guidance; 1 is off (it is distilled into the turbo weights).
         tasks: Tasks that this variant was trained for.
+        dcw: Whether DCW is on where the request says nothing of it.
         lego_sft: Trained on captions that describe the whole song and the part of it (`is_lego_sft` in its configuration).
         lyric_heads: Heads of cross-attention, by layer, that follow the lyrics; empty where they are not known.
     """
@@ -35,6 +36,7 @@ class VariantDefaults:
     shift: float
     guidance_scale: float
     tasks: tuple[str, ...]
+    dcw: bool = False
     lego_sft: bool = False
     lyric_heads: Mapping[int, tuple[int, ...]] = field(default_factory=dict, hash=False)
 

@@ -8,7 +8,7 @@ from acestep.checkpoints.published import LYRIC_HEADS, VariantDefaults
 from acestep.errors import InvalidRequest
 from acestep.request import TRACKS, Adjustment, SongRequest
 from acestep.song import LATENT_FPS
-from acestep.tasks import NO_CODES, RULES, TaskRule
+from acestep.tasks import FLOW_EDIT_TASKS, NO_CODES, RULES, TaskRule
 
 
 def check(request: SongRequest, defaults: VariantDefaults, name: str) -> None:
@@ -40,9 +40,12 @@ def check(request: SongRequest, defaults: VariantDefaults, name: str) -> None:
         raise InvalidRequest(
             f"audio_codes: task {request.task} works on source audio, not on codes.", field="audio_codes"
         )
-    if request.src_audio is not None and rule.source == "no" and request.cover_noise_strength == 0.0:
+    _check_flow_edit(request)
+    uses_source = request.cover_noise_strength > 0.0 or request.flow_edit_morph
+    if request.src_audio is not None and rule.source == "no" and not uses_source:
         raise InvalidRequest(
-            f"src_audio: task {request.task} would not use it. Ask for task cover, or set cover_noise_strength above 0.",
+            f"src_audio: task {request.task} would not use it. Ask for task cover, or set cover_noise_strength above 0 or "
+            "flow_edit_morph.",
             field="src_audio",
         )
     if request.cover_noise_strength > 0.0 and (request.src_audio is None or not (rule.cover or rule.source == "no")):
@@ -56,6 +59,26 @@ def check(request: SongRequest, defaults: VariantDefaults, name: str) -> None:
             field="repainting_end", asked=request.repainting_end, limit=request.repainting_start,
         )  # fmt: skip
     _check_unused(request, rule)
+
+
+def _check_flow_edit(request: SongRequest) -> None:
+    if not request.flow_edit_morph:
+        return
+    if request.task not in FLOW_EDIT_TASKS:
+        raise InvalidRequest(
+            f"flow_edit_morph: is for the tasks {', '.join(FLOW_EDIT_TASKS)}, not {request.task}.",
+            field="flow_edit_morph", asked=request.task, allowed=list(FLOW_EDIT_TASKS),
+        )  # fmt: skip
+    if request.src_audio is None:
+        raise InvalidRequest("flow_edit_morph: needs src_audio, which it edits.", field="flow_edit_morph")
+    unused = {
+        "cover_noise_strength": request.cover_noise_strength > 0.0,
+        "audio_cover_strength": request.audio_cover_strength < 1.0,
+        "audio_codes": request.audio_codes is not None and request.task == "text2music",
+        "plan": bool(request.plan and request.plan.codes) and request.task == "text2music",
+    }
+    for name in (name for name, is_set in unused.items() if is_set):
+        raise InvalidRequest(f"{name}: flow edit has no use for it.", field=name)
 
 
 def check_window(request: SongRequest, source_s: float) -> None:
@@ -83,6 +106,9 @@ def notes(request: SongRequest) -> list[Adjustment]:
             if name is not None and name not in TRACKS:
                 reason = f"taken as it is; the models learned {', '.join(TRACKS)}"
                 told.append(Adjustment(field=field, asked=name, given=name, reason=reason))
+    if request.flow_edit_morph and not (request.flow_edit_source_caption + request.flow_edit_source_lyrics).strip():
+        reason = "nothing is said of the source, so that little will change"
+        told.append(Adjustment(field="flow_edit_source_caption", asked="", given="", reason=reason))
     start, end = request.repainting_start, request.repainting_end
     whole = start <= 0.0 and (end is None or (request.source_s is not None and end >= request.source_s))
     if request.task == "repaint" and whole:

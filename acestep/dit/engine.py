@@ -250,6 +250,7 @@ class RenderEngine:
         latents = run.latents
         assert latents is not None
         if bool(torch.isfinite(latents).all()) and bool(latents.any()):
+            run.latents = run.item.path.sampling.latents.apply(latents)
             if run.item.lyrics is not None:
                 run.listen()
             else:
@@ -330,6 +331,7 @@ class RenderEngine:
             settings={
                 "task": request.task,
                 **song.prepared.sampling.as_settings(),
+                "retake_variance": request.retake_variance if request.retakes else 0.0,
                 "lora": song.prepared.lora.as_settings() if song.prepared.lora else None,
             },
             adjustments=(*song.prepared.adjustments, *song.told),

@@ -131,6 +131,7 @@ def _finish_item(
         index=item.index,
         seed=item.seed,
         lm_seed=request.lm_seeds[item.index] if plan.model else None,
+        retake_seed=request.used_retake_seed(item.index),
         duration=samples / SAMPLE_RATE,
         samples=samples,
         sidecars=tuple(store.listed),

@@ -29,9 +29,11 @@ from acestep.dit.denoiser import Denoiser, Projected
 from acestep.dit.latents import StoredLatents, read_latents
 from acestep.dit.listening import Lyrics
 from acestep.dit.residency import Residency
-from acestep.dit.sampler import Path, Repaint, Side
+from acestep.dit.sampler import Path, Repaint
 from acestep.dit.sampling import Sampling, resolve
 from acestep.dit.vae import Vae
+from acestep.dit.variants import retake
+from acestep.dit.variants.side import Side
 from acestep.dit.window import Splice, Window, window_of
 from acestep.dit.work import RenderWork
 from acestep.errors import InvalidOutput, OutOfMemory
@@ -117,6 +119,7 @@ class Preparation:
         request = work.request
         check_files(request, work.src_audio, work.reference_audio)
         sampling, adjustments = resolve(request, self._defaults)
+        retakes = retake.resolve(request, adjustments)
         if request.global_caption and not self._defaults.lego_sft:
             reason = "this checkpoint was not trained on captions of whole songs"
             adjustments.append(
@@ -141,6 +144,7 @@ class Preparation:
         contexts: dict[object, Tensor] = {}
         encoded: dict[tuple[str, str], Tensor] = {}
         texts: dict[int, list[tuple[str, str]]] = {}
+        origins: dict[int, tuple[str, str]] = {}
         lengths: dict[int, int] = {}
         for index in work.indices:
             codes = work_codes(work, index)
@@ -149,11 +153,14 @@ class Preparation:
             adjustments += _length_adjustments(work, samples, source, codes)
             frames = -(-samples // SAMPLES_PER_FRAME)
             texts[index] = self._texts(work, codes, samples / SAMPLE_RATE)
+            if request.flow_edit_morph:
+                texts[index] = texts[index][:1]
+                (origins[index], *_) = self._texts(_of_source(work), codes, samples / SAMPLE_RATE)
             self._residency.need("conditions")
             if (codes, frames) not in contexts:
                 contexts[codes, frames] = self._context(work, codes, frames, source)
                 yield None
-            for caption, lyrics in texts[index]:
+            for caption, lyrics in (*texts[index], *([origins[index]] if index in origins else [])):
                 if (caption, lyrics) not in encoded:
                     adjustments += self._cuts(caption, lyrics)
                     self._residency.need("conditions")
@@ -182,6 +189,11 @@ class Preparation:
                 silent = contexts.setdefault(("silence", frames), self._silence(frames))
                 sides.append(Side(silent, projected[texts[index][1]], null, lora))
             item = self._item(work, index, lengths[index], sampling, sides, source)
+            if index in origins:
+                origin = replace(sides[0], condition=projected[origins[index]])
+                item = replace(item, path=replace(item.path, origin=origin))
+            if retakes is not None:
+                item = replace(item, path=replace(item.path, retake=retakes[index]))
             items.append(replace(item, lyrics=self._lyrics(work, texts[index][0][1]), latents=_latents(stored, index)))
         if not follows_source(request, codes=bool(work_codes(work, 0))) and request.audio_cover_strength != 1.0:
             adjustments.append(
@@ -338,11 +350,14 @@ class Preparation:
             )
             if not aggressive:
                 splice = Splice(source.audio, window, round(seconds * SAMPLE_RATE))
-        noisy = source is not None and request.cover_noise_strength > 0.0
+        noisy = source is not None and (request.cover_noise_strength > 0.0 or request.flow_edit_morph)
+        seed = request.seeds[index]
+        if request.flow_edit_morph and (seeds := request.retake_seeds(request.batch_size)):
+            seed = seeds[index]
         path = Path(
             frames=-(-samples // SAMPLES_PER_FRAME),
             channels=sides[0].context.shape[1] // 2,
-            seed=request.seeds[index],
+            seed=seed,
             sampling=sampling,
             main=sides[0],
             after=sides[1] if len(sides) > 1 else None,
@@ -360,9 +375,16 @@ def _latents(stored: Mapping[int, StoredLatents], index: int) -> Tensor | None:
 
 def work_codes(work: RenderWork, index: int) -> tuple[int, ...] | None:
     """Audio codes of an item: the request's own, else the plan's. Only covers and plain songs follow codes."""
-    if RULES[work.request.task].source == "yes":
+    if RULES[work.request.task].source == "yes" or (work.request.flow_edit_morph and work.request.task == "text2music"):
         return None
     return work.request.audio_codes or work.plan.codes_of(index)
+
+
+def _of_source(work: RenderWork) -> RenderWork:
+    """Of flow edit: the same work with the words that say what its source is."""
+    request = work.request
+    words = {"prompt": request.flow_edit_source_caption, "lyrics": request.flow_edit_source_lyrics}
+    return replace(work, request=request.model_copy(update={**words, "use_cot_caption": False}))
 
 
 def song_samples(work: RenderWork, codes: tuple[int, ...] | None, source: _Source | None) -> int:

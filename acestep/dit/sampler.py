@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from acestep.adapters.cache import ActiveLora
-from acestep.dit.denoiser import Projected, Row
-from acestep.dit.guidance import Guidance
+from acestep.dit.denoiser import Projected
 from acestep.dit.sampling import Sampling
 from acestep.dit.schedule import start_at_noise
-
-Walk = Generator[list[Row], Sequence[Tensor], Tensor]
-
-
-@dataclass(frozen=True, eq=False)
-class Side:
-    """One way to condition an item: context `[L, 2C]`, condition, the learned "no condition", and adapters."""
-
-    context: Tensor
-    condition: Projected
-    null: Projected
-    lora: ActiveLora | None = None
+from acestep.dit.variants.retake import Retake
+from acestep.dit.variants.side import Side, Walk, ask
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +42,9 @@ class Path:
         frames, channels: Shape of the latents.
         seed: Governs all noise of the item.
         main: Conditioning of the first `cover_strength` share of the steps, `after` that of the rest.
-        source: Latents to start from at noise level `1 - source_strength`; None starts from noise.
+        source: Latents to start from at noise level `1 - source_strength`; None starts from noise. Of flow edit: what is edited.
+        origin: Of flow edit: what the source is, where `main` is what it shall be.
+        retake: Other noise that is mixed into that of `seed`.
     """
 
     frames: int
@@ -66,77 +57,93 @@ class Path:
     source: Tensor | None = None
     source_strength: float = 0.0
     repaint: Repaint | None = None
+    origin: Side | None = None
+    retake: Retake | None = None
 
 
 def reprojected(path: Path, project: Callable[[Tensor, ActiveLora | None], Projected]) -> Path:
     """`path` with its conditions projected anew."""
-
-    def side(old: Side) -> Side:
-        return replace(
-            old, condition=project(old.condition.condition, old.lora), null=project(old.null.condition, old.lora)
-        )
-
-    return replace(path, main=side(path.main), after=None if path.after is None else side(path.after))
+    after, origin = (None if side is None else side.reprojected(project) for side in (path.after, path.origin))
+    return replace(path, main=path.main.reprojected(project), after=after, origin=origin)
 
 
 class Walker:
     """State of a walk that others may look at: how far it is."""
 
     def __init__(self, path: Path, device: torch.device) -> None:
-        times = path.sampling.times
-        if path.source is not None:
+        times, edit = path.sampling.times, path.sampling.flow_edit
+        if path.source is not None and edit is None:
             times = start_at_noise(times, 1.0 - path.source_strength)
         self._path = path
         self._device = device
         self._times = times
         self.done = 0
-        self.total = len(times) - 1
-        self.guided = path.sampling.guided
+        self.total = len(times) - 1 if edit is None else len(times) - 1 - edit.first(len(times) - 1)
 
     def walk(self) -> Walk:
         """Yields the rows to evaluate (one, or two with guidance); is sent their velocities; returns latents `[L, C]`."""
-        path, sampling = self._path, self._path.sampling
-        generator = torch.Generator("cpu").manual_seed(path.seed)
+        return self._edit() if self._path.sampling.flow_edit is not None else self._sample()
+
+    def _noise(self, seed: int) -> Callable[[], Tensor]:
+        generator = torch.Generator("cpu").manual_seed(seed)
+        path = self._path
 
         def draw() -> Tensor:
             # On the CPU in float32 always: a seed means the same noise on every device and in every precision.
             noise = torch.randn((1, path.frames, path.channels), generator=generator, dtype=torch.float32)
             return noise[0].to(self._device)
 
+        return draw
+
+    def _edit(self) -> Walk:
+        path, edit = self._path, self._path.sampling.flow_edit
+        assert edit is not None, "there is something to edit"
+        assert path.source is not None, "which has latents"
+        assert path.origin is not None, "and a text"
+
+        def stepped() -> None:
+            self.done += 1
+
+        guidance, rule, draw = path.sampling.guidance, path.sampling.velocity, self._noise(path.seed)
+        return edit.walk(path.source, self._times.tolist(), path.main, path.origin, guidance, rule, draw, stepped)
+
+    def _sample(self) -> Walk:
+        path, sampling = self._path, self._path.sampling
+        draw, dcw, rule = self._noise(path.seed), sampling.dcw, sampling.velocity
         times = self._times.tolist()
         deltas = (self._times[1:] - self._times[:-1]).tolist()
         noise = draw()
+        if path.retake is not None:
+            noise = path.retake.mix(noise, self._noise(path.retake.seed)())
         x = noise
         if path.source is not None:
             x = times[0] * noise + (1.0 - times[0]) * path.source
         switch = self.total if path.after is None else int(self.total * path.cover_strength)
         guidance = sampling.guidance()
+        previous: Tensor | None = None
         for step, (t, delta) in enumerate(zip(times[:-1], deltas, strict=True)):
             side = path.main if step < switch or path.after is None else path.after
             after = times[step + 1]
-            v = yield from _velocity(x, t, side, guidance)
+            first = v = rule.smooth((yield from ask(x, t, side, guidance, rule)), previous)
+            before = x
             if sampling.stochastic:
+                if not sampling.distilled:  # as upstream: evenly, wherever the schedule goes
+                    after = 1.0 - (step + 1) / self.total
                 clean = x - t * v
                 x = clean if after == 0.0 else (1.0 - after) * clean + after * draw()
-            elif sampling.heun and (after > 0.0 or sampling.asks_at_zero):
-                ahead = x + delta * v
-                v_ahead = yield from _velocity(ahead, after, side, guidance, corrector=True)
-                x = x + delta * (0.5 * (v + v_ahead))
+            elif sampling.heun and (after > 0.0 or not sampling.distilled):
+                v_ahead = yield from ask(x + delta * v, after, side, guidance, rule, corrector=True)
+                v = 0.5 * (v + rule.smooth(v_ahead, first))
+                x = x + delta * v
             else:
                 x = x + delta * v
+            if dcw is not None:
+                x = dcw.correct(x, before - t * first, t)
+            previous = v
             if path.repaint is not None and step < round(path.repaint.injection * self.total):
                 x = _inject(x, path.repaint, after, noise)
             self.done = step + 1
         return x if path.repaint is None else _keep_outside(x, path.repaint)
-
-
-def _velocity(x: Tensor, t: float, side: Side, guidance: Guidance, corrector: bool = False) -> Walk:
-    row = Row(x, t, side.context, side.condition, side.lora)
-    if not guidance.wanted(t):
-        (v,) = yield [row]
-        return v
-    cond, uncond = yield [row, Row(x, t, side.context, side.null, side.lora)]
-    return guidance.combine(x, t, cond, uncond, corrector)
 
 
 def _inject(x: Tensor, repaint: Repaint, t: float, noise: Tensor) -> Tensor:

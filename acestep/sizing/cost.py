@@ -130,6 +130,10 @@ def forwards(request: SongRequest, model: str | None) -> float:
     ):  # distilled checkpoints run without guidance, whatever is asked
         guidance = request.guidance_scale
     guided = request.cfg_interval_end - request.cfg_interval_start if guidance > 1.0 else 0.0
+    if request.flow_edit_morph:
+        first = min(int(steps * request.flow_edit_n_min), steps - 1)
+        last = max(first, int(steps * request.flow_edit_n_max))
+        return ((last - first) * 2.0 * request.flow_edit_n_avg + steps - last) * (1.0 + guided)
     per_step = 1.0
     if request.sampler == "heun" and request.infer_method == "ode":
         per_step = 2.0 - 1.0 / steps if defaults.distilled else 2.0
@@ -145,14 +149,19 @@ def listens(request: SongRequest) -> float:
 
 def needs_metadata(request: SongRequest) -> bool:
     """Whether the planner fills in bpm, key, time signature, duration, caption or language."""
-    if request.plan is not None or not RULES[request.task].metadata or not request.use_cot_metas:
+    if (
+        request.plan is not None
+        or not RULES[request.task].metadata
+        or request.flow_edit_morph
+        or not request.use_cot_metas
+    ):
         return False
     return not all((request.bpm, request.key_scale, request.time_signature, request.duration))
 
 
 def needs_codes(request: SongRequest) -> bool:
     """Whether the planner writes audio codes."""
-    if not RULES[request.task].codes or not request.thinking:
+    if not RULES[request.task].codes or request.flow_edit_morph or not request.thinking:
         return False
     return request.audio_codes is None and request.plan is None
 

@@ -70,6 +70,8 @@ def apply_limits(request: SongRequest, limits: Limits) -> tuple[SongRequest, lis
         changes["batch_size"] = limits.max_batch
         if isinstance(request.seed, tuple):
             changes["seed"] = request.seed[: limits.max_batch]
+        if isinstance(request.retake_seed, tuple):
+            changes["retake_seed"] = request.retake_seed[: limits.max_batch]
     if (seconds := source_song_s(request)) is not None and seconds > limits.max_duration:
         if RULES[request.task].window:
             raise LimitExceeded(

@@ -9,11 +9,17 @@ import pytest
 import torch
 
 from acestep.checkpoints.load import RendererComponents
+from acestep.controls import GUIDANCE
 from acestep.dit.denoiser import Denoiser, Projected
 from acestep.dit.renderer import Renderer
-from acestep.dit.sampler import Path, Repaint, Side, Walker
+from acestep.dit.sampler import Path, Repaint, Walker
 from acestep.dit.sampling import Sampling
 from acestep.dit.schedule import timesteps
+from acestep.dit.variants.dcw import Dcw
+from acestep.dit.variants.flow_edit import FlowEdit
+from acestep.dit.variants.retake import Retake
+from acestep.dit.variants.side import Side
+from acestep.dit.variants.velocity import Velocity
 from acestep.dit.work import RenderWork
 from acestep.plan import Plan
 from acestep.request import SongRequest
@@ -44,6 +50,7 @@ class Company:
 
         clean = torch.randn(frames, self.channels, generator=generator)
         stochastic = rng.random() < 0.25
+        edit = FlowEdit(rng.random() * 0.5, 0.5 + rng.random() / 2, rng.choice([1, 2])) if rng.random() < 0.2 else None
         return Path(
             frames=frames,
             channels=self.channels,
@@ -53,16 +60,24 @@ class Company:
                 shift=1.0,
                 guidance_scale=rng.choice([1.0, 1.0, 3.0, 7.0]),
                 cfg_interval=rng.choice([(0.0, 1.0), (0.3, 0.8)]),
-                adg=rng.random() < 0.3,
                 stochastic=stochastic,
                 heun=not stochastic and rng.random() < 0.25,
+                distilled=rng.random() < 0.5,
+                guidance_variant=rng.choice(tuple(GUIDANCE)),
+                dcw=Dcw(rng.choice(["low", "high", "double", "pix"]), rng.random(), rng.random(), "haar")
+                if rng.random() < 0.5
+                else None,
+                velocity=Velocity(rng.choice([0.0, 0.5, 2.0]), rng.choice([0.0, 0.2])),
+                flow_edit=edit,
             ),
             main=side(),
             after=side() if rng.random() < 0.3 else None,
             cover_strength=rng.random(),
-            source=clean if rng.random() < 0.2 else None,
+            source=clean if edit or rng.random() < 0.2 else None,
             source_strength=rng.random(),
             repaint=Repaint(clean, 5, 15, rng.random(), 3, (0, frames)) if rng.random() < 0.3 else None,
+            origin=side() if edit else None,
+            retake=Retake(rng.randrange(2**40), rng.random()) if rng.random() < 0.2 else None,
         )
 
     def run(self, paths: list[Path], joins: list[int]) -> list[torch.Tensor]:
@@ -99,7 +114,9 @@ def test_alone_and_together(company: Company, mix: int, rel: Any) -> None:
     paths = [company.item(rng) for _ in range(rng.randrange(2, 5))]
     together = company.run(paths, [0, *(rng.randrange(4) for _ in paths[1:])])
     for path, latents in zip(paths, together, strict=True):
-        assert rel(latents, company.run([path], [0])[0]) <= 1e-6
+        # Angles that are stretched sixfold and not clipped stretch what floats round off, too.
+        most = 1e-5 if path.sampling.guidance_variant == "adg_wo_clip" else 1e-6
+        assert rel(latents, company.run([path], [0])[0]) <= most
 
 
 def test_through_the_renderer(make_renderer: Any, renderers: dict[str, Renderer], rel: Any) -> None:

@@ -32,7 +32,7 @@ def test_text2music(
 ) -> None:
     request = SongRequest(
         prompt="slow jazz", lyrics=LYRICS, duration=seconds, seed=seed, bpm=92, key_scale="A minor", time_signature="3",
-        vocal_language="de",
+        vocal_language="de", dcw_enabled=False,
     )  # fmt: skip
     ours = renderers["tiny"].submit(RenderWork(request)).result(60).items[0].audio
     theirs = from_pipeline(
@@ -56,7 +56,7 @@ def test_guided(renderers: dict[str, Renderer], pipelines: dict[str, AceStepPipe
 def test_planner_codes(renderers: dict[str, Renderer], pipelines: dict[str, AceStepPipeline], rel: Any) -> None:
     codes = tuple(int(c) for c in torch.randint(0, 64_000, (55,), generator=torch.Generator().manual_seed(1)))
     plan = Plan(metadata=Metadata(bpm=120, caption="ignored", language="fr"), codes=(codes,))
-    request = SongRequest(prompt="drums", lyrics=LYRICS, seed=7, use_cot_caption=False)
+    request = SongRequest(prompt="drums", lyrics=LYRICS, seed=7, use_cot_caption=False, dcw_enabled=False)
     ours = renderers["tiny"].submit(RenderWork(request, plan)).result(60).items[0].audio
     # A duration of 0 makes the pipeline take the length from the codes; its default of 60 s would enter the prompt.
     theirs = from_pipeline(
@@ -69,7 +69,9 @@ def test_planner_codes(renderers: dict[str, Renderer], pipelines: dict[str, AceS
 
 def test_custom_timesteps(renderers: dict[str, Renderer], pipelines: dict[str, AceStepPipeline], rel: Any) -> None:
     times = (1.0, 0.9, 0.55, 0.2)
-    request = SongRequest(prompt="piano", lyrics=LYRICS, duration=10, seed=8, timesteps=times, steps=3)
+    request = SongRequest(
+        prompt="piano", lyrics=LYRICS, duration=10, seed=8, timesteps=times, steps=3, dcw_enabled=False
+    )
     rendered = renderers["tiny"].submit(RenderWork(request)).result(60)
     theirs = from_pipeline(
         pipelines["tiny"], 8, prompt="piano", lyrics=LYRICS, audio_duration=10.0, timesteps=list(times),
