@@ -123,6 +123,7 @@ class RouterArgs(_Args):
     num_cpus: float = Field(0.1, ge=0)
     database_url: str | None = Field(None, description="SQLAlchemy URL of the job store. Null: SQLite in ACESTEP_HOME.")
     files_url: str | None = Field(None, description="The renderers' file store. Null: ACESTEP_HOME/files.")
+    studio: bool = Field(True, description="Serve the page at `/`; false: only the API.")
     lease_s: float = Field(
         15.0,
         ge=3,

@@ -7,17 +7,19 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.gzip import DEFAULT_EXCLUDED_CONTENT_TYPES, GZipMiddleware
 
 from acestep import __version__
 from deployments.ingress import errors as problems
 from deployments.ingress.acestep import models, tasks, texts
 from deployments.ingress.links import Prefix
 from deployments.ingress.middleware import BodyLimit, LostProxy, OptionalPrefix, Strangers, host_of
-from deployments.ingress.native import answers, cluster, files, health, lyrics, song_files, webhooks
+from deployments.ingress.native import answers, cluster, files, health, library, lyrics, song_files, webhooks
 from deployments.ingress.native import songs as native
 from deployments.ingress.native import texts as plans
 from deployments.ingress.openai import chat
 from deployments.ingress.service import Service
+from deployments.ingress.studio import routes as studio
 
 # Headers of answers that pages may read, besides those that they always may.
 EXPOSED = (
@@ -38,6 +40,13 @@ def build_app(service: Service) -> FastAPI:
     app.state.service = service
     problems.install(app)
     app.add_middleware(
+        GZipMiddleware,
+        minimum_size=1000,
+        compresslevel=5,
+        # Files are sent by ranges of what is stored.
+        exclude_content_types=(*DEFAULT_EXCLUDED_CONTENT_TYPES, "application/octet-stream"),
+    )
+    app.add_middleware(
         BodyLimit,
         limit=service.args.max_body_bytes,
         upload_limit=service.args.max_upload_bytes,
@@ -48,7 +57,7 @@ def build_app(service: Service) -> FastAPI:
         CORSMiddleware,
         allow_origins=list(service.args.cors_origins),
         allow_origin_regex=service.args.cors_origin_regex,
-        allow_methods=["GET", "HEAD", "POST", "DELETE", "OPTIONS"],
+        allow_methods=["GET", "HEAD", "POST", "PATCH", "DELETE", "OPTIONS"],
         allow_headers=["*"],  # whatever is asked: SDKs and frameworks send headers of their own
         expose_headers=EXPOSED,
     )
@@ -63,7 +72,22 @@ def build_app(service: Service) -> FastAPI:
     app.add_middleware(OptionalPrefix)
     app.add_middleware(Prefix, public_url=service.args.public_url)
     app.add_middleware(LostProxy)
-    for module in (health, cluster, native, song_files, lyrics, plans, files, webhooks, tasks, texts, models, chat):
+    for module in (
+        studio,
+        health,
+        cluster,
+        native,
+        library,
+        song_files,
+        lyrics,
+        plans,
+        files,
+        webhooks,
+        tasks,
+        texts,
+        models,
+        chat,
+    ):
         app.include_router(module.router)
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     return app

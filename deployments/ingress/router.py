@@ -23,7 +23,6 @@ from deployments.ingress.native.health import readiness
 from deployments.ingress.service import Service
 from deployments.jobs.backlog import ACTIVE, read_backlogs
 from deployments.jobs.blobs import Storage
-from deployments.jobs.retention import Retention
 from deployments.jobs.store import UNREACHABLE, JobStore
 from deployments.jobs.threads import store_pool
 from deployments.scheduling.ledger import Routing
@@ -57,12 +56,8 @@ class Router:
             store, fleet, routing, lease_s=parsed.lease_s, max_run_s=parsed.max_run_s, meter=self._meter, calls=calls
         )
         self.service = Service(parsed, store, storage, fleet, routing, dispatcher, started=time.time())
-        retention = Retention(
-            store, storage, self.service.sources.records,
-            keep_jobs_s=parsed.keep_jobs_s, keep_uploads_s=parsed.keep_uploads_s,
-        )  # fmt: skip
         loops = (
-            fleet.run(), dispatcher.run(), self.service.outbox.run(), retention.run(),
+            fleet.run(), dispatcher.run(), self.service.outbox.run(), self.service.retention.run(),
             self._watch_backlogs(), self._tell_when_ready(),
         )  # fmt: skip
         self._background = [asyncio.create_task(loop) for loop in loops]

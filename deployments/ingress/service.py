@@ -37,6 +37,7 @@ from deployments.jobs.blobs import Storage
 from deployments.jobs.limits import Rates
 from deployments.jobs.outbox import Outbox
 from deployments.jobs.queue import Line, Place, turn_of
+from deployments.jobs.retention import Retention
 from deployments.jobs.secrets import shared_secret
 from deployments.jobs.store import QUEUED, RUNNING, Busy, Job, JobStore
 from deployments.jobs.uploads import FileRecord, FileRecords
@@ -71,6 +72,7 @@ class Service:
     talk: Talk = field(init=False)
     webhook_secret: bytes = field(init=False, repr=False)
     outbox: Outbox = field(init=False)
+    retention: Retention = field(init=False)
     line: Line = field(init=False)
     _asking: Counter[str] = field(init=False, default_factory=Counter)  # questions by caller
     _turn: asyncio.Semaphore = field(init=False, default_factory=lambda: asyncio.Semaphore(QUESTIONS_AT_ONCE))
@@ -83,6 +85,10 @@ class Service:
         self.sources = Sources(
             self.args, self.storage, FileRecords(self.store.engine), self._may_use, self._song_of_url
         )
+        self.retention = Retention(
+            self.store, self.storage, self.sources.records,
+            keep_jobs_s=self.args.keep_jobs_s, keep_uploads_s=self.args.keep_uploads_s,
+        )  # fmt: skip
         self.line = Line(self.store.engine)
         self.talk = Talk(self.fleet, self.routing)
         self.webhook_secret = shared_secret(self.store.engine, "webhook", "ACESTEP_WEBHOOK_SECRET")

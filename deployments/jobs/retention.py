@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from acestep.errors import AceStepError
+from acestep.errors import AceStepError, Unavailable
 from deployments.jobs.blobs import PART, Storage
 from deployments.jobs.store import JobStore
 from deployments.jobs.uploads import FOLDER, FileRecords
@@ -81,6 +81,16 @@ class Retention:
             self.records.delete(gone)
             files += len(gone)
         return jobs, files
+
+    def purge(self, job_id: str) -> bool:
+        """Forget an ended job now, with all that was made. False where it is gone or has not ended.
+
+        Raises:
+            Unavailable: its files cannot be deleted; nothing is forgotten.
+        """
+        if not self._delete(f"songs/{job_id}"):
+            raise Unavailable("the song's files cannot be deleted now; nothing was forgotten", retry_after=5)
+        return self.store.delete(job_id)
 
     def tidy(self) -> int:
         """Delete what a process left that died while it wrote: parts of files, and uploads that were never recorded. Returns how many."""

@@ -23,6 +23,9 @@ jobs = sa.Table(
     sa.Column("error", sa.JSON),
     sa.Column("adjustments", sa.JSON, nullable=False),
     sa.Column("extra", sa.JSON, nullable=False),  # what an API needs to answer in its own words
+    sa.Column("title", sa.String(200)),
+    sa.Column("favourite", sa.Boolean, nullable=False, server_default=sa.false()),
+    sa.Column("labels", sa.JSON, nullable=False, server_default="[]"),
     sa.Column("priority", sa.Float, nullable=False, server_default="0"),
     sa.Column("deadline", sa.Float),
     sa.Column("owner_key", sa.String(64), nullable=False, server_default=""),

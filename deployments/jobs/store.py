@@ -25,6 +25,7 @@ from acestep.song import Progress, Song
 from deployments.config.args import default_database_url
 from deployments.jobs.database import DatabaseNow, open_database, storable, writer
 from deployments.jobs.schema import events, jobs, webhooks
+from deployments.jobs.songs import Wanted
 
 QUEUED, RUNNING, SUCCEEDED, FAILED, CANCELLED = "queued", "running", "succeeded", "failed", "cancelled"
 TERMINAL = (SUCCEEDED, FAILED, CANCELLED)
@@ -86,6 +87,9 @@ class Job:
     error: dict[str, Any] | None = None
     adjustments: tuple[Adjustment, ...] = ()
     extra: dict[str, Any] = field(default_factory=dict)
+    title: str | None = None
+    favourite: bool = False
+    labels: list[str] = field(default_factory=list)
     priority: float = 0.0
     deadline: float | None = None
     owner_key: str = ""
@@ -344,28 +348,10 @@ class JobStore:
             raise KeyError(job_id)
         return job
 
-    def page(
-        self,
-        *,
-        states: Sequence[str] = (),
-        kind: str | None = None,
-        owner_key: str | None = None,
-        before: tuple[float, str] | None = None,
-        limit: int = 50,
-    ) -> list[Job]:
-        """Newest first. `before` is (created_at, id) of the last job of the page before."""
-        query = sa.select(jobs).order_by(jobs.c.created_at.desc(), jobs.c.id.desc()).limit(limit)
-        if states:
-            query = query.where(jobs.c.state.in_(states))
-        if kind is not None:
-            query = query.where(jobs.c.kind == kind)
-        if owner_key is not None:
-            query = query.where(jobs.c.owner_key == owner_key)
-        if before is not None:
-            at, last = before
-            query = query.where(sa.or_(jobs.c.created_at < at, sa.and_(jobs.c.created_at == at, jobs.c.id < last)))
+    def page(self, *, limit: int = 50, **wanted: Any) -> list[Job]:
+        """Those of `Wanted`, newest first."""
         with self.engine.connect() as db:
-            return [_job(row) for row in db.execute(query).mappings()]
+            return [_job(row) for row in db.execute(Wanted(**wanted).apply(sa.select(jobs)).limit(limit)).mappings()]
 
     def many(self, ids: Sequence[str]) -> dict[str, Job]:
         """Those of the ids that exist."""

@@ -21,8 +21,7 @@ from acestep.errors import Cancelled, StoragePermission
 from acestep.lm.work import Sample
 from acestep.song import Progress
 from deployments.ingress.app import build_app
-from deployments.ingress.native import events, examples
-from deployments.ingress.native import songs as native
+from deployments.ingress.native import events, examples, library, songs
 from deployments.ingress.native import texts as plans
 from deployments.ingress.redact import redact
 
@@ -247,7 +246,7 @@ async def test_prefer_wait_answers_with_the_result(site: Site) -> None:
     ],
 )  # fmt: skip
 def test_how_long_a_request_may_wait(header: str | None, seconds: float | None) -> None:
-    assert native.wait_seconds(header, 60.0) == seconds
+    assert songs.wait_seconds(header, 60.0) == seconds
 
 
 async def test_jobs_are_paged_and_filtered(site: Site) -> None:
@@ -392,10 +391,10 @@ async def test_cancelling_a_running_job_answers_with_what_became_of_it(
         site.service.dispatcher.notices.tell()
 
     with monkeypatch.context() as patched:
-        patched.setattr(native, "CANCEL_WAIT_S", 0.01)
+        patched.setattr(library, "CANCEL_WAIT_S", 0.01)
         still = (await site.client.delete(f"/v1/jobs/{job_id}")).json()
     assert (still["state"], still["cancel_requested"]) == ("running", True)
-    monkeypatch.setattr(native, "CANCEL_WAIT_S", 60.0)
+    monkeypatch.setattr(library, "CANCEL_WAIT_S", 60.0)
     answer, _ = await asyncio.gather(site.client.delete(f"/v1/jobs/{job_id}"), holder())
     assert (answer.json()["state"], answer.json()["error"]["type"]) == ("cancelled", "cancelled")
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, TypeAdapter, model_serializer
 
 from acestep.lm.work import Sample
 from acestep.plan import Metadata, Plan, PlanTimings
-from acestep.request import Adjustment
+from acestep.request import Adjustment, Text
 from acestep.song import LyricScores, Progress, RenderTimings, SidecarKind, StageName, TimedLyrics
+from deployments.jobs.songs import MAX_LABEL, MAX_LABELS, MAX_TITLE
 
 State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 Ended = Literal["succeeded", "failed", "cancelled"]
@@ -137,6 +138,9 @@ class JobView(Answer):
     """A job: where it stands, what it costs and, once done, its result."""
 
     id: str = Field(description="Names the job in every path.")
+    title: str | None = Field(None, description="What its owner calls it.")
+    favourite: bool = Field(False, description="Its owner likes it.")
+    labels: list[str] = Field(default_factory=list, description="Its owner's own words to find it by.")
     kind: Kind = Field(
         description="`song`; `plan` stops after the planner; `codes` and `understand` are ACE-Step's tasks that make no song; `lyrics` listens to one that is made."
     )
@@ -181,6 +185,63 @@ class JobPage(Answer):
 
     jobs: list[JobView] = Field(description="At most `limit`.")
     next: str | None = Field(description="`cursor` of the next page; null on the last.")
+
+
+class ShortAudio(Answer):
+    """One file of a song."""
+
+    index: int = Field(description="Which of the batch, from 0.")
+    format: str = Field(description="As asked for in `formats`.")
+    url: str = Field(description="Path of the file, signed: works without a key until it expires.")
+
+
+class JobShort(Answer):
+    """A job in few words, for lists. What is null or empty is left out."""
+
+    id: str = Field(description="Names the job in every path.")
+    kind: Kind = Field(description="As in the whole view.")
+    state: State = Field(description="As in the whole view.")
+    stage: StageName | None = Field(None, description="What is done for it now; left out once it has ended.")
+    progress: Progress | None = Field(None, description="How far its stage is.")
+    position: int | None = Field(None, description="Its place in the queue, 1 for the next.")
+    eta_s: float | None = Field(None, description="Estimated seconds until its end.")
+    title: str | None = Field(None, description="What its owner calls it.")
+    favourite: bool = Field(False, description="Its owner likes it.")
+    labels: list[str] = Field(default_factory=list, description="Its owner's own words.")
+    prompt: str | None = Field(None, description="The first 200 characters of its description.")
+    task: str | None = Field(None, description="What is done; left out for text2music.")
+    duration: float | None = Field(None, description="Seconds of its first song.")
+    bpm: int | None = Field(None, description="Tempo.")
+    key_scale: str | None = Field(None, description="Key.")
+    created_at: float = Field(description="Unix seconds of its submission.")
+    finished_at: float | None = Field(None, description="Unix seconds of its end.")
+    cancel_requested: bool = Field(False, description="Its caller wants no more.")
+    error: str | None = Field(None, description="Why it failed, the first 200 characters.")
+    audio: list[ShortAudio] = Field(default_factory=list, description="Its files.")
+
+    @model_serializer(mode="wrap")
+    def _few(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in whole(self).items() if value not in (None, False, [])}
+
+
+class ShortPage(Answer):
+    """Jobs in few words, newest first."""
+
+    jobs: list[JobShort] = Field(description="At most `limit`.")
+    next: str | None = Field(description="`cursor` of the next page; null on the last.")
+
+
+class JobChanges(BaseModel):
+    """What the owner of a job may change; what is left out stays."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    title: Annotated[Text, Field(max_length=MAX_TITLE)] | None = Field(
+        None, description="Null: called by its description again."
+    )
+    favourite: bool = Field(False, description="Liked.")
+    labels: Annotated[list[Annotated[Text, Field(min_length=1, max_length=MAX_LABEL)]], Field(max_length=MAX_LABELS)] = Field(
+        default_factory=list, description="Own words to find it by."
+    )  # fmt: skip
 
 
 class FileView(Answer):

@@ -33,7 +33,8 @@ UNDERSTAND: dict[str, Any] = {
 
 _ID = "3f7c3c1e-6f0e-4a53-9f0d-0f4a7a3f1b52"
 _JOB: dict[str, Any] = {
-    "id": _ID, "kind": "song", "of": None, "state": "queued", "stage": "queued", "progress": None,
+    "id": _ID, "title": None, "favourite": False, "labels": [], "kind": "song", "of": None, "state": "queued",
+    "stage": "queued", "progress": None,
     "position": 1, "eta_s": 12.5, "cost": {"audio_s": 30.0, "plan_s": 6.1, "render_s": 4.4}, "usage": None,
     "created_at": 1790000000.0, "started_at": None, "finished_at": None, "cancel_requested": False, "attempts": 0,
     "placement": {"planner": "lm", "renderer": "dit"},

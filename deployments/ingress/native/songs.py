@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 import contextlib
 import re
 import time
@@ -21,7 +19,7 @@ from deployments.ingress.bodies import KeyFirst
 from deployments.ingress.errors import PROBLEMS, NotFound
 from deployments.ingress.links import events_path, job_path, public
 from deployments.ingress.native import examples
-from deployments.ingress.native.answers import JobPage, JobView, Kind, State
+from deployments.ingress.native.answers import JobView
 from deployments.ingress.native.events import stream
 from deployments.ingress.native.views import job_view
 from deployments.ingress.native.waiting import wait_for_end
@@ -43,7 +41,6 @@ EVENT_STREAM = {
     "contentMediaType": "text/event-stream",
     "contentSchema": {"type": "array", "items": {"$ref": "#/components/schemas/JobEvent"}},
 }
-CANCEL_WAIT_S = 5.0  # a stage stops between two steps
 Expires = Annotated[str | None, Query(max_length=12, description="Unix seconds; comes with the URL.")]
 Signature = Annotated[str | None, Query(max_length=64, description="Instead of a key; comes with the URL.")]
 
@@ -147,40 +144,6 @@ async def create_song(
     )
 
 
-@router.get("/jobs", summary="Your jobs, newest first", responses={200: examples.JOBS_200})
-async def list_jobs(
-    service: Svc,
-    caller: Auth,
-    state: Annotated[list[State] | None, Query(description="Only these states.")] = None,
-    kind: Annotated[Kind | None, Query(description="Only this kind.")] = None,
-    limit: Annotated[int, Query(ge=1, le=200, description="Jobs on a page.")] = 50,
-    cursor: Annotated[str | None, Query(max_length=200, description="`next` of the page before.")] = None,
-) -> JobPage:
-    owner = caller.name if service.keys.required else None
-    page = await asyncio.to_thread(
-        service.store.page, states=state or (), kind=kind, owner_key=owner, before=_decode(cursor), limit=limit + 1
-    )
-    places = await service.places(page)
-    views = [await job_view(service, job, places[job.id]) for job in page[:limit]]
-    return JobPage(jobs=views, next=_encode(page[limit - 1]) if len(page) > limit else None)
-
-
-def _encode(job: Job) -> str:
-    return base64.urlsafe_b64encode(f"{job.created_at!r} {job.id}".encode()).decode()
-
-
-def _decode(cursor: str | None) -> tuple[float, str] | None:
-    if cursor is None:
-        return None
-    try:
-        at, job_id = base64.b64decode(cursor.encode(), altchars=b"-_", validate=True).decode("ascii").split(" ")
-        if not re.fullmatch(r"[0-9A-Za-z-]{1,64}", job_id):
-            raise ValueError(job_id)
-        return float(at), job_id
-    except (binascii.Error, ValueError):
-        raise InvalidRequest("cursor: is not one that /v1/jobs gave", field="cursor") from None
-
-
 @router.get("/jobs/{job_id}", summary="State, progress, plan and result of a job", responses={200: examples.JOB_200})
 async def get_job(job_id: JobId, service: Svc, caller: Auth, response: Response, prefer: Prefer = None) -> JobView:
     job = await existing(service, job_id, caller)
@@ -189,14 +152,6 @@ async def get_job(job_id: JobId, service: Svc, caller: Auth, response: Response,
             job = await wait_for_end(service, job, seconds)
         response.headers["Preference-Applied"] = f"wait={seconds:g}"
     return await job_view(service, job)
-
-
-@router.delete("/jobs/{job_id}", summary="Cancel a job; an ended one stays as it is", responses={200: examples.JOB_200})
-async def cancel_job(job_id: JobId, service: Svc, caller: Auth) -> JobView:
-    """The job after it: `cancelled`, or with `cancel_requested` where its card does not let go within seconds."""
-    job = await existing(service, job_id, caller)
-    job = await service.dispatcher.cancel(job_id) or job
-    return await job_view(service, await wait_for_end(service, job, min(CANCEL_WAIT_S, service.args.max_wait_s)))
 
 
 @router.get(

@@ -8,12 +8,14 @@ from acestep.request import SongRequest
 from acestep.song import SongItem
 from deployments.dispatch.errands import ANSWER
 from deployments.ingress.links import audio_path, events_path, job_path, public, sidecar_path
-from deployments.ingress.native.answers import FileView, JobView
+from deployments.ingress.native.answers import FileView, JobShort, JobView, ShortAudio
 from deployments.ingress.redact import public_error
 from deployments.ingress.service import Service
 from deployments.jobs.queue import Place
-from deployments.jobs.store import CANCELLED, Job
+from deployments.jobs.store import CANCELLED, TERMINAL, Job
 from deployments.jobs.uploads import FOLDER, FileRecord
+
+SHORT = 200  # characters of a text in a list
 
 
 async def job_view(service: Service, job: Job, place: Place | None = None) -> JobView:
@@ -23,6 +25,9 @@ async def job_view(service: Service, job: Job, place: Place | None = None) -> Jo
         "id": job.id,
         "kind": job.kind,
         "of": job.extra.get("of"),
+        "title": job.title,
+        "favourite": job.favourite,
+        "labels": job.labels,
         "state": job.state,
         "stage": job.stage if not job.ended else job.state,
         "progress": job.progress if not job.ended else None,
@@ -73,6 +78,41 @@ def _item(service: Service, job_id: str, item: SongItem) -> dict[str, Any]:
         for file in item.sidecars
     ]
     return {**item.model_dump(exclude={"files", "sidecars", "manifest"}), "audio": audio, "files": files}
+
+
+def short_view(service: Service, row: dict[str, Any], forecast: dict[str, Any]) -> JobShort:
+    """A row of `jobs.songs.short_rows` as lists show it.
+
+    Args:
+        forecast: Of a job that has not ended: `position` and `eta_s`.
+    """
+    ended = row["state"] in TERMINAL
+    meta, items = row["metadata"] or {}, row["items"] or []
+    error = public_error(row["error"]) if row["error"] else None
+    audio = [
+        {
+            "index": item["index"],
+            "format": file["format"],
+            "url": public(service.signer.sign(audio_path(row["id"], item["index"], file["format"]))),
+        }
+        for item in items
+        for file in item["files"]
+    ]
+    return JobShort(
+        **{name: row[name] for name in ("id", "kind", "state", "title", "favourite", "labels", "created_at", "finished_at")},
+        stage=None if ended else row["stage"],
+        progress=None if ended else row["progress"],
+        position=forecast.get("position") or None,
+        eta_s=forecast.get("eta_s"),
+        prompt=(row["prompt"] or "")[:SHORT] or None,
+        task=None if row["task"] == "text2music" else row["task"],
+        duration=items[0]["duration"] if items else meta.get("duration"),
+        bpm=meta.get("bpm"),
+        key_scale=meta.get("keyscale"),
+        cancel_requested=not ended and row["cancel_requested"],
+        error=str(error["message"])[:SHORT] if error and row["state"] == "failed" else None,
+        audio=[ShortAudio(**file) for file in audio],
+    )  # fmt: skip
 
 
 def usage(job: Job) -> dict[str, Any] | None:

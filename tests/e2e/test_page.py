@@ -1,0 +1,319 @@
+"""The page in a real browser, against the real server: what a person does with it, and what goes wrong for them.
+
+Skipped without Debian's `chromium` (`CHROMIUM` names another) and playwright.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from acestep.song import TINY_NOTICE
+from tests.server import Server
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+Page, expect = playwright.Page, playwright.expect
+pytestmark = [pytest.mark.e2e, pytest.mark.browser]
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium")
+WAIT_MS = 60_000
+KEY = "the page's own key"
+EVIL = '"><img src=x onerror="window.broken=1"><script>window.broken=1</script>\u202etxt.exe javascript:window.broken=1'
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Any]:
+    if CHROMIUM is None:
+        pytest.skip("no chromium here: apt-get install chromium")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--autoplay-policy=no-user-gesture-required"]
+        )
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(chromium: Any) -> Iterator[Callable[..., Any]]:
+    """Opens the page as somebody new would. At the end: no script failed, and nothing went against the page's own policy."""
+    contexts, troubles = [], list[str]()
+
+    def open_page(url: str, **options: Any) -> Any:
+        context = chromium.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(WAIT_MS)
+        page.on("pageerror", lambda error: troubles.append(str(error)))
+        page.on("console", lambda m: troubles.append(m.text) if "Content Security Policy" in m.text else None)
+        page.goto(url)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert troubles == []
+
+
+def wish(page: Any, text: str) -> None:
+    page.get_by_label("Describe the song").fill(text)
+    page.keyboard.press("Enter")
+
+
+def card(page: Any, text: str) -> Any:
+    return page.locator("article.song", has_text=text).first
+
+
+def made(page: Any, text: str) -> Any:
+    song = card(page, text)
+    expect(song).to_have_attribute("data-state", "succeeded", timeout=WAIT_MS)
+    return song
+
+
+def length(page: Any, seconds: str, versions: int = 1) -> None:
+    page.get_by_text("Lyrics, length and more").click()
+    page.get_by_label("Length", exact=True).fill(seconds)
+    page.get_by_label("Versions", exact=True).fill(str(versions))
+
+
+def test_a_song_from_the_first_visit_with_nothing_but_typing_and_enter(server: Server, visit: Any) -> None:
+    page = visit(server.url)
+    page.keyboard.type("a slow waltz about rain")
+    page.keyboard.press("Enter")
+    song = made(page, "a slow waltz about rain")
+    song.get_by_role("button", name="Play").click()
+    expect(page.locator("#player")).to_be_visible()
+    expect(page.locator("#player .time")).to_have_text(re.compile(r"0:0[1-9] /"))
+    heard = page.evaluate(
+        """async () => {
+            const link = document.querySelector('#player .title').hash.split('/').pop();
+            const job = await (await fetch('v1/jobs/' + link)).json();
+            const file = await (await fetch(job.result.items[0].audio[0].url)).arrayBuffer();
+            const audio = await new OfflineAudioContext(2, 1, 48000).decodeAudioData(file);
+            const loudest = audio.getChannelData(0).reduce((a, b) => Math.max(a, Math.abs(b)), 0);
+            return [audio.duration, loudest, job.result.items[0].duration];
+        }"""
+    )
+    assert heard[0] == pytest.approx(heard[2], abs=0.1)
+    assert heard[1] > 0.01
+    page.keyboard.press("Escape")
+    page.locator("h1").click()
+    page.keyboard.press(" ")
+    expect(page.locator("#player").get_by_role("button", name="Play")).to_be_visible()
+
+
+def test_the_notice_and_every_warning_stand_at_the_song(server: Server, visit: Any) -> None:
+    page = visit(server.url)
+    length(page, "10")
+    page.get_by_text("Advanced", exact=True).click()
+    page.get_by_label("Guidance Scale").fill("3")
+    wish(page, "warned about guidance")
+    made(page, "warned about guidance").locator("a.title").click()
+    expect(page.locator("p.notice")).to_have_text(TINY_NOTICE)
+    expect(page.get_by_role("list", name="What was changed")).to_contain_text("guidance_scale")
+
+
+def test_what_is_wrong_is_said_beside_its_field(server: Server, visit: Any) -> None:
+    page = visit(server.url)
+    length(page, "5")
+    wish(page, "too short")
+    wrong = page.locator("[data-field=duration] em.wrong")
+    expect(wrong).to_contain_text("10")
+    expect(page.get_by_label("Length", exact=True)).to_have_attribute("aria-invalid", "true")
+    page.get_by_label("Length", exact=True).fill("10")
+    wish(page, "long enough")
+    made(page, "long enough")
+    expect(wrong).to_be_hidden()
+
+
+def test_cancel_reload_and_two_tabs(server: Server, visit: Any) -> None:
+    page = visit(server.url)
+    length(page, "180", versions=8)
+    wish(page, "to be cancelled")
+    song = card(page, "to be cancelled")
+    song.get_by_role("button", name="Cancel").wait_for()
+    page.reload()
+    other = page.context.new_page()
+    other.goto(server.url)
+    expect(card(other, "to be cancelled")).to_have_attribute("data-state", "running", timeout=WAIT_MS)
+    card(page, "to be cancelled").get_by_role("button", name="Cancel").click()
+    for tab in (page, other):
+        expect(card(tab, "to be cancelled")).to_have_attribute("data-state", "cancelled", timeout=WAIT_MS)
+    expect(card(page, "to be cancelled").get_by_role("button", name="Try again")).to_be_visible()
+
+
+def test_a_clamp_is_shown(server: Server, visit: Any) -> None:
+    page = visit(server.url)
+    length(page, "10", versions=2)  # more than this machine's tier takes at once
+    wish(page, "one instead of two")
+    made(page, "one instead of two").locator("a.title").click()
+    expect(page.get_by_role("list", name="What was changed")).to_contain_text("batch_size: 2 became 1")
+
+
+def test_a_plan_is_changed_before_it_is_rendered(server: Server, visit: Any) -> None:
+    page = visit(server.url)
+    length(page, "10")
+    page.get_by_label("Describe the song").fill("planned first")
+    page.get_by_role("button", name="Plan first").click()
+    page.get_by_role("heading", name="The plan").wait_for()
+    page.locator("[data-plan=bpm]").fill("77")
+    page.get_by_role("button", name="Make a song").click()
+    song = page.locator("article.song[data-state=succeeded]", has_text="77 bpm").first
+    expect(song).to_be_visible(timeout=WAIT_MS)
+
+
+def test_write_it_out_fills_the_form(server: Server, visit: Any) -> None:
+    page = visit(server.url)
+    page.get_by_label("Describe the song").fill("a song for a long drive home")
+    page.get_by_role("button", name="Write it out").click()
+    expect(page.get_by_label("Tempo", exact=True)).not_to_have_value("", timeout=WAIT_MS)
+    expect(page.get_by_label("Describe the song")).not_to_have_value("a song for a long drive home")
+
+
+def test_a_part_of_a_song_is_replaced(server: Server, visit: Any) -> None:
+    page = visit(server.url)
+    length(page, "20")
+    wish(page, "to be mended")
+    made(page, "to be mended").locator("a.title").click()
+    page.get_by_role("button", name="Choose a part").click()
+    box = page.locator(".hear song-wave").bounding_box()
+    page.mouse.move(box["x"] + box["width"] * 0.25, box["y"] + 20)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] * 0.75, box["y"] + 20)
+    page.mouse.up()
+    page.get_by_role("button", name="Replace 0:0").click()
+    wish(page, "mended in the middle")
+    made(page, "mended in the middle").locator("a.title").click()
+    expect(page.locator("dl.facts")).to_contain_text("repaint")
+
+
+def test_a_song_is_deleted_with_its_audio(server: Server, visit: Any) -> None:
+    page = visit(server.url)
+    length(page, "10")
+    wish(page, "to be deleted")
+    made(page, "to be deleted").locator("a.title").click()
+    address = page.url.rpartition("/")[2]
+    page.once("dialog", lambda dialog: dialog.accept())
+    page.get_by_role("button", name="Delete song").click()
+    expect(page.get_by_label("Describe the song")).to_be_visible()
+    expect(page.locator("article.song", has_text="to be deleted")).to_have_count(0)
+    assert httpx.get(f"{server.url}/v1/jobs/{address}").status_code == 404
+
+
+def test_text_stays_text(server: Server, visit: Any) -> None:
+    page = visit(server.url)
+    length(page, "10")
+    page.get_by_label("Lyrics", exact=True).fill(f"[Verse]\n{EVIL}")
+    wish(page, f"{EVIL} as a wish")
+    made(page, "onerror").locator("a.title").click()
+    page.get_by_text("Everything the server says").click()
+    expect(page.locator("pre.lyrics")).to_contain_text("onerror")
+    assert page.evaluate("window.broken") is None
+    assert page.locator("main img, main script, main iframe").count() == 0
+
+
+def test_the_fleet_is_shown_with_its_settings(server: Server, visit: Any) -> None:
+    page = visit(f"{server.url}/#/fleet")
+    expect(page.get_by_text("both stages can serve")).to_be_visible()
+    expect(page.locator("article.pool")).to_have_count(2)
+    page.get_by_text("Settings and limits").first.click()
+    expect(page.locator("article.pool table").first).to_contain_text("float32")
+
+
+def answering(status: int, headers: dict[str, str], body: str) -> Callable[[Any], None]:
+    return lambda route: route.fulfill(status=status, headers=headers, body=body)
+
+
+def test_trouble_of_every_kind_is_told_and_passes(server: Server, visit: Any) -> None:
+    page = visit(server.url)
+    answers = {
+        "a limit": (429, {"Retry-After": "2"}, '{"detail": "too many songs of this key"}', "too many songs of this key"),
+        "a fault": (500, {}, '{"detail": "an unexpected error; quote incident 0123"}', "quote incident 0123"),
+        "a malformed answer": (200, {}, "<html>not JSON</html>", "could not be read"),
+    }  # fmt: skip
+    for name, (status, headers, body, said) in answers.items():
+        page.route("**/v1/music", answering(status, headers, body))
+        wish(page, name)
+        expect(page.locator("form.make p.error")).to_contain_text(said)
+        page.unroute("**/v1/music")
+        expect(page.get_by_role("button", name="Make a song")).to_be_enabled()
+    page.context.set_offline(True)
+    wish(page, "said into the void")
+    expect(page.locator("#banner")).to_be_visible()
+    page.context.set_offline(False)
+    expect(page.locator("#banner")).to_be_hidden(timeout=WAIT_MS)
+    made(page, "said into the void")  # once: the submit was sent again under its key
+    expect(page.locator("article.song", has_text="said into the void")).to_have_count(1)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 390, 1280])
+def test_every_view_fits_and_is_accessible(server: Server, visit: Any, tmp_path: Path, width: int, scheme: str) -> None:
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe is not installed")
+    page = visit(server.url, viewport={"width": width, "height": 900}, color_scheme=scheme)
+    length(page, "10")
+    wish(page, "to be looked at")
+    song = made(page, "to be looked at")
+    page.get_by_text("Advanced", exact=True).click()
+    page.get_by_label("Guidance Scale").wait_for()
+    views = {"songs": page.url, "song": server.url + "/" + str(song.locator("a.title").get_attribute("href")), "fleet": f"{server.url}/#/fleet"}  # fmt: skip
+    for name, url in views.items():
+        page.goto(url)
+        page.locator({"songs": "form.make", "song": "dl.facts", "fleet": "article.pool"}[name]).first.wait_for()
+        page.screenshot(path=str(Path(os.environ.get("SCREENSHOTS", tmp_path)) / f"{name}-{width}-{scheme}.png"))
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), f"{name} is too wide"
+        found = axe.Axe().run(page).response["violations"]
+        serious = [
+            (v["id"], [n["html"][:120] for n in v["nodes"]]) for v in found if v["impact"] in ("serious", "critical")
+        ]
+        assert serious == [], name
+
+
+def test_the_page_is_small_and_sent_once(server: Server) -> None:
+    page = httpx.get(server.url, headers={"Accept": "text/html"})
+    assert page.headers["content-type"].startswith("text/html")
+    assert "unsafe" not in page.headers["content-security-policy"]
+    names = ["style.css", "app.js", "api.js", "dom.js", "fleet.js", "make.js", "player.js", "song.js", "songs.js", "wave.js", "icon.svg"]  # fmt: skip
+    files = [page, *(httpx.get(f"{server.url}/studio/{name}") for name in names)]
+    assert sum(len(f.content) for f in files) < 150_000
+    for file in files:
+        assert file.status_code == 200
+        again = httpx.get(str(file.url), headers={"Accept": "text/html", "If-None-Match": file.headers["etag"]})
+        assert (again.status_code, again.content) == (304, b"")
+    assert files[1].headers["content-encoding"] == "gzip"
+    assert httpx.get(f"{server.url}/studio/..%2Froutes.py").status_code == 404
+    plain = httpx.get(server.url).json()
+    assert plain["links"]["documentation"] == "/docs"
+
+
+def test_a_key_is_asked_for_once_and_never_in_an_address(visit: Any) -> None:
+    def guarded(config: dict[str, Any]) -> None:
+        digest = hashlib.sha256(KEY.encode()).hexdigest()
+        config["applications"][0]["args"] = {"api_keys": [{"name": "page", "sha256": digest}]}
+
+    with Server(guarded) as server:
+        page = visit(server.url)
+        asked = []
+        page.on("request", lambda request: asked.append(request.url))
+        dialog = page.get_by_role("dialog")
+        dialog.get_by_label("Key", exact=True).fill("a wrong one")
+        dialog.get_by_role("button", name="Go on").click()
+        expect(dialog).to_contain_text("does not know this key")
+        dialog.get_by_label("Key", exact=True).fill(KEY)
+        dialog.get_by_role("button", name="Go on").click()
+        expect(dialog).to_have_count(0)
+        length(page, "10")
+        wish(page, "behind a key")
+        made(page, "behind a key").get_by_role("button", name="Play").click()
+        expect(page.locator("#player .time")).to_have_text(re.compile(r"0:0[1-9] /"))
+        page.reload()
+        made(page, "behind a key")
+        assert not any("own key" in url or "own%20key" in url for url in asked)
+        stranger = visit(server.url)
+        expect(stranger.get_by_role("dialog")).to_be_visible()
