@@ -117,8 +117,13 @@ class Client:
                 raise error_from_dict(job["error"] or {"type": "internal", "message": f"the job {job['state']}"})
             time.sleep(poll_s)
 
-    def audio(self, url: str) -> bytes:
-        """The bytes behind an audio URL of a job."""
+    def listen(self, job_id: str, **asked: bool) -> dict[str, Any]:
+        """POST /v1/jobs/{id}/lyrics. Returns the job that listens."""
+        headers = {"Idempotency-Key": str(uuid.uuid4())}
+        return self._json("POST", f"/v1/jobs/{job_id}/lyrics", json=asked, headers=headers)
+
+    def file(self, url: str) -> bytes:
+        """The bytes behind a URL of a job's audio or of what lies beside it."""
         # A path in an answer is one of the server's host, with the path that the server lies under in front.
         response = self._request("GET", str(httpx.URL(self.url).join(url)))
         return response.content

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +24,8 @@ from acestep.validation import first_problem
 app = typer.Typer(add_completion=False)
 SUFFIXES = (".wav", ".flac", ".mp3", ".opus", ".ogg", ".m4a", ".aac")
 _UNITS = {"planning": "codes", "rendering": "steps", "decoding": "frames", "encoding": "songs"}
+LYRICS_FILES = ("lrc", "lyrics")
+_BESIDE = {"lrc": ".lrc", "lyrics": ".lyrics.json", "latent": ".latent.safetensors"}
 SHOWN_CAPTION = 240  # characters
 _err = Console(stderr=True)
 
@@ -59,6 +61,14 @@ def generate(
         float | None,
         typer.Option(help="Another peak than -1 dBFS; a negative number needs =, as in --normalization-db=-3."),
     ] = None,
+    timestamps: Annotated[
+        bool,
+        typer.Option("--timestamps", help="Also write when each line and word is sung: song.lrc, song.lyrics.json."),
+    ] = False,
+    score: Annotated[bool, typer.Option("--score", help="Also judge how well the lyrics can be heard.")] = False,
+    latents: Annotated[
+        bool, typer.Option("--latents", help="Also write what the song was decoded from: song.latent.safetensors.")
+    ] = False,
     param: Annotated[
         list[str] | None,
         typer.Option("--param", "-p", help="Any other field of a request, as name=value (JSON or text)."),
@@ -73,6 +83,7 @@ def generate(
         "prompt": prompt, "lyrics": _text_or_file(lyrics), "duration": duration, "seed": seed, "batch_size": batch_size,
         "thinking": thinking, "bpm": bpm, "key_scale": key, "time_signature": time_signature, "vocal_language": language,
         "steps": steps, "normalize": normalize, "normalization_db": normalization_db,
+        "timestamps": timestamps or None, "score": score or None,
         **dict(_parameter(p) for p in param or []),
     }  # fmt: skip
     fields = {k: v for k, v in fields.items() if v is not None}
@@ -82,14 +93,15 @@ def generate(
     if settings and not local:
         raise InvalidRequest("--set: a server has settings of its own; this needs --local", field="set")
     out.check(output)
-    job = _local(request, output, given(settings)) if local else _served(fields, output, url)
+    kinds = (*LYRICS_FILES, *(["latent"] if latents else []))
+    job = _local(request, output, kinds, given(settings)) if local else _served(fields, output, kinds, url)
     if json_output:
         typer.echo(json.dumps(job, indent=1, ensure_ascii=False))
     else:
         _report(job)
 
 
-def _served(fields: dict[str, Any], output: Path, url: str | None) -> dict[str, Any]:
+def _served(fields: dict[str, Any], output: Path, kinds: Sequence[str], url: str | None) -> dict[str, Any]:
     with Client(url) as client, _Bars() as bars:
         job = client.submit(_uploaded(client, fields))
         _err.print(f"job {job['id']}", highlight=False)
@@ -98,7 +110,7 @@ def _served(fields: dict[str, Any], output: Path, url: str | None) -> dict[str, 
         except KeyboardInterrupt:
             client.cancel(job["id"])
             raise
-        _write(job, output, lambda _, audio: client.audio(audio["url"]))
+        write(job, output, lambda _, file: client.file(file["url"]), kinds)
     return job
 
 
@@ -117,7 +129,7 @@ def _uploaded(client: Client, fields: dict[str, Any]) -> dict[str, Any]:
     return sent
 
 
-def _local(request: SongRequest, output: Path, settings: dict[str, str]) -> dict[str, Any]:
+def _local(request: SongRequest, output: Path, kinds: Sequence[str], settings: dict[str, str]) -> dict[str, Any]:
     from acestep.cli.local import Studio
 
     with _Bars() as bars:
@@ -125,13 +137,18 @@ def _local(request: SongRequest, output: Path, settings: dict[str, str]) -> dict
         with Studio(settings) as studio:
             made = studio.make(request, on_progress=lambda p: bars.stage(p.stage, p.done, p.total))
     job = made.view()
-    _write(job, output, lambda item, audio: made.files[item["index"], audio["format"]])
+    write(job, output, lambda item, file: made.files[item["index"], file.get("format") or file["kind"]], kinds)
     return job
 
 
-def _write(job: dict[str, Any], output: Path, read: Callable[[dict[str, Any], dict[str, Any]], bytes]) -> None:
-    """Write every file of a job and note in it where: `song.wav`; `song-1.wav` for further items. A suffix that says something else than
-    what the file holds gives way to the format's own."""
+def write(
+    job: dict[str, Any],
+    output: Path,
+    read: Callable[[dict[str, Any], dict[str, Any]], bytes],
+    kinds: Sequence[str] = (),
+) -> None:
+    """Write every song of a job and note in it where: `song.wav`; `song-1.wav` for further items. A suffix that says something else than
+    what the file holds gives way to the format's own. Of what lies beside the songs, these kinds: `song.lrc`."""
     items, taken = job["result"]["items"], set[Path]()
     for item in items:
         stem = output.stem if len(items) == 1 else f"{output.stem}-{item['index']}"
@@ -142,6 +159,11 @@ def _write(job: dict[str, Any], output: Path, read: Callable[[dict[str, Any], di
             taken.add(path)
             out.write(path, read(item, audio))
             audio["file"] = str(path)
+        for file in item.get("files", []):
+            if file["kind"] in kinds:
+                path = output.with_name(f"{stem}{_BESIDE[file['kind']]}")
+                out.write(path, read(item, file))
+                file["file"] = str(path)
 
 
 def _suffix(asked: str, fmt: AudioFormat, *, first: bool) -> str:
@@ -206,12 +228,21 @@ def _report(job: dict[str, Any]) -> None:
         names = ", ".join(a["file"] for a in item["audio"])
         planner = "" if item.get("lm_seed") in (None, item["seed"]) else f", lm_seed {item['lm_seed']}"
         line(f"song     {names}: {item['duration']:.2f} s, {item['sample_rate']} Hz, seed {item['seed']}{planner}")
+    tell_of_lyrics(result["items"], line)
     times = {k: v for part in result["timings"].values() for k, v in part.items() if k.endswith("_s") and v >= 0.005}
     line("time     " + ", ".join(f"{k.removesuffix('_s')} {v:.2f} s" for k, v in times.items()))
     for warning in job["warnings"]:
         line(f"warning  {warning['field']}: {warning['asked']} -> {warning['given']} ({warning['reason']})")
     if job.get("notice"):
         line(f"note     {job['notice']}")
+
+
+def tell_of_lyrics(items: list[dict[str, Any]], line: Callable[[str], None]) -> None:
+    for item in items:
+        if names := ", ".join(f["file"] for f in item.get("files", []) if "file" in f):
+            line(f"beside   {names}")
+        if item.get("scores"):
+            line("scores   " + ", ".join(f"{name} {value:.2f}" for name, value in item["scores"].items()))
 
 
 def _validated(fields: dict[str, Any]) -> SongRequest:

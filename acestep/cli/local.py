@@ -32,7 +32,7 @@ OnProgress = Callable[[Progress], None]
 
 @dataclass(frozen=True)
 class Made:
-    """A song made here: the request as done, the result, and the encoded files by (item, format)."""
+    """A song made here: the request as done, the result, and the files by (item, format of audio or kind)."""
 
     request: SongRequest
     song: Song
@@ -45,8 +45,9 @@ class Made:
         song = self.song
         items = [
             {
-                **item.model_dump(exclude={"files", "manifest"}),
+                **item.model_dump(exclude={"files", "sidecars", "manifest"}),
                 "audio": [f.model_dump(exclude={"path"}) for f in item.files],
+                "files": [f.model_dump(exclude={"path"}) for f in item.sidecars],
             }
             for item in song.items
         ]
@@ -130,6 +131,7 @@ class Studio:
         maker = Maker(info.name, info.hash, self.settings.device.name, info.notice)
         song = finish(request, plan, rendered, maker, files.__setitem__)
         by_item = {(item.index, f.format): files[f.path] for item in song.items for f in item.files}
+        by_item |= {(item.index, f.kind): files[f.path] for item in song.items for f in item.sidecars}
         song = song.model_copy(update={"plan": plan})
         told = [*adjustments, *(a for a in song.adjustments if a not in adjustments)]
         return Made(request, song, tuple(told), by_item, time.monotonic() - began)

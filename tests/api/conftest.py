@@ -5,6 +5,9 @@ Jobs stay queued unless a test plays the dispatcher, through the store as the re
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict, dataclass
@@ -13,6 +16,7 @@ from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 
 from acestep.gpu_config import get_gpu_config, get_limits
 from acestep.plan import Metadata, Plan, PlanTimings
@@ -142,20 +146,22 @@ def wav() -> bytes:
     return buffer.getvalue()
 
 
-@pytest.fixture
-async def live(site: Site) -> AsyncIterator[str]:
-    """URL of the site's application behind a real HTTP server."""
-    import asyncio
-    import socket
-
-    import uvicorn
-
+@contextlib.asynccontextmanager
+async def served(service: Service) -> AsyncIterator[str]:
+    """URL of an application behind a real HTTP server."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(build_app(site.service), log_level="warning", lifespan="off"))
+        server = uvicorn.Server(uvicorn.Config(build_app(service), log_level="warning", lifespan="off"))
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         while not server.started:
             await asyncio.sleep(0.01)
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         server.should_exit = True
         await serving
+
+
+@pytest.fixture
+async def live(site: Site) -> AsyncIterator[str]:
+    """URL of the site's application behind a real HTTP server."""
+    async with served(site.service) as url:
+        yield url

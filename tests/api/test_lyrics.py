@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,9 @@ from mutagen.flac import FLAC
 from mutagen.id3 import ID3
 from mutagen.oggopus import OggOpus
 from safetensors.torch import load
+from typer.testing import CliRunner
 
+from acestep.cli import generate, lyrics
 from acestep.request import SongRequest
 from acestep.sizing.cost import render_seconds
 from acestep.sizing.profiles import find
@@ -19,7 +23,7 @@ from deployments.config.args import KeyArgs
 from deployments.jobs.retention import Retention
 from deployments.jobs.uploads import FileRecords
 
-from .conftest import Build, Site
+from .conftest import Build, Site, served
 from .test_made_as_asked import Stages, made, running, stages, whole
 
 __all__ = ["stages", "whole"]  # fixtures
@@ -133,6 +137,29 @@ async def test_a_finished_song_is_timed_later_the_same(whole: Site) -> None:
         assert [job["id"] for job in listed] == [later["id"]]
         entry = (await whole.client.post("/query_result", json={"task_id_list": [later["id"]]})).json()["data"][0]
         assert entry["status"] == 1
+
+
+async def test_commands_of_a_server(whole: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    options = ["--lyrics", LYRICS, "--duration", "10", "--steps", "2", "--seed", "5", "--no-thinking", "-n", "2"]
+    async with running(whole), served(whole.service) as url:
+
+        def run(app: Any, *arguments: str) -> str:
+            done = CliRunner().invoke(app, [*arguments, "--url", url])
+            assert done.exit_code == 0, (done.output, done.exception)
+            return done.output
+
+        told = await asyncio.to_thread(run, generate.app, "p", *options, "--timestamps", "--score", "--latents")
+        assert "scores   coverage " in told
+        names = {f"song-{i}{end}" for i in range(2) for end in (".wav", ".lrc", ".lyrics.json", ".latent.safetensors")}
+        assert {path.name for path in folder.iterdir()} == names
+        (job,) = (await whole.client.get("/v1/jobs")).json()["jobs"]
+        told = await asyncio.to_thread(run, lyrics.app, job["id"], "-o", "later.lrc", "--score")
+        assert "later-0.lrc, later-0.lyrics.json" in told
+        for end in (".lrc", ".lyrics.json"):
+            assert (folder / f"later-1{end}").read_bytes() == (folder / f"song-1{end}").read_bytes()
 
 
 async def test_a_cover_of_audio_is_timed_later_too(whole: Site, wav: bytes) -> None:

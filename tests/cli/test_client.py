@@ -78,7 +78,7 @@ def test_what_is_sent_while_the_router_is_replaced_is_sent_again_and_is_one_job(
     file.write_bytes(b"RIFF" * 1000)
     with client_of(server) as client:
         for call in (
-            lambda: client.submit({"prompt": "a"}), lambda: client.cancel("x"), lambda: client.audio("/a"),
+            lambda: client.submit({"prompt": "a"}), lambda: client.cancel("x"), lambda: client.file("/a"),
             lambda: client.upload(file),
         ):  # fmt: skip
             server.seen.clear()  # type: ignore[attr-defined]

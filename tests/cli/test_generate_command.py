@@ -91,7 +91,7 @@ def job(*formats: str, items: int = 1) -> dict[str, Any]:
     ],
 )
 def test_a_file_is_called_what_it_holds(tmp_path: Path, output: str, made: dict[str, Any], names: list[str]) -> None:
-    generate._write(made, tmp_path / output, lambda item, audio: audio["format"].encode())
+    generate.write(made, tmp_path / output, lambda item, audio: audio["format"].encode())
     audios = [audio for item in made["result"]["items"] for audio in item["audio"]]
     assert [Path(a["file"]).name for a in audios] == names
     assert [Path(a["file"]).read_text() for a in audios] == [a["format"] for a in audios]

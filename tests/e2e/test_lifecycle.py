@@ -36,7 +36,7 @@ def test_ctrl_c_stops_cleanly_and_unfinished_jobs_go_on_at_the_next_start(tmp_pa
         first.stop()
     with Server(home=home) as second, Client(second.url) as client:
         job = client.wait(job_id)
-        assert len(client.audio(job["result"]["items"][0]["audio"][0]["url"])) > 10 * 48_000 * 4
+        assert len(client.file(job["result"]["items"][0]["audio"][0]["url"])) > 10 * 48_000 * 4
 
 
 def test_a_missing_model_is_said_in_readyz_and_by_prepare(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def test_eight_clients_for_two_minutes() -> None:
                             {"prompt": f"song {number}", "duration": 10, "steps": 2, "formats": ["mp3"]}
                         )
                         job = client.wait(job["id"])
-                        assert client.audio(job["result"]["items"][0]["audio"][0]["url"])
+                        assert client.file(job["result"]["items"][0]["audio"][0]["url"])
                         done[number] += 1
                     except Exception as error:
                         failures.append(repr(error))

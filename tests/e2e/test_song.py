@@ -25,7 +25,7 @@ ACESTEP = str(Path(sys.executable).with_name("acestep"))
 def make(server: Server, **request: Any) -> tuple[dict[str, Any], bytes]:
     with Client(server.url) as client:
         job = client.wait(client.submit({"prompt": "calm piano, rain", "duration": 10, **request})["id"])
-        return job, client.audio(job["result"]["items"][0]["audio"][0]["url"])
+        return job, client.file(job["result"]["items"][0]["audio"][0]["url"])
 
 
 def pcm(data: bytes) -> np.ndarray:

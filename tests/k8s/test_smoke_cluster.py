@@ -152,7 +152,7 @@ def test_the_rendered_cluster_makes_a_song(nodes: Nodes, tmp_path: Path) -> None
 
     with Client(f"http://127.0.0.1:{config['http_options']['port']}") as client:
         job = client.wait(client.submit({"prompt": "calm piano, rain", "duration": 10, "seed": 1})["id"])
-        song = client.audio(job["result"]["items"][0]["audio"][0]["url"])
+        song = client.file(job["result"]["items"][0]["audio"][0]["url"])
     assert song[:4] == b"RIFF"
     assert job["result"]["items"][0]["duration"] == 10
     assert len(job["plan"]["codes"][0]) == 50
