@@ -83,6 +83,19 @@ def _seeds(value: Any) -> Any:
     return seed_or_none(value)
 
 
+def params_problem(variant: GuidanceVariant, params: Mapping[str, float]) -> str | None:
+    """What is wrong with numbers for a guidance variant, with their names and limits."""
+    known = GUIDANCE[variant]
+    for name, value in params.items():
+        if name not in known:
+            what = f"takes {', '.join(known)}" if known else "takes none"
+            return f"{variant} {what}, not {name[:32]}"
+        low, high = known[name].low, known[name].high
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+            return f"{name} must be a number from {low:g} to {high:g}"
+    return None
+
+
 class SamplingControls(BaseModel):
     """Part of `SongRequest`."""
 
@@ -146,7 +159,7 @@ class SamplingControls(BaseModel):
         "", max_length=MAX_LYRICS_CHARS, description="Of flow edit: the source's words."
     )
     flow_edit_n_min: float = Field(
-        0.0, ge=0.0, lt=1.0, description="Of flow edit: share of the steps that are left out, from the first."
+        0.0, ge=0.0, le=0.99, description="Of flow edit: share of the steps that are left out, from the first."
     )
     flow_edit_n_max: Probability = Field(
         1.0, description="Of flow edit: from this share of the steps on only `prompt` and `lyrics` lead."
@@ -157,13 +170,8 @@ class SamplingControls(BaseModel):
     def _check_controls(self) -> SamplingControls:
         if self.use_adg and self.guidance_variant == "cfg":
             raise ValueError("use_adg: guidance_variant is cfg; leave out one of the two")
-        known = GUIDANCE[self.guidance]
-        for name, value in (self.guidance_params or {}).items():
-            if name not in known:
-                what = f"takes {', '.join(known)}" if known else "takes none"
-                raise ValueError(f"guidance_params: {self.guidance} {what}, not {name}")
-            if not known[name].low <= value <= known[name].high:
-                raise ValueError(f"guidance_params: {name} must be from {known[name].low:g} to {known[name].high:g}")
+        if problem := params_problem(self.guidance, self.guidance_params or {}):
+            raise ValueError(f"guidance_params: {problem}")
         seeds = self.retake_seed if isinstance(self.retake_seed, tuple) else (self.retake_seed or 0,)
         if bad := [seed for seed in seeds if not 0 <= seed <= MAX_SEED]:
             raise ValueError(f"retake_seed: {bad[0]} is outside 0 to {MAX_SEED}")

@@ -226,8 +226,9 @@ def _report(job: dict[str, Any]) -> None:
         )
     for item in result["items"]:
         names = ", ".join(a["file"] for a in item["audio"])
-        planner = "" if item.get("lm_seed") in (None, item["seed"]) else f", lm_seed {item['lm_seed']}"
-        line(f"song     {names}: {item['duration']:.2f} s, {item['sample_rate']} Hz, seed {item['seed']}{planner}")
+        other = {k: v for k in ("lm_seed", "retake_seed") if (v := item.get(k)) not in (None, item["seed"])}
+        seeds = "".join(f", {k} {v}" for k, v in {"seed": item["seed"], **other}.items())
+        line(f"song     {names}: {item['duration']:.2f} s, {item['sample_rate']} Hz{seeds}")
     tell_of_lyrics(result["items"], line)
     times = {k: v for part in result["timings"].values() for k, v in part.items() if k.endswith("_s") and v >= 0.005}
     line("time     " + ", ".join(f"{k.removesuffix('_s')} {v:.2f} s" for k, v in times.items()))

@@ -125,7 +125,7 @@ async def test_sources_and_empty_texts(site: Site) -> None:
 async def test_what_cannot_be_honoured_is_said(site: Site) -> None:
     body = {
         "prompt": "x", "audio_duration": 5, "batch_size": 16, "bpm": 500, "inference_steps": 60, "lm_backend": "pt",
-        "key_scale": "H dur", "time_signature": "7", "vocal_language": "xx", "model": "nope", "eta": 0.5, "dcw_enabled": True,
+        "key_scale": "H dur", "time_signature": "7", "vocal_language": "xx", "model": "nope", "velocity_ema_factor": 3, "retake_seed": "x",
         "timesteps": "a,b", "cover_noise_strength": 0.5, "repainting_start": 3, "track_name": "drums", "lm_model_path": "other",
         "use_tiled_decode": False, "allow_lm_batch": False, "constrained_decoding": False, "guidance_params": {"a": 1},
     }  # fmt: skip

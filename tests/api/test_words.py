@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from acestep import words
 from acestep.cli import generate
+from acestep.controls import SamplingControls
 from acestep.errors import AceStepError
 from acestep.formats import AudioFormat
 from acestep.lm.work import Sample
@@ -216,16 +217,19 @@ async def test_a_format_under_the_name_of_use_format(site: Site) -> None:
     assert (await compat(site, {"format": "true"})).request.formats == ("mp3",)
 
 
-async def test_newer_fields_without_effect_are_all_said(site: Site) -> None:
-    sent = {
-        "dcw_enabled": True,
-        "dcw_mode": "double",
-        "dcw_scaler": 0.05,
-        "dcw_high_scaler": 0.02,
-        "dcw_wavelet": "haar",
-    }
-    job = await compat(site, sent)
-    assert {a.field for a in job.adjustments} == set(sent)
+async def test_newer_fields_are_all_read(site: Site) -> None:
+    sent: dict[str, Any] = {
+        "dcw_enabled": True, "dcw_mode": "low", "dcw_scaler": 0.1, "dcw_high_scaler": 0.2, "dcw_wavelet": "db4",
+        "velocity_norm_threshold": 2.0, "velocity_ema_factor": 0.1, "latent_shift": 0.1, "latent_rescale": 0.9,
+        "guidance_variant": "adg_w_norm", "guidance_params": {"angle_clip": 0.4}, "retake_variance": 0.3, "retake_seed": 7,
+    }  # fmt: skip
+    for body in (sent, {k: str(v).replace("'", '"') for k, v in sent.items()}):  # as JSON and as text
+        job = await compat(site, body)
+        assert not job.adjustments
+        assert {name: getattr(job.request, name) for name in sent} == {**sent, "retake_seed": (7, 8)}
+    assert (await compat(site, {"velocityNormThreshold": 1.5})).request.velocity_norm_threshold == 1.5
+    defaults = (await compat(site, {})).request
+    assert all(getattr(defaults, name) == field.default for name, field in SamplingControls.model_fields.items())
     assert not (await compat(site, {"use_cot_metas": "false"})).request.use_cot_metas
 
 

@@ -9,6 +9,7 @@ from acestep.errors import InvalidRequest
 from acestep.plan import NUM_CODES
 from acestep.tasks import NO_CODES, RULES, TaskRule
 from acestep.words import WINDOW_END, WINDOW_START, looks_like_window, split_names
+from deployments.ingress.acestep.controls import settle_flow_edit
 from deployments.ingress.acestep.fields import FIELDS, Values
 
 _CODE = re.compile(r"<\|audio_code_(\d+)\|>|(?<![\w.])(\d+)(?![\w.])")
@@ -24,11 +25,12 @@ def source_fields(v: Values, kind: str) -> dict[str, Any]:
     Raises:
         InvalidRequest: no such task, track or code, or a window that ends before it begins.
     """
-    codes = _codes(v)
     src, reference = v["src_audio_path"] or None, v["reference_audio_path"] or None
     task = v["task_type"].strip().lower() or "text2music"
     if task not in RULES:
         raise InvalidRequest(f"task_type must be one of {', '.join(RULES)}", field="task_type")
+    edits = kind == "song" and settle_flow_edit(v, task, has_source=src is not None)
+    codes = _codes(v)
     if task == "cover" and src is None and codes is None:
         v.warn("task_type", "cover", "text2music", "there is neither source audio nor codes")
         task = "text2music"
@@ -42,7 +44,7 @@ def source_fields(v: Values, kind: str) -> dict[str, Any]:
     if noise > 0.0 and (src is None or not (rule.cover or rule.source == "no")):
         v.warn("cover_noise_strength", noise, 0.0, "needs source audio and one of the tasks cover and text2music")
         noise = 0.0
-    if kind == "song" and src is not None and rule.source == "no" and noise == 0.0:
+    if kind == "song" and src is not None and rule.source == "no" and noise == 0.0 and not edits:
         v.warn("src_audio_path", "source audio", None, f"task {task} does not use it; ask for cover or repaint")
         src = None
     if rule.window:

@@ -7,12 +7,14 @@ arrive as `8.0` count as 8, which that server loses.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from acestep import words
-from acestep.request import MAX_SEED, Adjustment
+from acestep.controls import GUIDANCE, SamplingControls
+from acestep.request import MAX_PROMPT_CHARS, MAX_SEED, Adjustment
 from deployments.ingress.bodies import parse_json
 
 Kind = Literal["str", "text", "bool", "int", "float", "raw"]
@@ -22,6 +24,8 @@ METADATA_SOURCES = ("metas", "meta", "metadata", "user_metadata", "userMetadata"
 OBJECTS = ("param_obj", *METADATA_SOURCES)
 MAX_UNKNOWN = 20  # unknown fields that are named in the answer
 _ABSENT = object()
+_APG = GUIDANCE["apg_classic"]
+_OF_APG = "The same as in guidance_params of apg_classic."
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,6 @@ def _fields() -> Iterable[Field]:
     yield Field("shift", f, 3.0, low=0.1, high=10, about="Not used with timesteps.")
     yield Field("infer_method", s, "ode", ("inferMethod",), choices=("ode", "sde"))
     yield Field("timesteps", s, None, about="Falling numbers from 1 to 0, separated by commas.")
-    yield Field("use_adg", b, False)
     yield Field("cfg_interval_start", f, 0.0, low=0, high=1)
     yield Field("cfg_interval_end", f, 1.0, low=0, high=1)
     yield Field("audio_format", s, "mp3", ("audioFormat",), choices=words.FORMATS, read=words.read_format)
@@ -184,21 +187,32 @@ def _fields() -> Iterable[Field]:
     yield Field("lora_path", s, None, about="A LoRA adapter for this song.")
     yield Field("lora_scale", f, 1.0, low=0, high=4)
     # Sent by newer clients
-    not_here = "this renderer has no such setting"
     yield Field("use_tiled_decode", b, True, ("useTiledDecode",), no_effect="tiles follow the card's memory")
-    yield Field("velocity_norm_threshold", f, 0.0, ("velocityNormThreshold",), no_effect=not_here)
-    yield Field("velocity_ema_factor", f, 0.0, ("velocityEmaFactor",), no_effect=not_here)
-    yield Field("eta", f, 0.0, no_effect=not_here)
-    yield Field("momentum", f, -0.75, no_effect=not_here)
-    yield Field("latent_shift", f, 0.0, ("latentShift",), no_effect=not_here)
-    yield Field("latent_rescale", f, 1.0, ("latentRescale",), no_effect=not_here)
-    yield Field("guidance_variant", s, "apg_classic", no_effect=not_here)
-    yield Field("guidance_params", "raw", None, no_effect=not_here)
-    yield Field("dcw_enabled", b, False, no_effect=not_here)
-    yield Field("dcw_mode", s, None, no_effect=not_here)
-    yield Field("dcw_scaler", f, None, no_effect=not_here)
-    yield Field("dcw_high_scaler", f, None, no_effect=not_here)
-    yield Field("dcw_wavelet", s, None, no_effect=not_here)
+    yield Field("eta", f, _APG["eta"].default, low=_APG["eta"].low, high=_APG["eta"].high, about=_OF_APG)
+    yield Field(
+        "momentum", f, _APG["momentum"].default, low=_APG["momentum"].low, high=_APG["momentum"].high, about=_OF_APG
+    )
+    yield from _controls()
+
+
+def _controls() -> Iterable[Field]:
+    """The fields of `SamplingControls`, with their names, defaults, limits and choices; as a model it knows them all."""
+    properties = SamplingControls.model_json_schema()["properties"]
+    for name, info in SamplingControls.model_fields.items():
+        found = properties[name]
+        kinds: dict[str, Kind] = {"boolean": "bool", "integer": "int", "number": "float", "string": "str"}
+        schema = next((kind for kind in found.get("anyOf", ()) if kind.get("type") == "boolean"), found)
+        kind = kinds.get(schema.get("type"), "raw")
+        yield Field(
+            name,
+            "text" if kind == "str" and schema.get("maxLength", 0) >= MAX_PROMPT_CHARS else kind,
+            info.default,
+            (re.sub(r"_(\w)", lambda found: found[1].upper(), name),),
+            low=schema.get("minimum"),
+            high=schema.get("maximum"),
+            choices=tuple(schema.get("enum", ())),
+            join="\n" if name.endswith("lyrics") else ", ",
+        )
 
 
 FIELDS: dict[str, Field] = {f.name: f for f in _fields()}
@@ -321,8 +335,9 @@ def _read(spec: Field, value: Any, form: bool, out: Values) -> Any:
     if spec.read is not None:
         read = _by_reader(spec, value, out)
     elif spec.kind == "bool":
-        read = to_bool(value)
-        if not read and str(value).strip().lower() not in (*FALSE, *words.UNSAID):
+        unsaid = spec.default is None and str(value).strip().lower() in words.UNSAID
+        read = None if unsaid else to_bool(value)
+        if read is False and str(value).strip().lower() not in (*FALSE, *words.UNSAID):
             out.warn(spec.name, value, False, "not yes or no")
     elif spec.kind in ("int", "float"):
         read = to_int(value, None) if spec.kind == "int" else to_float(value, None)

@@ -152,6 +152,7 @@ def _succeeded(service: Service, job: Job, created: int) -> list[dict[str, Any]]
             "url": url,
             "seed": item.seed,
             "lm_seed": item.lm_seed,
+            "retake_seed": item.retake_seed,
         }
         entries.append({**entry, "warnings": warnings} if warnings else entry)
     return entries

@@ -14,6 +14,7 @@ from acestep.request import INSTRUMENTAL, MAX_SEED, NO_USER_INPUT, Adjustment, S
 from acestep.tasks import RULES
 from acestep.words import is_instrumental, split_names
 from deployments.dispatch.errands import PREPARE
+from deployments.ingress.acestep.controls import control_fields
 from deployments.ingress.acestep.editing import source_fields
 from deployments.ingress.acestep.fields import FIELDS, Values
 
@@ -57,7 +58,8 @@ def build(v: Values, served: Served) -> Submission:
     kind = "understand" if v["full_analysis_only"] else "codes" if v["extract_codes_only"] else "song"
     if kind == "song" and v["analysis_only"]:
         kind = "plan"
-    fields = _text(v) | _music(v) | _planner(v, served) | _renderer(v, served, kind) | source_fields(v, kind)
+    fields = source_fields(v, kind)
+    fields |= _text(v) | _music(v) | _planner(v, served) | _renderer(v, served, kind)
     prepare = _prepare(v, fields)
     if kind in ("codes", "understand"):
         if fields.get("src_audio") is None and fields.get("audio_codes") is None:
@@ -78,6 +80,8 @@ def _thinks(v: Values, fields: dict[str, Any], kind: str) -> bool:
         reason = "analysis_only asks for metadata alone"
     elif not RULES[fields["task"]].metadata:
         reason = f"task {fields['task']} works on source audio"
+    elif fields["flow_edit_morph"]:
+        reason = "flow edit works on source audio"
     elif fields["audio_codes"] is not None:
         reason = "the request brings its codes"
     else:
@@ -122,6 +126,10 @@ def _seed(v: Values) -> int | tuple[int, ...] | None:
         if asked not in (None, "", -1, "-1"):
             v.warn("seed", asked, None, "use_random_seed is true, which it is unless the request says otherwise")
         return None
+    return _seeds(v, "seed", asked)
+
+
+def _seeds(v: Values, field: str, asked: Any) -> tuple[int, ...] | None:
     seeds, bad = [], []
     for text in split_names(asked):
         if re.fullmatch(r"\d{1,19}(\.0+)?", text, re.ASCII) and (seed := int(text.partition(".")[0])) <= MAX_SEED:
@@ -129,12 +137,12 @@ def _seed(v: Values) -> int | tuple[int, ...] | None:
         elif text != "-1":
             bad.append(text)
     if bad:
-        v.warn("seed", ",".join(bad), None, f"not a number from 0 to {MAX_SEED}")
+        v.warn(field, ",".join(bad), None, f"not a number from 0 to {MAX_SEED}")
     if not seeds:
         return None
     size = v["batch_size"]
     if len(seeds) > size:
-        v.warn("seed", len(seeds), size, "more seeds than songs")
+        v.warn(field, len(seeds), size, "more seeds than songs")
     while len(seeds) < size:
         seeds.append((seeds[-1] + 1) % (MAX_SEED + 1))
     return tuple(seeds[:size])
@@ -195,13 +203,13 @@ def _renderer(v: Values, served: Served, kind: str) -> dict[str, Any]:
         "timesteps": timesteps,
         "infer_method": v["infer_method"],
         "sampler": sampler,
-        "use_adg": v["use_adg"],
         "cfg_interval_start": start,
         "cfg_interval_end": end,
         "formats": (v["audio_format"],),
         "normalize": v["enable_normalization"],
         "normalization_db": v["normalization_db"],
         "lora": lora,
+        **control_fields(v, lambda name, asked: _seeds(v, name, asked)),
     }
 
 

@@ -89,6 +89,7 @@ class Item(Answer):
     lm_seed: int | None = Field(
         description="With `seed` and the same request, what makes this item again alone; null where no planner ran."
     )
+    retake_seed: int | None = Field(description="Of its other noise (`retake_variance`); null where there was none.")
     duration: float = Field(description="Seconds, exact: samples / sample_rate.")
     samples: int = Field(description="Samples per channel.")
     sample_rate: int = Field(description="Samples per second.")

@@ -53,7 +53,7 @@ _DONE: dict[str, Any] = {
     "finished_at": 1790000011.0, "plan": _PLAN,
     "usage": {"audio_s": 30.0, "device_s": {"plan": 6.1, "render": 4.2}, "total_s": 11.0},
     "result": {
-        "items": [{"index": 0, "seed": 1234, "lm_seed": 1234, "duration": 30.0, "samples": 1440000, "sample_rate": 48000, "channels": 2,
+        "items": [{"index": 0, "seed": 1234, "lm_seed": 1234, "retake_seed": None, "duration": 30.0, "samples": 1440000, "sample_rate": 48000, "channels": 2,
                    "gain_db": 2.1, "made_gain_db": None, "audio": [{
             "format": "wav", "content_type": "audio/wav", "bytes": 5760044, "sha256": "9f86d081884c7d65" * 4,
             "url": f"/v1/jobs/{_ID}/audio/0.wav?expires=1790086440&signature=p2vW1yVbJ0mYxkq0pC9nq8G4b3l2i1hTz7cRr5sXw8E",

@@ -242,6 +242,6 @@ def audio_parts(service: Service, job: Job) -> list[dict[str, Any]] | None:
             left -= file.bytes
             data = base64.b64encode(service.storage.read(file.path)).decode("ascii")
             url = f"data:{file.content_type};base64,{data}"
-        seeds = {"seed": item.seed, "lm_seed": item.lm_seed}
+        seeds = {"seed": item.seed, "lm_seed": item.lm_seed, "retake_seed": item.retake_seed}
         parts.append({"type": "audio_url", "audio_url": {"url": url}, **seeds})
     return parts
