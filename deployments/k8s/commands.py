@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -13,10 +13,12 @@ from acestep.errors import InvalidRequest
 from deployments.k8s import render as renderer
 from deployments.k8s.check import check as check_manifests
 from deployments.k8s.groups import NAME, Source
-from deployments.k8s.kubectl import Kubectl
 from deployments.k8s.manifests import rayservice_of, read_manifests
 from deployments.k8s.plan import plan as make_plan
 from deployments.k8s.scale import scale as scale_groups
+
+if TYPE_CHECKING:
+    from deployments.k8s.cluster import Cluster
 
 app = typer.Typer(help="The fleet as a RayService on Kubernetes.", no_args_is_help=True, add_completion=False)
 render = typer.Typer(
@@ -40,14 +42,9 @@ Groups = Annotated[
 @app.command()
 def plan(context: Context = None) -> None:
     """Which cards the cluster has, by tier, and the fleet they make."""
-    kubectl = Kubectl(context)
-    kinds = ["nodes", "pods"]
-    if kubectl.serves("resource.k8s.io/v1"):
-        kinds += ["resourceslices.v1.resource.k8s.io", "resourceclaims.v1.resource.k8s.io"]
-    objects = kubectl.find(*kinds)
-    found = make_plan(
-        *([d for d in objects if d.get("kind") == kind] for kind in ("Node", "Pod", "ResourceSlice", "ResourceClaim"))
-    )
+    cluster = _cluster(context)
+    devices = map(cluster.device_objects, ("resourceslices", "resourceclaims"))
+    found = make_plan(cluster.nodes(), cluster.pods(), *devices)
     for tier in found.tiers:
         size = f"{tier.mib[0]}" if tier.mib[0] == tier.mib[1] else f"{tier.mib[0]}-{tier.mib[1]}"
         _out.print(
@@ -138,5 +135,17 @@ def check(manifests: Manifests) -> None:
 def scale(group: Groups, name: Service = NAME, namespace: Namespace = NAME, context: Context = None) -> None:
     """Set the sizes of worker groups, in the RayService and in its running cluster: KubeRay does not pass them on."""
     sizes = {group: (size.least, size.most) for group, size in map(renderer.parse_size, group)}
-    for line in scale_groups(Kubectl(context, namespace), name, sizes):
+    for line in scale_groups(_cluster(context, namespace), name, sizes):
         _out.print(line)
+
+
+def _cluster(context: str | None, namespace: str = NAME) -> Cluster:
+    try:
+        from deployments.k8s.cluster import Cluster
+    except ModuleNotFoundError as missing:
+        if missing.name != "kubernetes":
+            raise
+        raise InvalidRequest(
+            "plan and scale need the Python package kubernetes: pip install 'acestep-serve[k8s]'", field="k8s"
+        ) from None
+    return Cluster(context, namespace)

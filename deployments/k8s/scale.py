@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from acestep.errors import InvalidRequest
-from deployments.k8s.kubectl import Kubectl
 from deployments.k8s.manifests import Manifest, groups_of, items, mapping
 
-SERVICE, CLUSTER = "rayservices.ray.io", "rayclusters.ray.io"
+if TYPE_CHECKING:
+    from deployments.k8s.cluster import Cluster
+
+SERVICE, CLUSTER = "rayservices", "rayclusters"
 
 
-def scale(kubectl: Kubectl, name: str, sizes: Mapping[str, tuple[int, int]]) -> list[str]:
+def scale(cluster: Cluster, name: str, sizes: Mapping[str, tuple[int, int]]) -> list[str]:
     """Patch a RayService and its clusters. Returns what was done.
 
     Args:
@@ -21,20 +23,24 @@ def scale(kubectl: Kubectl, name: str, sizes: Mapping[str, tuple[int, int]]) -> 
     Raises:
         InvalidRequest: no such RayService, or no such group; nothing was changed.
     """
-    service = kubectl.get(SERVICE, name)
+    service = cluster.get(SERVICE, name)
     if service is None:
-        raise InvalidRequest(f"there is no RayService {name} in this namespace", field="name", asked=name)
+        raise InvalidRequest(
+            f"there is no RayService {name} in namespace {cluster.namespace}: say --name and --namespace. "
+            "`kubectl get rayservices --all-namespaces` lists them",
+            field="name", asked=name,
+        )  # fmt: skip
     groups = {str(g.get("groupName")) for g in groups_of(service)}
     named = {f"gpu-{g}" if g not in groups and f"gpu-{g}" in groups else g: size for g, size in sizes.items()}
     inside = ("spec", "rayClusterConfig", "workerGroupSpecs")
     patches = [(SERVICE, name, resize_steps(service, named, inside))]
     for role in ("activeServiceStatus", "pendingServiceStatus"):
         running = str(mapping(service, "status", role).get("rayClusterName") or "")
-        cluster = kubectl.get(CLUSTER, running) if running else None
-        if cluster is not None:
-            patches.append((CLUSTER, running, resize_steps(cluster, named, ("spec", "workerGroupSpecs"))))
+        found = cluster.get(CLUSTER, running) if running else None
+        if found is not None:
+            patches.append((CLUSTER, running, resize_steps(found, named, ("spec", "workerGroupSpecs"))))
     for kind, target, steps in patches:
-        kubectl.patch(kind, target, steps)
+        cluster.patch(kind, target, steps)
     text = ", ".join(f"{g} {least}-{most}" for g, (least, most) in named.items())
     return [f"{'RayService' if kind == SERVICE else 'RayCluster'} {target}: {text}" for kind, target, _ in patches]
 

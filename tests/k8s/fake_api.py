@@ -1,9 +1,10 @@
-"""As much of a Kubernetes API server, on loopback, as kubectl needs to read objects and to patch them. It notes what was asked, as RBAC would."""
+"""As much of a Kubernetes API server, on loopback, as `acestep k8s` needs to read objects and to patch them. It notes what was asked, as RBAC would."""
 
 from __future__ import annotations
 
 import copy
 import json
+import ssl
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,12 +32,16 @@ class FakeApi:
     Attributes:
         objects: By kind, namespace ("" where it has none) and name.
         without: Versions that it does not serve.
+        denied: Code and reason of the answer to every request, where it lets nobody in.
         asked: (verb, API group, plural) of every request for objects.
+        logins: What was said in the header Authorization.
     """
 
     objects: dict[tuple[str, str, str], Document] = field(default_factory=dict)
     without: set[str] = field(default_factory=set)
+    denied: tuple[int, str] | None = None
     asked: set[tuple[str, str, str]] = field(default_factory=set)
+    logins: set[str] = field(default_factory=set)
     url: str = ""
 
     def put(self, document: Document, namespace: str = "acestep") -> None:
@@ -48,9 +53,11 @@ class FakeApi:
         return self.objects[kind, namespace if KINDS[kind][2] else "", name]
 
     @contextmanager
-    def serve(self) -> Iterator[FakeApi]:
+    def serve(self, tls: ssl.SSLContext | None = None) -> Iterator[FakeApi]:
         server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"api": self}))
-        self.url = f"http://127.0.0.1:{server.server_port}"
+        if tls is not None:
+            server.socket = tls.wrap_socket(server.socket, server_side=True)
+        self.url = f"{'http' if tls is None else 'https'}://127.0.0.1:{server.server_port}"
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
         thread.start()
         try:
@@ -89,16 +96,15 @@ class _Handler(BaseHTTPRequestHandler):
             code = refused.code
             answer = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": refused.reason, "code": code}
             answer["message"] = str(refused)
-        data = json.dumps(answer).encode()
+        found = code == 200 or answer["reason"]
+        data = json.dumps(answer).encode() if found else str(answer["message"]).encode()
         self.send_response(code)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", "application/json" if found else "text/plain")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
 
     def _handle(self, method: str, path: str, body: Any) -> Document:
-        if (found := self._discovery(path)) is not None:
-            return found
         parts = path.strip("/").split("/")
         version, rest = ("v1", parts[2:]) if parts[0] == "api" else ("/".join(parts[1:3]), parts[3:])
         namespace = ""
@@ -106,9 +112,12 @@ class _Handler(BaseHTTPRequestHandler):
             namespace, rest = rest[1], rest[2:]
         kind = next((k for k, (v, plural, _) in KINDS.items() if rest and (v, plural) == (version, rest[0])), None)
         if kind is None or version in self.api.without:
-            raise _Refused(404, "NotFound", f"the server could not find the requested resource {path}")
+            raise _Refused(404, "", "404 page not found")  # what it does not know at all it answers as text
+        if self.api.denied:
+            raise _Refused(*self.api.denied, f'User "x" and {rest[0]}: {self.api.denied[1]}')
         name = rest[1] if len(rest) > 1 else ""
         verb = {"GET": "get" if name else "list", "PATCH": "patch"}[method]
+        self.api.logins.add(self.headers.get("Authorization", ""))
         self.api.asked.add((verb, version.rpartition("/")[0], KINDS[kind][1]))
         if not name:
             items = [
@@ -122,25 +131,6 @@ class _Handler(BaseHTTPRequestHandler):
             assert self.headers["Content-Type"] == "application/json-patch+json"
             self.api.objects[key] = _patched(self.api.objects[key], body)
         return self.api.objects[key]
-
-    def _discovery(self, path: str) -> Document | None:
-        """What kubectl asks for before it asks for objects."""
-        groups = sorted({v for v, _, _ in KINDS.values() if "/" in v} - self.api.without)
-        if path == "/api":
-            return {"kind": "APIVersions", "versions": ["v1"]}
-        if path == "/apis":
-            said = [(g, {"groupVersion": g, "version": g.partition("/")[2]}) for g in groups]
-            named = [{"name": g.partition("/")[0], "versions": [v], "preferredVersion": v} for g, v in said]
-            return {"kind": "APIGroupList", "apiVersion": "v1", "groups": named}
-        version = "v1" if path == "/api/v1" else path.removeprefix("/apis/")
-        if version not in ("v1", *groups):
-            return None
-        resources = [
-            {"name": plural, "singularName": kind.lower(), "namespaced": namespaced, "kind": kind, "verbs": ["get", "list", "patch"]}
-            for kind, (v, plural, namespaced) in KINDS.items()
-            if v == version
-        ]  # fmt: skip
-        return {"kind": "APIResourceList", "groupVersion": version, "resources": resources}
 
 
 def _patched(document: Document, steps: list[Document]) -> Document:

@@ -1,4 +1,4 @@
-"""`acestep k8s ...` as users call it: with the real kubectl where a cluster is asked, against a small API server."""
+"""`acestep k8s ...` as users call it: with the real Kubernetes client, against a small API server."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import io
 import os
 import re
 import shutil
+import ssl
 import subprocess
 import sys
 import textwrap
@@ -15,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 import yaml
 
 from acestep.cli import main as cli
-from deployments.k8s.kubectl import Kubectl
+from acestep.errors import InvalidRequest
+from deployments.k8s.cluster import Cluster
 from deployments.k8s.manifests import groups_of, rayservice_of
 from deployments.k8s.scale import SERVICE, resize_steps
 from tests.k8s import crd
@@ -54,22 +57,26 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 
 @pytest.fixture
 def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeApi]:
-    """The server that kubectl's configuration names, with a cluster's nodes."""
-    monkeypatch.setenv("PATH", f"{tool('kubectl').parent}:{os.environ['PATH']}")
-    monkeypatch.setenv("HOME", str(tmp_path))  # kubectl's cache of kinds
+    """The server that the current context of the kubeconfig names, with a cluster's nodes."""
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "config"))
     with FakeApi().serve() as server:
-        config: Document = {
-            "apiVersion": "v1", "kind": "Config", "current-context": "x",
-            "clusters": [{"name": "x", "cluster": {"server": server.url}}],
-            "users": [{"name": "x", "user": {"token": "x"}}],
-            "contexts": [{"name": "x", "context": {"cluster": "x", "user": "x"}}],
-        }  # fmt: skip
-        (tmp_path / "config").write_text(yaml.safe_dump(config))
+        (tmp_path / "config").write_text(kubeconfig(server.url))
         for document in (node("a", 8188, 2), node("b", 23034, 2, product="L4")):
             server.put({"kind": "Node", **document})
         server.put({"kind": "Pod", **pod("b", 1), "metadata": {"name": "p"}}, "other")
         yield server
+
+
+def kubeconfig(url: str) -> str:
+    """With a second context, `down`, of a cluster that nobody serves."""
+    servers = {"x": url, "down": "http://127.0.0.1:9"}
+    config: Document = {
+        "apiVersion": "v1", "kind": "Config", "current-context": "x",
+        "clusters": [{"name": name, "cluster": {"server": server}} for name, server in servers.items()],
+        "users": [{"name": "x", "user": {"token": "x"}}],
+        "contexts": [{"name": name, "context": {"cluster": name, "user": "x"}} for name in servers],
+    }  # fmt: skip
+    return yaml.safe_dump(config)
 
 
 @pytest.fixture
@@ -108,16 +115,81 @@ def test_a_plan_does_without_them(run: Callable[..., Done], api: FakeApi) -> Non
     assert run("plan").out.endswith("--group tier4=2 --group tier6=2\n")
 
 
-def test_what_kubectl_says_reaches_the_user(
+@pytest.mark.parametrize(
+    ("denied", "says"),
+    [
+        ((401, "Unauthorized"), 'does not know this user (User "x" and nodes: Unauthorized): log in anew'),
+        ((403, "Forbidden"), 'listing nodes: not allowed: User "x" and nodes: Forbidden. k8s/rbac.yaml has the role'),
+        ((503, "ServiceUnavailable"), 'answers 503: User "x" and nodes: ServiceUnavailable. Try again later'),
+    ],
+)
+def test_who_is_not_let_in_is_told_why(
+    denied: tuple[int, str], says: str, run: Callable[..., Done], api: FakeApi
+) -> None:
+    api.denied = denied
+    refused = run("plan")
+    assert refused.code == 1
+    assert says in refused.err
+
+
+def test_a_cluster_that_cannot_be_found(
     run: Callable[..., Done], api: FakeApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wrong = run("plan", "--context", "other")
-    assert wrong.code == 1
-    assert 'context "other" does not exist' in wrong.err
-    monkeypatch.setenv("PATH", str(tmp_path))
-    without = run("plan")
-    assert without.code == 1
-    assert "kubectl is not on the PATH" in without.err
+    down = run("plan", "--context", "down").err
+    assert "http://127.0.0.1:9 cannot be reached" in down
+    assert "Connection refused. Does the cluster run? Another one: --context, or KUBECONFIG" in down
+    assert re.search(
+        "no cluster to talk to: .* name other .*contexts list: set KUBECONFIG", run("plan", "--context", "other").err
+    )
+    for text, says in (("", "is empty"), ("a: [", "is no kubeconfig: "), ("[]", "is no kubeconfig: ")):
+        (tmp_path / "config").write_text(text)
+        broken = run("plan")
+        assert broken.code == 1
+        assert re.search(f"no cluster to talk to: .*{tmp_path}/config.*{says}", broken.err)
+    (tmp_path / "config").unlink()
+    assert f"there is no kubeconfig {tmp_path}/config: set KUBECONFIG" in run("plan").err
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")  # as in a pod, but for the token
+    monkeypatch.setenv("KUBERNETES_SERVICE_PORT", "443")
+    assert "no cluster to talk to: Service token file does not exist" in run("plan").err
+
+
+def test_several_files_may_be_the_kubeconfig(
+    run: Callable[..., Done], api: FakeApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KUBECONFIG", f"{tmp_path}/none:{tmp_path}/config")
+    assert run("plan").code == 0
+
+
+def test_in_a_pod_the_service_account_is_used(
+    run: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "ca.crt")
+    (tmp_path / "token").write_text("secret")
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(tls)
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+    for name, file in (("TOKEN", "token"), ("CERT", "ca.crt")):
+        monkeypatch.setattr(f"kubernetes.config.incluster_config.SERVICE_{name}_FILENAME", str(tmp_path / file))
+    with FakeApi().serve(tls) as api:
+        monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
+        monkeypatch.setenv("KUBERNETES_SERVICE_PORT", api.url.rpartition(":")[2])
+        planned = run("plan")
+        assert planned.code == 0, planned
+        assert api.logins == {"bearer secret"}
+        trustme.CA().cert_pem.write_to_path(tmp_path / "ca.crt")
+        assert re.search(
+            f"{api.url} cannot be reached: SSLError.*certificate verify failed", run("plan").err, re.DOTALL
+        )
+
+
+def test_without_the_client_the_extra_is_named(run: Callable[..., Done], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "deployments.k8s.cluster")
+    monkeypatch.setitem(sys.modules, "kubernetes", None)
+    for command in (["plan"], ["scale", "-g", "tier6=1"]):
+        without = run(*command)
+        assert without.code == 1
+        assert "pip install 'acestep-serve[k8s]'" in without.err
 
 
 # -- scale
@@ -145,6 +217,8 @@ def test_scaling_what_is_not_there_changes_nothing(run: Callable[..., Done], api
     assert "no RayService other" in run("scale", "-g", "tier6=1", "--name", "other").err
     assert "no RayService acestep" in run("scale", "-g", "tier6=1", "--namespace", "other").err
     assert "TIER=MAX" in run("scale", "-g", "tier6").err
+    api.without.add("ray.io/v1")
+    assert "install KubeRay's operator" in run("scale", "-g", "tier6=1").err
     assert api.objects == before
 
 
@@ -153,9 +227,11 @@ def test_a_list_of_groups_that_changed_meanwhile_is_not_patched_at_the_wrong_pla
 ) -> None:
     steps = resize_steps(fleet, {"gpu-tier6": (0, 9)}, ("spec", "rayClusterConfig", "workerGroupSpecs"))
     groups_of(api.get("RayService", "acestep"))[1]["groupName"] = "gpu-tier5"
-    with pytest.raises(Exception, match="the test of"):
-        Kubectl(namespace="acestep").patch(SERVICE, "acestep", steps)
+    with pytest.raises(InvalidRequest, match=r"the test of .* Run it again"):
+        Cluster().patch(SERVICE, "acestep", steps)
     assert sizes(groups_of(api.get("RayService", "acestep")))["gpu-tier5"] == (0, 2)
+    with pytest.raises(InvalidRequest, match='"gone" not found: it is gone meanwhile'):
+        Cluster().patch(SERVICE, "gone", steps)
 
 
 def test_groups_that_are_no_tier_can_be_scaled_too(run: Callable[..., Done], api: FakeApi, fleet: Document) -> None:
@@ -252,9 +328,7 @@ def test_the_documented_commands_are_ones(tmp_path: Path) -> None:
         "KUBECONFIG": str(tmp_path / "config"),
         "COLUMNS": "200",
     }
-    (tmp_path / "config").write_text(
-        "{apiVersion: v1, kind: Config, current-context: x, contexts: [{name: x, context: {}}]}"
-    )
+    (tmp_path / "config").write_text(kubeconfig("http://127.0.0.1:9"))
     commands = documented()
     assert len(commands) > 15
     for command in commands:
@@ -267,7 +341,7 @@ def test_the_documented_commands_are_ones(tmp_path: Path) -> None:
             timeout=120,
         )
         if done.returncode or "$(kubectl" in command:
-            assert re.search(r"connection refused|was refused", done.stderr), (command, done.stderr)
+            assert re.search(r"[Cc]onnection refused|was refused", done.stderr), (command, done.stderr)
         else:
             assert command.startswith(("kubectl config", "mkdir")) or "acestep k8s" in command, command
         if command.startswith("mkdir k8s/overlays/mine"):

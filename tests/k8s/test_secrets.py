@@ -9,11 +9,12 @@ import psycopg
 import pytest
 
 from acestep.errors import Unavailable
-from deployments.jobs.backlog import read_backlog
 from deployments.jobs.blobs import Storage
 from deployments.jobs.store import JobStore
 from deployments.k8s.check import pools, serve_config
 from deployments.k8s.manifests import rayservice_of
+from deployments.scheduling.autoscaling import BacklogPolicy
+from tests.fleet.test_autoscaling import context, until_read
 from tests.jobs.conftest import postgres  # noqa: F401 - the fixture
 from tests.k8s.conftest import Document
 from tests.postgres import Postgres
@@ -37,7 +38,8 @@ def test_the_job_store_is_found_by_the_variables_of_the_secret(
     monkeypatch.setenv("PGDATABASE", urlsplit(url).path.lstrip("/"))
     store = JobStore(router["database_url"])
     try:
-        assert read_backlog(router["database_url"], "dit-tier5").waiting_s == 0
+        policy = BacklogPolicy(router["database_url"], "dit-tier5", poll_s=0.0)
+        assert until_read(policy, context(target_num_replicas=2)) == 0  # Serve's controller finds it, too
     finally:
         store.close()
     with psycopg.connect(url) as connection:
