@@ -50,6 +50,7 @@ ENV PATH=/opt/venv/bin:$PATH \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
+    RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=deployments.ingress.proxy:middlewares \
     RAY_USAGE_STATS_ENABLED=0
 # Jobs and songs; checkpoints, which are not to be downloaded again by each container: name both with -v to keep them.
 VOLUME ["/var/lib/acestep", "/models"]

@@ -1,4 +1,5 @@
 # Two commands: `make run` sets up and serves, `make test` sets up and tests. Both reuse .venv; nothing is installed twice.
+# `make run ARGS="--port 8001 --device cpu"`: as `acestep serve`.
 PYTHON ?= python3
 CONFIG ?= serve_config.yaml
 VENV := .venv
@@ -15,7 +16,7 @@ export RAY_USAGE_STATS_ENABLED ?= 0
 .DEFAULT_GOAL := run
 
 run: $(VENV)/.run-installed
-	@env=$$($(BIN)/acestep ray-env --alone) && eval "$$env" && $(BIN)/acestep prepare $(CONFIG) && exec $(BIN)/serve run $(CONFIG)
+	@exec $(BIN)/acestep serve $(CONFIG) $(ARGS)
 
 test: $(VENV)/.test-installed
 	$(BIN)/python -m pytest $(if $(PYTEST_ARGS),$(PYTEST_ARGS),$(IN_PARALLEL))

@@ -25,6 +25,8 @@ AUTH_MODE, TOKEN, TOKEN_PATH, TEMPORARY = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RA
 # Named after the systems on which Ray does so by default: its node is 127.0.0.1, and it listens there only.
 LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 ADDRESS, LOCAL = "RAY_ADDRESS", "local"
+# What Serve's proxies answer before there is a router.
+PROXY, PROXY_ANSWERS = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "deployments.ingress.proxy:middlewares"
 ALONE = {ADDRESS: LOCAL, LOOPBACK: "0"}
 
 
@@ -45,6 +47,8 @@ def ray_env(environ: Mapping[str, str] | None = None, alone: bool = False) -> di
         found[TOKEN_PATH] = str(token_file())
     if not given.get(TEMPORARY):
         found[TEMPORARY] = str(_temporary())
+    if not given.get(PROXY):
+        found[PROXY] = PROXY_ANSWERS
     if alone and (given.get(ADDRESS) or LOCAL) == LOCAL:
         found |= {name: value for name, value in ALONE.items() if not given.get(name)}
     return found

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from acestep.errors import StoragePermission
-from acestep.ray_env import close_token_file, keep_token, known_token, ray_env, running_ray, token_file
+from acestep.ray_env import PROXY, close_token_file, keep_token, known_token, ray_env, running_ray, token_file
 
 BIN = Path(sys.executable).parent
 
@@ -77,7 +77,7 @@ def test_what_the_operator_sets_wins(home: Path) -> None:
     assert everything["RAY_AUTH_MODE"] == "token"
     assert everything["RAY_AUTH_TOKEN_PATH"] == str(home / "ray-token")
     assert mode(Path(everything["RAY_TMPDIR"])) == 0o700
-    rest = {"RAY_TMPDIR": "/x"}
+    rest = {"RAY_TMPDIR": "/x", PROXY: "mine:mine"}
     assert ray_env({"RAY_AUTH_MODE": "disabled", **rest}) == {}
     assert ray_env({"RAY_AUTH_MODE": "TOKEN", "RAY_AUTH_TOKEN": "mine", **rest}) == {}
     assert ray_env({"RAY_AUTH_TOKEN": "mine", **rest}) == {"RAY_AUTH_MODE": "token"}
@@ -87,7 +87,7 @@ def test_what_the_operator_sets_wins(home: Path) -> None:
 
 
 def test_a_ray_of_ones_own_joins_none_that_runs_unless_it_is_named(home: Path, tmp_path: Path) -> None:
-    own = {"RAY_TMPDIR": str(tmp_path), "RAY_AUTH_MODE": "disabled"}
+    own = {"RAY_TMPDIR": str(tmp_path), "RAY_AUTH_MODE": "disabled", PROXY: "mine:mine"}
     alone = {"RAY_ADDRESS": "local", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # which keeps it to loopback
     assert ray_env(own) == {}
     assert ray_env(own, alone=True) == alone

@@ -12,20 +12,29 @@ from typing import Annotated, Any
 import psutil
 import typer
 
+from acestep.checkpoints import TINY_PLANNER, TINY_RENDERERS
+from acestep.checkpoints import resolve as resolve_checkpoint
 from acestep.cli import output as out
 from acestep.errors import AceStepError, InvalidRequest, Unavailable
 from acestep.paths import home, writable
 from acestep.ray_env import AUTH_MODE, TEMPORARY, TOKEN, TOKEN_PATH, ray_env, running_ray
+from acestep.settings.options import read_overrides
+from acestep.settings.planner import DEFAULT_PLANNER
+from acestep.settings.resolve import DEFAULT_RENDERER
 from deployments.config.args import PlannerArgs, PoolArgs, RendererArgs, Role, parse_args
 from deployments.config.validate import problems, read_config
-from deployments.jobs.database import engine_for
-from deployments.stages.start import settle
+from deployments.stages.start import overrides_of, settle
 
 config = typer.Typer(help="Check and write Serve config files.", no_args_is_help=True, add_completion=False)
 prepare = typer.Typer(add_completion=False)
 
 
-def _checked(path: Path) -> dict[str, object]:
+def checked(path: Path) -> dict[str, Any]:
+    """A Serve config file without mistakes.
+
+    Raises:
+        InvalidRequest: it cannot be read, or has problems, which the message lists.
+    """
     data = read_config(path)
     if found := problems(data):
         raise InvalidRequest(f"{path} has {len(found)} problem(s):\n  " + "\n  ".join(found), field="config")
@@ -40,7 +49,7 @@ def _config() -> None:
 @config.command()
 def validate(path: Annotated[Path, typer.Argument(help="A Serve config file.")] = Path("serve_config.yaml")) -> None:
     """Refuse unknown keys and wrong args, which Serve itself would ignore."""
-    _checked(path)
+    checked(path)
     typer.echo(f"{path}: ok")
 
 
@@ -129,19 +138,29 @@ def prepare_command(
     path: Annotated[Path, typer.Argument(help="A Serve config file.")] = Path("serve_config.yaml"),
 ) -> None:
     """Make sure that `serve run PATH` can work here: config, folders, checkpoints (downloads them), port."""
-    data = _checked(path)
+    for name, told in prepared(checked(path), os.environ | ray_env()):
+        typer.echo(f"{name}: {told}")
+
+
+def prepared(data: Mapping[str, Any], environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Do what a start of this Serve config needs. What was done, by part: `ray`, and each pool with its checkpoint.
+
+    Raises:
+        AceStepError: it cannot start here, and why.
+    """
     writable(home())
-    _tell_which_ray(os.environ | ray_env())
+    if ray := _which_ray(environ):
+        yield "ray", ray
     _port_free(data)
-    for application in data["applications"]:  # type: ignore[attr-defined]
+    for application in data["applications"]:
         _folders_writable(application)
         stage = STAGES.get(application["import_path"].rpartition(":")[2])
         if stage is not None:
-            typer.echo(f"{application['name']}: {_prepare_pool(application, *stage)}")
+            yield application["name"], _prepare_pool(application, *stage)
 
 
-def _tell_which_ray(environ: Mapping[str, str]) -> None:
-    """Say which Ray `serve run` will use: the one that it is told to join, else one of its own.
+def _which_ray(environ: Mapping[str, str]) -> str | None:
+    """Which Ray `serve run` will use: the one that it is told to join, else one of its own; None where no other is in sight.
 
     Raises:
         Unavailable: it would wait for one that does not answer.
@@ -149,11 +168,11 @@ def _tell_which_ray(environ: Mapping[str, str]) -> None:
     address = running_ray(environ)
     if address is None:
         others = [f"{p.info['username']}'s, process {p.info['pid']}" for p in _gcs_servers()]
-        if others:
-            typer.echo(
-                f"ray: one of its own, beside what runs here already ({'; '.join(others)}); RAY_ADDRESS would join one of those"
-            )
-        return
+        if not others:
+            return None
+        return (
+            f"one of its own, beside what runs here already ({'; '.join(others)}); RAY_ADDRESS would join one of those"
+        )
     host, _, port = address.rpartition(":")
     if port.isdigit() and "/" not in host:
         try:
@@ -164,7 +183,7 @@ def _tell_which_ray(environ: Mapping[str, str]) -> None:
                 f"{named} says that Ray runs at {address}, where nothing answers ({error.strerror or error}). Start it again, or "
                 f"{'unset RAY_ADDRESS' if environ.get('RAY_ADDRESS') else 'delete that file'}."
             ) from error
-    typer.echo(f"ray: joins the one at {address}")
+    return f"joins the one at {address}"
 
 
 def _gcs_servers() -> Iterator[psutil.Process]:
@@ -185,6 +204,8 @@ def _folders_writable(application: dict[str, Any]) -> None:
     elif "://" not in files:
         writable(Path(files).expanduser(), "change files_url in the config")
     if url := args.get("database_url"):
+        from deployments.jobs.database import engine_for  # only here: SQLAlchemy takes long to import
+
         engine_for(url).dispose()
 
 
@@ -192,6 +213,9 @@ def _prepare_pool(application: dict[str, Any], role: Role, model: type[PoolArgs]
     args = parse_args(model, application.get("args"), application["name"])
     if args.tiers:
         return f"on nodes of {', '.join(args.tiers)}, which load their own checkpoint"
+    if tiny := _tiny_model(role, args):
+        checkpoint = resolve_checkpoint(tiny, "planner" if role == "plan" else "renderer")
+        return f"{checkpoint.name} ({checkpoint.notice})"
     start = settle(role, args)
     for warning in start.settings.warnings:
         typer.echo(f"{application['name']}: {warning}", err=True)
@@ -201,15 +225,28 @@ def _prepare_pool(application: dict[str, Any], role: Role, model: type[PoolArgs]
     return checkpoint.name + (f" ({checkpoint.notice})" if checkpoint.notice else "")
 
 
-def _port_free(data: dict[str, object]) -> None:
+def _tiny_model(role: Role, args: PoolArgs) -> str | None:
+    """The tiny checkpoint that this pool loads, where nothing but models is chosen: it fits anywhere, and nobody needs to ask torch what is here."""
+    asked = read_overrides(overrides_of(role, args))
+    models = {"render": ("model", DEFAULT_RENDERER), "plan": ("lm_model", DEFAULT_PLANNER)}
+    named = {r: str(asked[name].value) if name in asked else default for r, (name, default) in models.items()}
+    others = {
+        name for name, o in asked.items() if name not in ("model", "lm_model") and (name, o.value) != ("device", "cpu")
+    }
+    if others or not all(n in (*TINY_RENDERERS, TINY_PLANNER) for n in named.values()):
+        return None
+    return named[role]
+
+
+def _port_free(data: Mapping[str, Any]) -> None:
     options = data.get("http_options") or {}
-    host, port = options.get("host", "0.0.0.0"), int(options.get("port", 8000))  # type: ignore[attr-defined]
-    with socket.socket() as probe:
+    host, port = options.get("host", "0.0.0.0"), int(options.get("port", 8000))
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
             raise AceStepError(
-                f"port {port} on {host} cannot be used: {os.strerror(error.errno or 0)}. Stop what listens there or change "
-                "http_options.port in the config."
+                f"port {port} on {host} cannot be used: {os.strerror(error.errno or 0)}. Stop what listens there, or take another "
+                "port (`acestep serve --port`, http_options.port in the config)."
             ) from error

@@ -7,8 +7,6 @@ import platform
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ray import serve
-
 from acestep.checkpoints import Checkpoint
 from acestep.checkpoints import resolve as resolve_checkpoint
 from acestep.checkpoints.published import Kind
@@ -106,8 +104,8 @@ class Start:
         )
 
 
-def settle(role: Role, args: PoolArgs) -> Start:
-    """Settings of a pool's replica on this machine, without loading anything."""
+def overrides_of(role: Role, args: PoolArgs) -> dict[str, Any]:
+    """What a pool's args say of its replicas' settings, by name."""
     overrides = dict(args.settings)
     if args.model is not None:
         overrides["lm_model" if role == "plan" else "model"] = args.model
@@ -117,8 +115,13 @@ def settle(role: Role, args: PoolArgs) -> Start:
         )  # a planner pool on a named tier was asked for, whatever the table's default
     if args.num_gpus == 0 and "device" not in overrides and platform.system() != "Darwin":
         overrides["device"] = "cpu"  # Ray hides no card from an actor that asked for none
+    return overrides
+
+
+def settle(role: Role, args: PoolArgs) -> Start:
+    """Settings of a pool's replica on this machine, without loading anything."""
     card_role: CardRole = "both" if args.shared_card else role
-    return Start(role, args, resolve_settings(card_role, overrides))
+    return Start(role, args, resolve_settings(card_role, overrides_of(role, args)))
 
 
 def start_replica(role: Role, args: PoolArgs) -> Start:
@@ -152,6 +155,8 @@ def check_card(settings: Resolved, args: PoolArgs) -> None:
 
 
 def _replica_tag() -> str:
+    from ray import serve  # `acestep prepare` settles, too, and starts no replica
+
     try:
         return serve.get_replica_context().replica_tag
     except serve.exceptions.RayServeException:

@@ -87,7 +87,7 @@ def test_secrets_among_a_configs_variables_are_refused_without_being_repeated(na
             actor = {"ray_actor_options": {"runtime_env": environment}}
             config["applications"][0]["deployments"] = [{"name": "router", **actor}]
         else:
-            config["controller_options"]["runtime_env"] = environment
+            config["controller_options"] = {"runtime_env": environment}
         found = problems(config)
         assert len(found) == 1, found
         assert f"env_vars.{name}: a secret" in found[0]
@@ -152,29 +152,27 @@ def test_prepare_says_which_ray_will_be_joined(prepare: Any, tmp_path: Path) -> 
     assert "unset RAY_ADDRESS" in prepare(RAY_ADDRESS=address).stderr
 
 
-def test_make_run_serves_with_the_token_in_its_own_folder(tmp_path: Path) -> None:
+def test_make_run_is_acestep_serve(tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").symlink_to(sys.executable)
-    for name in ("acestep", "serve"):
-        program = tmp_path / "bin" / name
-        program.write_text(
-            f'#!/bin/sh\n[ "$1" = ray-env ] && exec {ACESTEP} "$@"\n'
-            f'echo "{name} $1 $2 $RAY_AUTH_MODE $RAY_AUTH_TOKEN_PATH $RAY_TMPDIR" >> {tmp_path}/calls\n'
-        )
-        program.chmod(0o755)
+    program = tmp_path / "bin" / "acestep"
+    program.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n')
+    program.chmod(0o755)
     (tmp_path / ".run-installed").touch()
-    home = tmp_path / "home"
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MAKE"))} | {"ACESTEP_HOME": str(home)}
-    run = ["make", "run", f"VENV={tmp_path}", "CONFIG=x.yaml"]
-    subprocess.run(run, cwd=ROOT, env=env, check=True, capture_output=True)
-    closed = f"token {home}/ray-token /tmp/acestep-{os.getuid()}"
+    env = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}
+    for more in ((), ("CONFIG=x.yaml", "ARGS=--port 8001 --device cpu")):
+        subprocess.run(["make", "run", f"VENV={tmp_path}", *more], cwd=ROOT, env=env, check=True, capture_output=True)
     assert (tmp_path / "calls").read_text().splitlines() == [
-        f"acestep prepare x.yaml {closed}",
-        f"serve run x.yaml {closed}",
-    ]
-    assert (home / "ray-token").stat().st_mode & 0o777 == 0o600
-    # Without a token nothing is served.
-    (home / "ray-token").unlink()
-    (home / "ray-token").mkdir()
-    assert subprocess.run(run, cwd=ROOT, env=env, capture_output=True).returncode != 0
-    assert len((tmp_path / "calls").read_text().splitlines()) == 2
+        "serve serve_config.yaml", "serve x.yaml --port 8001 --device cpu",
+    ]  # fmt: skip
+
+
+def test_without_a_token_nothing_is_served(tmp_path: Path) -> None:
+    (tmp_path / "ray-token").mkdir()
+    env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"ACESTEP_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [ACESTEP, "serve", "--port", str(free_port())], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "ray-token" in done.stderr
+    assert not (tmp_path / "logs").exists()

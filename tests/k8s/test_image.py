@@ -119,54 +119,34 @@ def test_the_documented_container_starts_read_only_and_keeps_what_it_fetched(tmp
 
 @pytest.fixture
 def programs(tmp_path: Path) -> dict[str, str]:
-    """`acestep` and `serve` that note how they were called; `acestep ray-env` is the real one's."""
+    """`acestep` and `serve` that note how they were called."""
     for name in ("acestep", "serve"):
         program = tmp_path / name
-        program.write_text(
-            f'#!/bin/sh\n[ "$1" = ray-env ] && exec {Path(sys.executable).with_name("acestep")} "$@"\n'
-            f'echo "{name} $@ auth=$RAY_AUTH_MODE" >> {tmp_path}/calls\n[ "$2" != bad.yaml ]\n'
-        )
+        program.write_text(f'#!/bin/sh\necho "{name} $@" >> {tmp_path}/calls\n[ "$2" != bad.yaml ]\n')
         program.chmod(0o755)
     return {"PATH": f"{tmp_path}:{os.defpath}:/usr/bin:/bin", "calls": str(tmp_path / "calls")}
 
 
-def entrypoint(programs: dict[str, str], *arguments: str, **env: str) -> tuple[int, list[str], str]:
-    home = str(Path(programs["calls"]).with_name("home"))
+def entrypoint(programs: dict[str, str], *arguments: str) -> tuple[int, list[str], str]:
     done = subprocess.run(
-        ["bash", str(ENTRYPOINT), *arguments], env={"PATH": programs["PATH"], "ACESTEP_HOME": home, **env}, capture_output=True,
-        text=True,
-    )  # fmt: skip
+        ["bash", str(ENTRYPOINT), *arguments], env={"PATH": programs["PATH"]}, capture_output=True, text=True
+    )
     calls = Path(programs["calls"])
     return done.returncode, calls.read_text().splitlines() if calls.exists() else [], done.stdout
 
 
-def test_the_entrypoint_prepares_and_serves(programs: dict[str, str]) -> None:
+def test_the_entrypoint_serves(programs: dict[str, str]) -> None:
     config = "/opt/acestep/serve_config.yaml"
-    assert entrypoint(programs) == (
-        0,
-        [f"acestep prepare {config} auth=token", f"serve run {config} auth=token"],
-        "",
-    )
+    assert entrypoint(programs) == (0, [f"acestep serve {config} --verbose"], "")
+    assert entrypoint(programs, "serve", "--device", "cpu")[1][1:] == [f"acestep serve {config} --verbose --device cpu"]
 
 
-def test_the_entrypoint_takes_another_config_and_leaves_the_token_to_who_says_so(programs: dict[str, str]) -> None:
-    _, calls, _ = entrypoint(programs, "serve", "my.yaml", RAY_AUTH_MODE="disabled")
-    assert calls == ["acestep prepare my.yaml auth=disabled", "serve run my.yaml auth=disabled"]
-
-
-def test_without_a_token_nothing_is_served(programs: dict[str, str], tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    code, calls, _ = entrypoint(programs, ACESTEP_HOME=str(tmp_path / "file"))
-    assert code != 0
-    assert not calls
-
-
-def test_what_cannot_be_prepared_is_not_served(programs: dict[str, str]) -> None:
-    code, calls, _ = entrypoint(programs, "serve", "bad.yaml")
-    assert code == 1
-    assert len(calls) == 1
+def test_the_entrypoint_takes_another_config(programs: dict[str, str]) -> None:
+    _, calls, _ = entrypoint(programs, "serve", "my.yaml", "--port", "8001")
+    assert calls == ["acestep serve my.yaml --verbose --port 8001"]
+    assert entrypoint(programs, "serve", "bad.yaml")[0] == 1
 
 
 def test_the_entrypoint_runs_anything_else_as_it_is(programs: dict[str, str]) -> None:
     assert entrypoint(programs, "echo", "a  b") == (0, [], "a  b\n")
-    assert entrypoint(programs, "serve", "status", "-a", "x")[1] == ["serve status -a x auth="]
+    assert entrypoint(programs, "serve", "status", "-a", "x")[1] == ["serve status -a x"]

@@ -1,0 +1,1 @@
+"""`acestep serve`: prepares, starts `serve run`, shows a person what happens, and ends it in order."""

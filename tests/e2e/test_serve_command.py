@@ -1,0 +1,243 @@
+"""`acestep serve` at a terminal: a good start, a song and Ctrl-C; SIGTERM; and what cannot start, said in words."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import re
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import termios
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+import soundfile
+
+from acestep.cli.client import Client
+from tests.server import ROOT, free_port, tiny_checkpoints
+
+pytestmark = pytest.mark.e2e
+ACESTEP = str(Path(sys.executable).with_name("acestep"))
+CTRL_C = b"\x03"
+
+
+class Terminal:
+    """`acestep` with a terminal of its own, 100 columns wide."""
+
+    def __init__(self, folder: Path, *arguments: str, **env: str) -> None:
+        self.folder = folder
+        self.env = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "ACESTEP_"))} | {
+            "ACESTEP_HOME": str(folder / "home"), "ACESTEP_CHECKPOINTS": str(tiny_checkpoints()), "RAY_TMPDIR": str(folder),
+            "RAY_USAGE_STATS_ENABLED": "0", "HF_HUB_OFFLINE": "1", "COLUMNS": "100", "TERM": "xterm", **env,
+        }  # fmt: skip
+        self._own, other = pty.openpty()
+        self.process = subprocess.Popen(
+            [ACESTEP, *arguments], cwd=ROOT, env=self.env, stdin=other, stdout=other, stderr=other, start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )  # fmt: skip
+        os.close(other)
+        self._raw = ""
+
+    @property
+    def shown(self) -> str:
+        """What stands there, without colours; a spinner's line counts as it was overwritten last."""
+        text = re.sub(r"\x1b\[2K|\x1b\[\?25[hl]", "", self._raw)
+        text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+        return "\n".join(line.rpartition("\r")[2] for line in text.replace("\r\n", "\n").split("\n"))
+
+    def read_until(self, words: str, timeout_s: float = 200.0) -> str:
+        until = time.monotonic() + timeout_s
+        while words not in self.shown:
+            assert time.monotonic() < until, f"never said {words!r}:\n{self.shown}"
+            if not self._read():
+                raise AssertionError(f"ended ({self.process.wait(10)}) without saying {words!r}:\n{self.shown}")
+        return self.shown
+
+    def press(self, keys: bytes) -> None:
+        os.write(self._own, keys)
+
+    def end(self, timeout_s: float = 60.0) -> int:
+        """The exit code, once it has ended by itself."""
+        until = time.monotonic() + timeout_s
+        while self._read():
+            assert time.monotonic() < until, f"does not end:\n{self.shown}"
+        return self.process.wait(10)
+
+    def _read(self) -> bool:
+        if select.select([self._own], [], [], 0.5)[0]:
+            try:
+                data = os.read(self._own, 65_536)
+            except OSError:  # Linux: nobody has the other side any more
+                return False
+            self._raw += data.decode(errors="replace")
+            return bool(data)
+        return self.process.poll() is None
+
+    def left(self) -> list[str]:
+        """Processes that still run in its Ray's folder."""
+        found = []
+        for process in psutil.process_iter(["cmdline", "environ"]):
+            environ = process.info["environ"] or {}
+            if environ.get("RAY_TMPDIR") == str(self.folder) and process.pid != os.getpid():
+                found.append(" ".join(process.info["cmdline"] or [])[:100])
+        return found
+
+    def kill(self) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            self.process.wait(60)
+        os.close(self._own)
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    # Short: Ray keeps unix sockets in there, whose paths may have 107 characters.
+    path = Path(tempfile.mkdtemp(prefix="ace-"))
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture
+def port() -> int:
+    return free_port()
+
+
+def serve(folder: Path, *arguments: str, **env: str) -> Terminal:
+    return Terminal(folder, "serve", *arguments, **env)
+
+
+def test_a_start_a_song_and_ctrl_c(folder: Path, port: int) -> None:
+    url = f"http://127.0.0.1:{port}"
+    terminal = serve(folder, "--port", str(port), "--api-key", "sesame", "--init_llm", "true", "--device", "cpu")
+    try:
+        shown = terminal.read_until("generate ")
+        assert "Traceback" not in shown
+        assert "(ServeController" not in shown  # Serve's own lines are in the log
+        for what in ("checkpoints", "Ray", "planner", "renderer"):
+            assert re.search(rf"^{what} +\d+\.\d s", shown, re.MULTILINE), shown
+        assert f"API    {url}/docs" in shown
+        assert len(shown.strip().splitlines()) <= 12
+        assert (folder / "home" / "ray-token").stat().st_mode & 0o777 == 0o600
+        with Client(url, api_key="sesame") as client:
+            job = client.wait(client.submit({"prompt": "calm piano", "duration": 10, "seed": 1})["id"])
+            settings = {p["role"]: p["settings"] for p in client.cluster()["pools"]}
+        assert job["result"]["items"][0]["duration"] == 10.0
+        assert settings["render"]["device"] == settings["plan"]["device"] == "cpu"
+        assert httpx.get(f"{url}/v1/jobs").status_code == 401
+        # The command that it tells to try, as it stands.
+        line = next(line for line in shown.splitlines() if line.startswith("try "))
+        command = line.removeprefix("try").strip().replace("ACESTEP_API_KEY=...", "ACESTEP_API_KEY=sesame")
+        command = command.replace("song.wav", str(folder / "song.wav"))
+        subprocess.run(
+            ["bash", "-c", command], cwd=ROOT, env=terminal.env, check=True, capture_output=True, timeout=120
+        )
+        assert soundfile.info(folder / "song.wav").duration == pytest.approx(10, abs=0.1)
+        terminal.press(CTRL_C)
+        assert terminal.end() == 130
+        assert "Traceback" not in terminal.shown
+        assert terminal.left() == []
+        log = (folder / "home" / "logs" / f"serve-{port}.log").read_text()
+        assert "ready to make songs" in log
+        assert "Traceback" not in log
+    finally:
+        terminal.kill()
+
+
+def test_sigterm_hands_running_jobs_back_and_they_go_on_at_the_next_start(folder: Path, port: int) -> None:
+    url = f"http://127.0.0.1:{port}"
+    terminal = serve(folder, "--port", str(port))
+    try:
+        terminal.read_until("generate ")
+        with Client(url) as client:
+            ids = [client.submit({"prompt": "long", "duration": 240, "seed": n})["id"] for n in range(4)]
+        terminal.process.send_signal(signal.SIGTERM)
+        assert terminal.end() == 0
+        assert "Traceback" not in terminal.shown
+        assert terminal.left() == []
+    finally:
+        terminal.kill()
+    again = serve(folder, "--port", str(port))
+    try:
+        again.read_until("generate ")
+        with Client(url) as client:
+            assert {client.wait(job_id)["state"] for job_id in ids} == {"succeeded"}
+        again.press(CTRL_C)
+        again.press(CTRL_C)  # impatience
+        assert again.end() == 130
+        assert "Traceback" not in again.shown
+        assert again.left() == []
+    finally:
+        again.kill()
+
+
+@pytest.mark.parametrize("seconds", [0.6, 4.0])
+def test_ctrl_c_in_the_first_seconds(folder: Path, port: int, seconds: float) -> None:
+    terminal = serve(folder, "--port", str(port))
+    try:
+        time.sleep(seconds)
+        terminal.press(CTRL_C)
+        assert terminal.end() == 130
+        assert "Traceback" not in terminal.shown
+        assert terminal.left() == []
+    finally:
+        terminal.kill()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--lm_modl_path", "acestep-5Hz-lm-0.6B"), "--lm_model_path"),
+        (("--offload-to-cpu", "maybe"), "true, false or auto"),
+        (("--device", "cuda:7"), "cuda:7"),
+        (("--config_path", "./no-such-checkpoint"), "no-such-checkpoint"),
+        (("no-such-config.yaml",), "no-such-config.yaml"),
+    ],
+)
+def test_what_cannot_start_is_said_before_anything_starts(
+    folder: Path, port: int, arguments: tuple[str, ...], words: str
+) -> None:
+    terminal = serve(folder, "--port", str(port), *arguments)
+    try:
+        assert terminal.end() in (1, 2)
+        assert words in terminal.shown
+        assert "Traceback" not in terminal.shown
+        assert not list(folder.glob("ray/session*"))
+    finally:
+        terminal.kill()
+
+
+def test_a_port_in_use_is_named(folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        terminal = serve(folder, "--port", str(port))
+        try:
+            assert terminal.end() == 1
+            assert f"port {port} on 127.0.0.1 cannot be used" in terminal.shown
+            assert "--port" in terminal.shown
+        finally:
+            terminal.kill()
+
+
+def test_what_goes_wrong_later_is_told_with_the_log(folder: Path, port: int) -> None:
+    """A Ray that cannot start: its own session folder cannot be made."""
+    (folder / "ray").write_text("a file in the way")
+    terminal = serve(folder, "--port", str(port))
+    try:
+        assert terminal.end() == 1
+        log = folder / "home" / "logs" / f"serve-{port}.log"
+        assert str(log) in terminal.shown.replace("\n", "")
+        assert "Traceback" not in terminal.shown
+        assert log.read_text()
+        assert terminal.left() == []
+    finally:
+        terminal.kill()
