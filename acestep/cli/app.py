@@ -39,7 +39,7 @@ class _Lazy(typer.core.TyperGroup):
             told.command(point.name, help=summary(point))(lambda: None)
         told.callback()(lambda: None)
         group = typer.main.get_command(told)
-        group.params, group.help, group.name = self.params, self.help, self.name  # type: ignore[attr-defined]
+        group.params, group.help, group.name = self.params, self.help, self.name
         group.format_help(ctx, formatter)
 
 

@@ -103,7 +103,9 @@ class Progress:
 
     def _facts(self, pool: str) -> str:
         answer = self._http.get("/v1/cluster")
-        found = next((p for p in answer.json()["pools"] if p["name"] == pool), {}) if answer.is_success else {}
+        found: dict[str, Any] = (
+            next((p for p in answer.json()["pools"] if p["name"] == pool), {}) if answer.is_success else {}
+        )
         if found.get("disabled"):
             return f"off: {found['disabled']}"
         return " on ".join(found[k] for k in ("model", "device") if found.get(k))
