@@ -34,6 +34,7 @@ class RendererSettings:
     offload_dit: bool = False  # the DiT too, outside its own stage
     int8: bool = False
     compile: bool = False
+    vae_model: str = "official"
     vae_tile_frames: int = 256
     vae_overlap_frames: int = 9  # the decoder sees ±8.3 frames: 9 is exact
     max_batch_frames: int | None = None  # frames that may share a step; None: from the cost profile

@@ -38,6 +38,7 @@ def manifest(
     seed: int,
     model: str,
     model_hash: str | None,
+    vae: str = "official",
     device: str,
     notice: str | None,
     settings: Mapping[str, Any],
@@ -50,7 +51,7 @@ def manifest(
         request: As it was rendered, after clamping.
         plan: As it was rendered.
         item, seed: Which item of the batch, and its seed.
-        model, model_hash, device, notice: Of the renderer.
+        model, model_hash, vae, device, notice: Of the renderer.
         settings: Sampling as used; its entry "lora" (name, hash, kind and scale of each adapter) becomes an entry of its own.
         level: What mastering measured and did.
         made_gain_db: Of what was made inside a source that was kept, before it was put there.
@@ -64,7 +65,7 @@ def manifest(
         "lm_seed": request.lm_seeds[item] if plan.model else None,
         "retake_seed": request.used_retake_seed(item),
         "notice": notice,
-        "renderer": {"name": model, "hash": model_hash, "device": device},
+        "renderer": {"name": model, "hash": model_hash, "vae": vae, "device": device},
         "planner": {"name": plan.model, "hash": plan.model_hash, "seed": lm_seed} if plan.model else None,
         "lora": settings.get("lora"),
         "plan": plan.metadata_of(item).model_dump(exclude_none=True),

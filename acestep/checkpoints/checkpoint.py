@@ -31,6 +31,8 @@ class Checkpoint:
         defaults: Sampling defaults of a renderer; None for a planner.
         notice: What every user of it must be told (the tiny checkpoints make noise), or None.
         revision: Commit of the Hub repository it came from, or None for a local folder.
+        vae: Name or folder of a renderer's VAE; "official" is the one in `path`.
+        vae_path: Folder of another VAE than that.
     """
 
     name: str
@@ -39,11 +41,16 @@ class Checkpoint:
     defaults: VariantDefaults | None = None
     notice: str | None = None
     revision: str | None = None
+    vae: str = "official"
+    vae_path: Path | None = None
 
     @cached_property
     def hash(self) -> str:
-        """sha256 over the weights, configs and tokenizer files in `path`; remembered in a side file there."""
-        return content_hash(self.path)
+        """sha256 over the weights, configs and tokenizer files in `path`, remembered in a side file there, and of another VAE."""
+        own = content_hash(self.path)
+        if self.vae_path is None:
+            return own
+        return hashlib.sha256(f"{own}  {content_hash(self.vae_path)}".encode()).hexdigest()
 
 
 def content_hash(folder: Path) -> str:

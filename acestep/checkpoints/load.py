@@ -62,7 +62,7 @@ def load_renderer(checkpoint: Checkpoint, *, device: str | torch.device, dtype: 
     begin = time.monotonic()
     path = checkpoint.path
     parts = {
-        name: _load(path / name, dtype).to(device)
+        name: _load(checkpoint.vae_path if name == "vae" and checkpoint.vae_path else path / name, name, dtype).to(device)
         for name in (
             "text_encoder", "condition_encoder", "transformer", "vae", "audio_tokenizer", "audio_token_detokenizer",
         )
@@ -95,10 +95,10 @@ def load_tokenizer(folder: Path) -> Any:
         raise ModelMissing(f"the tokenizer in {folder} cannot be loaded: {error}", path=str(folder)) from error
 
 
-def _load(folder: Path, dtype: torch.dtype) -> Any:
+def _load(folder: Path, name: str, dtype: torch.dtype) -> Any:
     try:
         with quiet(), without_compiler():
-            model, info = component_class(folder.name).from_pretrained(
+            model, info = component_class(name).from_pretrained(
                 folder,
                 dtype=dtype,
                 use_safetensors=True,

@@ -85,6 +85,11 @@ def companion_folders() -> dict[str, str]:
     return {"vae": row["vae"], "text_encoder": row["text_encoder"]}
 
 
+def vae_repositories() -> dict[str, str]:
+    """Repositories of other VAEs than the checkpoints' own, by name."""
+    return {name: str(row["repository"]) for name, row in _table()["vaes"].items()}
+
+
 def default_name(kind: Kind) -> str:
     """The model that is taken from a root that holds several."""
     return str(_table()["default_names"][kind])

@@ -9,6 +9,7 @@ from acestep import paths
 from acestep.checkpoints import layout
 from acestep.checkpoints.checkpoint import Checkpoint
 from acestep.checkpoints.hub import download_model, is_repository_id
+from acestep.checkpoints.other_vae import OFFICIAL, with_vae
 from acestep.checkpoints.prepare import converted, tiny_root
 from acestep.checkpoints.published import (
     TINY_PLANNER,
@@ -33,6 +34,7 @@ def resolve(
     root: Path | None = None,
     download: bool = True,
     revision: str | None = None,
+    vae: str = OFFICIAL,
 ) -> Checkpoint:
     """Find, download or generate a checkpoint and bring it into the layout that is loaded.
 
@@ -46,13 +48,18 @@ def resolve(
         root: Folder of checkpoints; None means `acestep.paths.checkpoints_dir()`. Conversions of downloads go there too.
         download: False: only what is on this disk. `HF_HUB_OFFLINE=1` has the same effect.
         revision: Branch, tag or commit of the Hub repository.
+        vae: Of a renderer: see `with_vae`.
 
     Raises:
         ModelMissing: with `path` or `repository`, saying what to do.
         StoragePermission: neither the checkpoint's folder nor `root` can be written and something must be.
     """
-    name = name_or_path.strip()
     root = root or paths.checkpoints_dir()
+    found = _resolve(name_or_path.strip(), kind, root, download=download, revision=revision)
+    return with_vae(found, vae, root, download=download) if kind == "renderer" else found
+
+
+def _resolve(name: str, kind: Kind, root: Path, *, download: bool, revision: str | None) -> Checkpoint:
     if not name:
         raise ModelMissing(f"no {kind} is named: give a name, a repository or a folder.", path="")
     folder = _as_folder(name)

@@ -128,7 +128,7 @@ class Studio:
         rendered = replace(done[-1], items=tuple(item for part in done for item in part.items))
         files: dict[str, bytes] = {}
         info = renderer.info
-        maker = Maker(info.name, info.hash, self.settings.device.name, info.notice)
+        maker = Maker(info.name, info.hash, self.settings.device.name, info.notice, info.vae)
         song = finish(request, plan, rendered, maker, files.__setitem__)
         by_item = {(item.index, f.format): files[f.path] for item in song.items for f in item.files}
         by_item |= {(item.index, f.kind): files[f.path] for item in song.items for f in item.sidecars}
@@ -160,7 +160,8 @@ class Studio:
             from acestep.dit.renderer import Renderer
 
             assert self.settings.renderer is not None, "the role `both` renders"
-            checkpoint = resolve_checkpoint(str(self.settings.renderer_model), "renderer")
+            vae = self.settings.renderer.vae_model
+            checkpoint = resolve_checkpoint(str(self.settings.renderer_model), "renderer", vae=vae)
             self._renderer = Renderer.load(checkpoint, self.settings.renderer)
         return self._renderer
 

@@ -28,12 +28,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Maker:
-    """The renderer that made the audio: checkpoint name, content hash, device name and notice."""
+    """The renderer that made the audio: checkpoint name, content hash, device name, notice, and its VAE."""
 
     model: str
     model_hash: str | None
     device: str
     notice: str | None
+    vae: str = "official"
 
 
 def finish(
@@ -124,8 +125,9 @@ def _finish_item(
         samples = round(item.heard.seconds * SAMPLE_RATE)
     if keep_latents and item.latents is not None:
         data = write_latents(
-            item.latents, samples=samples, seed=item.seed, model=maker.model, model_hash=maker.model_hash
-        )
+            item.latents, samples=samples, seed=item.seed, model=maker.model, model_hash=maker.model_hash,
+            vae=maker.vae,
+        )  # fmt: skip
         store.add("latent", data)
     return SongItem(
         index=item.index,
@@ -180,7 +182,7 @@ def _finish_audio(
             )
         )
     facts = manifest(
-        request, plan, item=item.index, seed=item.seed, model=maker.model, model_hash=maker.model_hash,
+        request, plan, item=item.index, seed=item.seed, model=maker.model, model_hash=maker.model_hash, vae=maker.vae,
         device=maker.device, notice=notice, settings=rendered.settings, level=level, made_gain_db=item.made_gain_db,
     )  # fmt: skip
     return {

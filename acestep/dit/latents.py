@@ -30,15 +30,18 @@ def kept(latents: Tensor, dtype: torch.dtype) -> Tensor:
     return half if dtype != torch.float32 and bool(torch.isfinite(half).all()) else latents.float()
 
 
-def write_latents(latents: Tensor, *, samples: int, seed: int, model: str, model_hash: str | None) -> bytes:
+def write_latents(
+    latents: Tensor, *, samples: int, seed: int, model: str, model_hash: str | None, vae: str = "official"
+) -> bytes:
     """The file's bytes.
 
     Args:
         samples: Length of the song that the checkpoint's VAE makes of them.
         model, model_hash: The checkpoint, its VAE included.
+        vae: Name or folder of its VAE.
     """
     facts = {
-        "format": "pt", "model": model, "model_hash": model_hash or "", "vae": f"{model}/vae", "samples": str(samples),
+        "format": "pt", "model": model, "model_hash": model_hash or "", "vae": vae, "samples": str(samples),
         "seed": str(seed),
     }  # fmt: skip
     return save({_KEY: latents.contiguous()}, facts)

@@ -48,6 +48,7 @@ class RendererInfo:
     attention: str
     defaults: VariantDefaults
     tasks: tuple[str, ...]
+    vae: str = "official"
 
 
 class Renderer:
@@ -62,6 +63,7 @@ class Renderer:
         defaults: VariantDefaults,
         hash: str = "",
         notice: str | None = None,
+        vae_name: str = "official",
     ) -> None:
         device, dtype = torch.device(settings.device), getattr(torch, settings.dtype)
         if settings.int8:
@@ -114,6 +116,7 @@ class Renderer:
             attention=denoiser.attention.backend,
             defaults=defaults,
             tasks=tuple(defaults.tasks),
+            vae=vae_name,
         )
         self._thread: EngineThread[Work, Result] = EngineThread(engine, name=f"render-{device}")
 
@@ -145,6 +148,7 @@ class Renderer:
             defaults=checkpoint.defaults,
             hash=checkpoint.hash,
             notice=checkpoint.notice,
+            vae_name=checkpoint.vae,
         )
 
     def check(self, request: SongRequest) -> None:

@@ -77,6 +77,7 @@ _OPTIONS = (
     Option("int8", "ACESTEP_QUANTIZATION", _quantization, "int8 weights in the DiT: int8_weight_only, true or false"),
     Option("compile", "ACESTEP_COMPILE_MODEL", _flag, "torch.compile for the renderer"),
     Option("lm_compile", "ACESTEP_LM_COMPILE", _flag, "CUDA graphs for the planner"),
+    Option("vae_model", "ACESTEP_VAE_CHECKPOINT", str, "the VAE: official, scragvae or the path of a folder"),
     Option("vae_tile_frames", "ACESTEP_VAE_TILE_FRAMES", _number(32, 15_000, True), "latent frames decoded at once"),
     Option(
         "vae_overlap_frames", "ACESTEP_VAE_OVERLAP_FRAMES", _number(0, 64, True), "frames around a tile; 9 is exact"

@@ -37,6 +37,7 @@ def renderer_settings(book: Book, device: Device, row: GPUConfig, model: str, pl
         offload_dit=offload_dit,
         int8=_int8(book, device, row, model),
         compile=_compile(book, device, model),
+        vae_model=str(book.take("vae_model", "official", "the checkpoint's own")),
         vae_overlap_frames=int(
             book.take("vae_overlap_frames", 9, "the decoder sees 8.3 frames to each side: 9 is exact")
         ),

@@ -67,6 +67,7 @@ class RendererDeployment:
                 "model_hash": checkpoint.hash,
                 "notice": checkpoint.notice,
                 "tasks": self.renderer.info.tasks,
+                "vae": checkpoint.vae,
                 "defaults": asdict(self.renderer.info.defaults),
             }
         # Clips of 20 s fill a step's frame budget; a CPU has none and renders one song after another.
@@ -172,7 +173,9 @@ class RendererDeployment:
     async def _store(
         self, job_id: str, request: SongRequest, plan: Plan, rendered: Rendered, put: Callable[[str, bytes], None]
     ) -> Song:
-        maker = Maker(self.info.model, self.info.model_hash, self.info.device, self.info.notice)
+        maker = Maker(
+            self.info.model, self.info.model_hash, self.info.device, self.info.notice, self.info.vae or "official"
+        )
         with span("encode", job_id=job_id, items=len(rendered.items)):
             return await asyncio.to_thread(
                 finish,

@@ -32,6 +32,7 @@ class ReplicaInfo:
         capacity: Pieces of work in flight at once: batch rows of a planner, 1 for a renderer.
         together: Songs that a renderer may hold at once, so that short ones can share its denoising steps.
         limits: `acestep.gpu_config.Limits` as a dict.
+        vae: Name or folder of a renderer's VAE.
         defaults: `acestep.checkpoints.VariantDefaults` of a renderer's checkpoint as a dict.
         disabled: Why this planner does not run, where the tier table or a setting switches it off.
         profile: Cost profile of its card.
@@ -49,6 +50,7 @@ class ReplicaInfo:
     capacity: int = 1
     together: int = 1
     tasks: tuple[str, ...] = ()
+    vae: str | None = None
     defaults: dict[str, Any] = field(default_factory=dict)
     load_s: float = 0.0
     settings: dict[str, Any] = field(default_factory=dict)
@@ -75,7 +77,10 @@ class Start:
     def checkpoint(self) -> Checkpoint:
         """The pool's checkpoint, downloaded or made where it is not here yet."""
         kind: Kind = "planner" if self.role == "plan" else "renderer"
-        return retry.patiently(retry.START, "the checkpoint", lambda: resolve_checkpoint(str(self.model), kind))
+        vae = self.settings.renderer.vae_model if self.settings.renderer else "official"
+        return retry.patiently(
+            retry.START, "the checkpoint", lambda: resolve_checkpoint(str(self.model), kind, vae=vae)
+        )
 
     @property
     def device(self) -> Device:

@@ -26,7 +26,7 @@ def test_everything_that_made_the_song_is_there():
     found = facts(request, plan, settings={"steps": 8, "lora": lora}, level=Loudness(-1.0, -14.004, True))
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert found["seed"] == 8
-    assert found["renderer"] == {"name": "tiny", "hash": "ab", "device": "cpu"}
+    assert found["renderer"] == {"name": "tiny", "hash": "ab", "vae": "official", "device": "cpu"}
     assert found["planner"] == {"name": "tiny-lm", "hash": "cd", "seed": 11}
     assert found["lora"] == lora
     assert found["settings"] == {"steps": 8}

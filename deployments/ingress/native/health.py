@@ -52,6 +52,7 @@ class HealthData(Answer):
     models_initialized: bool = Field(description="A renderer runs.")
     llm_initialized: bool = Field(description="A planner runs.")
     loaded_model: str | None = Field(description="The renderer's checkpoint.")
+    loaded_vae: str | None = Field(description="The renderer's VAE: official, another's name or its folder.")
     loaded_lm_model: str | None = Field(description="The planner's checkpoint.")
     notice: str | None = Field(None, description="What is to be known of the checkpoints; left out where nothing is.")
 
@@ -139,6 +140,7 @@ async def health(service: Annotated[Service, Depends(service_of)]) -> Health:
         "models_initialized": renderer is not None,
         "llm_initialized": planner is not None,
         "loaded_model": renderer["model"] if renderer else None,
+        "loaded_vae": renderer.get("vae") if renderer else None,
         "loaded_lm_model": planner["model"] if planner else None,
     }
     if notice := (renderer or {}).get("notice") or (planner or {}).get("notice"):
