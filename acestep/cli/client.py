@@ -99,6 +99,10 @@ class Client:
         with path.open("rb") as file:
             return str(self._json("POST", "/v1/files", files={"file": (path.name, file)})["id"])
 
+    def loras(self) -> dict[str, Any]:
+        """GET /v1/loras: adapters that a request may name."""
+        return self._json("GET", "/v1/loras")
+
     def cluster(self) -> dict[str, Any]:
         """GET /v1/cluster: pools, replicas, load."""
         return self._json("GET", "/v1/cluster")

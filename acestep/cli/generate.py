@@ -50,6 +50,12 @@ def generate(
     time_signature: Annotated[str | None, typer.Option(help="2, 3, 4 or 6; also as 6/8.")] = None,
     language: Annotated[str | None, typer.Option(help="Language of the lyrics, such as en or Deutsch.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps; left out: the checkpoint's default.")] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Adapter, by its name in the server's LoRA folders (with --local a path), also as NAME:SCALE; several add up."
+        ),
+    ] = None,
     normalize: Annotated[
         bool | None,
         typer.Option(
@@ -84,6 +90,7 @@ def generate(
         "thinking": thinking, "bpm": bpm, "key_scale": key, "time_signature": time_signature, "vocal_language": language,
         "steps": steps, "normalize": normalize, "normalization_db": normalization_db,
         "timestamps": timestamps or None, "score": score or None,
+        "lora": [_lora(text) for text in lora] if lora else None,
         **dict(_parameter(p) for p in param or []),
     }  # fmt: skip
     fields = {k: v for k, v in fields.items() if v is not None}
@@ -264,6 +271,15 @@ def _text_or_file(value: str) -> str:
         return words.decode_text(Path(value[1:]).read_bytes())
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"--lyrics: cannot read {value[1:]}: {error}", field="lyrics") from error
+
+
+def _lora(text: str) -> dict[str, Any]:
+    """NAME or NAME:SCALE. A name may hold colons, too."""
+    name, _, scale = text.rpartition(":")
+    try:
+        return {"path": name, "scale": float(scale)} if name else {"path": text}
+    except ValueError:
+        return {"path": text}
 
 
 def _parameter(text: str) -> tuple[str, Any]:

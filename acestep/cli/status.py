@@ -22,13 +22,17 @@ app = typer.Typer(add_completion=False)
 def status(
     url: Annotated[str | None, typer.Option(help="Server; default ACESTEP_URL or http://127.0.0.1:8000.")] = None,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Refresh once a second until Ctrl-C.")] = False,
-    json_output: Annotated[bool, typer.Option("--json", help="Print /v1/cluster as JSON.")] = False,
+    loras: Annotated[bool, typer.Option("--loras", help="List the adapters that a song may use, instead.")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print /v1/cluster, or /v1/loras, as JSON.")] = False,
 ) -> None:
     """Show pools, replicas, load and what is missing."""
     console = Console()
     with Client(url) as client:
         if json_output:
-            typer.echo(json.dumps(client.cluster(), indent=1))
+            typer.echo(json.dumps(client.loras() if loras else client.cluster(), indent=1))
+            return
+        if loras:
+            console.print(adapters(client.loras()))
             return
         if not watch:
             console.print(table(client.cluster()))
@@ -67,6 +71,24 @@ def table(cluster: dict[str, Any]) -> Group:
     lines += [f"missing  {m}" for m in cluster["missing"]]
     lines += [f"{p['name']}: {p['reason']}" for p in cluster["pools"] if "reason" in p]
     return Group(pools, Text("\n" + "\n".join(lines)))
+
+
+def adapters(listed: dict[str, Any]) -> Group:
+    """The answer of /v1/loras for a terminal. Names are of files that anybody may have written."""
+    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False)
+    for column in ("adapter", "kind", "rank", "MiB", "fits"):
+        shown.add_column(column, overflow="fold")
+    for one in listed["data"]:
+        fits = [fit["model"] if fit["fits"] else f"not {fit['model']}: {fit['problem']}" for fit in one["models"]]
+        row = (
+            one["name"],
+            one["kind"] or "-",
+            ", ".join(map(str, one["ranks"])) or "-",
+            f"{one['bytes'] / 2**20:.1f}",
+            "\n".join(fits),
+        )
+        shown.add_row(*(Text("".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in cell)) for cell in row))
+    return Group(shown, Text("".join(f"\nunknown  {why}" for why in listed["unknown"])))
 
 
 def _seconds(value: float) -> str:

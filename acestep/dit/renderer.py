@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from acestep.adapters.cache import LoraCache, cache_bytes
+from acestep.adapters.layout import Target
 from acestep.checkpoints.checkpoint import Checkpoint
 from acestep.checkpoints.load import RendererComponents, load_renderer
 from acestep.checkpoints.modules import AceStepAttention
@@ -91,6 +92,7 @@ class Renderer:
         if settings.compile:
             warm_up(denoiser, vae, residency)
         loras = LoraCache(components.transformer, device, dtype, cache_bytes(admission.device_bytes))
+        self.adapter_target: Target | None = Target(components.transformer)
         conditions = Conditions(components, device, dtype)
         budget = settings.max_batch_frames
         if budget is None:

@@ -6,9 +6,10 @@ import asyncio
 import itertools
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from acestep.errors import Unavailable, error_from_dict
+from acestep.errors import InvalidRequest, Unavailable, error_from_dict
 from acestep.lm.work import Sample
 from acestep.request import MAX_DURATION_S
 from deployments.config.args import Role
@@ -21,6 +22,24 @@ from deployments.scheduling.ledger import NoPool, Routing
 log = logging.getLogger(__name__)
 
 COLD_START_S = 50.0  # how long a question waits for a replica to start: shorter than proxies wait for an answer
+
+
+LOOK_S = 10.0  # for a look into folders, which may lie on a network
+
+
+@dataclass
+class Looked:
+    """What the renderer pools said of adapters.
+
+    Attributes:
+        found: Model and entries (of `deployments.stages.adapters.entry`) of each pool that answered.
+        refused: Answers of pools that have no such adapter.
+        unknown: Pools that could not be asked, and why.
+    """
+
+    found: list[tuple[str, list[dict[str, Any]]]] = field(default_factory=list)
+    refused: list[InvalidRequest] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
 
 
 class Talk:
@@ -51,6 +70,40 @@ class Talk:
         """5 Hz audio codes of a stored file."""
         answer = await self._call("render", "codes", name)
         return tuple(answer)
+
+    async def loras(self, name: str | None = None) -> Looked:
+        """What the renderers' LoRA folders hold: all of it, or the adapter of a name. Of each pool one replica that runs is asked."""
+        view = self.fleet.view
+        pools = view.of("render")
+        running = [pool for pool in pools if pool.running]
+        looked = Looked(
+            unknown=[f"{p.app}: {view.why_not_ready(p) or 'no replica runs'}" for p in pools if not p.running]
+        )
+        answers = await asyncio.gather(*(self._look(pool.app, name) for pool in running))
+        for pool, answer in zip(running, answers, strict=True):
+            if isinstance(answer, list):
+                looked.found.append((str((pool.info or {}).get("model", pool.app)), answer))
+            elif isinstance(answer, InvalidRequest):
+                looked.refused.append(answer)
+            else:
+                looked.unknown.append(f"{pool.app}: {answer}")
+        return looked
+
+    async def _look(self, app: str, name: str | None) -> list[dict[str, Any]] | InvalidRequest | str:
+        response: Any = self.fleet.handle(app, "render").loras.remote(name)
+        try:
+            async with asyncio.timeout(LOOK_S):
+                answer = await response
+        except TimeoutError:
+            response.cancel()
+            return f"did not answer within {LOOK_S:g} s"
+        except REPLICA_LOST as lost:
+            return f"lost its replica ({type(lost).__name__})"
+        if "error" not in answer:
+            entries: list[dict[str, Any]] = answer["result"]
+            return entries
+        refusal = error_from_dict(answer["error"])
+        return refusal if isinstance(refusal, InvalidRequest) else refusal.message
 
     def columns(self, role: Role) -> dict[str, Any]:
         """What a job's row says while it waits to ask a stage."""

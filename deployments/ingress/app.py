@@ -11,10 +11,11 @@ from starlette.middleware.gzip import DEFAULT_EXCLUDED_CONTENT_TYPES, GZipMiddle
 
 from acestep import __version__
 from deployments.ingress import errors as problems
+from deployments.ingress.acestep import loras as compat_loras
 from deployments.ingress.acestep import models, tasks, texts
 from deployments.ingress.links import Prefix
 from deployments.ingress.middleware import BodyLimit, LostProxy, OptionalPrefix, Strangers, host_of
-from deployments.ingress.native import answers, cluster, files, health, library, lyrics, song_files, webhooks
+from deployments.ingress.native import answers, cluster, files, health, library, loras, lyrics, song_files, webhooks
 from deployments.ingress.native import songs as native
 from deployments.ingress.native import texts as plans
 from deployments.ingress.openai import chat
@@ -76,6 +77,7 @@ def build_app(service: Service) -> FastAPI:
         studio,
         health,
         cluster,
+        loras,
         native,
         library,
         song_files,
@@ -86,6 +88,7 @@ def build_app(service: Service) -> FastAPI:
         tasks,
         texts,
         models,
+        compat_loras,
         chat,
     ):
         app.include_router(module.router)

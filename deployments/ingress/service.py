@@ -35,6 +35,7 @@ from deployments.ingress.signing import Signer
 from deployments.ingress.source_audio import Sources
 from deployments.jobs.blobs import Storage
 from deployments.jobs.limits import Rates
+from deployments.jobs.loras import LoraDefaults
 from deployments.jobs.outbox import Outbox
 from deployments.jobs.queue import Line, Place, turn_of
 from deployments.jobs.retention import Retention
@@ -74,6 +75,7 @@ class Service:
     outbox: Outbox = field(init=False)
     retention: Retention = field(init=False)
     line: Line = field(init=False)
+    loras: LoraDefaults = field(init=False)
     _asking: Counter[str] = field(init=False, default_factory=Counter)  # questions by caller
     _turn: asyncio.Semaphore = field(init=False, default_factory=lambda: asyncio.Semaphore(QUESTIONS_AT_ONCE))
 
@@ -90,6 +92,7 @@ class Service:
             keep_jobs_s=self.args.keep_jobs_s, keep_uploads_s=self.args.keep_uploads_s,
         )  # fmt: skip
         self.line = Line(self.store.engine)
+        self.loras = LoraDefaults(self.store.engine)
         self.talk = Talk(self.fleet, self.routing)
         self.webhook_secret = shared_secret(self.store.engine, "webhook", "ACESTEP_WEBHOOK_SECRET")
         self.outbox = Outbox(

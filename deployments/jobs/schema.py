@@ -103,6 +103,13 @@ rates = sa.Table(  # one bucket of requests for each caller that has a limit
     sa.Column("full_at", sa.Float, nullable=False),  # when all of its requests will be there again
 )
 
+lora_defaults = sa.Table(  # adapters of each caller's requests that name none
+    "lora_defaults",
+    metadata,
+    sa.Column("owner_key", sa.String(64), primary_key=True),
+    sa.Column("value", sa.JSON, nullable=False),
+)
+
 secrets = sa.Table(
     "secrets",
     metadata,

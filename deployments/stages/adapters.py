@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from acestep.adapters.files import FIELD, adapter_files
 from acestep.errors import InvalidRequest
 from acestep.paths import home
 from acestep.request import SongRequest
+
+if TYPE_CHECKING:
+    from acestep.adapters.layout import Target
+
+MAX_LISTED = 1_000
+_DEPTH = 3  # of folders in folders
 
 
 def adapter_roots(configured: Sequence[str] | None) -> list[Path]:
@@ -52,6 +59,62 @@ def find(asked: str, roots: Sequence[Path]) -> Path:
         except OSError as error:
             refusal = f"the adapter {asked[:100]!r} cannot be read: {error.strerror}"
     raise InvalidRequest(f"{FIELD}: {refusal}", field=FIELD)
+
+
+def listing(roots: Sequence[Path], target: Target) -> list[dict[str, Any]]:
+    """An `entry` for each adapter in the folders, the first `MAX_LISTED` by name. Reads headers only. Blocks."""
+    found: dict[str, dict[str, Any]] = {}
+    for root in roots:
+        for path in _adapters(root, roots, _DEPTH):
+            name = path.relative_to(root).as_posix()
+            if len(found) == MAX_LISTED:
+                return list(found.values())
+            if name not in found:  # a name means the first folder that has it
+                found[name] = entry(name, path, target)
+    return list(found.values())
+
+
+def entry(name: str, path: Path, target: Target) -> dict[str, Any]:
+    """What an adapter is, and whether it fits the model: kind, ranks, layers, base_model, bytes, fits, problem."""
+    from acestep.adapters.layout import read_layout
+
+    facts: dict[str, Any] = {"name": name, "kind": None, "ranks": [], "layers": 0, "base_model": None, "bytes": 0}
+    try:
+        facts["bytes"] = adapter_files(path)[0].stat().st_size
+        layout = read_layout(path, target)
+        facts |= {
+            "kind": layout.kind, "ranks": list(layout.ranks), "layers": len(layout.keys) - len(layout.left_out),
+            "base_model": layout.config.base_model,
+        }  # fmt: skip
+        layout.check()
+    except InvalidRequest as error:
+        return {**facts, "fits": False, "problem": error.message}
+    except OSError as error:
+        return {**facts, "fits": False, "problem": f"it cannot be read: {error.strerror}"}
+    return {**facts, "fits": True, "problem": None}
+
+
+def _adapters(folder: Path, roots: Sequence[Path], depth: int) -> Iterator[Path]:
+    """Files of adapters, and folders as trainers leave them, in a folder and those in it. What leads out of all roots is not there."""
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError:
+        return
+    for path in entries:
+        if path.name.startswith(".") or not _inside(path, roots):
+            continue
+        if path.is_file():
+            if path.suffix == ".safetensors":
+                yield path
+        elif path.is_dir():
+            try:
+                files = adapter_files(path)
+            except (InvalidRequest, OSError):
+                files = ()
+            if files and all(_inside(file, roots) for file in files):
+                yield path
+            elif not files and depth > 1:
+                yield from _adapters(path, roots, depth - 1)
 
 
 def _inside(path: Path, roots: Sequence[Path]) -> bool:

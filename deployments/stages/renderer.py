@@ -23,7 +23,7 @@ from acestep.song import Progress, Song
 from deployments.config.args import RendererArgs, parse_args
 from deployments.dispatch import retry
 from deployments.jobs.blobs import Storage
-from deployments.stages.adapters import adapter_roots, with_adapters
+from deployments.stages.adapters import adapter_roots, entry, find, listing, with_adapters
 from deployments.stages.inputs import local_files
 from deployments.stages.messages import TALK_PRIORITY, ProgressMailbox, failure, follow, ticket_id
 from deployments.stages.simulated import NOTICE, SimulatedRenderer
@@ -146,6 +146,19 @@ class RendererDeployment:
                 except asyncio.CancelledError:
                     self.renderer.cancel(ticket)
                     raise
+        except AceStepError as error:
+            return failure(error)
+
+    async def loras(self, name: str | None = None) -> dict[str, Any]:
+        """What the LoRA folders hold, or the adapter of a name: one `{"result": [...]}` or `{"error": ...}`."""
+        target = self.renderer.adapter_target
+        if target is None:
+            return {"result": []}
+        try:
+            if name is None:
+                return {"result": await asyncio.to_thread(listing, self.lora_roots, target)}
+            path = await asyncio.to_thread(find, name, self.lora_roots)
+            return {"result": [await asyncio.to_thread(entry, name, path, target)]}
         except AceStepError as error:
             return failure(error)
 

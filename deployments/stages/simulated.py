@@ -201,6 +201,8 @@ class SimulatedPlanner:
 class SimulatedRenderer:
     """The verbs of `acestep.dit.renderer.Renderer`, for `RenderWork` only."""
 
+    adapter_target = None  # there is no model that an adapter could fit
+
     def __init__(self, profile: Profile, model: str) -> None:
         self._cost, self._model = profile.renderer(model), model
         self._thread: EngineThread[Any, Any] = EngineThread(SimulatedEngine(1, "rendering"), name="simulated-renderer")

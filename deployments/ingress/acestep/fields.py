@@ -183,9 +183,10 @@ def _fields() -> Iterable[Field]:
         about="Peak at normalization_db. Not sent: yes, but not for repaint, lego, extract and complete.",
     )  # fmt: skip
     yield Field("normalization_db", f, None, ("normalizationDb",), low=-60, high=0, about="-1 where not sent.")
-    # An extension: adapters are chosen by request here.
-    yield Field("lora_path", s, None, about="A LoRA adapter for this song.")
+    # Extensions: adapters may be chosen by request here.
+    yield Field("lora_path", s, None, about="An adapter for this song, instead of the one of /v1/lora/load.")
     yield Field("lora_scale", f, 1.0, low=0, high=4)
+    yield Field("lora", "raw", None, about='Several adapters: [{"path": ..., "scale": ...}, ...].')
     # Sent by newer clients
     yield Field("use_tiled_decode", b, True, ("useTiledDecode",), no_effect="tiles follow the card's memory")
     yield Field("eta", f, _APG["eta"].default, low=_APG["eta"].low, high=_APG["eta"].high, about=_OF_APG)

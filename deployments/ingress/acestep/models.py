@@ -14,10 +14,6 @@ from deployments.ingress.service import Service, Svc
 
 router = APIRouter(tags=["ACE-Step's own API"], route_class=CompatRoute)
 MONTH_S = 30 * 86_400
-NO_LORA = (
-    "LoRA adapters are chosen by request here, since replicas are shared: send lora_path and lora_scale with /release_task, "
-    'or "lora": {"path": ..., "scale": ...} with /v1/music'
-)
 
 
 @router.get("/v1/stats", summary="Counts of jobs")
@@ -171,30 +167,3 @@ async def reinitialize(request: Request, service: Svc) -> Any:
     return soft_error(
         400, "not supported: Ray Serve replaces replicas that are not healthy; restart the service to load others"
     )
-
-
-@router.get("/v1/lora/status", summary="No adapter is ever loaded for everybody")
-async def lora_status(request: Request, service: Svc) -> Any:
-    await caller_by_header(request, service)
-    return envelope(
-        {
-            "lora_loaded": False,
-            "use_lora": False,
-            "lora_scale": 1.0,
-            "adapter_type": None,
-            "scales": {},
-            "active_adapter": None,
-            "adapters": [],
-            "synthetic_default_mode": False,
-        }
-    )
-
-
-@router.post("/v1/lora/{action}", summary="Refused with a hint: adapters are chosen by request")
-async def lora(
-    request: Request, action: Annotated[str, Path(description="load, unload, toggle or scale.")], service: Svc
-) -> Any:
-    await caller_by_header(request, service)
-    if action not in ("load", "unload", "toggle", "scale"):
-        raise HTTPException(404, "Not Found")
-    return soft_error(400, NO_LORA)

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from acestep.checkpoints.published import VariantDefaults, default_name, expected_defaults
 from acestep.errors import InvalidRequest
-from acestep.request import INSTRUMENTAL, MAX_SEED, NO_USER_INPUT, Adjustment, SongRequest
+from acestep.request import INSTRUMENTAL, MAX_SEED, NO_USER_INPUT, Adjustment, Lora, SongRequest
 from acestep.tasks import RULES
 from acestep.words import is_instrumental, split_names
 from deployments.dispatch.errands import PREPARE
 from deployments.ingress.acestep.controls import control_fields
 from deployments.ingress.acestep.editing import source_fields
 from deployments.ingress.acestep.fields import FIELDS, Values
+from deployments.ingress.bodies import parse_json
 
 _LANGUAGE_NAMES = {
     "english": "en", "chinese": "zh", "mandarin": "zh", "japanese": "ja", "korean": "ko", "spanish": "es", "french": "fr",
@@ -45,8 +46,11 @@ class Served:
     planner: str | None
 
 
-def build(v: Values, served: Served) -> Submission:
+def build(v: Values, served: Served, loras: Sequence[Lora] = ()) -> Submission:
     """The job that the fields ask for.
+
+    Args:
+        loras: The caller's default, for a request that names no adapter.
 
     Raises:
         InvalidRequest, pydantic.ValidationError: a field is wrong in a way that cannot be put right.
@@ -59,7 +63,7 @@ def build(v: Values, served: Served) -> Submission:
     if kind == "song" and v["analysis_only"]:
         kind = "plan"
     fields = source_fields(v, kind)
-    fields |= _text(v) | _music(v) | _planner(v, served) | _renderer(v, served, kind)
+    fields |= _text(v) | _music(v) | _planner(v, served) | _renderer(v, served, kind, loras)
     prepare = _prepare(v, fields)
     if kind in ("codes", "understand"):
         if fields.get("src_audio") is None and fields.get("audio_codes") is None:
@@ -175,7 +179,7 @@ def _top_p(v: Values) -> float:
     return 0.9
 
 
-def _renderer(v: Values, served: Served, kind: str) -> dict[str, Any]:
+def _renderer(v: Values, served: Served, kind: str, loras: Sequence[Lora]) -> dict[str, Any]:
     model = _model(v, served)
     model_or_first = model or next(iter(served.renderers), None)
     defaults = served.renderers[model_or_first] if model_or_first else expected_defaults(default_name("renderer"))
@@ -191,10 +195,7 @@ def _renderer(v: Values, served: Served, kind: str) -> dict[str, Any]:
     if sampler == "heun" and v["infer_method"] == "sde":
         v.warn("sampler_mode", "heun", "euler", "heun is a method for ode")
         sampler = "euler"
-    if v["lora_scale"] != 1.0 and not v["lora_path"]:
-        v.warn("lora_scale", v["lora_scale"], None, "there is no lora_path")
     timesteps = _timesteps(v, defaults.max_steps)
-    lora = {"path": v["lora_path"], "scale": v["lora_scale"]} if v["lora_path"] else None
     return {
         "model": model,
         "steps": steps,
@@ -208,9 +209,24 @@ def _renderer(v: Values, served: Served, kind: str) -> dict[str, Any]:
         "formats": (v["audio_format"],),
         "normalize": v["enable_normalization"],
         "normalization_db": v["normalization_db"],
-        "lora": lora,
+        "lora": _loras(v, loras),
         **control_fields(v, lambda name, asked: _seeds(v, name, asked)),
     }
+
+
+def _loras(v: Values, default: Sequence[Lora]) -> Any:
+    """What `lora` names, else `lora_path`, else the caller's default; `SongRequest` checks it."""
+    named, path = v["lora"], v["lora_path"]
+    if isinstance(named, str):  # in a form
+        try:
+            named = parse_json(named.encode())
+        except ValueError:
+            raise InvalidRequest("lora: must be a JSON list of objects with path and scale", field="lora") from None
+    if named and path:
+        v.warn("lora_path", path, None, "lora goes first")
+    if v["lora_scale"] != 1.0 and (named or not path):
+        v.warn("lora_scale", v["lora_scale"], None, "there is no lora_path")
+    return named or ({"path": path, "scale": v["lora_scale"]} if path else tuple(default))
 
 
 def _model(v: Values, served: Served) -> str | None:

@@ -114,7 +114,8 @@ async def resolved(service: Service, caller: Caller, values: Values) -> Any:
     for field in ("src_audio_path", "reference_audio_path"):
         if values[field]:
             values.values[field] = (await service.source(values[field], caller, field)).path
-    return build(values, served(service))
+    default = await asyncio.to_thread(service.loras.get, caller.name)
+    return build(values, served(service), default.loras)
 
 
 def served(service: Service) -> Served:
