@@ -24,26 +24,30 @@ hypothesis.settings.load_profile("untimed")
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With several workers: a file's tests stay together, and so do those that share a server.
+    """With several workers: a room's tests stay together, since they share what is slow to make; those of `api` and `e2e` by file, but for
+    the ones that share a server.
 
     Tests through the front door wait more than they compute. Their groups are spread over the run, all but its end, so that beside each of them
     something computes.
     """
-    if config.getoption("dist", "no") == "no":
+    if not getattr(config.option, "loadgroup", False):  # xdist tells its workers so
         return
-    groups: dict[str, list[pytest.Item]] = {}
+    front_doors = {item.path for item in items if item.get_closest_marker("e2e")}
+    waiting: dict[str, list[pytest.Item]] = {}
+    computing: dict[str, list[pytest.Item]] = {}
     for item in items:
-        marked = item.get_closest_marker("xdist_group")
-        name = marked.args[0] if marked else item.nodeid.partition("::")[0]
-        if not marked:
-            item.add_marker(pytest.mark.xdist_group(name))
-        groups.setdefault(name, []).append(item)
-    waiting = [tests for tests in groups.values() if any(t.get_closest_marker("e2e") for t in tests)]
-    computing = [tests for tests in groups.values() if tests not in waiting]
-    computing.sort(key=len, reverse=True)
-    place = [(0.7 * i / len(waiting), tests) for i, tests in enumerate(waiting)]
-    place += [(i / len(computing), tests) for i, tests in enumerate(computing)]
-    items[:] = [test for _, tests in sorted(place, key=lambda p: p[0]) for test in tests]
+        room, waits = item.path.parent, item.path in front_doors
+        group = item.path if waits or room.name == "api" else room
+        if room.name == "e2e" and "server" in item.fixturenames and not hasattr(item.module, "server"):
+            group = room
+        name = str(group.relative_to(config.rootpath))
+        item.add_marker(pytest.mark.xdist_group(name))
+        (waiting if waits else computing).setdefault(name, []).append(item)
+    places = []
+    for groups, end in ((waiting, 0.7), (computing, 1.0)):
+        longest_first = sorted(groups.values(), key=len, reverse=True)
+        places += [(end * i / len(longest_first), tests) for i, tests in enumerate(longest_first)]
+    items[:] = [test for _, tests in sorted(places, key=lambda place: place[0]) for test in tests]
 
 
 @pytest.fixture(autouse=True)

@@ -121,20 +121,19 @@ class Server:
     def wait_for(self, path: str, status: int = 200, timeout_s: float = START_TIMEOUT_S) -> httpx.Response:
         """Poll a path until it answers with `status`."""
         until = time.monotonic() + timeout_s
-        last: Any = None
-        while time.monotonic() < until:
-            assert self.process is not None, "not started"
-            if self.process.poll() is not None:
-                raise AssertionError(f"serve run ended with {self.process.returncode}:\n{self.output()[-4000:]}")
-            try:
-                last = httpx.get(self.url + path, timeout=5.0)
-                # Until there is a router, the proxy answers for it.
-                if last.status_code == status and (path != "/livez" or last.json() == {"status": "ok"}):
-                    return last
-            except httpx.TransportError as error:
-                last = error
-            time.sleep(0.25)
-        shown = last.text if isinstance(last, httpx.Response) else repr(last)
+        last: httpx.Response | None = None
+        with httpx.Client(base_url=self.url, timeout=5.0) as client:
+            while time.monotonic() < until:
+                assert self.process is not None, "not started"
+                if self.process.poll() is not None:
+                    raise AssertionError(f"serve run ended with {self.process.returncode}:\n{self.output()[-4000:]}")
+                with contextlib.suppress(httpx.TransportError):
+                    last = client.get(path)
+                    # Until there is a router, the proxy answers for it.
+                    if last.status_code == status and (path != "/livez" or last.json() == {"status": "ok"}):
+                        return last
+                time.sleep(0.25)
+        shown = last.text if last is not None else "no answer"
         raise AssertionError(f"{path} never answered {status}; last: {shown}\n{self.output()[-4000:]}")
 
     def deploy(self, config: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from acestep.cli.doctor.report import Report, build_mismatches, misspelt, report
 from acestep.cli.doctor.view import print_report
 from acestep.hardware.cards import Device, cpu_device
 from tests.cards import MakeCard, shared_checkpoints
+from tests.server import free_port
 
 
 @pytest.fixture(autouse=True)
@@ -30,12 +31,6 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("ACESTEP_CHECKPOINTS", raising=False)
     monkeypatch.setenv("ACESTEP_URL", f"http://127.0.0.1:{free_port()}")
     return tmp_path / "state"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def errors(made: Report) -> list[Finding]:

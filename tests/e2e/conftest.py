@@ -9,6 +9,6 @@ from tests.server import Server
 
 @pytest.fixture(scope="package")
 def server() -> Iterator[Server]:
-    """One server for all tests that leave it as they found it: the files of the group "the server", which run one after the other."""
+    """One server for all tests that leave it as they found it. A module that needs another has a fixture of this name."""
     with Server() as running:
         yield running

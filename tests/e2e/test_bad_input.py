@@ -9,7 +9,7 @@ import pytest
 
 from tests.server import Server
 
-pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("the server")]
+pytestmark = pytest.mark.e2e
 
 
 def post(server: Server, body: Any) -> httpx.Response:

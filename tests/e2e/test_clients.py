@@ -17,7 +17,7 @@ import soundfile
 
 from tests.server import Server
 
-pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("the server")]
+pytestmark = pytest.mark.e2e
 SHORT = {"audio_duration": 10, "batch_size": 1, "inference_steps": 2, "audio_format": "wav"}
 
 

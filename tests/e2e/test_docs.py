@@ -11,7 +11,7 @@ import pytest
 
 from tests.server import ROOT, Server
 
-pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("the server")]
+pytestmark = pytest.mark.e2e
 
 
 def test_the_examples_of_the_api_page_work(server: Server, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from acestep.cli.client import Client
 from tests.server import Server
 
-pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("the server")]
+pytestmark = pytest.mark.e2e
 EXPECTED = {
     "ray_acestep_jobs", "ray_acestep_jobs_ended", "ray_acestep_audio_seconds", "ray_acestep_stage_seconds",
     "ray_acestep_queue_seconds", "ray_acestep_real_time_factor", "ray_acestep_backlog_seconds", "ray_acestep_pool_replicas",

@@ -12,7 +12,7 @@ import soundfile
 
 from tests.server import ROOT, Server
 
-pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("the server")]
+pytestmark = pytest.mark.e2e
 EXAMPLES = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
 
 

@@ -24,7 +24,7 @@ from google.protobuf.message_factory import GetMessageClass
 
 from tests.server import Server
 
-pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("the server")]
+pytestmark = pytest.mark.e2e
 TIMEOUT_S = 5.0
 REFUSED, UNKNOWN = grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNIMPLEMENTED
 GRPCS_OWN = "/grpc."  # health, reflection and channelz, which Ray opens to everybody: names of services and connections, no deeds

@@ -18,7 +18,7 @@ from acestep.cli.client import Client
 from acestep.song import TINY_NOTICE
 from tests.server import Server
 
-pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("the server")]
+pytestmark = pytest.mark.e2e
 ACESTEP = str(Path(sys.executable).with_name("acestep"))
 
 

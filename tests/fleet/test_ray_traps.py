@@ -7,6 +7,7 @@ in `e2e/test_scaling.py`, draining in `e2e/test_update.py`.
 from __future__ import annotations
 
 import itertools
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -163,19 +164,24 @@ def two_cards() -> Iterator[None]:
     from ray.cluster_utils import Cluster
 
     config = build_config(parse_tiers("tier5:2"))
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 0})
-    try:
-        with pytest.MonkeyPatch.context() as patch:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        tempfile.TemporaryDirectory(prefix="ace-", ignore_cleanup_errors=True) as folder,
+    ):
+        patch.setenv("RAY_TMPDIR", folder)  # another test's `acestep` would take a Ray in /tmp for the one to join
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 0})
+        try:
             patch.setenv("MAX_CUDA_VRAM", "12")  # nodes inherit the environment they are started in
             for _ in range(2):
                 cluster.add_node(num_cpus=2, num_gpus=1, labels={"acestep/role": "gpu", "acestep/gpu-tier": "tier5"})
-        ray.init(address=cluster.address, namespace="serve", log_to_driver=False)
-        serve.start(proxy_location="Disabled", controller_options=config["controller_options"])
-        yield
-        serve.shutdown()
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
+            patch.delenv("MAX_CUDA_VRAM")
+            ray.init(address=cluster.address, namespace="serve", log_to_driver=False)
+            serve.start(proxy_location="Disabled", controller_options=config["controller_options"])
+            yield
+            serve.shutdown()
+        finally:
+            ray.shutdown()
+            cluster.shutdown()
 
 
 @pytest.mark.e2e

@@ -1,0 +1,36 @@
+"""Further card sizes than `e2e/test_tiers.py` has: the stages and the application as they are there, without Serve between them."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from deployments.config.args import PlannerArgs, RendererArgs, parse_args
+from deployments.config.options import settled
+from deployments.fleet.watch import FleetView, Pool
+from deployments.stages.planner import PlannerDeployment
+from deployments.stages.renderer import RendererDeployment
+from tests.card_sizes import ARGS, ASKED, OTHERS, Size, check_answers, check_renderer
+
+from .conftest import Build
+
+
+@pytest.mark.parametrize("size", OTHERS, ids=lambda size: f"{size.gib:g}")
+async def test_a_card_of_this_size(build: Build, size: Size, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in size.env.items():
+        monkeypatch.setenv(name, value)
+    plans = settled(parse_args(PlannerArgs, ARGS, "lm"), default_share=0.4)
+    renders = settled(parse_args(RendererArgs, ARGS, "dit"), default_share=0.6)
+    planner = PlannerDeployment(plans.model_dump(mode="json"))
+    renderer = RendererDeployment(renders.model_dump(mode="json"))
+    told = await renderer.describe()
+    check_renderer(size, told)
+    pools = (
+        Pool("dit", "render", renders, status="RUNNING", running=1, info=told),
+        Pool("lm", "plan", plans, status="RUNNING", running=1, info=await planner.describe()),
+    )
+    site = build(view=FleetView(pools=pools, at=time.time(), http_host="127.0.0.1"))
+    job = (await site.client.post("/v1/music", json=ASKED)).json()
+    strict = await site.client.post("/v1/music", json={**ASKED, "strict": True})
+    check_answers(size, job, (strict.status_code, strict.json()))
