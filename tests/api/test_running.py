@@ -133,7 +133,7 @@ async def submit(site: Site, path: str = "/v1/music", **fields: Any) -> str:
 
 
 async def until(what: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not what():
             await asyncio.sleep(0.01)
 

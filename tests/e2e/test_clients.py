@@ -21,7 +21,7 @@ pytestmark = pytest.mark.e2e
 SHORT = {"audio_duration": 10, "batch_size": 1, "inference_steps": 2, "audio_format": "wav"}
 
 
-def poll(server: Server, task_id: str, timeout_s: float = 120.0) -> dict[str, Any]:
+def poll(server: Server, task_id: str, timeout_s: float = 240.0) -> dict[str, Any]:
     """As many clients do: the list of ids as JSON text."""
     until = time.monotonic() + timeout_s
     while time.monotonic() < until:

@@ -31,7 +31,7 @@ def fleet() -> Iterator[Cluster]:
         cluster.stop()
 
 
-def until(cluster: Cluster, true: Callable[[dict[str, Any]], bool], timeout_s: float = 180.0) -> dict[str, Any]:
+def until(cluster: Cluster, true: Callable[[dict[str, Any]], bool], timeout_s: float = 240.0) -> dict[str, Any]:
     """Poll /v1/cluster until something holds."""
     end = time.monotonic() + timeout_s
     while time.monotonic() < end:
@@ -101,7 +101,7 @@ def test_a_node_goes_limits_shrink_nothing_is_lost_it_comes_back(fleet: Cluster)
         assert "480" in strict.text
         assert make(fleet, duration=10)["placement"]["renderer"] == "dit-tier4"
         # The accepted one waits for its card and is made when that is back.
-        end = time.monotonic() + 60
+        end = time.monotonic() + 180
         while client.job(under_way["id"])["state"] != "queued":
             assert time.monotonic() < end, client.job(under_way["id"])
             time.sleep(0.5)

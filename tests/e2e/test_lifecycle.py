@@ -58,7 +58,7 @@ def test_a_missing_model_is_said_in_readyz_and_by_prepare(tmp_path: Path) -> Non
         assert "no-such-model" in told.stderr
         assert "Traceback" not in told.stderr
         server.start(ready=False)
-        until = time.monotonic() + 60
+        until = time.monotonic() + 180
         reason = ""
         while "no-such-model" not in reason and time.monotonic() < until:
             answer = server.wait_for("/readyz", status=503)

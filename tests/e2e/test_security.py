@@ -233,7 +233,7 @@ def test_serve_run_typed_by_itself_is_closed_too(tmp_path: Path) -> None:
     other.env = {k: v for k, v in other.env.items() if not k.startswith("RAY_AUTH")} | {"HOME": str(tmp_path)}
     try:
         other.start(ready=False)
-        until = time.monotonic() + 30
+        until = time.monotonic() + 180
         while "Serve's replicas on all addresses" not in other.output() and time.monotonic() < until:
             time.sleep(0.2)
         assert re.search("Serve's replicas on all addresses.* need the token", other.output())

@@ -105,7 +105,7 @@ def test_another_size_restarts_no_replica(server: Server) -> None:
         rendering(client, job["id"])
         before = replica_starts(server)
         deploy(server, grow)
-        until = time.monotonic() + 90
+        until = time.monotonic() + 180
         while next(p for p in client.cluster()["pools"] if p["name"] == "dit")["replicas"]["running"] != 2:
             assert time.monotonic() < until, server.output()[-3000:]
             time.sleep(0.3)
@@ -123,7 +123,7 @@ def test_a_router_is_replaced_without_a_request_being_lost(server: Server) -> No
     together = False
     with ThreadPoolExecutor(1) as pool:
         deploying = pool.submit(deploy, server, change)
-        until = time.monotonic() + 90
+        until = time.monotonic() + 180
         now = before
         while not deploying.done() or before & now:
             assert time.monotonic() < until, server.output()[-3000:]
@@ -157,7 +157,7 @@ def test_ctrl_c_with_a_long_song_and_a_listener_ends_soon_and_the_song_goes_on_a
         job = client.submit({"prompt": "a song", "duration": 180, "steps": 20, "thinking": False})
         rendering(client, job["id"])
     threading.Thread(target=listen, args=(f"{server.url}/v1/jobs/{job['id']}/events",), daemon=True).start()
-    assert heard.wait(30)
+    assert heard.wait(120)
     server.interrupt()  # which waits for far less than that
     assert "Traceback" not in server.output(), server.output()[-3000:]
     with Server(edit=simulated("h100-sxm"), home=home) as second, Client(second.url) as client:
