@@ -77,12 +77,19 @@ def extension(fmt: AudioFormat) -> str:
     return FORMATS[fmt].extension
 
 
-def check_formats(formats: Sequence[AudioFormat], bitrate_kbps: int | None) -> None:
-    """Refuse a bitrate that one of the asked formats cannot have, or that none of them uses.
+def check_formats(formats: Sequence[AudioFormat], bitrate_kbps: int | None, sample_rate: int = 48_000) -> None:
+    """Refuse a sample rate or bitrate that one of the asked formats cannot have, or a bitrate that none of them uses.
 
     Raises:
-        InvalidRequest: naming `bitrate_kbps` and what would do.
+        InvalidRequest: naming the field and what would do.
     """
+    if "opus" in formats and sample_rate != 48_000:
+        raise InvalidRequest(
+            f"sample_rate: opus has 48000 Hz only, not {sample_rate}.",
+            field="sample_rate",
+            limit=48_000,
+            asked=sample_rate,
+        )
     if bitrate_kbps is None:
         return
     lossy = [f for f in formats if not FORMATS[f].lossless]

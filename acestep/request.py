@@ -260,7 +260,18 @@ class SongRequest(SamplingControls):
         description="Every song comes in each of these. Also: format, audio_format.",
         validation_alias=AliasChoices("formats", "format", "audio_format"),
     )
-    bitrate_kbps: int | None = Field(None, ge=32, le=512, description="For mp3, opus and aac.")
+    bitrate_kbps: Annotated[Annotated[int, Field(ge=32, le=512)] | None, BeforeValidator(words.read_bitrate)] = Field(
+        None,
+        description="For mp3, opus and aac; also as '128k'. `mp3_bitrate` is the same.",
+        validation_alias=AliasChoices("bitrate_kbps", "mp3_bitrate"),
+    )
+    sample_rate: Literal[48000, 44100] = Field(
+        48000,
+        description="Of the files, in Hz; opus has 48000 only. `mp3_sample_rate` is the same.",
+        validation_alias=AliasChoices("sample_rate", "mp3_sample_rate"),
+    )
+    fade_in_duration: float = Field(0.0, ge=0.0, le=60.0, description="Seconds from silence at the beginning.")
+    fade_out_duration: float = Field(0.0, ge=0.0, le=60.0, description="Seconds to silence at the end.")
     normalize: bool | None = Field(
         None,
         validation_alias=AliasChoices("normalize", "enable_normalization"),
@@ -327,7 +338,7 @@ class SongRequest(SamplingControls):
                 f"plan: item_metadata of {len(self.plan.item_metadata)} items for batch_size {self.batch_size}"
             )
         try:
-            check_formats(self.formats, self.bitrate_kbps)
+            check_formats(self.formats, self.bitrate_kbps, self.sample_rate)
         except InvalidRequest as error:
             raise ValueError(error.message) from error
         return self

@@ -118,6 +118,13 @@ def _float(text: str) -> float:
     )  # beyond every limit either way: the field's own is what is said
 
 
+def read_bitrate(value: Any) -> Any:
+    """kbit/s, also as '128k' or '192 kbps'."""
+    if isinstance(value, str) and (found := re.fullmatch(r"\s*(\d{1,6})\s*(k|kbps|kbit/s)?\s*", value, re.IGNORECASE)):
+        return int(found[1])
+    return value
+
+
 @_reader("beats per minute, such as 120 or '120 BPM'")
 def read_bpm(text: str) -> int | None:
     """`129.2`, `"120 BPM"`, `"110-120"` → 129, 120, 115: whole beats per minute. 0 and less say nothing."""

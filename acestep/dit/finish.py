@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from acestep.audio.loudness import PEAK_DBFS, master
 from acestep.audio.manifest import manifest
+from acestep.audio.shaping import faded, resampled
 from acestep.audio.tags import SongTags, lrc
 from acestep.audio.writing import encode
 from acestep.dit.latents import write_latents
@@ -135,10 +136,9 @@ def _finish_item(
         lm_seed=request.lm_seeds[item.index] if plan.model else None,
         retake_seed=request.used_retake_seed(item.index),
         duration=samples / SAMPLE_RATE,
-        samples=samples,
         sidecars=tuple(store.listed),
         scores=scores,
-        **facts,
+        **{"samples": samples, **facts},
     )
 
 
@@ -157,20 +157,22 @@ def _finish_audio(
             f"item {item.index}: every sample is zero. Try another seed; if it stays, the checkpoint or the precision is at fault.",
             item=item.index, seed=item.seed,
         )  # fmt: skip
+    rate = request.sample_rate
     audio, level = master(
-        item.audio.numpy(),
-        SAMPLE_RATE,
+        resampled(item.audio.numpy(), SAMPLE_RATE, rate),
+        rate,
         normalize=normalizes(request),
         dbfs=PEAK_DBFS if request.normalization_db is None else request.normalization_db,
         loudness_lufs=request.loudness_lufs,
     )
+    audio = faded(audio, rate, request.fade_in_duration, request.fade_out_duration)
     metadata = plan.metadata_of(item.index)
     caption = (metadata.caption if request.use_cot_caption else None) or request.prompt
     notice = maker.notice or plan.notice
     tags = SongTags.titled(caption, seed=item.seed, model=maker.model, plan=metadata, notice=notice, lines=lines)
     files = []
     for fmt in request.formats:
-        data = encode(audio, SAMPLE_RATE, fmt, bitrate_kbps=request.bitrate_kbps, tags=tags)
+        data = encode(audio, rate, fmt, bitrate_kbps=request.bitrate_kbps, tags=tags)
         name = store.put(f"{fmt}.{extension(fmt)}", data)
         files.append(
             AudioFile(
@@ -186,6 +188,8 @@ def _finish_audio(
         device=maker.device, notice=notice, settings=rendered.settings, level=level, made_gain_db=item.made_gain_db,
     )  # fmt: skip
     return {
+        "samples": int(audio.shape[1]),
+        "sample_rate": rate,
         "gain_db": round(level.gain_db, 3),
         "made_gain_db": None if item.made_gain_db is None else round(item.made_gain_db, 3),
         "files": tuple(files),

@@ -43,6 +43,12 @@ def test_both_apis_have_the_same_names_and_defaults() -> None:
         ({"flow_edit_n_min": 0.9, "flow_edit_n_max": 0.1}, {"flow_edit_n_min": 0.0}, "above flow_edit_n_max"),
         ({"flow_edit_n_avg": 99}, {"flow_edit_n_avg": 16}, "1 to 16 is possible"),
         ({"flow_edit_morph": True}, {"flow_edit_morph": False}, "no source audio"),
+        ({"mp3_bitrate": "129k"}, {"bitrate_kbps": None}, "not possible for mp3"),
+        ({"mp3_bitrate": "loud"}, {"bitrate_kbps": None}, "not a whole number"),
+        ({"mp3_bitrate": 128, "audio_format": "wav"}, {"bitrate_kbps": None}, "has no bitrate"),
+        ({"mp3_sample_rate": 22_050}, {"sample_rate": 48_000}, "48000 or 44100"),
+        ({"mp3_sample_rate": 44_100, "audio_format": "opus"}, {"sample_rate": 48_000}, "opus has 48000"),
+        ({"fade_out_duration": 100}, {"fade_out_duration": 60.0}, "0 to 60 is possible"),
     ],
     ids=str,
 )
@@ -51,6 +57,14 @@ async def test_what_cannot_be_is_said(site: Site, fields: dict[str, Any], given:
     assert {name: getattr(request, name) for name in given} == given
     (said,) = told.values()
     assert reason in said
+
+
+async def test_how_a_file_is_written(site: Site) -> None:
+    sent = {"mp3_bitrate": "128k", "mp3_sample_rate": "44100", "fade_in_duration": "1.5", "fade_out_duration": 2}
+    request, told = await compat(site, sent)
+    assert told == {}
+    assert (request.bitrate_kbps, request.sample_rate) == (128, 44_100)
+    assert (request.fade_in_duration, request.fade_out_duration) == (1.5, 2.0)
 
 
 async def test_numbers_of_apg_by_fields_of_their_own(site: Site) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -9,9 +10,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import soundfile
+from pydantic import ValidationError
 
 from acestep.cli.local import Studio
 from acestep.controls import SamplingControls
@@ -116,6 +119,37 @@ def test_a_knob_changes_the_song_and_the_answer_makes_it_again(
     if item["retake_seed"] is not None:
         again["retake_seed"] = item["retake_seed"]
     assert song(studios.make(model, **again)) == item["audio"][0]["sha256"]
+
+
+@pytest.mark.parametrize("fmt", ["wav", "wav24", "wav32", "flac", "mp3", "aac"])
+def test_a_file_of_another_rate_with_fades(studios: Studios, fmt: str) -> None:
+    request = SongRequest(**SONG, formats=fmt, mp3_sample_rate=44_100, fade_in_duration=2, fade_out_duration=1.5)
+    made = studios.one("tiny").make(request)
+    (item,) = made.song.items
+    assert (item.sample_rate, item.samples, item.duration) == (44_100, 441_000, 10.0)
+    file = made.files[0, fmt]
+    with av.open(io.BytesIO(file)) as container:
+        frames = [frame.to_ndarray() for frame in container.decode(audio=0)]
+        assert container.streams.audio[0].rate == 44_100
+    assert frames
+    if fmt == "wav32":
+        pcm, _ = soundfile.read(io.BytesIO(file), dtype="float32")
+        begin, middle, end = (float(np.abs(part).max()) for part in (pcm[:2_000], pcm[200_000:240_000], pcm[-2_000:]))
+        assert max(begin, end) < 0.1 * middle
+    plain = studios.one("tiny").make(SongRequest(**SONG, formats=fmt))
+    assert (plain.song.items[0].sample_rate, plain.song.items[0].samples) == (48_000, 480_000)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [({"formats": "opus", "sample_rate": 44_100}, "sample_rate: opus has 48000"), ({"sample_rate": 22_050}, "sample_rate"),
+     ({"fade_in_duration": 61}, "fade_in_duration"), ({"formats": "mp3", "mp3_bitrate": "129k"}, "bitrate_kbps: 129"),
+     ({"mp3_bitrate": "loud"}, "mp3_bitrate")],
+    ids=str,
+)  # fmt: skip
+def test_a_file_that_cannot_be_is_an_error(fields: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValidationError, match=named):
+        SongRequest.model_validate({**SONG, **fields})
 
 
 def test_every_control_has_a_song_here() -> None:

@@ -183,6 +183,22 @@ def _fields() -> Iterable[Field]:
         about="Peak at normalization_db. Not sent: yes, but not for repaint, lego, extract and complete.",
     )  # fmt: skip
     yield Field("normalization_db", f, None, ("normalizationDb",), low=-60, high=0, about="-1 where not sent.")
+    yield Field(
+        "mp3_bitrate",
+        "raw",
+        None,
+        ("mp3Bitrate", "bitrate_kbps", "bitrate"),
+        about="kbit/s of mp3, opus and aac; also as 128k.",
+    )
+    yield Field(
+        "mp3_sample_rate",
+        i,
+        48000,
+        ("mp3SampleRate", "sample_rate", "sampleRate"),
+        about="48000 or 44100; opus has 48000 only.",
+    )
+    yield Field("fade_in_duration", f, 0.0, ("fadeInDuration", "fade_in"), low=0, high=60)
+    yield Field("fade_out_duration", f, 0.0, ("fadeOutDuration", "fade_out"), low=0, high=60)
     # Extensions: adapters may be chosen by request here.
     yield Field("lora_path", s, None, about="An adapter for this song, instead of the one of /v1/lora/load.")
     yield Field("lora_scale", f, 1.0, low=0, high=4)

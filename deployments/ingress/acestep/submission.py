@@ -10,9 +10,10 @@ from typing import Any
 
 from acestep.checkpoints.published import VariantDefaults, default_name, expected_defaults
 from acestep.errors import InvalidRequest
+from acestep.formats import check_formats
 from acestep.request import INSTRUMENTAL, MAX_SEED, NO_USER_INPUT, Adjustment, Lora, SongRequest
 from acestep.tasks import RULES
-from acestep.words import is_instrumental, split_names
+from acestep.words import is_instrumental, read_bitrate, split_names
 from deployments.dispatch.errands import PREPARE
 from deployments.ingress.acestep.controls import control_fields
 from deployments.ingress.acestep.editing import source_fields
@@ -207,6 +208,7 @@ def _renderer(v: Values, served: Served, kind: str, loras: Sequence[Lora]) -> di
         "cfg_interval_start": start,
         "cfg_interval_end": end,
         "formats": (v["audio_format"],),
+        **_file(v),
         "normalize": v["enable_normalization"],
         "normalization_db": v["normalization_db"],
         "lora": _loras(v, loras),
@@ -227,6 +229,27 @@ def _loras(v: Values, default: Sequence[Lora]) -> Any:
     if v["lora_scale"] != 1.0 and (named or not path):
         v.warn("lora_scale", v["lora_scale"], None, "there is no lora_path")
     return named or ({"path": path, "scale": v["lora_scale"]} if path else tuple(default))
+
+
+def _file(v: Values) -> dict[str, Any]:
+    """How the file is written. What the format cannot have is left out, with a warning."""
+    form, rate, asked = v["audio_format"], v["mp3_sample_rate"], v["mp3_bitrate"]
+    bitrate = read_bitrate(asked) if asked not in (None, "") else None
+    given: dict[str, Any] = {"sample_rate": rate, "bitrate_kbps": bitrate}
+    if rate not in (48_000, 44_100):
+        v.warn("mp3_sample_rate", rate, 48_000, "must be 48000 or 44100")
+        given["sample_rate"] = 48_000
+    if bitrate is not None and (isinstance(bitrate, bool) or not isinstance(bitrate, int)):
+        v.warn("mp3_bitrate", asked, None, "not a whole number of kbit/s")
+        given["bitrate_kbps"] = None
+    for name, field, default in (("mp3_sample_rate", "sample_rate", 48_000), ("mp3_bitrate", "bitrate_kbps", None)):
+        alone = {"sample_rate": 48_000, "bitrate_kbps": None, field: given[field]}
+        try:
+            check_formats((form,), **alone)
+        except InvalidRequest as error:
+            v.warn(name, v[name], default, error.message.partition(": ")[2])
+            given[field] = default
+    return {**given, **{name: v[name] for name in ("fade_in_duration", "fade_out_duration")}}
 
 
 def _model(v: Values, served: Served) -> str | None:
