@@ -7,7 +7,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from benchmarks.fleet_simulator import PLANNER_ROWS, PoolSpec
-from deployments.jobs.backlog import Backlog
+from deployments.jobs.waiting import Backlog
 from deployments.scheduling.autoscaling import desired
 
 

@@ -19,16 +19,29 @@ from acestep.plan import Plan
 from acestep.sizing import profiles
 from acestep.sizing.cost import Corrections, expected_duration, plan_rows, plan_seconds, render_seconds
 from benchmarks.fleet_traffic import Arrival
-from deployments.jobs.backlog import Backlog, handover_rate
+from deployments.jobs.waiting import Backlog, handover_rate
 from deployments.scheduling.autoscaling import desired
 from deployments.scheduling.choose import Decision, FleetState, PoolState, Promise, choose
-from deployments.scheduling.fairness import Usage, Waiting, next_jobs, patience_of, place
+from deployments.scheduling.fairness import USAGE_HALF_LIFE_S, Waiting, next_jobs, patience_of
 
 CANDIDATES = 256  # how many waiting jobs a dispatcher looks at, as the job store hands them out
 RATE_WINDOW_S = 120.0
 PLANNER_ROWS = 16
 MEAN_CONTEXT = 400.0
 TASKS = frozenset({"text2music", "cover", "repaint"})
+
+
+class Usage:
+    """Seconds of work given to each caller, old work forgotten by half every five minutes; the service reads the same from its store."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, tuple[float, float]] = {}  # seconds, at
+
+    def add(self, key: str, work_s: float, now: float) -> None:
+        self._seen[key] = (self.at(now).get(key, 0.0) + work_s, now)
+
+    def at(self, now: float) -> dict[str, float]:
+        return {k: s * math.exp2(-(now - at) / USAGE_HALF_LIFE_S) for k, (s, at) in self._seen.items()}
 
 
 @dataclass(frozen=True)
@@ -437,10 +450,11 @@ class Simulator:
         if not pool.queue:
             return 0.0
         mine = Waiting("mine", arrival.key, 0.0, arrival.at, patience_s=self._patience(arrival))
-        placed = place("mine", [*self._candidates(pool), mine], self.usage.at(self.now), self.now)
+        order = next_jobs([*self._candidates(pool), mine], self.usage.at(self.now), self.now)
+        before = sum(job.work_s for job in itertools.takewhile(lambda job: job is not mine, order))
         seen = list(itertools.islice(pool.queue.values(), CANDIDATES))
         beyond = pool.waiting_s - sum(work for _, _, work in seen)
-        return (placed[1] if placed else 0.0) + max(0.0, beyond)
+        return before + max(0.0, beyond)
 
     def _deal(self, fleet: FleetState, arrival: Arrival) -> FleetState:
         """The next replica's pool in turn, among those within the limits."""

@@ -78,7 +78,7 @@ def deployment_options(args: PoolArgs) -> dict[str, Any]:
     options: dict[str, Any] = {
         "ray_actor_options": actor,
         "max_ongoing_requests": args.max_queue,
-        "request_router_config": {"request_router_class": "deployments.fleet.replica_choice:LeastBusy"},
+        "request_router_config": {"request_router_class": "deployments.fleet.replica_choice:AsMeant"},
         "graceful_shutdown_timeout_s": args.graceful_shutdown_s,
         "graceful_shutdown_wait_loop_s": 0.2,
         "health_check_period_s": 5.0,

@@ -18,7 +18,7 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
-from deployments.fleet import busy
+from deployments.fleet import sent
 
 
 class ReplicaGone(Exception):
@@ -69,14 +69,20 @@ class Calls:
         self._ending: set[asyncio.Task[None]] = set()
 
     @contextlib.asynccontextmanager
-    async def call(self, handle: DeploymentHandle[Any], method: str, *arguments: Any) -> AsyncIterator[Call]:
+    async def call(
+        self, handle: DeploymentHandle[Any], method: str, *arguments: Any, replica: str | None = None
+    ) -> AsyncIterator[Call]:
         """Call a streaming method of a pool. Leaving before its answer cancels the replica's work.
+
+        Args:
+            replica: Which replica is to do it, while it is there.
 
         Raises:
             ReplicaGone, and others of `REPLICA_LOST`: another replica may do the work.
         """
         streaming = handle.options(stream=True, _by_reference=not self._by_grpc)
         call = Call(getattr(streaming, method).remote(*arguments))
+        sent.aim(call.id, replica)
         self._open[call.id] = call
         try:
             yield call
@@ -88,6 +94,7 @@ class Calls:
             raise ReplicaGone(f"{error.code().name}: {error.details()}") from error
         finally:
             del self._open[call.id]
+            sent.over(call.id)
             if call.answered:
                 self._to_end(call.stream)
             else:
@@ -110,10 +117,10 @@ class Calls:
 
         A call that no replica has accepted yet may have been sent to one that died just now: it is made again, too.
         """
-        news = nodes - busy.dead_nodes
-        busy.set_dead_nodes(nodes)
+        news = nodes - sent.dead_nodes
+        sent.set_dead_nodes(nodes)
         for call_id, call in self._open.items():
-            node = busy.node_of(call_id)
+            node = sent.node_of(call_id)
             if call.gone is None and (node in nodes or (node is None and news)):
                 call.gone = ReplicaGone(f"node {node} died") if node else NotAccepted(f"node {min(news)} died")
                 call.stream.cancel()  # type: ignore[no-untyped-call]

@@ -15,9 +15,9 @@ from acestep.request import MAX_DURATION_S
 from deployments.config.args import Role
 from deployments.dispatch import retry
 from deployments.dispatch.calls import REPLICA_LOST
+from deployments.dispatch.routing import NoPool, Routing
 from deployments.fleet.watch import Fleet
 from deployments.scheduling.choose import choose_pool, fleet_limits
-from deployments.scheduling.ledger import NoPool, Routing
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ class Talk:
         return self.routing.question(self.fleet.view, role)
 
     async def _ask(self, kind: str, fields: dict[str, Any]) -> Sample:
-        limits = fleet_limits(self.routing.state(self.fleet.view))
+        limits = fleet_limits(self.routing.pools(self.fleet.view))
         longest = max((limit.max_duration for limit in limits), default=MAX_DURATION_S)
         answer = await self._call("plan", "ask", kind, {**fields, "max_duration": longest})
         return Sample.model_validate(answer)
@@ -150,7 +150,7 @@ class Talk:
             Unavailable: the fleet has none, or none that runs now or starts when it is asked.
         """
         view = self.fleet.view
-        found = choose_pool(self.routing.state(view), role)
+        found = choose_pool(self.routing.pools(view), role)
         if found is not None and found.running:
             return found.name, True
         pools = view.of(role)

@@ -77,7 +77,6 @@ class FleetView:
     dead_nodes: frozenset[str] = frozenset()  # Ray's ids of those that died; none of them comes back
     http_host: str | None = None  # what the proxies listen on; None until Serve has said so
     http_port: int | None = None
-    routers: int = 1
 
     def of(self, role: Role) -> tuple[Pool, ...]:
         return tuple(p for p in self.pools if p.role == role)
@@ -150,12 +149,9 @@ def parse_details(details: Mapping[str, Any], dead: Collection[str] = ()) -> Fle
 
     pools = []
     apps = {}
-    routers = 0
     for app, facts in details.get("applications", {}).items():
         apps[app] = str(getattr(facts["status"], "value", facts["status"]))
         deployments = facts.get("deployments") or {}
-        if found := deployments.get("router"):
-            routers += sum(state_of(r) == "RUNNING" for r in found.get("replicas", []))
         config = facts.get("deployed_app_config") or {}
         role = next((ROLE_OF_DEPLOYMENT[d] for d in deployments if d in ROLE_OF_DEPLOYMENT), None)
         if role is None:  # not built yet, or failed to: its import path still tells what it was to be
@@ -187,9 +183,12 @@ def parse_details(details: Mapping[str, Any], dead: Collection[str] = ()) -> Fle
         pools.append(pool)
     http = details.get("http_options") or {}
     return FleetView(
-        tuple(sorted(pools, key=lambda p: p.app)), time.time(), apps, http_host=http.get("host"),
-        http_port=http.get("port"), routers=max(1, routers),
-    )  # fmt: skip
+        tuple(sorted(pools, key=lambda p: p.app)),
+        time.time(),
+        apps,
+        http_host=http.get("host"),
+        http_port=http.get("port"),
+    )
 
 
 def unplaced(details: Mapping[str, Any], state: str) -> dict[str, list[str]]:

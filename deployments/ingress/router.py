@@ -15,17 +15,18 @@ from deployments.config.args import RouterArgs, parse_args
 from deployments.dispatch import retry
 from deployments.dispatch.calls import Calls
 from deployments.dispatch.dispatcher import Dispatcher
+from deployments.dispatch.routing import Routing
 from deployments.fleet.listening import NO_KEY, NO_TOKEN, close_rays_own_token, listeners, token_needed
 from deployments.fleet.watch import Fleet
 from deployments.ingress.app import build_app
 from deployments.ingress.middleware import is_loopback
 from deployments.ingress.native.health import readiness
 from deployments.ingress.service import Service
-from deployments.jobs.backlog import ACTIVE, read_backlogs
 from deployments.jobs.blobs import Storage
+from deployments.jobs.schema import ACTIVE
 from deployments.jobs.store import UNREACHABLE, JobStore
 from deployments.jobs.threads import store_pool
-from deployments.scheduling.ledger import Routing
+from deployments.jobs.waiting import read_backlogs
 from deployments.telemetry.logs import join_serve
 from deployments.telemetry.metrics import RouterMeter
 
@@ -49,12 +50,13 @@ class Router:
         storage = Storage(parsed.files_url)
         fleet = Fleet()
         self._meter = RouterMeter()
-        routing = Routing(self._meter)
+        routing = Routing()
         # Serve's gRPC writes an address of IPv6 as if it were one of IPv4.
         calls = Calls(by_grpc=parsed.stage_calls == "grpc" and ":" not in _own_address())
         dispatcher = Dispatcher(
-            store, fleet, routing, lease_s=parsed.lease_s, max_run_s=parsed.max_run_s, meter=self._meter, calls=calls
-        )
+            store, fleet, routing, lease_s=parsed.lease_s, max_run_s=parsed.max_run_s, meter=self._meter, calls=calls,
+            cluster=ray.get_runtime_context().get_session_name(),
+        )  # fmt: skip
         self.service = Service(parsed, store, storage, fleet, routing, dispatcher, started=time.time())
         loops = (
             fleet.run(), dispatcher.run(), self.service.outbox.run(), self.service.retention.run(),
@@ -71,7 +73,7 @@ class Router:
         while True:
             try:
                 backlogs = await asyncio.to_thread(read_backlogs, service.store.url)
-                service.routing.set_backlogs(backlogs)
+                service.routing.backlogs = backlogs
                 states = await asyncio.to_thread(service.store.counts, ACTIVE)
                 if time.monotonic() - counted > ENDED_POLL_S:
                     states, counted = await asyncio.to_thread(service.store.counts), time.monotonic()

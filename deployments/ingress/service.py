@@ -9,7 +9,7 @@ import json
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any
 from urllib.parse import parse_qs, urlsplit
@@ -25,10 +25,12 @@ from acestep.sizing.cost import expected_duration
 from deployments.config.args import RouterArgs
 from deployments.dispatch.dispatcher import Dispatcher
 from deployments.dispatch.errands import question_of
+from deployments.dispatch.routing import Routing
 from deployments.dispatch.talk import Talk
 from deployments.fleet.watch import Fleet
 from deployments.ingress.auth import Caller, Keyring, RateLimit, Waiting, environment_keys
 from deployments.ingress.errors import Forbidden
+from deployments.ingress.forecast import STAGED, Forecast
 from deployments.ingress.links import audio_path, read_audio_path
 from deployments.ingress.middleware import made_here
 from deployments.ingress.signing import Signer
@@ -37,17 +39,13 @@ from deployments.jobs.blobs import Storage
 from deployments.jobs.limits import Rates
 from deployments.jobs.loras import LoraDefaults
 from deployments.jobs.outbox import Outbox
-from deployments.jobs.queue import Line, Place, turn_of
 from deployments.jobs.retention import Retention
 from deployments.jobs.secrets import shared_secret
-from deployments.jobs.store import QUEUED, RUNNING, Busy, Job, JobStore
+from deployments.jobs.store import Busy, Job, JobStore
 from deployments.jobs.uploads import FileRecord, FileRecords
 from deployments.scheduling.choose import Decision
-from deployments.scheduling.eta import Stage, remaining_s
-from deployments.scheduling.ledger import Routing
 from deployments.telemetry.tracing import TRACE, here
 
-STAGED = ("song", "plan", "lyrics")  # kinds that go through planner and renderer as the request needs them
 QUESTIONS_AT_ONCE = 4  # of one router
 MAX_QUESTIONS = 32  # of one key, waiting ones included
 QUESTION_S = 5.0
@@ -74,7 +72,7 @@ class Service:
     webhook_secret: bytes = field(init=False, repr=False)
     outbox: Outbox = field(init=False)
     retention: Retention = field(init=False)
-    line: Line = field(init=False)
+    forecast: Forecast = field(init=False)
     loras: LoraDefaults = field(init=False)
     _asking: Counter[str] = field(init=False, default_factory=Counter)  # questions by caller
     _turn: asyncio.Semaphore = field(init=False, default_factory=lambda: asyncio.Semaphore(QUESTIONS_AT_ONCE))
@@ -91,7 +89,7 @@ class Service:
             self.store, self.storage, self.sources.records,
             keep_jobs_s=self.args.keep_jobs_s, keep_uploads_s=self.args.keep_uploads_s,
         )  # fmt: skip
-        self.line = Line(self.store.engine)
+        self.forecast = Forecast(self.store, self.fleet, self.routing, lambda: self.dispatcher.news)
         self.loras = LoraDefaults(self.store.engine)
         self.talk = Talk(self.fleet, self.routing)
         self.webhook_secret = shared_secret(self.store.engine, "webhook", "ACESTEP_WEBHOOK_SECRET")
@@ -172,8 +170,7 @@ class Service:
                 error.details["retry_after"] = await self.mean_seconds()
             raise
         if created:
-            self.dispatcher.wake()
-            self.line.joined(job)
+            self.dispatcher.changed()
         return job, created
 
     async def _admit(self, request: SongRequest, caller: Caller, kind: str) -> Decision | None:
@@ -182,9 +179,8 @@ class Service:
             return None
         only_plan = kind == "plan"
         me = self.routing.newcomer(self.fleet.view, request, caller.name, only_plan=only_plan)
-        usage = self.routing.usage.at(time.time())
-        line = await asyncio.to_thread(self.line.newcomer, me, usage, self.dispatcher.running)
-        return self.routing.admit(self.fleet.view, request, me, line, only_plan=only_plan)
+        place, working = await self.forecast.newcomer(me)
+        return self.routing.admit(self.fleet.view, request, me, place, working, only_plan=only_plan)
 
     def _check_wait(self, wait_s: float) -> None:
         if wait_s > self.args.max_backlog_s:
@@ -280,59 +276,6 @@ class Service:
     async def mean_seconds(self) -> float:
         """How long a song took lately."""
         return await asyncio.to_thread(self.store.mean_seconds) or DEFAULT_JOB_S
-
-    async def forecast(self, job: Job, place: Place | None = None) -> dict[str, Any]:
-        """Place in the queue, seconds of work asked for, and seconds until it is done as far as that is known.
-
-        Args:
-            place: Where it stands, if somebody has looked already.
-        """
-        cost = {"audio_s": job.audio_s, "plan_s": round(job.est_plan_s, 3), "render_s": round(job.est_render_s, 3)}
-        if job.ended:
-            return {"position": 0, "cost": cost, "eta_s": None}
-        if place is None:
-            place = await self.place(job)
-        await asyncio.sleep(0)  # an estimate is some milliseconds of this loop, and a page has 200 jobs
-        eta = self._remaining(job, place)
-        return {"position": place.position, "cost": cost, "eta_s": None if eta is None else round(eta, 1)}
-
-    async def place(self, job: Job) -> Place:
-        """What goes before a job, in the order in which this router will serve."""
-        return (await self.places([job]))[job.id]
-
-    async def places(self, jobs: Collection[Job]) -> dict[str, Place]:
-        """The same of several, in one look. Jobs that do not wait stand at 0."""
-        found = {job.id: Place() for job in jobs}
-        if waiting := [job for job in jobs if job.state == QUEUED]:
-            usage = self.routing.usage.at(time.time())
-            found |= await asyncio.to_thread(self.line.places, waiting, usage, self.dispatcher.running)
-        return found
-
-    def _remaining(self, job: Job, place: Place) -> float | None:
-        if job.kind not in STAGED or (job.plan_pool is None and job.render_pool is None):
-            return None
-        stage: Stage = "planned" if job.planned_at else "queued"
-        left_s = None
-        if job.state == RUNNING:
-            if job.stage == "planning":
-                stage = "planning"
-            elif job.stage in ("rendering", "decoding", "encoding"):
-                stage = "rendering"
-            if here := self.routing.whereabouts(job.id):
-                stage, left_s = here
-        known = job.progress if job.progress and job.progress.stage == stage == "planning" else None
-        since = (job.planned_at if stage == "rendering" else None) or job.started_at
-        return remaining_s(
-            job.request,
-            self.routing.state(self.fleet.view, turn_of(job), place if job.state == QUEUED else None),
-            planner=job.plan_pool,
-            renderer=job.render_pool,
-            stage=stage,
-            left_s=left_s,
-            elapsed_s=time.time() - since if since else 0.0,
-            done=known.done / known.total if known and known.total else None,
-            plan=job.plan,
-        )
 
     @property
     def loopback(self) -> bool:

@@ -12,8 +12,6 @@ from alembic.command import upgrade
 from alembic.config import Config
 from alembic.util import CommandError
 from sqlalchemy.engine import Connection, Engine
-from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.sql.functions import FunctionElement
 
 from acestep.errors import InvalidRequest
 from acestep.paths import writable
@@ -60,23 +58,6 @@ def writer(engine: Engine, *, durable: bool = True) -> Engine:
 def storable(text: str) -> bool:
     """Whether a database can hold, and so look for, this text: PostgreSQL knows neither NUL nor lone surrogates."""
     return "\x00" not in text and not any(0xD800 <= ord(c) <= 0xDFFF for c in text)
-
-
-class DatabaseNow(FunctionElement[float]):
-    """Unix seconds by the database's clock: the same for all routers, whatever their own say."""
-
-    inherit_cache = True
-    type = sa.Float()
-
-
-@compiles(DatabaseNow, "sqlite")
-def _now_sqlite(element: Any, compiler: Any, **_: Any) -> str:
-    return "((julianday('now') - 2440587.5) * 86400.0)"
-
-
-@compiles(DatabaseNow)
-def _now(element: Any, compiler: Any, **_: Any) -> str:
-    return "CAST(extract(epoch FROM clock_timestamp()) AS double precision)"
 
 
 def migrate(engine: Engine, revision: str = "head") -> None:

@@ -5,7 +5,15 @@ A change here needs a migration in `migrations/versions`; a test compares the tw
 
 from __future__ import annotations
 
+from typing import Any
+
 import sqlalchemy as sa
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import FunctionElement
+
+QUEUED, RUNNING, SUCCEEDED, FAILED, CANCELLED = "queued", "running", "succeeded", "failed", "cancelled"
+ACTIVE = (QUEUED, RUNNING)
+TERMINAL = (SUCCEEDED, FAILED, CANCELLED)
 
 metadata = sa.MetaData()
 
@@ -37,9 +45,15 @@ jobs = sa.Table(
     sa.Column("est_render_s", sa.Float, nullable=False, server_default="0"),
     sa.Column("audio_s", sa.Float, nullable=False, server_default="0"),  # asked for, for limits per key
     sa.Column("attempts", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("tries", sa.JSON),  # `Tries`: what replicas did to it
     sa.Column("cancel_requested", sa.Boolean, nullable=False, server_default=sa.false()),
     sa.Column("lease_owner", sa.String(64)),
-    sa.Column("lease_until", sa.Float),
+    # While a stage works on it: [replica, the part of it that is taken] of each replica, when the stage began (by the database's clock), and
+    # in how many seconds it should be done.
+    sa.Column("places", sa.JSON),
+    sa.Column("stage_at", sa.Float),
+    sa.Column("stage_s", sa.Float, nullable=False, server_default="0"),
+    sa.Column("not_before", sa.Float),  # by the database's clock: a pause after a replica failed it
     sa.Column("created_at", sa.Float, nullable=False),
     sa.Column("started_at", sa.Float),
     sa.Column("planned_at", sa.Float),
@@ -48,9 +62,20 @@ jobs = sa.Table(
     sa.Index("jobs_by_state_owner", "state", "owner_key"),
     sa.Index("jobs_by_end", "state", "finished_at"),
     sa.Index("jobs_by_lease", "lease_owner"),
+    sa.Index("jobs_by_start", "started_at"),
     sa.Index("jobs_by_created", "created_at"),
     sa.Index("jobs_by_owner", "owner_key", "created_at"),
     sa.UniqueConstraint("owner_key", "idempotency_key", name="jobs_idempotency"),
+)
+
+routers = sa.Table(  # by the database's clock: a router holds its jobs for as long as it lives
+    "routers",
+    metadata,
+    sa.Column("id", sa.String(64), primary_key=True),
+    sa.Column("lives_until", sa.Float, nullable=False),
+    sa.Column("cluster", sa.String(255), nullable=False, server_default=""),  # of Ray
+    sa.Column("cluster_at", sa.Float, nullable=False),  # when its first router began
+    sa.Column("serves", sa.Boolean, nullable=False, server_default=sa.false()),  # its cluster can make songs
 )
 
 events = sa.Table(
@@ -116,3 +141,20 @@ secrets = sa.Table(
     sa.Column("name", sa.String(64), primary_key=True),
     sa.Column("value", sa.LargeBinary, nullable=False),
 )
+
+
+class DatabaseNow(FunctionElement[float]):
+    """Unix seconds by the database's clock: the same for all routers, whatever their own say."""
+
+    inherit_cache = True
+    type = sa.Float()
+
+
+@compiles(DatabaseNow, "sqlite")
+def _now_sqlite(element: Any, compiler: Any, **_: Any) -> str:
+    return "((julianday('now') - 2440587.5) * 86400.0)"
+
+
+@compiles(DatabaseNow)
+def _now(element: Any, compiler: Any, **_: Any) -> str:
+    return "CAST(extract(epoch FROM clock_timestamp()) AS double precision)"

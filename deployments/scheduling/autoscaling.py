@@ -11,7 +11,6 @@ import logging
 import math
 import threading
 import time
-from collections import deque
 from typing import Any, Protocol
 
 log = logging.getLogger("ray.serve")
@@ -21,7 +20,7 @@ UTILISATION = 0.8  # a pool that is busier than this all the time has no room fo
 
 
 class Work(Protocol):
-    """What `desired` needs to know of a pool's work; `deployments.jobs.backlog.Backlog` is one. Seconds of one replica."""
+    """What `desired` needs to know of a pool's work; `deployments.jobs.waiting.Backlog` is one. Seconds of one replica."""
 
     @property
     def waiting_s(self) -> float: ...
@@ -46,7 +45,6 @@ def desired(
     min_replicas: int = 0,
     max_replicas: int = 1,
     slots: int = 1,
-    planned_rate: float | None = None,
 ) -> int:
     """How many replicas a pool should have.
 
@@ -67,22 +65,6 @@ def desired(
     return max(min_replicas, min(max_replicas, wanted))
 
 
-class PeakHold:
-    """The largest value of the last `hold_s` seconds: up at once, down only when the need has been lower for that long."""
-
-    def __init__(self, hold_s: float) -> None:
-        self.hold_s = hold_s
-        self._falling: deque[tuple[float, int]] = deque()  # values fall from left to right
-
-    def __call__(self, value: int, now: float) -> int:
-        while self._falling and self._falling[-1][1] <= value:
-            self._falling.pop()
-        self._falling.append((now, value))
-        while self._falling[0][0] < now - self.hold_s:
-            self._falling.popleft()
-        return self._falling[0][1]
-
-
 class BacklogPolicy:
     """Ray Serve autoscaling policy of one pool: `policy_function: deployments.scheduling.autoscaling:BacklogPolicy`.
 
@@ -92,23 +74,18 @@ class BacklogPolicy:
         database_url: The job store.
         pool: The pool's application name, as in the store's `plan_pool` and `render_pool`.
         drain_s: Scale so that what waits is worked off within this time.
-        slots: Jobs that one replica runs at once.
         poll_s: Seconds between reads of the store.
         stale_s: A reading older than this is not believed: the pool keeps its size.
-        hold_s: How long a need is remembered before the pool shrinks below it, on top of Serve's own delay.
     """
 
     def __init__(
-        self, database_url: str, pool: str, drain_s: float = 30.0, slots: int = 1, poll_s: float = 1.0, stale_s: float = 30.0,
-        hold_s: float = 0.0,
+        self, database_url: str, pool: str, drain_s: float = 30.0, poll_s: float = 1.0, stale_s: float = 30.0,
     ) -> None:  # fmt: skip
         self.database_url = database_url
         self.pool = pool
         self.drain_s = max(1.0, drain_s)
-        self.slots = slots
         self.poll_s = poll_s
         self.stale_s = stale_s
-        self._hold = PeakHold(hold_s)
         self._polling: threading.Thread | None = None
         self._polled_at = -math.inf
         self._read: tuple[float, Any] | None = (
@@ -126,11 +103,11 @@ class BacklogPolicy:
             low = _whole(ctx, "capacity_adjusted_min_replicas")
             high = _whole(ctx, "capacity_adjusted_max_replicas")
             # What runs has its place on the replicas there are: it keeps them, and never asks for more.
-            slots = max(self.slots, math.ceil(read[1].running_jobs / max(1, _whole(ctx, "current_num_replicas"))))
+            slots = max(1, math.ceil(read[1].running_jobs / max(1, _whole(ctx, "current_num_replicas"))))
             wanted = desired(read[1], drain_s=self.drain_s, min_replicas=low, max_replicas=high, slots=slots)
             if wanted == 0 and high > 0 and ctx.total_num_requests > WAITS:
                 wanted = 1  # a question that is no job: it woke the pool, and must find it when its replica is there
-            return self._hold(wanted, now), {}
+            return wanted, {}
         except Exception:  # whatever it is, it must not reach the controller's loop
             log.exception("autoscaling of pool %s failed; it keeps its size", self.pool)
             return _whole(ctx, "target_num_replicas"), {}
@@ -144,7 +121,7 @@ class BacklogPolicy:
         self._polling.start()
 
     def _poll(self) -> None:
-        from deployments.jobs.backlog import read_backlog
+        from deployments.jobs.waiting import read_backlog
 
         try:
             self._read = (time.monotonic(), read_backlog(self.database_url, self.pool))

@@ -6,7 +6,7 @@ factor, than the wait on a larger card that would finish earlier. Every decision
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -23,7 +23,10 @@ from acestep.sizing.cost import (
     render_seconds,
 )
 from acestep.sizing.limits import apply_limits, best_limits, fits, without_planner
-from deployments.scheduling.simulate import FleetState, PoolState, Role, free_times, starts, wait_s
+from deployments.config.args import Role
+from deployments.scheduling.line import HANDOFF_S
+from deployments.scheduling.pool import FleetState, PoolState
+from deployments.scheduling.simulate import free_times, starts, wait_s
 
 __all__ = ["Decision", "FleetState", "PoolState", "Promise", "choose", "choose_pool", "fleet_limits", "wait_s"]
 
@@ -106,9 +109,9 @@ def choose(
     plan: Plan | None = None,
     clamp: bool = True,
     only_plan: bool = False,
-    spill_factor: float = SPILL_FACTOR,
     deadline_in_s: float | None = None,
     promise: Promise | None = None,
+    small: Collection[str] = (),
 ) -> Decision:
     """Pick a planner pool and a renderer pool.
 
@@ -121,6 +124,7 @@ def choose(
         only_plan: No song is to be made of the plan now: renderers tell how long it may be, and are not asked for.
         deadline_in_s: The cheapest pool that makes it is taken, else the fastest.
         promise: What the caller was told at submit; kept where that is possible.
+        small: Pools that had too little memory for it; they are asked last.
 
     Raises:
         LimitExceeded: the request is strict and beyond the fleet's limits.
@@ -158,17 +162,18 @@ def choose(
             request, cuts = without_planner(request, why)
             adjustments += tuple(cuts)
         else:
-            planner = _pick([plan_option(p, request, seconds) for p in usable or planners], spill_factor, deadline_in_s)
+            planner = _pick([plan_option(p, request, seconds) for p in usable or planners], deadline_in_s)
             planned_s = planner.finish_s
-            plan_reason = "plans on " + _why(planner, planners, spill_factor) + "; "
+            plan_reason = "plans on " + _why(planner, planners) + "; "
 
-    options = [render_option(p, request, seconds, planned_s) for p in live or able]
+    large = [p for p in live or able if p.name not in small]
+    options = [render_option(p, request, seconds, planned_s) for p in large or live or able]
     left = None if deadline_in_s is None else deadline_in_s - planned_s
     if promise is not None:
         options = _keeping(promise, options)
-    renderer = _pick(options, spill_factor, left)
+    renderer = _pick(options, left)
     rendering = None if only_plan else renderer
-    reason = plan_reason + (f"renders on {_why(renderer, suited, spill_factor)}" if rendering else "is not rendered")
+    reason = plan_reason + (f"renders on {_why(renderer, suited)}" if rendering else "is not rendered")
     chosen = [o.pool for o in (planner, rendering) if o is not None]
     # What is next must be there; what comes after it may start meanwhile.
     ready = all(p.running or (p is not chosen[0] and p.can_run) for p in chosen)
@@ -196,12 +201,12 @@ def choose(
     )
 
 
-def choose_pool(fleet: FleetState, role: Role, *, spill_factor: float = SPILL_FACTOR) -> PoolState | None:
+def choose_pool(fleet: FleetState, role: Role) -> PoolState | None:
     """A pool for a question to one stage (a text to write, codes to read). None where the fleet has no pool of that kind."""
     pools = [p for p in fleet.of(role) if p.can_run] or list(fleet.of(role))
     if not pools:
         return None
-    return _pick([Option(p, wait_s(p), NOTHING) for p in pools], spill_factor, None).pool
+    return _pick([Option(p, wait_s(p), NOTHING) for p in pools], None).pool
 
 
 def _cost(option: Option) -> tuple[float, int, float, str]:
@@ -210,7 +215,7 @@ def _cost(option: Option) -> tuple[float, int, float, str]:
     return pool.profile.price, TIERS.index(pool.limits.tier), option.finish_s, pool.name
 
 
-def _pick(options: Sequence[Option], spill_factor: float, deadline_in_s: float | None) -> Option:
+def _pick(options: Sequence[Option], deadline_in_s: float | None) -> Option:
     ranked = sorted(options, key=_cost)
     if deadline_in_s is not None:
         in_time = [o for o in ranked if o.finish_s <= deadline_in_s]
@@ -220,7 +225,7 @@ def _pick(options: Sequence[Option], spill_factor: float, deadline_in_s: float |
     best = ranked[0]
     for other in ranked[1:]:
         patience = max(MIN_PATIENCE_S, best.seconds.wall_s)
-        if best.wait_s > patience and best.wait_s > spill_factor * other.wait_s and other.finish_s < best.finish_s:
+        if best.wait_s > patience and best.wait_s > SPILL_FACTOR * other.wait_s and other.finish_s < best.finish_s:
             best = other
     return best
 
@@ -244,7 +249,9 @@ def render_option(pool: PoolState, request: SongRequest, duration: float, planne
         return seconds.wall_s * pool.correction
 
     begins = starts(free_times(pool, wall(n)), pool.coming, planned_s, n)
-    free = [at - planned_s for at in begins]
+    free = [
+        at - planned_s for at in begins if at <= begins[0] + HANDOFF_S
+    ]  # a batch begins on all its replicas at once
     crowded = pool.waiting_s > 0 or begins[0] > planned_s
     start = free[0]
     best_end, best_work = start + wall(n), wall(n)
@@ -326,7 +333,7 @@ def _missing(pool: PoolState) -> str:
     return f"has no node{' with ' + pool.needs if pool.needs else ''}"
 
 
-def _why(chosen: Option, considered: Sequence[PoolState], spill_factor: float) -> str:
+def _why(chosen: Option, considered: Sequence[PoolState]) -> str:
     pool = chosen.pool
     text = f"{pool.name} ({pool.profile.card})"
     cheaper = [p for p in considered if p.profile.price < pool.profile.price]
@@ -335,17 +342,17 @@ def _why(chosen: Option, considered: Sequence[PoolState], spill_factor: float) -
             ", the only pool that serves it" if len(considered) == 1 else f", the cheapest of {len(considered)} pools"
         )
     else:
-        text += ", not " + " or ".join(_why_not(p, pool, spill_factor, chosen) for p in cheaper)
+        text += ", not " + " or ".join(_why_not(p, pool, chosen) for p in cheaper)
     if len(chosen.groups) > 1:
         text += f", {sum(map(len, chosen.groups))} items on {len(chosen.groups)} replicas"
     return f"{text} (begins in {chosen.wait_s:.1f} s, takes {chosen.seconds.wall_s:.1f} s)"
 
 
-def _why_not(cheaper: PoolState, chosen: PoolState, spill_factor: float, option: Option) -> str:
+def _why_not(cheaper: PoolState, chosen: PoolState, option: Option) -> str:
     if not cheaper.can_run:
         return f"{cheaper.name} (no node)"
     wait = wait_s(cheaper)
-    if wait > spill_factor * option.wait_s and wait > MIN_PATIENCE_S:
+    if wait > SPILL_FACTOR * option.wait_s and wait > MIN_PATIENCE_S:
         return f"{cheaper.name} (begins in {wait:.1f} s)"
     if cheaper.limits.max_duration < chosen.limits.max_duration or cheaper.limits.max_batch < chosen.limits.max_batch:
         return f"{cheaper.name} (at most {cheaper.limits.max_duration:g} s x {cheaper.limits.max_batch})"

@@ -9,8 +9,7 @@ from acestep.plan import Plan
 from acestep.request import SongRequest
 from acestep.sizing.cost import expected_duration
 from deployments.scheduling.choose import plan_option, render_option
-from deployments.scheduling.simulate import FleetState
-from deployments.scheduling.slots import LEAST_LEFT
+from deployments.scheduling.pool import FleetState
 
 Stage = Literal["queued", "planning", "planned", "rendering"]
 
@@ -23,7 +22,6 @@ def remaining_s(
     renderer: str | None,
     stage: Stage,
     left_s: float | None = None,
-    elapsed_s: float = 0.0,
     done: float | None = None,
     plan: Plan | None = None,
 ) -> float | None:
@@ -33,9 +31,8 @@ def remaining_s(
         fleet: The pools as this job finds them: only with what goes before it.
         planner, renderer: The pools that it was given to; no planner where nothing is planned, no renderer where it only plans.
         stage: `queued` before planning, `planned` between the stages.
-        left_s: Seconds that are left of that stage, where the router that runs it says so.
-        elapsed_s: Else how long that stage has been running.
-        done: The share of it that is done, where its progress says so; better than both.
+        left_s: Seconds that are left of that stage, as far as that is known.
+        done: The share of it that is done, where its progress says so; better than that.
         plan: What the planner decided, once it did.
     """
     if plan is not None:
@@ -48,7 +45,7 @@ def remaining_s(
     def left(wall_s: float) -> float:
         if done is not None:
             return wall_s * (1.0 - min(1.0, max(0.0, done)))
-        return max(LEAST_LEFT * wall_s, wall_s - elapsed_s) if left_s is None else left_s
+        return wall_s if left_s is None else left_s
 
     if stage == "rendering" and renderer is not None:
         idle = replace(pools[renderer], waiting_s=0.0, free_in_s=None, running_s=0.0, busy=0, coming=())

@@ -13,6 +13,9 @@ from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from deployments.jobs.job import Job
+from deployments.jobs.waiting import Row
+
 PATIENCE_S = 30.0
 PATIENCE_FACTOR = 4.0  # times the job's own work
 SLACK_S = 30.0
@@ -29,7 +32,6 @@ class Waiting:
         key: Whose job it is.
         work_s: Seconds of work, all stages.
         priority: Lower goes first; each unit counts as a minute of urgency.
-        weight: The caller's share: 2 gets twice the work of 1.
         patience_s: Within what time it should be done where no deadline says so; None: by its work.
     """
 
@@ -39,7 +41,6 @@ class Waiting:
     submitted: float
     deadline: float | None = None
     priority: float = 0.0
-    weight: float = 1.0
     patience_s: float | None = None
 
     @property
@@ -60,30 +61,18 @@ def next_jobs(
     """The first `limit` jobs to serve, in order.
 
     Args:
-        usage: Seconds of work that each caller had lately, running work included; see `Usage`.
+        usage: Seconds of work that each caller had lately, running work included; see `usage_of`.
         limit: None orders all.
     """
     order = _ordered(candidates, usage, now)
     return list(order) if limit is None else [job for job, _ in zip(order, range(limit), strict=False)]
 
 
-def place(
-    job_id: str, candidates: Iterable[Waiting], usage: Mapping[str, float], now: float
-) -> tuple[int, float] | None:
-    """(1-based position, seconds of work that go before it) of a waiting job; None where it does not wait."""
-    ahead = 0.0
-    for position, job in enumerate(_ordered(candidates, usage, now), 1):
-        if job.id == job_id:
-            return position, ahead
-        ahead += job.work_s
-    return None
-
-
 def _ordered(candidates: Iterable[Waiting], usage: Mapping[str, float], now: float) -> Iterator[Waiting]:
     queues: dict[str, deque[Waiting]] = defaultdict(deque)
     for job in sorted(candidates, key=lambda j: (j.due, j.submitted, j.id)):
         queues[job.key].append(job)
-    had = {key: max(0.0, usage.get(key, 0.0)) / queue[0].weight for key, queue in queues.items()}
+    had = {key: max(0.0, usage.get(key, 0.0)) for key, queue in queues.items()}
 
     def share(key: str) -> float:
         return had[key] - FORGIVEN * max(0.0, now - queues[key][0].due)
@@ -95,29 +84,33 @@ def _ordered(candidates: Iterable[Waiting], usage: Mapping[str, float], now: flo
             (k for k, s in shares.items() if s <= bar), key=lambda k: (queues[k][0].due, queues[k][0].submitted, k)
         )
         job = queues[key].popleft()
-        had[key] += job.work_s / job.weight
+        had[key] += job.work_s
         if not queues[key]:
             del queues[key]
         yield job
 
 
-class Usage:
-    """Seconds of work given to each caller, old work forgotten by half every five minutes."""
+def usage_of(begun: Iterable[tuple[str, float, float]]) -> dict[str, float]:
+    """Seconds of work that each caller had lately, old work forgotten by half every five minutes.
 
-    def __init__(self, half_life_s: float = USAGE_HALF_LIFE_S) -> None:
-        self.half_life_s = half_life_s
-        self._seen: dict[str, tuple[float, float]] = {}  # seconds, at
+    Args:
+        begun: (caller, seconds ago, seconds of work).
+    """
+    usage: dict[str, float] = defaultdict(float)
+    for key, ago_s, work_s in begun:
+        usage[key] += work_s * math.exp2(-ago_s / USAGE_HALF_LIFE_S)
+    return usage
 
-    def add(self, key: str, work_s: float, now: float) -> None:
-        self._seen[key] = (self._of(key, now) + work_s, now)
 
-    def at(self, now: float) -> dict[str, float]:
-        """Every caller's usage; who has next to none is dropped."""
-        usage = {key: self._of(key, now) for key in self._seen}
-        for key in [k for k, s in usage.items() if s < 1e-3]:
-            del self._seen[key], usage[key]
-        return usage
-
-    def _of(self, key: str, now: float) -> float:
-        seconds, at = self._seen.get(key, (0.0, now))
-        return seconds * math.exp2(-max(0.0, now - at) / self.half_life_s)
+def turn_of(job: Row | Job) -> Waiting:
+    """A job as the fair order sees it: due at the same time all its way long."""
+    planned = job.planned if isinstance(job, Row) else job.planned_at is not None
+    return Waiting(
+        id=job.id,
+        key=job.key if isinstance(job, Row) else job.owner_key,
+        work_s=job.est_render_s + (0.0 if planned else job.est_plan_s),
+        submitted=job.created_at,
+        deadline=job.deadline,
+        priority=job.priority,
+        patience_s=patience_of(job.est_plan_s + job.est_render_s),
+    )

@@ -1,4 +1,4 @@
-"""Pools as the router sees them, and when each could begin a new piece of work.
+"""When a pool could begin a new piece of work.
 
 A queue of known work in front of known replicas: no statistics, only playing forward what is there. Times are seconds from now.
 """
@@ -9,90 +9,69 @@ import heapq
 import math
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import replace
 
-from acestep.gpu_config import Limits
-from acestep.sizing.cost import Profile
+from deployments.jobs.waiting import Row
+from deployments.scheduling.fairness import Waiting, turn_of
+from deployments.scheduling.line import Place
+from deployments.scheduling.pool import FleetState, PoolState
 
-Role = Literal["plan", "render"]
+ROWS = 2  # of a planner, that most songs take: one with the guidance and one without
 MOST_LUMPS = 64  # a longer line is played forward in as many steps
 
 
-@dataclass(frozen=True)
-class PoolState:
-    """One pool as the router sees it now. Seconds count from now.
+def as_found_by(me: Waiting | None, place: Place, fleet: FleetState, working: Sequence[Row]) -> FleetState:
+    """The fleet as one job finds it: with what works, and with what goes before it of what waits.
 
-    Attributes:
-        name: The Serve application.
-        model: The checkpoint it serves.
-        limits: What its cards may be asked to do in its role, shared cards included.
-        profile: Cost profile of its cards.
-        tasks: What its checkpoint can do; empty for planner pools.
-        loras: Whether it loads LoRA adapters.
-        running, pending: Replicas that serve, and that are on their way.
-        max_replicas: How many there may be.
-        reachable: Whether the cluster has a node for it, or can add one.
-        slots: Pieces of work that one replica runs at once: batch rows of a planner, 1 for a renderer.
-        busy: Slots in use, over all replicas.
-        waiting_s: Seconds of work that wait for it and would go first, in one replica's time.
-        coming: What planners will hand over to it: (in how many seconds, seconds of work, whether it goes before us if both wait).
-        running_s: Seconds of work left in what runs.
-        free_in_s: When each slot of the running replicas will be free, where that is known; else estimated from `running_s`.
-        ready_in_s: When the pending replicas will serve; None means the profile's load time.
-        correction: Measured time over foretold time (`acestep.sizing.cost.Corrections`).
-        drain_s: How its autoscaling sizes it: seconds in which it wants to be rid of what waits. None: it keeps its size.
-        target: How many replicas its autoscaling wants now, for all that waits and comes, whoever goes first.
-        needs: The node label that it needs, for people.
+    Args:
+        me: None: a job behind all others.
+        place: Where it stands in the line.
     """
-
-    name: str
-    role: Role
-    model: str
-    limits: Limits
-    profile: Profile
-    tasks: frozenset[str] = frozenset()
-    loras: bool = True
-    running: int = 0
-    pending: int = 0
-    max_replicas: int = 1
-    reachable: bool = True
-    slots: int = 1
-    busy: int = 0
-    waiting_s: float = 0.0
-    coming: tuple[tuple[float, float, bool], ...] = ()
-    running_s: float = 0.0
-    free_in_s: tuple[float, ...] | None = None
-    ready_in_s: float | None = None
-    correction: float = 1.0
-    drain_s: float | None = None
-    target: int = 0
-    needs: str = ""
-
-    @property
-    def load_s(self) -> float:
-        cost = self.profile.planner(self.model) if self.role == "plan" else self.profile.renderer(self.model)
-        return cost.load_s
-
-    @property
-    def can_run(self) -> bool:
-        """Whether waiting here leads anywhere: there is a replica, or there can be one."""
-        return self.running + self.pending > 0 or (self.reachable and self.max_replicas > 0)
+    # When what planners have is done, what it brings to which renderer pool, and whether it goes before this job there.
+    planned = [
+        (row.render_pool, (row.left_s, row.est_render_s, me is None or turn_of(row).due < me.due))
+        for row in working
+        if row.role == "plan" and row.render_pool and (me is None or row.id != me.id)
+    ]
+    for (planner, renderer), (work_s, jobs) in place.later.items():
+        if pool := fleet.get(planner):
+            first_s, last_s = _handover(pool, working, place.ahead.get(planner, 0.0), place.planned_with(planner))
+            planned += [(renderer, piece) for piece in handed_over(work_s, jobs, first_s, last_s)]
+    pools = []
+    for pool in fleet.pools:
+        free = free_of(pool, working)
+        pools.append(
+            replace(
+                pool,
+                busy=sum(at > 0 for at in free),
+                waiting_s=place.ahead.get(pool.name, 0.0),
+                coming=tuple(piece for name, piece in planned if name == pool.name),
+                running_s=sum(free) / pool.slots,
+                free_in_s=free,
+            )
+        )
+    return replace(fleet, pools=tuple(pools))
 
 
-@dataclass(frozen=True)
-class FleetState:
-    """All pools. `default_model` renders requests that name none; None means the first renderer pool's."""
+def free_of(pool: PoolState, working: Sequence[Row]) -> tuple[float, ...]:
+    """When each slot of a pool's running replicas is free of what works in it."""
+    here = [(row.left_s, replica, share) for row in working for replica, share in row.places if row.pool == pool.name]
+    if pool.role == "render":  # what shares a replica shares its time, and what was sent early begins after the other
+        taken = dict.fromkeys(pool.replicas, 0.0)
+        for left_s, replica, share in here:
+            taken[replica] = taken.get(replica, 0.0) + left_s * share
+        return tuple(taken[replica] for replica in pool.replicas)
+    slots = pool.running * pool.slots
+    times = sorted(left_s for left_s, _, share in here for _ in range(max(1, round(share * pool.slots))))[:slots]
+    return (*times, *[0.0] * (slots - len(times)))
 
-    pools: tuple[PoolState, ...]
-    default_model: str | None = None
 
-    def of(self, role: Role) -> tuple[PoolState, ...]:
-        return tuple(p for p in self.pools if p.role == role)
-
-    @property
-    def model(self) -> str | None:
-        return self.default_model or next((p.model for p in self.pools if p.role == "render"), None)
+def _handover(pool: PoolState, working: Sequence[Row], work_s: float, jobs: int) -> tuple[float, float]:
+    """When planners will have planned the first and the last of that many jobs that wait for them."""
+    replicas = max(1, pool.running)
+    wall_s = work_s / max(1, jobs) * pool.slots / ROWS
+    first_s = min(free_of(pool, working), default=0.0) + wall_s
+    return first_s, first_s + work_s / replicas
 
 
 def wait_s(pool: PoolState, slots: int = 1) -> float:

@@ -24,12 +24,12 @@ from acestep.sizing.profiles import find
 from acestep.song import AudioFile, RenderTimings, Sidecar, Song, SongItem
 from deployments.config.args import PlannerArgs, RendererArgs, RouterArgs
 from deployments.dispatch.dispatcher import Dispatcher
+from deployments.dispatch.routing import Routing
 from deployments.fleet.watch import Fleet, FleetView, Pool
 from deployments.ingress.app import build_app
 from deployments.ingress.service import Service
 from deployments.jobs.blobs import Storage
 from deployments.jobs.store import Job, JobStore
-from deployments.scheduling.ledger import Routing
 
 WAV = b"RIFF" + bytes(40)
 
@@ -50,6 +50,12 @@ def fleet_view(model: str = "acestep-v15-turbo", **view: Any) -> FleetView:
     return FleetView(**{"pools": pools, "at": time.time(), "http_host": "127.0.0.1", **view})
 
 
+def existing(store: JobStore, job_id: str) -> Job:
+    job = store.get(job_id)
+    assert job is not None, f"there is no job {job_id}"
+    return job
+
+
 @dataclass
 class Site:
     """One server's parts and a client that talks to it in process."""
@@ -58,11 +64,12 @@ class Site:
     client: httpx.AsyncClient
 
     def job(self, job_id: str) -> Job:
-        return self.service.store.get_existing(job_id)
+        return existing(self.service.store, job_id)
 
     def run(self, job_id: str) -> Job:
         """Claim a job as a dispatcher does."""
-        job = self.service.store.claim(job_id, "test", 60.0)
+        self.service.store.beat("test", 60.0)
+        job = self.service.store.claim(job_id, "test")
         assert job is not None, "the job cannot be claimed"
         return job
 

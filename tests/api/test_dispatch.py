@@ -1,4 +1,4 @@
-"""The dispatcher's leases, over a real store; no replica is needed for that."""
+"""The dispatcher's hold on its jobs, over a real store; no replica is needed for that."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import contextlib
 import sqlite3
 import threading
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
+from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -18,14 +20,17 @@ from acestep.plan import Metadata, Plan
 from acestep.request import SongRequest
 from deployments.dispatch import dispatcher as dispatch
 from deployments.dispatch.dispatcher import Dispatcher
+from deployments.dispatch.song import Made, Stages, Step
+from deployments.fleet import sent
+from deployments.jobs.leases import Beat
 from deployments.jobs.store import Job, JobStore
-from deployments.scheduling.fairness import Waiting
-from deployments.scheduling.slots import Place
+from deployments.jobs.waiting import read_working
+from deployments.scheduling.line import Place
 
-from .conftest import Site
+from .conftest import Site, existing
 
 
-async def test_a_job_claimed_while_leases_are_renewed_is_not_taken_for_lost(
+async def test_a_job_claimed_during_a_heartbeat_is_not_taken_for_lost(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dispatch, "POLL_S", 0.01)
@@ -35,7 +40,7 @@ async def test_a_job_claimed_while_leases_are_renewed_is_not_taken_for_lost(
     def claim() -> str:
         job_id = str(uuid.uuid4())
         store.add(job_id, SongRequest(prompt="x", seed=1))
-        assert store.claim(job_id, dispatcher.owner, 60)
+        assert store.claim(job_id, dispatcher.owner)
         dispatcher._tasks[job_id] = asyncio.get_running_loop().create_task(idle.wait())  # type: ignore[assignment]
         return job_id
 
@@ -46,18 +51,18 @@ async def test_a_job_claimed_while_leases_are_renewed_is_not_taken_for_lost(
     async def claim_another() -> None:
         second.append(claim())
 
-    original = JobStore.renew
+    original = JobStore.beat
 
-    def renew(self: JobStore, ids: Sequence[str], owner: str, lease_s: float) -> tuple[set[str], set[str]]:
-        answer = original(self, ids, owner, lease_s)
-        if not second:  # between the reading of the leases and what is done with it
+    def beat(self: JobStore, owner: str, lease_s: float, **options: Any) -> Beat:
+        answer = original(self, owner, lease_s, **options)
+        if not second:  # between the reading of what is held and what is done with it
             asyncio.run_coroutine_threadsafe(claim_another(), loop).result()
         loop.call_soon_threadsafe(renewed.set)
         return answer
 
-    monkeypatch.setattr(JobStore, "renew", renew)
+    monkeypatch.setattr(JobStore, "beat", beat)
     claim()
-    leases = asyncio.create_task(dispatcher._lease_loop())
+    leases = asyncio.create_task(dispatcher._beat_loop())
     await renewed.wait()
     await asyncio.sleep(0.05)
     assert not any(task.cancelling() or task.done() for task in dispatcher._tasks.values())
@@ -73,15 +78,15 @@ DOWN = sa.exc.OperationalError("UPDATE jobs", {}, sqlite3.OperationalError("data
 
 @pytest.fixture
 async def leases(site: Site, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Dispatcher]:
-    """The dispatcher with only its lease loop running, in quick steps; its jobs do nothing until they are stopped."""
+    """The dispatcher with only its heartbeat running, in quick steps; its jobs do nothing until they are stopped."""
 
-    async def idle(self: Dispatcher, job: Job) -> None:
+    async def idle(self: Stages, job: Job, step: Step) -> None:
         await asyncio.Event().wait()
 
     monkeypatch.setattr(dispatch, "POLL_S", 0.01)
-    monkeypatch.setattr(Dispatcher, "_make", idle)
+    monkeypatch.setattr(Stages, "run", idle)
     dispatcher = site.service.dispatcher
-    loop = asyncio.create_task(dispatcher._lease_loop())
+    loop = asyncio.create_task(dispatcher._beat_loop())
     yield dispatcher
     loop.cancel()
     with contextlib.suppress(asyncio.CancelledError):
@@ -89,13 +94,13 @@ async def leases(site: Site, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[D
     await dispatcher.drain()
 
 
-def start(dispatcher: Dispatcher, lease_s: float = 60.0) -> str:
+def start(dispatcher: Dispatcher) -> str:
     """A job that the dispatcher has claimed and begun."""
     job_id = str(uuid.uuid4())
     dispatcher.store.add(job_id, SongRequest(prompt="x", seed=1))
-    job = dispatcher.store.claim(job_id, dispatcher.owner, lease_s)
+    job = dispatcher.store.claim(job_id, dispatcher.owner)
     assert job is not None
-    dispatcher._start(job)
+    dispatcher._start(job, Step(None, None, None))
     return job_id
 
 
@@ -105,18 +110,18 @@ async def ended(dispatcher: Dispatcher) -> None:
             await asyncio.sleep(0.01)
 
 
-async def test_a_job_whose_lease_cannot_be_renewed_goes_on_until_it_is_another_s(
+async def test_a_job_goes_on_without_a_heartbeat_until_it_is_another_s(
     leases: Dispatcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody else may reach the store either, and once it answers it says who holds what."""
-    original, asked, down = JobStore.renew, 0, True
+    original, asked, down = JobStore.beat, 0, True
 
-    def renew(self: JobStore, ids: Sequence[str], owner: str, lease_s: float) -> tuple[set[str], set[str]]:
+    def beat(self: JobStore, owner: str, lease_s: float, **options: Any) -> Beat:
         nonlocal asked
         asked += 1
         if down:
             raise DOWN
-        return original(self, ids, owner, lease_s)
+        return original(self, owner, lease_s, **options)
 
     async def asked_again() -> None:
         before = asked
@@ -124,34 +129,33 @@ async def test_a_job_whose_lease_cannot_be_renewed_goes_on_until_it_is_another_s
             while asked < before + 2:
                 await asyncio.sleep(0.01)
 
-    monkeypatch.setattr(JobStore, "renew", renew)
-    kept, taken = start(leases), start(leases, lease_s=-1.0)
+    monkeypatch.setattr(JobStore, "beat", beat)
+    kept, taken = start(leases), start(leases)
     await asked_again()
     assert leases.running == {kept, taken}
-    assert leases.store.claim(taken, "another", 60) is not None
+    original(leases.store, "another", 60.0)
+    original(leases.store, leases.owner, -1.0)  # for all that the store knows it is dead
+    assert leases.store.claim(taken, "another") is not None
     down = False
     await asked_again()
     assert leases.running == {kept}
-    assert leases.store.get_existing(taken).lease_owner == "another"
+    assert existing(leases.store, taken).lease_owner == "another"
 
 
-async def test_a_job_survives_that_the_store_is_away_for_a_while(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def make(self: Dispatcher, job: Job) -> None:
-        await asyncio.to_thread(self.store.save_plan, job.id, self.owner, Plan())
+async def test_a_job_that_nobody_works_on_any_more_is_put_back(
+    leases: Dispatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its task ended while the store was away, and could not say so."""
 
-    def down(*_: object) -> None:
+    async def run(self: Stages, job: Job, step: Step) -> Made | None:
         raise DOWN
 
-    monkeypatch.setattr(Dispatcher, "_make", make)
-    dispatcher = site.service.dispatcher
-    monkeypatch.setattr(dispatcher.store, "save_plan", down)
-    job_id = start(dispatcher, lease_s=0.05)
-    await ended(dispatcher)
-    assert site.job(job_id).state == "running"  # until its lease ends
-    await asyncio.sleep(0.06)
-    again = site.service.store.claim(job_id, "another", 60)
-    assert again is not None
-    assert again.attempts == 2
+    monkeypatch.setattr(Stages, "run", run)
+    job_id = start(leases)
+    await ended(leases)
+    async with asyncio.timeout(5):
+        while existing(leases.store, job_id).state != "queued":
+            await asyncio.sleep(0.01)
 
 
 async def test_a_slow_store_does_not_lose_a_cancellation(leases: Dispatcher, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,35 +174,37 @@ async def test_a_slow_store_does_not_lose_a_cancellation(leases: Dispatcher, mon
     assert job_id in leases._tasks
     free.set()
     await ended(leases)
-    assert leases.store.get_existing(job_id).state == "cancelled"
+    assert existing(leases.store, job_id).state == "cancelled"
 
 
 async def test_a_job_cancelled_before_its_first_step_ends(leases: Dispatcher) -> None:
-    job_id = start(leases, lease_s=0.05)
+    job_id = start(leases)
     leases.store.request_cancel(job_id)
     leases._stop(job_id)
-    await ended(leases)
-    await asyncio.sleep(0.06)
-    assert leases.store.claim(job_id, "whoever looks next", 60) is None
-    assert leases.store.get_existing(job_id).state == "cancelled"
+    async with asyncio.timeout(5):
+        while existing(leases.store, job_id).state != "cancelled":
+            await asyncio.sleep(0.01)
 
 
-async def test_a_job_that_goes_where_it_was_told_at_submit_is_not_written_again(
+async def test_where_a_waiting_job_will_go_is_written_down_where_that_is_news(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    writes = []
-    monkeypatch.setattr(JobStore, "save_request", lambda self, *_, **columns: writes.append(columns))
-    sent = await site.client.post("/v1/music", json={"prompt": "a song", "duration": 30})
-    dispatcher, job = site.service.dispatcher, site.run(sent.json()["id"])
-    decision, _ = await dispatcher._choose(job, job.request, job.adjustments, None)
-    assert (decision.planner, decision.renderer, writes) == ("lm", "dit", [])
+    dispatcher, store = site.service.dispatcher, site.service.store
+    told = await site.client.post("/v1/music", json={"prompt": "a song", "duration": 30})
+    job = site.job(told.json()["id"])
+    decision = dispatcher.routing.choose(site.service.fleet.view, job, Place(), read_working(store.engine))
+    assert (decision.planner, decision.renderer) == (job.plan_pool, job.render_pool) == ("lm", "dit")
+    assert not dispatch._differs(job.est_render_s, decision.est_render_s)
     # Planned far longer than was expected: whoever scales must know.
     longer = Plan(metadata=Metadata(duration=240), codes=((1,) * 1200,))
-    open_length = job.request.model_copy(update={"duration": None})
-    await dispatcher._choose(job, open_length, job.adjustments, longer)
-    assert [list(w) for w in writes] == [["render_pool", "est_render_s"]]
-    await dispatcher._choose(job, open_length, job.adjustments, longer)
-    assert len(writes) == 1
+    open_length = replace(job, request=job.request.model_copy(update={"duration": None}), plan=longer)
+    decision = dispatcher.routing.choose(site.service.fleet.view, open_length, Place(), [])
+    assert dispatch._differs(job.est_render_s, decision.est_render_s)
+    store.place(job.id, {"est_render_s": decision.est_render_s})
+    assert site.job(job.id).est_render_s == decision.est_render_s
+    site.run(job.id)
+    store.place(job.id, {"est_render_s": 0.0})  # who holds it says where it goes
+    assert site.job(job.id).est_render_s == decision.est_render_s
 
 
 class Stream:
@@ -218,15 +224,17 @@ async def test_who_leaves_a_stage_cancels_its_stream(site: Site) -> None:
     """Serve does not tell the replica that nobody listens any more; it would render to the end."""
     stream, told = Stream(), asyncio.Event()
     handle = SimpleNamespace(options=lambda **_: handle, render=SimpleNamespace(remote=lambda *_: stream))
-    place = Place(Waiting("job", "", 1.0, 0.0), 1.0, 1.0)
+    step = Step("render", "dit", None, ((0,),), (("a", 1.0),))
 
     async def report(progress: object) -> None:
         told.set()
 
-    following = asyncio.create_task(site.service.dispatcher._follow(place, handle, "render", (), report))  # type: ignore[arg-type]
+    site.service.fleet.handle = lambda *_: handle  # type: ignore[assignment,method-assign]
+    following = asyncio.create_task(site.service.dispatcher.stages._follow(step, 0, "render", (), report))
     await told.wait()
-    assert place.call == stream.request_id
+    assert sent.meant_for(stream.request_id) == "a"
     following.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await following
     assert stream.cancelled
+    assert sent.meant_for(stream.request_id) is None

@@ -21,13 +21,13 @@ from schemathesis import GenerationMode
 
 from deployments.config.args import RouterArgs
 from deployments.dispatch.dispatcher import Dispatcher
+from deployments.dispatch.routing import Routing
 from deployments.fleet.watch import Fleet
 from deployments.ingress.acestep.fields import FIELDS
 from deployments.ingress.app import build_app
 from deployments.ingress.service import Service
 from deployments.jobs.blobs import Storage
 from deployments.jobs.store import JobStore
-from deployments.scheduling.ledger import Routing
 
 from .conftest import fleet_view
 

@@ -22,7 +22,7 @@ from acestep.song import Progress, RenderTimings, Song, SongItem
 from deployments.dispatch import dispatcher as dispatch
 from deployments.dispatch import retry
 from deployments.dispatch.dispatcher import Dispatcher
-from deployments.fleet import busy
+from deployments.fleet import sent
 from deployments.fleet.watch import Fleet
 from deployments.scheduling import choose as placement
 
@@ -112,7 +112,7 @@ class _Stream:
 def stage(site: Site, monkeypatch: pytest.MonkeyPatch) -> Stage:
     made = Stage()
     monkeypatch.setattr(site.service.fleet, "handle", made.handle)
-    monkeypatch.setattr(retry, "STAGE", retry.Policy(first_s=0.01))
+    monkeypatch.setattr(retry, "STAGE", retry.Policy(first_s=0.05))
     monkeypatch.setattr(dispatch, "POLL_S", 0.05)
     return made
 
@@ -166,17 +166,16 @@ async def test_what_the_planner_says_of_its_plan_stands_in_the_warnings_once(
         assert (await site.client.get(f"/v1/jobs/{again}", headers={"Prefer": "wait=10"})).json()["warnings"] == []
 
 
-@pytest.mark.parametrize("said", [False, True])
-async def test_who_takes_a_planned_job_over_says_what_was_not_said_yet(site: Site, stage: Stage, said: bool) -> None:
+async def test_who_takes_a_planned_job_over_has_its_plan_and_what_was_said_of_it(site: Site, stage: Stage) -> None:
     job_id = await submit(site)
-    job, store = site.run(job_id), site.service.store
-    store.save_plan(job_id, "test", Plan(metadata=Metadata(duration=20.0), codes=((1,) * 100,), adjustments=(TOLD,)))
-    if said:
-        store.save_request(job_id, "test", job.request, (TOLD,))
-    store.release(job_id, "test")
+    site.run(job_id)
+    plan = Plan(metadata=Metadata(duration=20.0), codes=((1,) * 100,), adjustments=(TOLD,))
+    site.service.store.save_plan(job_id, "test", plan, waits=True, adjustments=(TOLD,))
+    assert (site.job(job_id).state, site.job(job_id).stage, site.job(job_id).lease_owner) == ("queued", "planned", None)
     async with running(site.service.dispatcher):
         await until(lambda: site.job(job_id).ended)
     assert (site.job(job_id).state, site.job(job_id).adjustments, stage.calls) == ("succeeded", (TOLD,), ["render"])
+    assert site.job(job_id).attempts == 1
 
 
 async def test_a_replica_that_breaks_a_call_off_is_one_that_was_lost(site: Site, stage: Stage) -> None:
@@ -197,9 +196,9 @@ def tell_dead(fleet: Fleet, nodes: set[str]) -> None:
 
 @pytest.fixture
 def no_dead_nodes() -> Iterator[None]:
-    busy.set_dead_nodes(frozenset())
+    sent.set_dead_nodes(frozenset())
     yield
-    busy.set_dead_nodes(frozenset())
+    sent.set_dead_nodes(frozenset())
 
 
 @pytest.mark.usefixtures("no_dead_nodes")
@@ -223,12 +222,11 @@ async def test_a_call_to_a_node_that_died_is_made_again(site: Site, stage: Stage
     async with running(site.service.dispatcher):
         job_id = await submit(site)
         await until(lambda: stage.calls == ["plan", "render"])
-        busy.sent("request 2", "n1")
+        sent.went("request 2", "n1")
         for dead in ({"n2"}, {"n1", "n2"}):
             tell_dead(fleet, dead)
             await asyncio.sleep(0.05)
             assert stage.left == ("n1" in dead)
-        busy.answered("request 2")
         await until(lambda: site.job(job_id).ended)
     assert (site.job(job_id).state, stage.calls) == ("succeeded", ["plan", "render", "render"])
 
@@ -239,10 +237,10 @@ async def test_a_store_that_is_away_when_a_plan_is_saved_and_back_when_it_is_ren
     away = sa.exc.OperationalError("UPDATE jobs", {}, sqlite3.OperationalError("database is locked"))
     original, failures = site.service.store.save_plan, [away]
 
-    def save_plan(*arguments: Any) -> None:
+    def save_plan(*arguments: Any, **options: Any) -> None:
         if failures:
             raise failures.pop()
-        original(*arguments)
+        original(*arguments, **options)
 
     monkeypatch.setattr(site.service.store, "save_plan", save_plan)
     async with running(site.service.dispatcher):
@@ -283,7 +281,7 @@ async def test_a_router_that_stops_hands_its_job_on_with_its_plan(site: Site, st
     async with running(first):
         job_id = await submit(site)
         await until(lambda: "render" in stage.calls)
-    assert (site.job(job_id).state, site.job(job_id).attempts) == ("queued", 0)
+    assert (site.job(job_id).state, site.job(job_id).attempts) == ("queued", 1)
     second = Dispatcher(first.store, first.fleet, first.routing, lease_s=15)
     async with running(second):
         await until(lambda: site.job(job_id).ended)
@@ -338,20 +336,27 @@ async def test_a_song_that_takes_the_only_replica_down_each_time_ends(
         job_id = await submit(site)
         await until(lambda: site.job(job_id).ended)
     assert site.job(job_id).state == "failed"
-    assert "3 attempts" in str(site.job(job_id).error)
+    assert "lost its replica 3 times in a row" in str(site.job(job_id).error)
     assert stage.calls == ["plan", *["render"] * 3]
 
 
-async def test_the_last_try_of_a_song_that_lost_its_replicas_has_one_for_itself(site: Site, stage: Stage) -> None:
+async def test_the_last_try_of_a_song_that_lost_its_replicas_has_one_for_itself(
+    site: Site, stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It may be what took them down, and no song beside it shall pay for that."""
     stage.plan += [RayActorError(), RayActorError(), HANG]
-    shares = []
-    original = site.service.dispatcher._plan_place
-    site.service.dispatcher._plan_place = lambda *a: (shares.append(original(*a)), shares[-1])[1]  # type: ignore[method-assign]
+    taken: list[float] = []
+    original = site.service.store.claim
+
+    def claim(*arguments: Any, **options: Any) -> Any:
+        taken.append(options["places"][0][1])
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(site.service.store, "claim", claim)
     async with running(site.service.dispatcher):
         await submit(site)
         await until(lambda: len(stage.calls) == 3)
-    assert [place.share < 1.0 for place in shares] == [True, True, False]
+    assert [share < 1.0 for share in taken] == [True, True, False]
 
 
 async def test_a_part_that_fails_for_good_ends_the_others(
@@ -384,7 +389,7 @@ async def test_failures_end_the_job_with_their_type(site: Site, stage: Stage) ->
 
 async def test_a_song_that_runs_for_too_long_is_stopped(site: Site, stage: Stage) -> None:
     stage.render.append(HANG)
-    site.service.dispatcher.max_run_s = 0.3
+    site.service.dispatcher.stages.max_run_s = 0.3
     async with running(site.service.dispatcher):
         job_id = await submit(site)
         await until(lambda: site.job(job_id).ended)

@@ -13,7 +13,7 @@ from deployments.config.args import PlannerArgs, PoolArgs, RendererArgs
 from deployments.dispatch import dispatcher as dispatch
 from deployments.dispatch import talk
 from deployments.fleet.watch import FleetView
-from deployments.jobs.backlog import Backlog, read_backlogs
+from deployments.jobs.waiting import Backlog, read_backlogs
 from deployments.scheduling.autoscaling import desired
 
 from .conftest import Build, Site, fleet_view
@@ -157,12 +157,12 @@ async def test_jobs_that_ask_a_stage_wake_it(
         assert wanted(site, first) == 1
     async with running(site.service.dispatcher):
         site.service.fleet.view = asleep("lm", "dit")
-        site.service.dispatcher.wake()
+        site.service.dispatcher.changed()
         await until(lambda: wanted(site, first) == 1 and site.job(job_id).state == "queued")
         for app in filter(None, (first, then)):
             await until(lambda app=app: wanted(site, app) == 1)  # type: ignore[misc]
             awake(site, app)
-            site.service.dispatcher.wake()
+            site.service.dispatcher.changed()
         if site.job(job_id).kind != "song":
             await until(lambda: site.job(job_id).state == "succeeded")
             # What the first stage had said was kept while the second started.
@@ -195,7 +195,7 @@ async def test_a_song_is_planned_while_its_renderer_starts(build: Build, monkeyp
         await until(lambda: site.job(job_id).planned_at is not None and site.job(job_id).state == "queued")
         assert (stage.calls, wanted(site, "dit")) == (["plan"], 1)
         awake(site, "dit")
-        site.service.dispatcher.wake()
+        site.service.dispatcher.changed()
         await until(lambda: site.job(job_id).state == "succeeded")
     assert stage.calls == ["plan", "render"]
 
@@ -209,5 +209,5 @@ async def test_nothing_is_planned_for_a_renderer_that_cannot_come(
     job_id = (await site.client.post("/v1/music", json=SONG)).json()["id"]
     site.service.fleet.view = asleep("dit", tiers=("tier6",))  # its node is gone
     async with running(site.service.dispatcher):
-        await until(lambda: site.job(job_id).attempts == 0 and bool(site.service.dispatcher._blocked))
+        await until(lambda: site.job(job_id).attempts == 0 and bool(site.service.dispatcher._weighed))
     assert (site.job(job_id).state, stage.calls) == ("queued", [])

@@ -50,8 +50,8 @@ async def test_a_silent_name_server_holds_up_neither_the_store_nor_other_names(
                 await asyncio.sleep(0.01)
         answer = await site.client.post("/v1/music", json=SONG)
         assert (answer.status_code, (await site.client.get("/v1/jobs")).status_code) == (202, 200)
-        held = site.run(answer.json()["id"])
-        assert await asyncio.to_thread(site.service.store.renew, [held.id], "test", 60.0)
+        site.run(answer.json()["id"])
+        assert await asyncio.to_thread(site.service.store.beat, "test", 60.0)
         with pytest.raises(Refused, match="private"):
             await webhooks.resolve("localhost", 80, ())
     assert not any(name.done() for name in names)

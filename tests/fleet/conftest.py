@@ -10,7 +10,7 @@ import pytest
 
 from acestep.gpu_config import get_gpu_config, get_limits
 from acestep.sizing import profiles
-from deployments.scheduling.choose import PoolState
+from deployments.scheduling.pool import PoolState
 
 PLANNER, RENDERER = "acestep-5Hz-lm-1.7B", "acestep-v15-turbo"
 MakePool = Callable[..., PoolState]

@@ -20,11 +20,11 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
 from acestep.request import SongRequest
 from benchmarks.fleet_policies import Delays, ServeDelays
-from deployments.jobs import backlog as backlog_module
-from deployments.jobs.backlog import Backlog, read_backlog, read_backlogs, summarise
+from deployments.jobs import waiting as backlog_module
 from deployments.jobs.store import JobStore
+from deployments.jobs.waiting import Backlog, read_backlog, read_backlogs, summarise
 from deployments.scheduling import autoscaling
-from deployments.scheduling.autoscaling import BacklogPolicy, PeakHold, desired
+from deployments.scheduling.autoscaling import BacklogPolicy, desired
 
 POLICY = "deployments.scheduling.autoscaling:BacklogPolicy"
 
@@ -64,19 +64,6 @@ def test_renderers_are_not_started_for_what_the_planners_cannot_hand_over() -> N
     assert (
         desired(Backlog(later_s=1000.0), drain_s=30, max_replicas=100) == 34
     )  # planners are starting: both start at once
-
-
-def test_a_need_is_remembered_for_a_while() -> None:
-    hold = PeakHold(60)
-    assert [hold(v, t) for v, t in ((2, 0), (5, 10), (1, 20), (3, 65), (1, 69), (1, 71), (0, 130))] == [
-        2,
-        5,
-        5,
-        5,
-        5,
-        3,
-        1,
-    ]
 
 
 # -- the policy under Serve
@@ -132,7 +119,7 @@ def test_a_store_that_cannot_be_read_keeps_the_size_and_is_logged_once(caplog: p
 
 
 def test_songs_in_one_batch_hold_their_replica_and_ask_for_no_other() -> None:
-    policy = BacklogPolicy("sqlite:////nonexistent/jobs.db", "lm", drain_s=30, hold_s=0)
+    policy = BacklogPolicy("sqlite:////nonexistent/jobs.db", "lm", drain_s=30)
     policy._read = (time.monotonic(), Backlog(running_s=10.0, running_jobs=16))
     assert policy(context(current_num_replicas=1))[0] == 1
     assert policy(context(current_num_replicas=3))[0] == 3
@@ -140,7 +127,7 @@ def test_songs_in_one_batch_hold_their_replica_and_ask_for_no_other() -> None:
 
 
 def test_a_question_that_waits_keeps_a_pool_from_zero() -> None:
-    policy = BacklogPolicy("sqlite:////nonexistent/jobs.db", "lm", drain_s=30, hold_s=0)
+    policy = BacklogPolicy("sqlite:////nonexistent/jobs.db", "lm", drain_s=30)
     policy._read = (time.monotonic(), Backlog())
     assert policy(context(current_num_replicas=1, total_num_requests=1.0))[0] == 1
     assert policy(context(current_num_replicas=1, total_num_requests=0.01))[0] == 0  # a look at what it can do
@@ -264,7 +251,8 @@ def test_the_backlog_follows_a_job_through_its_stages(tmp_path: Any) -> None:
         )
         assert seen["dit"].arrival == pytest.approx(20.0 / 120)
 
-        assert store.claim("j", "me", 30) is not None
+        store.beat("me", 30)
+        assert store.claim("j", "me") is not None
         seen = read_backlogs(url, now)
         assert (seen["lm"].waiting_s, seen["lm"].running_jobs, seen["dit"].upcoming_s, seen["dit"].later_s) == (
             0.0,
@@ -275,15 +263,17 @@ def test_the_backlog_follows_a_job_through_its_stages(tmp_path: Any) -> None:
         assert seen["dit"].handover == pytest.approx(4.0)
 
         from acestep.plan import Plan
-        from acestep.song import Progress
+        from deployments.jobs.schema import DatabaseNow, jobs
 
-        store.save_plan("j", "me", Plan())
+        store.save_plan("j", "me", Plan(), waits=True)
         seen = read_backlogs(url, now)
         assert "lm" not in seen or seen["lm"].running_s == 0
         assert (seen["dit"].waiting_s, seen["dit"].upcoming_s) == (20.0, 0.0)
 
-        store.save_progress("j", "me", Progress(stage="rendering", done=1, total=8))
-        seen = read_backlogs(url, time.time() + 5)
+        assert store.claim("j", "me", stage="rendering") is not None
+        with store.engine.begin() as db:
+            db.execute(jobs.update().values(stage_at=DatabaseNow() - 5.0))
+        seen = read_backlogs(url, now)
         assert seen["dit"].running_jobs == 1
         assert 14.0 < seen["dit"].running_s <= 15.1
 

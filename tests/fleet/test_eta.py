@@ -34,10 +34,10 @@ def test_at_submit_it_is_what_the_decision_said() -> None:
 def test_it_falls_from_stage_to_stage() -> None:
     left = [
         remaining_s(REQUEST, fleet(), stage="queued", **POOLS),
-        remaining_s(REQUEST, fleet(), stage="planning", elapsed_s=2.0, **POOLS),
+        remaining_s(REQUEST, fleet(), stage="planning", left_s=2.0, **POOLS),
         remaining_s(REQUEST, fleet(), stage="planning", done=0.9, **POOLS),
         remaining_s(REQUEST, fleet(), stage="planned", plan=PLAN, **POOLS),
-        remaining_s(REQUEST, fleet(), stage="rendering", plan=PLAN, elapsed_s=1.0, **POOLS),
+        remaining_s(REQUEST, fleet(), stage="rendering", plan=PLAN, left_s=0.5, **POOLS),
         remaining_s(REQUEST, fleet(), stage="rendering", plan=PLAN, done=0.99, **POOLS),
     ]
     assert all(x is not None and x > 0 for x in left)
@@ -88,9 +88,3 @@ def test_a_fleet_without_planner_tells_when_songs_are_done() -> None:
     assert (decision.planner, decision.request.thinking) == (None, False)
     told = remaining_s(decision.request, state, stage="queued", planner=None, renderer="dit")
     assert told == pytest.approx(decision.eta_s)
-
-
-def test_an_overdue_stage_still_takes_some_time() -> None:
-    late = remaining_s(REQUEST, fleet(), stage="rendering", plan=PLAN, elapsed_s=1e6, **POOLS)
-    assert late is not None
-    assert late > 0

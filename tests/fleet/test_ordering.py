@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deployments.scheduling.fairness import FORGIVEN, SLACK_S, Usage, Waiting, next_jobs, place
+from deployments.jobs.waiting import Row
+from deployments.scheduling.fairness import FORGIVEN, SLACK_S, USAGE_HALF_LIFE_S, Waiting, next_jobs, usage_of
+from deployments.scheduling.line import HANDOFF_S, Place, Room, line_up, next_room_s
+from deployments.scheduling.pool import PoolState
+from tests.fleet.conftest import make_pool
 
 NOW = 1_000_000.0
 
@@ -40,20 +47,55 @@ def test_priority_shifts_urgency_by_minutes() -> None:
     assert next_jobs([job("normal", age=90.0), job("raised", priority=-1.0)], {}, NOW)[0].id == "normal"
 
 
-def test_weights_share_in_proportion() -> None:
-    jobs = [job(f"{key}{i}", key, weight=w) for key, w in (("a", 1.0), ("b", 3.0)) for i in range(200)]
-    first = next_jobs(jobs, {}, NOW, 80)
-    assert abs(sum(j.key == "b" for j in first) - 60) <= 9
+def row(id: str, role: str, state: str = "queued", key: str = "a", due: float = 0.0, **fields: Any) -> Row:
+    stage = {"queued": "queued", "running": "planning" if role == "plan" else "rendering"}[state]
+    plan_pool = "lm" if role == "plan" else None
+    return Row(id, key, state, stage, plan_pool, "dit", 2.0, 4.0, role == "render", NOW + due, **fields)
 
 
-def test_place_tells_position_and_what_goes_before() -> None:
-    jobs = [job("x", age=3.0), job("y", age=2.0, work=5.0), job("z", age=-100.0)]
-    order = [j.id for j in next_jobs(jobs, {}, NOW)]
-    ahead = 0.0
-    for position, id in enumerate(order, 1):
-        assert place(id, jobs, {}, NOW) == (position, ahead)
-        ahead += next(j.work_s for j in jobs if j.id == id)
-    assert place("gone", jobs, {}, NOW) is None
+def test_places_and_what_goes_ahead_are_those_of_the_real_order() -> None:
+    working = [row("rendering", "render", "running"), row("planning", "plan", "running", due=5.0)]
+    many = [row(f"many{i}", "plan", key="many") for i in range(30)]
+    waiting = [*many, row("planned", "render", key="one", due=-1.0), row("one", "plan", key="one", due=1.0)]
+    line = line_up(waiting, working, {"many": 500.0}, NOW)
+    # Who had much of the fleet lately waits behind who had nothing, though all of it came earlier.
+    assert [r.id for r in line.waiting[:3]] == ["planned", "one", "many0"]
+    assert [line.places[r.id].position for r in line.waiting] == list(range(1, 33))
+    assert line.places["one"] == Place(2, {"dit": 4.0}, {})
+    assert line.places["many1"].ahead == {"dit": 4.0, "lm": 4.0}
+    assert line.places["many1"].later == {("lm", "dit"): (8.0, 2)}
+    assert "rendering" not in line.places
+    assert line.places["planning"].position == 0
+    assert line.places["planning"].ahead["dit"] == 4.0  # what goes before it once it is planned
+    assert line.behind.position == 33
+    me = Waiting("", "new", 1.0, NOW)
+    assert line_up(waiting, working, {"many": 500.0}, NOW, newcomer=me).places[""].position == 2  # due before "one"
+
+
+def pool(role: Any, replicas: str, **fields: Any) -> PoolState:
+    card = "rtx-3060-12"
+    return make_pool("dit" if role == "render" else "lm", role, card, "tier5", replicas=tuple(replicas), **fields)
+
+
+def test_a_renderer_takes_the_next_song_when_the_last_is_about_to_end_and_one_only() -> None:
+    song = {"stage_s": 10.0, "places": (("a", 1.0),)}
+    begun, ending, late = (row("x", "render", "running", ran_s=s, **song) for s in (1.0, 9.9, 30.0))
+    for work, free in (([], "ab"), ([begun], "b"), ([ending], "ba"), ([late], "ba"), ([late, begun], "b")):
+        assert "".join(Room(pool("render", "ab"), work).replicas(1.0)) == free, work
+    assert Room(pool("render", "ab"), [begun]).fits((("b", 1.0),))
+    assert not Room(pool("render", "ab"), [begun]).fits((("b", 1.0), ("a", 1.0)))
+    assert Room(pool("render", "ab"), []).replicas(1.0, but="a") == ["b"]  # it failed there
+    assert Room(pool("render", "a"), []).replicas(1.0, but="a") == ["a"]
+    assert next_room_s([begun, late]) == pytest.approx(9.0 - HANDOFF_S)
+    assert next_room_s([late]) is None
+
+
+def test_rows_of_a_planner_are_taken_when_they_are_free() -> None:
+    def plans(replica: str, share: float) -> Row:
+        return row("x", "plan", "running", stage_s=1.0, ran_s=5.0, places=((replica, share),))
+
+    room = Room(pool("plan", "ab"), [plans("a", 0.75), plans("b", 0.5), plans("gone", 1.0)])
+    assert (room.replicas(0.25), room.replicas(0.5), room.replicas(0.75)) == (["b", "a"], ["b"], [])
 
 
 jobs_of_callers = st.lists(
@@ -83,13 +125,11 @@ def test_every_job_comes_exactly_once_and_shares_stay_level(rows: list, usage: d
 
 def test_no_caller_starves_whatever_the_others_keep_sending() -> None:
     """The victim has used far more than the others, who never stop; its job is served all the same."""
-    usage = Usage()
-    usage.add("victim", 5_000.0, NOW)
     victim = Waiting("victim", "victim", 10.0, NOW)
     now = NOW
     for i in range(2_000):
         rivals = [Waiting(f"r{i}-{k}", f"rival{i}-{k}", 10.0, now, deadline=now + 1) for k in range(3)]
-        served = next_jobs([victim, *rivals], usage.at(now), now, 1)[0]
+        served = next_jobs([victim, *rivals], usage_of([("victim", now - NOW, 5_000.0)]), now, 1)[0]
         if served.id == "victim":
             assert now - NOW < 3600
             return
@@ -105,9 +145,5 @@ def test_even_usage_that_never_fades_is_outwaited() -> None:
 
 
 def test_usage_is_forgotten_by_half_lives() -> None:
-    usage = Usage(half_life_s=100.0)
-    usage.add("a", 80.0, NOW)
-    assert usage.at(NOW + 100)["a"] == 40.0
-    usage.add("a", 10.0, NOW + 100)
-    assert usage.at(NOW + 200)["a"] == 25.0
-    assert usage.at(NOW + 10_000) == {}
+    usage = usage_of([("a", USAGE_HALF_LIFE_S, 80.0), ("a", 0.0, 10.0), ("b", 2 * USAGE_HALF_LIFE_S, 80.0)])
+    assert usage == {"a": 50.0, "b": 20.0}

@@ -64,7 +64,7 @@ async def test_the_same_seed_asks_for_the_same_text(tmp_path: Path) -> None:
         steps = [{"ask": "inspire", "fields": {"query": "x"}}, {"ask": "format", "fields": {}}]
         job_id = str(uuid.uuid4())
         store.add(job_id, request, extra={PREPARE: steps})
-        job = store.claim(job_id, "me", 60)
+        job = store.claim(job_id, "me")
         assert job is not None
         await Errands(store, Writer(), "me").prepare(job)  # type: ignore[arg-type]
     store.close()
@@ -84,7 +84,7 @@ async def test_what_cannot_be_formatted_stays_as_it_is_or_fails(tmp_path: Path, 
     job_id = str(uuid.uuid4())
     asked = ASKED.model_copy(update={"strict": strict})
     store.add(job_id, asked, extra={PREPARE: [{"ask": "format", "fields": {}}]})
-    job = store.claim(job_id, "me", 60)
+    job = store.claim(job_id, "me")
     assert job is not None
     prepared = Errands(store, Writer(), "me").prepare(job)  # type: ignore[arg-type]
     if strict:

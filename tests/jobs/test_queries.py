@@ -10,11 +10,10 @@ import pytest
 import sqlalchemy as sa
 
 from acestep.request import SongRequest
-from deployments.jobs.backlog import ACTIVE, read_backlogs
-from deployments.jobs.queue import Line, read_queue
-from deployments.jobs.schema import jobs
+from deployments.jobs.schema import ACTIVE, jobs
 from deployments.jobs.store import Busy, Caps, JobStore
 from deployments.jobs.uploads import FileRecords, new_record
+from deployments.jobs.waiting import read_backlogs, read_usage, read_waiting, read_working
 
 REQUEST = SongRequest(prompt="x", seed=1)
 ENDED = 4_000
@@ -56,13 +55,16 @@ def admit(store: JobStore) -> None:
 
 HOT: dict[str, Callable[[JobStore], Any]] = {
     "admission": admit,
-    "the queue": lambda store: read_queue(store.engine),
-    "the line": lambda store: Line(store.engine).places([store.get_existing("new0")], {}),
+    "what waits": lambda store: read_waiting(store.engine),
+    "what waits, routers that live": lambda store: read_waiting(store.engine, orphans=False),
+    "what works": lambda store: read_working(store.engine),
+    "what each caller had": lambda store: read_usage(store.engine),
+    "claims": lambda store: store.claim("new0", "me", fits=lambda working: True),
     "backlogs": lambda store: read_backlogs(store.url),
     "counts": lambda store: store.counts(ACTIVE),
     "mean time of a song": lambda store: store.mean_seconds(),
     "deadlines": lambda store: store.expire(),
-    "leases": lambda store: store.renew(["new0"], "me", 5.0),
+    "heartbeat": lambda store: store.beat("me", 5.0),
     "uploads in use": lambda store: FileRecords(store.engine).stale(time.time() + 1),
     "what can be cleaned": lambda store: store.ended_before(time.time() - 7 * 86_400),
     "audio of a day": lambda store: store.add("day", REQUEST, owner_key="key0", caps=Caps(audio_s=1_000.0)),

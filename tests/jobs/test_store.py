@@ -7,11 +7,13 @@ import threading
 import time
 import types
 import uuid
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import create_engine, event, inspect
+from sqlalchemy import create_engine, inspect
 
 from acestep.errors import Cancelled, InvalidRequest, OutOfMemory
 from acestep.plan import Metadata, Plan
@@ -19,17 +21,15 @@ from acestep.request import SongRequest
 from acestep.song import Progress, Song, SongItem
 from deployments.ingress.errors import retry_after
 from deployments.jobs import limits as rates
-from deployments.jobs import queue
-from deployments.jobs.backlog import read_backlogs
 from deployments.jobs.database import migrate
+from deployments.jobs.job import Tries
 from deployments.jobs.limits import Rates
-from deployments.jobs.queue import Line, read_queue
 from deployments.jobs.schema import metadata
 from deployments.jobs.secrets import shared_secret
 from deployments.jobs.store import Busy, Caps, IdempotencyConflict, Job, JobStore, LeaseLost
 from deployments.jobs.uploads import FileRecords
 from deployments.jobs.urls import driver_url
-from deployments.scheduling.fairness import Waiting, next_jobs
+from deployments.jobs.waiting import Row, read_backlogs, read_usage, read_waiting, read_working
 
 REQUEST = SongRequest(prompt="quiet piano", duration=10, seed=1)
 SONG = Song(items=(SongItem(index=0, seed=1, duration=10.0, samples=480_000),), plan=Plan(), renderer="tiny")
@@ -37,6 +37,18 @@ SONG = Song(items=(SongItem(index=0, seed=1, duration=10.0, samples=480_000),), 
 
 def add(store: JobStore, **columns: object) -> Job:
     return store.add(str(uuid.uuid4()), REQUEST, **columns)[0]  # type: ignore[arg-type]
+
+
+def existing(store: JobStore, job_id: str) -> Job:
+    job = store.get(job_id)
+    assert job is not None
+    return job
+
+
+def claim(store: JobStore, job_id: str, owner: str, lives_s: float = 30.0, **options: Any) -> Job | None:
+    """As a router that lives for so long."""
+    store.beat(owner, lives_s)
+    return store.claim(job_id, owner, **options)
 
 
 def test_migrations_make_exactly_the_tables_of_the_schema(store: JobStore) -> None:
@@ -82,7 +94,7 @@ def test_what_is_no_place_for_jobs_is_refused(url: str) -> None:
 def test_opening_again_keeps_what_is_there(store: JobStore, database_url: str) -> None:
     job = add(store)
     again = JobStore(database_url)
-    assert again.get_existing(job.id).request == REQUEST
+    assert existing(again, job.id).request == REQUEST
     again.close()
 
 
@@ -126,33 +138,33 @@ def test_a_newer_database_is_left_alone(store: JobStore, database_url: str) -> N
 def test_backlog_and_queue_are_read_from_the_same_url(store: JobStore, database_url: str) -> None:
     job = add(store, render_pool="dit", est_render_s=4.0)
     assert read_backlogs(database_url)["dit"].waiting_s == 4.0
-    assert [waiting.id for waiting in read_queue(store.engine)] == [job.id]
+    assert [waiting.id for waiting in read_waiting(store.engine)] == [job.id]
 
 
 def test_a_job_goes_through_its_life_and_ends_once(store: JobStore) -> None:
     job = add(store)
-    assert (job.state, Line(store.engine).places([job], {})[job.id].position) == ("queued", 1)
-    claimed = store.claim(job.id, "a", 10)
+    assert (job.state, [row.id for row in read_waiting(store.engine)]) == ("queued", [job.id])
+    claimed = claim(store, job.id, "a", 10)
     assert claimed is not None
     assert claimed.attempts == 1
-    assert store.claim(job.id, "b", 10) is None
+    assert claim(store, job.id, "b", 10) is None
     store.save_progress(job.id, "a", Progress(stage="planning", done=1, total=2))
     store.save_plan(job.id, "a", Plan(metadata=Metadata(bpm=90)))
     store.succeed(job.id, "a", SONG)
-    done = store.get_existing(job.id)
+    done = existing(store, job.id)
     assert (done.state, done.result, done.plan.metadata.bpm) == ("succeeded", SONG, 90)  # type: ignore[union-attr]
     with pytest.raises(LeaseLost):
         store.fail(job.id, "a", OutOfMemory("no"))
     store.request_cancel(job.id)
-    assert store.get_existing(job.id).state == "succeeded"
+    assert existing(store, job.id).state == "succeeded"
     assert [e.type for e in store.events_after(job.id, 0)] == ["queued", "started", "planned", "succeeded"]
 
 
 def test_whoever_lost_the_lease_cannot_write(store: JobStore) -> None:
     job = add(store)
-    store.claim(job.id, "a", 0.01)
+    claim(store, job.id, "a", 0.01)
     time.sleep(0.05)
-    taken = store.claim(job.id, "b", 10)
+    taken = claim(store, job.id, "b", 10)
     assert taken is not None
     assert taken.attempts == 2
     for write in (
@@ -163,66 +175,139 @@ def test_whoever_lost_the_lease_cannot_write(store: JobStore) -> None:
     ):
         with pytest.raises(LeaseLost):
             write()
-    assert store.get_existing(job.id).state == "running"
+    assert existing(store, job.id).state == "running"
     store.succeed(job.id, "b", SONG)
 
 
 @pytest.mark.parametrize("ahead_s", [-3600.0, 3600.0])
-def test_a_lease_ends_by_the_database_s_clock(store: JobStore, monkeypatch: pytest.MonkeyPatch, ahead_s: float) -> None:
+def test_a_router_lives_by_the_database_s_clock(
+    store: JobStore, monkeypatch: pytest.MonkeyPatch, ahead_s: float
+) -> None:
     """A router whose own clock is wrong takes no living job from another, and loses none."""
     job, original = add(store), time.time
-    assert store.claim(job.id, "a", 10) is not None
+    assert claim(store, job.id, "a", 10) is not None
     monkeypatch.setattr(time, "time", lambda: original() + ahead_s)
-    assert store.claim(job.id, "b", 10) is None
-    assert read_queue(store.engine) == []
-    assert store.renew([job.id], "a", 0.01) == ({job.id}, set())
+    assert claim(store, job.id, "b", 10) is None
+    assert read_waiting(store.engine) == []
+    assert [row.id for row in read_working(store.engine)] == [job.id]
+    assert store.beat("a", 0.01).held == {job.id}
     time.sleep(0.05)
-    assert [waiting.id for waiting in read_queue(store.engine)] == [job.id]
-    assert read_queue(store.engine, orphans=False) == []
-    assert store.claim(job.id, "b", 10) is not None
+    assert [waiting.id for waiting in read_waiting(store.engine)] == [job.id]
+    assert read_waiting(store.engine, orphans=False) == read_working(store.engine) == []
+    assert claim(store, job.id, "b", 10) is not None
 
 
-def test_attempts_are_limited_and_a_drain_costs_none(store: JobStore) -> None:
+def test_attempts_are_limited_and_neither_stages_nor_a_drain_cost_one(store: JobStore) -> None:
     job = add(store)
     for _ in range(5):
-        assert store.claim(job.id, "a", 10)
-        store.release(job.id, "a")
-    for _ in range(3):
-        assert store.claim(job.id, "a", 0.001)
+        assert claim(store, job.id, "a")
+        store.release(job.id, "a", event="requeued")
+    claim(store, job.id, "a")
+    store.save_plan(job.id, "a", Plan(), waits=True)
+    assert (existing(store, job.id).attempts, existing(store, job.id).stage) == (1, "planned")
+    for attempt in range(1, 4):
+        taken = claim(store, job.id, "a", 0.001)
+        assert taken is not None
+        assert taken.attempts == attempt
         time.sleep(0.01)
-    assert store.claim(job.id, "b", 10) is None
-    ended = store.get_existing(job.id)
+    assert claim(store, job.id, "b") is None
+    ended = existing(store, job.id)
     assert ended.state == "failed"
     assert "3 attempts" in ended.error["message"]  # type: ignore[index]
 
 
+def test_a_pause_after_a_failure_is_kept_by_the_database_s_clock(
+    store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, original = add(store), time.time
+    assert claim(store, job.id, "a")
+    store.release(job.id, "a", pause_s=0.2, tries=Tries(failed=1, replicas=("r",), small=("dit",)))
+    monkeypatch.setattr(time, "time", lambda: original() + 3600.0)
+    (row,) = read_waiting(store.engine)
+    assert row.paused
+    assert store.claim(job.id, "b") is None
+    time.sleep(0.25)
+    (row,) = read_waiting(store.engine)
+    assert not row.paused
+    assert existing(store, job.id).tries == Tries(1, 0, ["r"], ["dit"])
+    assert claim(store, job.id, "b")
+
+
+def test_only_so_much_is_claimed_as_fits_beside_what_works(store: JobStore, database_url: str) -> None:
+    """Twenty routers want the two places of a replica at the same time."""
+    ids, won = [add(store, render_pool="dit").id for _ in range(20)], []
+
+    def fits(working: Sequence[Row]) -> bool:
+        return sum(share for row in working for _, share in row.places) + 0.5 <= 1.0
+
+    def begin(job_id: str) -> None:
+        places = (("r", 0.5),)
+        if claim(store, job_id, f"router of {job_id}", stage="rendering", places=places, seconds=9.0, fits=fits):
+            won.append(job_id)
+
+    threads = [threading.Thread(target=begin, args=(job_id,)) for job_id in ids]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(won) == 2
+    working = read_working(store.engine)
+    assert {(row.role, row.pool, row.places) for row in working} == {("render", "dit", (("r", 0.5),))}
+    assert all(8.0 < row.left_s <= 9.0 for row in working)
+    store.free(won[0], f"router of {won[0]}", ())
+    assert claim(store, next(i for i in ids if i not in won), "another", places=(("r", 0.5),), fits=fits)
+
+
+def test_of_two_clusters_the_newer_takes_jobs_once_it_can_make_songs(store: JobStore) -> None:
+    assert not store.beat("old", 30, cluster="one").outdated
+    time.sleep(0.01)
+    assert not store.beat("new", 30, cluster="two", serves=False).outdated
+    assert not store.beat("old", 30, cluster="one").outdated
+    store.beat("new", 30, cluster="two")
+    assert store.beat("old", 30, cluster="one").outdated
+    assert store.beat("a late router of the old cluster", 30, cluster="one").outdated
+    assert not store.beat("new", 30, cluster="two").outdated
+    store.leave("new")
+    assert not store.beat("old", 30, cluster="one").outdated
+
+
+def test_what_each_caller_had_lately_is_what_has_begun(store: JobStore) -> None:
+    works = {"plan_pool": "lm", "render_pool": "dit", "est_plan_s": 2.0, "est_render_s": 5.0}
+    planned, rendered, _ = (add(store, owner_key=key, **works) for key in ("a", "b", "c"))
+    claim(store, planned.id, "r")
+    claim(store, rendered.id, "r", stage="rendering")
+    store.succeed(rendered.id, "r", SONG)
+    assert {key: work_s for key, _, work_s in read_usage(store.engine)} == {"a": 2.0, "b": 7.0}
+
+
 def test_cancelling_a_waiting_job_ends_it_and_a_running_one_is_told(store: JobStore) -> None:
     waiting, running = add(store), add(store)
-    store.claim(running.id, "a", 10)
+    claim(store, running.id, "a", 10)
     assert store.request_cancel(waiting.id).state == "cancelled"  # type: ignore[union-attr]
     assert store.request_cancel(running.id).state == "running"  # type: ignore[union-attr]
-    assert store.renew([running.id], "a", 10) == ({running.id}, {running.id})
-    assert store.renew([running.id], "b", 10) == store.renew([], "a", 10) == (set(), set())
+    beat = store.beat("a", 10)
+    assert beat.held == beat.cancelled == {running.id}
+    assert store.beat("b", 10).held == set()
     store.fail(running.id, "a", Cancelled("cancelled by the caller"))
-    assert store.get_existing(running.id).state == "cancelled"
+    assert existing(store, running.id).state == "cancelled"
     assert store.request_cancel("no such job") is None
 
 
 def test_a_job_that_is_given_back_after_it_was_cancelled_ends(store: JobStore) -> None:
     job = add(store)
-    store.claim(job.id, "a", 10)
+    claim(store, job.id, "a", 10)
     store.save_progress(job.id, "a", Progress(stage="planning"))
     store.request_cancel(job.id)
     store.release(job.id, "a")
-    assert store.get_existing(job.id).state == "cancelled"
+    assert existing(store, job.id).state == "cancelled"
     assert [e.type for e in store.events_after(job.id, 0)][-1] == "cancelled"
 
 
 def test_an_attempt_counts_its_own_time(store: JobStore) -> None:
     job = add(store)
-    first = store.claim(job.id, "a", 0.001)
+    first = claim(store, job.id, "a", 0.001)
     time.sleep(0.02)  # the server was down meanwhile
-    second = store.claim(job.id, "b", 10)
+    second = claim(store, job.id, "b", 10)
     assert first is not None
     assert second is not None
     assert first.started_at is not None
@@ -235,7 +320,7 @@ def test_ten_dispatchers_never_share_a_job(store: JobStore) -> None:
     won: list[str] = []
 
     def claim_all(owner: str) -> None:
-        won.extend(job_id for job_id in ids if store.claim(job_id, owner, 30))
+        won.extend(job_id for job_id in ids if claim(store, job_id, owner, 30))
 
     threads = [threading.Thread(target=claim_all, args=(f"o{n}",)) for n in range(10)]
     for thread in threads:
@@ -310,67 +395,16 @@ def test_paging_meets_every_job_once(store: JobStore) -> None:
     assert store.page(states=("running",)) == []
 
 
-def test_places_and_what_goes_ahead_are_those_of_the_real_order(store: JobStore) -> None:
-    pools = {"plan_pool": "lm", "render_pool": "dit", "est_plan_s": 2.0, "est_render_s": 4.0}
-    rendering, planned, planning = (add(store, **pools) for _ in range(3))
-    for job, stage in ((rendering, "rendering"), (planned, "planning"), (planning, "planning")):
-        store.claim(job.id, "a", 10)
-        store.save_progress(job.id, "a", Progress(stage=stage))
-        if job is not planning:
-            store.save_plan(job.id, "a", Plan())
-    many = [add(store, owner_key="many", **pools) for _ in range(30)]
-    one = add(store, owner_key="one", **pools)
-    elsewhere = add(store, owner_key="two", render_pool="other", est_render_s=7.0)
-    line = Line(store.engine)
-    places = line.places([*many, one, elsewhere], {"many": 500.0})
-    # Who had much of the fleet lately waits behind who had nothing, though all of it came earlier.
-    assert places[one.id].position == 1
-    assert places[one.id].ahead == {"dit": 8.0}  # of the two that are not rendering yet
-    assert [places[job.id].position for job in many[:2]] == [3, 4]
-    assert places[many[1].id].ahead == {"lm": 4.0, "dit": 16.0, "other": 7.0}
-    order = next_jobs(read_queue(store.engine), {"many": 500.0}, time.time())
-    assert [places[w.id].position for w in order] == list(range(1, len(order) + 1))
-    assert line.places([store.get_existing(rendering.id)], {})[rendering.id].position == 0
-    later = add(store, owner_key="one", **pools)
-    assert line.places([later], {})[later.id].position > 0  # new ones are seen at once
-
-
-def test_the_line_is_read_once_for_all_who_ask_in_a_moment(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also for those that it does not know: they came before it was read, so reading it again tells nothing new."""
-    monkeypatch.setattr(queue, "LIMIT", 3)
-    monkeypatch.setattr(queue, "FRESH_S", 600.0)
-    waiting, line, reads = [add(store) for _ in range(6)], Line(store.engine), []
-
-    def remember(_: object, __: object, statement: str, *___: object) -> None:
-        if "FROM jobs" in statement:
-            reads.append(statement)
-
-    event.listen(store.engine, "before_cursor_execute", remember)
-    for job in (*waiting, *waiting):
-        assert line.places([job], {})[job.id].position == min(4, waiting.index(job) + 1)  # beyond the limit: behind all
-    line.places(waiting, {})
-    assert len(reads) == 1
-    assert line.newcomer(Waiting("", "", 1.0, time.time()), {}).position == 4
-    line.joined(new := add(store))  # known without a look
-    reads.clear()
-    assert line.places([new], {})[new.id].position == 4
-    assert reads == []
-    from_elsewhere = add(store)
-    reads.clear()
-    assert line.places([from_elsewhere], {})[from_elsewhere.id].position == 4
-    assert len(reads) == 1
-
-
 def test_waiting_beyond_the_deadline_ends_a_job(store: JobStore) -> None:
     late, later, running = (
         add(store, deadline=time.time() - 1),
         add(store, deadline=time.time() + 60),
         add(store, deadline=1.0),
     )
-    store.claim(running.id, "a", 10)
+    claim(store, running.id, "a", 10)
     assert store.expire() == 1
-    assert [store.get_existing(j.id).state for j in (late, later, running)] == ["failed", "queued", "running"]
-    assert store.get_existing(late.id).error["type"] == "deadline_exceeded"  # type: ignore[index]
+    assert [existing(store, j.id).state for j in (late, later, running)] == ["failed", "queued", "running"]
+    assert existing(store, late.id).error["type"] == "deadline_exceeded"  # type: ignore[index]
 
 
 def test_ids_that_no_database_can_hold_are_not_there(store: JobStore) -> None:
@@ -394,14 +428,14 @@ def test_the_latest_of_many_jobs_at_once(store: JobStore) -> None:
 
 def test_how_far_a_stage_is_is_kept_once_however_often_it_was_said(store: JobStore) -> None:
     job = add(store)
-    store.claim(job.id, "a", 10)
+    claim(store, job.id, "a", 10)
     for done in range(200):
         store.save_progress(job.id, "a", Progress(stage="rendering", done=done, total=200))
     assert [e.type for e in store.events_after(job.id, 0)] == ["queued", "started"]
     news = store.latest([job.id])[job.id]
     assert news is not None
     assert news.progress == Progress(stage="rendering", done=199, total=200).model_dump()
-    assert store.get_existing(job.id).progress == Progress(stage="rendering", done=199, total=200)
+    assert existing(store, job.id).progress == Progress(stage="rendering", done=199, total=200)
 
 
 def test_only_ended_jobs_are_forgotten(store: JobStore) -> None:

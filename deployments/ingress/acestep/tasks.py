@@ -60,7 +60,7 @@ async def release_task(request: Request, service: Svc) -> Any:
     except Busy as error:
         text = QUEUE_FULL if error.details.get("limit") == service.args.max_queue else error.message
         return detail(429, text, {"Retry-After": retry_after(error.details.get("retry_after", 1))})
-    place = await service.place(job)
+    place = (await service.forecast.places([job]))[job.id]
     data: dict[str, Any] = {"task_id": job.id, "status": "queued", "queue_position": max(1, place.position)}
     if job.adjustments:
         data["warnings"] = [a.model_dump(mode="json") for a in job.adjustments]
@@ -144,7 +144,7 @@ async def query_result(request: Request, service: Svc) -> Any:
     ids = task_ids(body.fields.get("task_id_list"))
     found = await asyncio.to_thread(service.store.many, list(dict.fromkeys(ids)))
     found = {task_id: job for task_id, job in found.items() if service.may_see(caller, job)}
-    places = await service.places(found.values())
+    places = await service.forecast.places(found.values())
     items = []
     for task_id in ids:
         job = found.get(task_id)

@@ -14,7 +14,7 @@ from deployments.ingress.native.answers import Answer
 from deployments.ingress.native.health import readiness
 from deployments.ingress.redact import redact
 from deployments.ingress.service import Service, service_of
-from deployments.jobs.backlog import Backlog
+from deployments.jobs.waiting import Backlog
 
 router = APIRouter(prefix="/v1", tags=["fleet"], dependencies=[Depends(caller_of)])
 _SHOWN = (

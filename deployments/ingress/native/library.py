@@ -47,7 +47,7 @@ async def list_jobs(
     }  # fmt: skip
     if view == "full":
         page = await asyncio.to_thread(service.store.page, limit=limit + 1, **wanted)
-        places = await service.places(page)
+        places = await service.forecast.places(page)
         views = [await job_view(service, job, places[job.id]) for job in page[:limit]]
         return JobPage(
             jobs=views, next=_encode(page[limit - 1].created_at, page[limit - 1].id) if len(page) > limit else None
@@ -56,8 +56,8 @@ async def list_jobs(
     shown = rows[:limit]
     waiting = [row["id"] for row in shown if row["state"] in ("queued", "running")]
     jobs = await asyncio.to_thread(service.store.many, waiting) if waiting else {}
-    places = await service.places(list(jobs.values()))
-    forecasts = {job_id: await service.forecast(job, places[job_id]) for job_id, job in jobs.items()}
+    places = await service.forecast.places(list(jobs.values()))
+    forecasts = {job_id: await service.forecast.of(job, places[job_id]) for job_id, job in jobs.items()}
     last = _encode(shown[-1]["created_at"], shown[-1]["id"]) if len(rows) > limit else None
     return ShortPage(jobs=[short_view(service, row, forecasts.get(row["id"], {})) for row in shown], next=last)
 

@@ -11,16 +11,16 @@ from deployments.ingress.links import audio_path, events_path, job_path, public,
 from deployments.ingress.native.answers import FileView, JobShort, JobView, ShortAudio
 from deployments.ingress.redact import public_error
 from deployments.ingress.service import Service
-from deployments.jobs.queue import Place
 from deployments.jobs.store import CANCELLED, TERMINAL, Job
 from deployments.jobs.uploads import FOLDER, FileRecord
+from deployments.scheduling.line import Place
 
 SHORT = 200  # characters of a text in a list
 
 
 async def job_view(service: Service, job: Job, place: Place | None = None) -> JobView:
     """A job with where it stands, what it costs and, once done, signed URLs of its audio."""
-    forecast = await service.forecast(job, place)
+    forecast = await service.forecast.of(job, place)
     view: dict[str, Any] = {
         "id": job.id,
         "kind": job.kind,

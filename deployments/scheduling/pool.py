@@ -1,0 +1,92 @@
+"""What a pool is: the replicas of one Serve application, what they can do, and what works and waits there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from acestep.gpu_config import Limits
+from acestep.sizing.cost import Profile
+from deployments.config.args import Role
+
+
+@dataclass(frozen=True)
+class PoolState:
+    """One pool as the router sees it now. Seconds count from now.
+
+    Attributes:
+        name: The Serve application.
+        model: The checkpoint it serves.
+        limits: What its cards may be asked to do in its role, shared cards included.
+        profile: Cost profile of its cards.
+        tasks: What its checkpoint can do; empty for planner pools.
+        loras: Whether it loads LoRA adapters.
+        running, pending: Replicas that serve, and that are on their way.
+        replicas: Ids of those that serve.
+        together: Clips that one renderer takes into the same steps.
+        max_replicas: How many there may be.
+        reachable: Whether the cluster has a node for it, or can add one.
+        slots: Pieces of work that one replica runs at once: batch rows of a planner, 1 for a renderer.
+        busy: Slots in use, over all replicas.
+        waiting_s: Seconds of work that wait for it and would go first, in one replica's time.
+        coming: What planners will hand over to it: (in how many seconds, seconds of work, whether it goes before us if both wait).
+        running_s: Seconds of work left in what runs.
+        free_in_s: When each slot of the running replicas will be free, where that is known; else estimated from `running_s`.
+        ready_in_s: When the pending replicas will serve; None means the profile's load time.
+        correction: Measured time over foretold time (`acestep.sizing.cost.Corrections`).
+        drain_s: How its autoscaling sizes it: seconds in which it wants to be rid of what waits. None: it keeps its size.
+        target: How many replicas its autoscaling wants now, for all that waits and comes, whoever goes first.
+        needs: The node label that it needs, for people.
+    """
+
+    name: str
+    role: Role
+    model: str
+    limits: Limits
+    profile: Profile
+    tasks: frozenset[str] = frozenset()
+    loras: bool = True
+    running: int = 0
+    pending: int = 0
+    replicas: tuple[str, ...] = ()
+    together: int = 1
+    max_replicas: int = 1
+    reachable: bool = True
+    slots: int = 1
+    busy: int = 0
+    waiting_s: float = 0.0
+    coming: tuple[tuple[float, float, bool], ...] = ()
+    running_s: float = 0.0
+    free_in_s: tuple[float, ...] | None = None
+    ready_in_s: float | None = None
+    correction: float = 1.0
+    drain_s: float | None = None
+    target: int = 0
+    needs: str = ""
+
+    @property
+    def load_s(self) -> float:
+        cost = self.profile.planner(self.model) if self.role == "plan" else self.profile.renderer(self.model)
+        return cost.load_s
+
+    @property
+    def can_run(self) -> bool:
+        """Whether waiting here leads anywhere: there is a replica, or there can be one."""
+        return self.running + self.pending > 0 or (self.reachable and self.max_replicas > 0)
+
+
+@dataclass(frozen=True)
+class FleetState:
+    """All pools. `default_model` renders requests that name none; None means the first renderer pool's."""
+
+    pools: tuple[PoolState, ...]
+    default_model: str | None = None
+
+    def of(self, role: Role) -> tuple[PoolState, ...]:
+        return tuple(p for p in self.pools if p.role == role)
+
+    @property
+    def model(self) -> str | None:
+        return self.default_model or next((p.model for p in self.pools if p.role == "render"), None)
+
+    def get(self, name: str | None) -> PoolState | None:
+        return next((p for p in self.pools if p.name == name), None)
