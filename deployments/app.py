@@ -27,11 +27,11 @@ def _deployment(cls: type) -> Deployment:
 
 def router(args: dict[str, Any]) -> Application:
     """The HTTP ingress and dispatcher. Knows no pool by name: it finds them among the running applications."""
-    from deployments.ingress.router import Router
+    from deployments.ingress.deployment import RouterDeployment
 
     check_environment()
     parsed = parse_args(RouterArgs, args, "router")
-    deployment = _deployment(serve.ingress()(Router)).options(
+    deployment = _deployment(serve.ingress()(RouterDeployment)).options(
         name="router",
         num_replicas=parsed.num_replicas,
         max_ongoing_requests=MAX_ONGOING,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.server import tiny_checkpoints
+from tests.server import ROOT, free_port, tiny_checkpoints
 
 COMPILER = ("torch._dynamo.convert_frame", "torch._inductor")
 TRAINING = ("accelerate.test_utils", "botocore", "datasets", "peft", "torchao", "scipy", "sklearn", "pandas")
@@ -83,3 +83,32 @@ assert torch.distributed.is_available() and torch.compile(lambda x: x + 1, backe
 """,
         tmp_path,
     )
+
+
+def test_builders_import_no_engine_no_database_and_no_encoder(tmp_path: Path) -> None:
+    """FastAPI comes with `ray.serve` itself."""
+    for builder in ("router", "lm", "dit"):
+        names = imported(f"from deployments.app import {builder}; {builder}({{}})", tmp_path)
+        assert not found(names, ("torch", "transformers", "diffusers", "sqlalchemy", "alembic", "av", "soundfile"))
+        assert not found(names, ("deployments.ingress.router", "deployments.ingress.app", "acestep.lm", "acestep.dit"))
+
+
+def test_the_router_has_no_torch(tmp_path: Path) -> None:
+    names = imported("import deployments.ingress.router", tmp_path)
+    assert "deployments.dispatch.dispatcher" in names
+    assert not found(names, ("torch", "transformers", "diffusers", "scipy", "pandas"))
+
+
+@pytest.mark.parametrize("command", ["--help", "status"])
+def test_the_command_line_imports_what_a_command_needs(tmp_path: Path, command: str) -> None:
+    code = f"import sys; sys.argv = ['acestep', {command!r}]\nfrom acestep.cli.main import main\n"
+    names = imported(code + "try: main()\nexcept SystemExit: pass\n", tmp_path)
+    assert not found(names, (*SERVICE, "torch", "transformers", "numpy", "deployments.k8s.commands", "acestep.settings"))
+
+
+def test_preparing_the_tiny_checkpoint_asks_neither_torch_nor_a_database(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text((ROOT / "serve_config.yaml").read_text().replace("8000", str(free_port())))
+    code = f"import sys; sys.argv = ['acestep', 'prepare', {str(config)!r}]\nfrom acestep.cli.main import main\n"
+    names = imported(code + "try: main()\nexcept SystemExit as end: assert not end.code\n", tmp_path)
+    assert not found(names, ("torch", "transformers", "diffusers", "sqlalchemy", "alembic", "kubernetes"))

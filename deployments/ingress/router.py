@@ -39,7 +39,8 @@ LAST_LOOK_S = 4.0
 class Router:
     """Composes the pools through their handles. Touches no model and no device."""
 
-    async def __init__(self, args: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
+    async def start(self, args: dict[str, Any]) -> None:
+        """Open the job store and begin to look after its jobs."""
         join_serve()
         asyncio.get_running_loop().set_default_executor(store_pool())
         parsed = parse_args(RouterArgs, args, "router")
@@ -64,7 +65,7 @@ class Router:
         )  # fmt: skip
         self._background = [asyncio.create_task(loop) for loop in loops]
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
+    def build_app(self) -> FastAPI:
         return build_app(self.service)
 
     async def _watch_backlogs(self) -> None:
@@ -108,7 +109,8 @@ class Router:
             if task.done() and not task.cancelled():
                 raise RuntimeError(f"a background task of the router ended: {task.exception()!r}")
 
-    async def __del__(self) -> None:
+    async def close(self) -> None:
+        """Hand running songs back and stop."""
         for task in getattr(self, "_background", []):
             task.cancel()
         await asyncio.gather(*getattr(self, "_background", []), return_exceptions=True)

@@ -54,7 +54,7 @@ def serve(
         parts = dict(prepared(data, env))
         if (ray := parts.pop("ray", "")).startswith("joins"):
             screen.line("Ray", ray)
-        screen.line("checkpoints", ", ".join(dict.fromkeys(parts.values())))
+        screen.line("checkpoints", _together(list(dict.fromkeys(parts.values()))))
         is_changed = bool(given or host or port)
         with _as_file(config, data, is_changed, Path(env[TEMPORARY])) as path:
             stop.at_once = False
@@ -66,6 +66,13 @@ def serve(
                 run.end(patience=lambda: len(stop.signals) < 2)
     screen.text("ended; what was accepted and is not finished goes on at the next start")
     raise typer.Exit(INTERRUPTED if signal.SIGINT in stop.signals else 0)
+
+
+def _together(told: list[str]) -> str:
+    """`a (note)`, `b (note)` as `a, b (note)`."""
+    names, notes = [t.partition(" (")[0] for t in told], {t.partition(" (")[2] for t in told}
+    note = notes.pop() if len(notes) == 1 else None
+    return ", ".join(told) if note is None else ", ".join(names) + (f" ({note}" if note else "")
 
 
 def _log_path(config: Mapping[str, Any]) -> Path:

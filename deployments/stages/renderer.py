@@ -14,7 +14,6 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from acestep.dit.finish import Maker, finish
 from acestep.errors import AceStepError, Cancelled
 from acestep.plan import Plan
 from acestep.request import TASKS, SongRequest
@@ -44,6 +43,8 @@ class RendererDeployment:
     """Renders songs. One engine thread owns the device; the methods here only queue, wait and write files."""
 
     def __init__(self, args: dict[str, Any]) -> None:
+        import acestep.dit.finish  # noqa: F401  # encoders: not for builders, which import this module, and not when the first song waits
+
         join_serve()
         self._leaving = False  # told to go while it started, Serve still looks at its health, and logs a trace
         self.args = parse_args(RendererArgs, args, "dit")
@@ -186,6 +187,8 @@ class RendererDeployment:
     async def _store(
         self, job_id: str, request: SongRequest, plan: Plan, rendered: Rendered, put: Callable[[str, bytes], None]
     ) -> Song:
+        from acestep.dit.finish import Maker, finish
+
         maker = Maker(
             self.info.model, self.info.model_hash, self.info.device, self.info.notice, self.info.vae or "official"
         )
