@@ -49,15 +49,13 @@ def measure(rounds: int, _quick: bool = False) -> dict[str, Any]:
     taken: dict[str, list[tuple[float, float]]] = {}
     songs = []
     with tempfile.TemporaryDirectory(prefix="ace-", ignore_cleanup_errors=True) as home:
-        for number in range(-1, rounds):  # the first one brings files into memory, and writes the checkpoint
+        _local(Path(home))  # brings files into memory, and writes the checkpoint
+        for _ in range(rounds):
             for name in ("empty", "serve_run", "acestep_serve"):
                 seconds, cpu, song = _start(name, Path(home))
-                if number >= 0:
-                    taken.setdefault(name, []).append((seconds, cpu))
-                    songs += [song] if song is not None else []
-            local = _local(Path(home))
-            if number >= 0:
-                taken.setdefault("local", []).append(local)
+                taken.setdefault(name, []).append((seconds, cpu))
+                songs += [song] if song is not None else []
+            taken.setdefault("local", []).append(_local(Path(home)))
     medians = {name: [statistics.median(v) for v in zip(*pairs, strict=True)] for name, pairs in taken.items()}
     against = {
         name: {"seconds": medians[name][0] / medians["empty"][0], "cpu": medians[name][1] / medians["empty"][1]}

@@ -103,7 +103,9 @@ def test_the_router_has_no_torch(tmp_path: Path) -> None:
 def test_the_command_line_imports_what_a_command_needs(tmp_path: Path, command: str) -> None:
     code = f"import sys; sys.argv = ['acestep', {command!r}]\nfrom acestep.cli.main import main\n"
     names = imported(code + "try: main()\nexcept SystemExit: pass\n", tmp_path)
-    assert not found(names, (*SERVICE, "torch", "transformers", "numpy", "deployments.k8s.commands", "acestep.settings"))
+    assert not found(
+        names, (*SERVICE, "torch", "transformers", "numpy", "deployments.k8s.commands", "acestep.settings")
+    )
 
 
 def test_preparing_the_tiny_checkpoint_asks_neither_torch_nor_a_database(tmp_path: Path) -> None:

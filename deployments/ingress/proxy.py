@@ -28,37 +28,38 @@ def middlewares() -> list[Middleware]:
 
 
 class WhileStarting:
-    """Answers in a router's place until one has answered."""
+    """Answers in a router's place until one has answered. One question at a time waits for a router; cancelled ones would fill Serve's log."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
         self._has_router = False
+        self._asked: asyncio.Task[None] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         probe = str(scope.get("path", "")).rpartition("/")[2]
-        if self._has_router or scope["type"] != "http" or probe not in ANSWERS:
-            await self._app(scope, receive, send)
-            return
-
-        async def send_routers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                headers = {name.lower(): value for name, value in message.get("headers", ())}
-                self._has_router |= (
-                    headers.get(b"content-type") == b"application/json"
-                )  # the proxy itself speaks plain text
-            if self._has_router:
-                await send(message)
-
-        asked = asyncio.ensure_future(self._app(scope, receive, send_routers))
-        try:
-            await asyncio.wait({asked}, timeout=ROUTER_S)
-            if self._has_router:
-                await asked
+        if not self._has_router and scope["type"] == "http" and probe in ANSWERS:
+            if self._asked is None or self._asked.done():
+                self._asked = asyncio.create_task(self._ask(scope))
+            await asyncio.wait({self._asked}, timeout=ROUTER_S)
+            if not self._has_router:
+                await _answer(send, *ANSWERS[probe])
                 return
-        finally:
-            asked.cancel()
-        await asyncio.wait({asked})
-        await _answer(send, *ANSWERS[probe])
+        await self._app(scope, receive, send)
+
+    async def _ask(self, scope: Scope) -> None:
+        """Ask for ourselves, and note whether it was a router that answered."""
+        body: list[Message] = [{"type": "http.request", "body": b"", "more_body": False}]
+
+        async def receive() -> Message:
+            return body.pop() if body else await asyncio.Future()  # nobody hangs up
+
+        async def note(message: Message) -> None:
+            headers = {name.lower(): value for name, value in message.get("headers", ())}
+            self._has_router |= (
+                headers.get(b"content-type") == b"application/json"
+            )  # the proxy itself speaks plain text
+
+        await self._app(dict(scope), receive, note)
 
 
 async def _answer(send: Send, status: int, body: dict[str, Any]) -> None:
