@@ -16,6 +16,7 @@ from rich.markup import escape
 from acestep.cli.client import DEFAULT_URL
 
 KEY = "ACESTEP_API_KEY"
+REASON_S = 10.0  # a reason that stands so long will not pass by itself
 ROLES = {"plan": "planner", "render": "renderer"}
 COMMAND = 'generate "calm piano, rain" --duration 10 -o song.wav'
 
@@ -62,6 +63,7 @@ class Progress:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._http = httpx.Client(base_url=url, headers=headers, timeout=2.0, trust_env=False)
         self._told: dict[str, str] = {}
+        self._since: dict[tuple[str, str], float] = {}
         self._proxy = self._router = False
         self.ready = False
         self.waits = "Ray"
@@ -90,7 +92,9 @@ class Progress:
             if pool["running"] and f"no {role} is running" not in missing:
                 self._tell(screen, label, name, self._facts(name))
             elif (reason := pool.get("reason")) and not pool["starting"]:
-                self._tell(screen, label, f"{name} waits", f"not yet: {reason}")
+                self._since.setdefault((name, reason), time.monotonic())
+                if time.monotonic() - self._since[name, reason] > REASON_S:
+                    self._tell(screen, label, f"{name} waits", f"not yet: {reason}")
         self.ready = answer.status_code == 200
         self.waits = (
             ", ".join(m.replace("no ", "the ").removesuffix(" is running") for m in body["missing"]) or "the model"
