@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 
 from acestep.checkpoints.load import RendererComponents
-from acestep.checkpoints.published import variant_defaults
+from acestep.checkpoints.published import lyric_heads, variant_defaults
+from acestep.dit.attention_maps import Listener
 from acestep.dit.conditions import restore_timbre_token
 from acestep.dit.denoiser import Denoiser, Row
+from acestep.dit.lyrics import Heard, timed_lyrics
 from acestep.dit.renderer import Renderer
 from acestep.dit.vae import Vae
 from acestep.dit.work import RenderWork
@@ -32,6 +34,7 @@ from benchmarks.models import condition_encoder
 
 GIB = 1 << 30
 CONDITION_TOKENS = 400
+LISTENED_S, LYRIC_TOKENS = 60.0, 250
 CODES = tuple(range(0, 60_000, 1_200))  # 10 s
 
 
@@ -226,10 +229,30 @@ def offloaded_codes(bench: Bench, pipeline: Any) -> dict[str, Any]:
     return found
 
 
+def listening(bench: Bench) -> dict[str, Any]:
+    """What timed lyrics take: one look at a song of a minute, against a denoising step of it; and the way through the maps, on the CPU."""
+    denoiser = bench.denoiser()
+    row = bench.row(denoiser, LISTENED_S)
+    config = _plain(denoiser.transformer.config)
+    # Of a size that has none: as many heads in as large a share of the layers as the 2B checkpoints have.
+    heads = lyric_heads(config) or {max(1, config["num_hidden_layers"] * 7 // 24) - 1: tuple(range(6))}
+    asked = replace(row, listener=Listener(heads, 10, 10 + LYRIC_TOKENS))
+    step = bench.measure(lambda: denoiser.velocity([row]))
+    look = bench.measure(lambda: denoiser.velocity([asked])[0].cpu())
+    alignment, energy = denoiser.velocity([asked])[0].cpu().numpy()
+    heard = Heard(tuple(range(LYRIC_TOKENS)), (" la",) * LYRIC_TOKENS, LISTENED_S, alignment, energy)
+    began = time.perf_counter()
+    timed_lyrics(heard)
+    path_ms = round((time.perf_counter() - began) * 1e3, 3)
+    found = {"step": step, "look": look, "path_ms": path_ms, "lyric_tokens": LYRIC_TOKENS}
+    return found if "error" in (*step, *look) else {**found, "steps": round(look["ms"] / step["ms"], 3)}
+
+
 def run_checks(bench: Bench, pipeline: Any = None) -> dict[str, Any]:
     """All checks by name. `pipeline` is an `AceStepPipeline` of its own weights; the last check moves both sides' to the host."""
     checks: dict[str, Callable[[], dict[str, Any]]] = {
-        check.__name__: partial(check, bench) for check in (attention, company, timbre_token, decoding, steps, ledger)
+        check.__name__: partial(check, bench)
+        for check in (attention, company, timbre_token, decoding, steps, listening, ledger)
     }
     checks["offloaded_codes"] = partial(offloaded_codes, bench, pipeline)
     found = {}
