@@ -102,9 +102,13 @@ Loras = Annotated[
 ]
 
 
-def _with_instrumental(schema: dict[str, Any]) -> None:
+def _with_short_ways(schema: dict[str, Any]) -> None:
     about = "True: nobody sings. The same as lyrics that say so."
     schema["properties"]["instrumental"] = {"type": "boolean", "title": "Instrumental", "description": about}
+    about = "Make so many and rank them. The same as `batch_size` with `score` and `ranked`."
+    schema["properties"]["best_of"] = {
+        "type": "integer", "minimum": 1, "maximum": MAX_BATCH, "title": "Best Of", "description": about
+    }  # fmt: skip
 
 
 def _as_given(plan: Plan | None) -> Plan | None:
@@ -116,7 +120,7 @@ class SongRequest(SamplingControls):
     """One song job: a prompt (and more) in, `batch_size` songs out. Immutable."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False, json_schema_extra=_with_instrumental
+        extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False, json_schema_extra=_with_short_ways
     )
 
     # What to make
@@ -288,7 +292,10 @@ class SongRequest(SamplingControls):
         description="Also tell when each line and word is sung: files `lrc` and `lyrics`, and lyrics in the audio's tags.",
     )
     score: bool = Field(False, description="Also judge how well the lyrics can be heard: `scores` of each item.")
-    latents: SkipJsonSchema[tuple[str, ...]] = Field(
+    ranked: bool = Field(
+        False, description="The items of the result by `dit_score`, best first; with `score`. `best_of` asks for both."
+    )
+    latents: SkipJsonSchema[tuple[Annotated[Text, Field(max_length=1024)], ...]] = Field(
         (), max_length=MAX_BATCH, description="Stored latents of songs that are made already; set, not asked."
     )
 
@@ -311,6 +318,21 @@ class SongRequest(SamplingControls):
             rest["lyrics"] = INSTRUMENTAL
         return rest
 
+    @model_validator(mode="before")
+    @classmethod
+    def _contest(cls, data: Any) -> Any:
+        """`best_of` is a way to ask for a ranked batch."""
+        if not isinstance(data, dict) or "best_of" not in data:
+            return data
+        rest = {name: value for name, value in data.items() if name != "best_of"}
+        if (asked := data["best_of"]) is None:
+            return rest
+        if not isinstance(asked, int) or isinstance(asked, bool) or not 1 <= asked <= MAX_BATCH:
+            raise ValueError(f"best_of: must be a whole number from 1 to {MAX_BATCH}")
+        if rest.get("batch_size", asked) != asked:
+            raise ValueError(f"best_of: is {asked}, but batch_size says otherwise; leave out one of the two")
+        return {**rest, "batch_size": asked, "score": True, "ranked": True}
+
     @model_validator(mode="after")
     def _check(self) -> SongRequest:
         if isinstance(self.seed, tuple):
@@ -329,6 +351,8 @@ class SongRequest(SamplingControls):
             raise ValueError("cfg_interval_start: must not be above cfg_interval_end")
         if self.task not in ("text2music",) and self.src_audio is None and self.audio_codes is None:
             raise ValueError(f"src_audio: task {self.task} needs source audio")
+        if self.ranked and not self.score:
+            raise ValueError("ranked: needs score")
         if self.plan is not None and self.plan.codes and len(self.plan.codes) not in (1, self.batch_size):
             raise ValueError(f"plan: {len(self.plan.codes)} code lists for batch_size {self.batch_size}")
         if self.plan is not None and self.plan.codes and not all(self.plan.codes):

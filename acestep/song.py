@@ -151,3 +151,9 @@ class Song(BaseModel):
     timings: RenderTimings = RenderTimings()
     settings: dict[str, Any] = Field(default_factory=dict, description="Steps, shift, guidance as used.")
     adjustments: tuple[Adjustment, ...] = Field((), description="What the renderer changed of the request, and why.")
+
+    def shown(self, *, ranked: bool) -> tuple[SongItem, ...]:
+        """The items as a caller sees them: by number, or the best first."""
+        if not ranked:
+            return self.items
+        return tuple(sorted(self.items, key=lambda item: -item.scores.dit_score if item.scores else 0.0))

@@ -72,6 +72,9 @@ def generate(
         typer.Option("--timestamps", help="Also write when each line and word is sung: song.lrc, song.lyrics.json."),
     ] = False,
     score: Annotated[bool, typer.Option("--score", help="Also judge how well the lyrics can be heard.")] = False,
+    best_of: Annotated[
+        int | None, typer.Option(help="Make so many variants and name the best first, by --score.")
+    ] = None,
     latents: Annotated[
         bool, typer.Option("--latents", help="Also write what the song was decoded from: song.latent.safetensors.")
     ] = False,
@@ -89,11 +92,13 @@ def generate(
         "prompt": prompt, "lyrics": _text_or_file(lyrics), "duration": duration, "seed": seed, "batch_size": batch_size,
         "thinking": thinking, "bpm": bpm, "key_scale": key, "time_signature": time_signature, "vocal_language": language,
         "steps": steps, "normalize": normalize, "normalization_db": normalization_db,
-        "timestamps": timestamps or None, "score": score or None,
+        "timestamps": timestamps or None, "score": score or None, "best_of": best_of,
         "lora": [_lora(text) for text in lora] if lora else None,
         **dict(_parameter(p) for p in param or []),
     }  # fmt: skip
     fields = {k: v for k, v in fields.items() if v is not None}
+    if best_of is not None and batch_size == 1:
+        del fields["batch_size"]
     if not {"formats", "format", "audio_format"} & set(fields):
         fields["formats"] = [_format_of(output)]
     request = _validated(fields)

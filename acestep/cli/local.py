@@ -49,7 +49,7 @@ class Made:
                 "audio": [f.model_dump(exclude={"path"}) for f in item.files],
                 "files": [f.model_dump(exclude={"path"}) for f in item.sidecars],
             }
-            for item in song.items
+            for item in song.shown(ranked=self.request.ranked)
         ]
         timings = {"plan": song.plan.timings.model_dump(), "render": song.timings.model_dump()}
         return {

@@ -16,9 +16,11 @@ from safetensors.torch import load
 from typer.testing import CliRunner
 
 from acestep.cli import generate, lyrics
+from acestep.plan import Plan
 from acestep.request import SongRequest
 from acestep.sizing.cost import render_seconds
 from acestep.sizing.profiles import find
+from acestep.song import LyricScores, Song, SongItem
 from deployments.config.args import KeyArgs
 from deployments.jobs.retention import Retention
 from deployments.jobs.uploads import FileRecords
@@ -209,6 +211,10 @@ async def test_bad_fields_are_named(site: Site) -> None:
         ({"timestamps": "perhaps"}, "timestamps"),
         ({"timestamps": 7}, "timestamps"),
         ({"score": []}, "score"),
+        ({"best_of": 9}, "best_of"),
+        ({"best_of": "many"}, "best_of"),
+        ({"best_of": 2, "batch_size": 3}, "best_of"),
+        ({"ranked": True}, "ranked"),
         ({"latents": ["songs/x/0-latent.safetensors"]}, "latents"),
     ):
         answer = await site.client.post("/v1/music", json={**SONG, **fields})
@@ -257,6 +263,30 @@ async def test_heads_that_are_not_known_are_refused_at_once(whole: Site) -> None
         pool.info["defaults"]["lyric_heads"] = {}
     answer = await whole.client.post("/v1/music", json={**SONG, "timestamps": True})
     assert (answer.status_code, answer.json()["detail"].partition(":")[0]) == (422, "timestamps")
+
+
+async def test_the_best_comes_first(whole: Site) -> None:
+    async with running(whole):
+        job = await song(whole, best_of=2)
+        plain = await song(whole, batch_size=2)
+        batch = {item["index"]: item["audio"][0]["sha256"] for item in plain["result"]["items"]}
+    items = job["result"]["items"]
+    scores = [item["scores"]["dit_score"] for item in items]
+    assert scores == sorted(scores, reverse=True)
+    assert {item["index"]: item["audio"][0]["sha256"] for item in items} == batch
+    assert {name: job["request"][name] for name in ("batch_size", "score", "ranked")} == {
+        "batch_size": 2, "score": True, "ranked": True
+    }  # fmt: skip
+
+
+def test_ranking() -> None:
+    def item(index: int, score: float) -> SongItem:
+        scores = LyricScores(coverage=1, monotonicity=1, confidence=1, dit_score=score, lm_score=1)
+        return SongItem(index=index, seed=index, duration=1, samples=48_000, scores=scores)
+
+    made = Song(items=tuple(item(i, s) for i, s in enumerate((0.2, 0.9, 0.2, 0.5))), plan=Plan(), renderer="r")
+    assert [i.index for i in made.shown(ranked=True)] == [1, 3, 0, 2]
+    assert [i.index for i in made.shown(ranked=False)] == [0, 1, 2, 3]
 
 
 async def test_nothing_to_sing_is_a_warning_and_no_file(whole: Site) -> None:

@@ -113,7 +113,9 @@ class Timings(Answer):
 class SongResult(Answer):
     """What a song's job made."""
 
-    items: list[Item] = Field(description="One per song of the batch.")
+    items: list[Item] = Field(
+        description="One per song of the batch; with `ranked` the best first, by its `dit_score`."
+    )
     renderer: str = Field(description="The renderer's checkpoint.")
     renderer_hash: str | None = Field(description="Checksum of its weights, where it is known.")
     device: str | None = Field(description="The card that rendered it.")

@@ -49,7 +49,7 @@ async def job_view(service: Service, job: Job, place: Place | None = None) -> Jo
         "links": {"self": public(job_path(job.id)), "events": public(service.signer.sign(events_path(job.id)))},
     }
     if song := job.result:
-        items = [_item(service, job.id, item) for item in song.items]
+        items = [_item(service, job.id, item) for item in song.shown(ranked=job.request.ranked)]
         view["result"] = {
             "items": items,
             "renderer": song.renderer,
