@@ -152,7 +152,7 @@ class Client:
             response = self._http.request(method, path, **kwargs)
         except httpx.TransportError as error:
             raise Unavailable(
-                f"no server answers at {self.url} ({type(error).__name__}). Start one with `make run`, name another with --url "
+                f"no server answers at {self.url} ({type(error).__name__}). Start one with `make run` or `acestep serve`, name another with --url "
                 "or ACESTEP_URL, or use --local.",
                 url=self.url,
                 **({"retry_after": AGAIN_S} if self._answered else {}),
