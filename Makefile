@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 # All tests: three workers, since those with a server mostly wait. A part of them, named in PYTEST_ARGS, runs in one process.
-IN_PARALLEL := --numprocesses=3 --dist=loadgroup --no-loadscope-reorder
+IN_PARALLEL := --numprocesses=3 --dist=loadscope --no-loadscope-reorder
 
 # No usage report. Set it yourself to choose otherwise.
 export RAY_USAGE_STATS_ENABLED ?= 0

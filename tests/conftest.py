@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import signal
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
 
 # Before any test imports ray: a token, but no file with it in the user's home; no usage report.
 os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -22,26 +27,39 @@ hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine
 hypothesis.settings.load_profile("untimed")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With several workers: a room's tests stay together, since they share what is slow to make; those of `api` and `e2e` by file, but for
-    the ones that share a server.
+@cache
+def _group(path: str) -> tuple[str, bool]:
+    """Which of several workers' tests stay together with a file's, and whether they mostly wait.
 
-    Tests through the front door wait more than they compute. Their groups are spread over the run, all but its end, so that beside each of them
-    something computes.
+    A room's do, since they share what is slow to make; those of `api` and those through the front door by file, but for the files that share
+    the server of `e2e/conftest.py`.
     """
-    if not getattr(config.option, "loadgroup", False):  # xdist tells its workers so
+    text, room = (ROOT / path).read_text(encoding="utf-8"), path.rpartition("/")[0]
+    waits = "pytest.mark.e2e" in text
+    shares = re.search(r"def test_\w+\(\s*server: Server", text) and "def server(" not in text
+    return (room if shares or not (waits or room == "tests/api") else path) + ("@" if waits else ""), waits
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist, whose own groups pytest 9.2 does not know
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _group(nodeid.partition("::")[0])[0]
+
+    return ByGroup(config, log)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests through the front door wait more than they compute. With several workers their groups are spread over the run, all but its end, so
+    that beside each of them something computes."""
+    if not hasattr(config, "workerinput"):
         return
-    front_doors = {item.path for item in items if item.get_closest_marker("e2e")}
     waiting: dict[str, list[pytest.Item]] = {}
     computing: dict[str, list[pytest.Item]] = {}
     for item in items:
-        room, waits = item.path.parent, item.path in front_doors
-        group = item.path if waits or room.name == "api" else room
-        if room.name == "e2e" and "server" in item.fixturenames and not hasattr(item.module, "server"):
-            group = room
-        name = str(group.relative_to(config.rootpath))
-        item.add_marker(pytest.mark.xdist_group(name))
+        name, waits = _group(item.nodeid.partition("::")[0])
         (waiting if waits else computing).setdefault(name, []).append(item)
     places = []
     for groups, end in ((waiting, 0.7), (computing, 1.0)):
