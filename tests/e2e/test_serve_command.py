@@ -50,10 +50,11 @@ class Terminal:
 
     @property
     def shown(self) -> str:
-        """What stands there, without colours; a spinner's line counts as it was overwritten last."""
+        """What stands there, without colours and the spinner; what was written over does not count."""
         text = re.sub(r"\x1b\[2K|\x1b\[\?25[hl]", "", self._raw)
         text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
-        return "\n".join(line.rpartition("\r")[2] for line in text.replace("\r\n", "\n").split("\n"))
+        lines = [line.rpartition("\r")[2] for line in text.replace("\r\n", "\n").split("\n")]
+        return "\n".join(line for line in lines if " waiting for " not in line)  # the spinner, which is wiped out
 
     def read_until(self, words: str, timeout_s: float = 200.0) -> str:
         until = time.monotonic() + timeout_s
