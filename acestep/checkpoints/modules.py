@@ -18,7 +18,9 @@ with lean():
 
 # Optional accelerators complain while they are imported (kernels built for another torch, deprecated registrations).
 # None of it can be acted upon by a user of this project.
-_CHATTY = ("torchao", "torch.utils._pytree", "diffusers.quantizers", "transformers", "accelerate", "peft")
+_CHATTY = (
+    "torchao", "torch.utils._pytree", "diffusers.quantizers", "diffusers.configuration_utils", "transformers", "accelerate", "peft",
+)  # fmt: skip
 
 
 @contextlib.contextmanager
