@@ -74,6 +74,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     device = torch.device(args.device)
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # threads that wait for each other count as work of this process
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = build(args.size, device, dtype).transformer
     denoiser = Denoiser(model, device, dtype)

@@ -78,7 +78,7 @@ def adapters(listed: dict[str, Any]) -> Group:
     shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False)
     for column in ("adapter", "kind", "rank", "MiB", "fits"):
         shown.add_column(column, overflow="fold")
-    for one in listed["data"]:
+    for one in listed["loras"]:
         fits = [fit["model"] if fit["fits"] else f"not {fit['model']}: {fit['problem']}" for fit in one["models"]]
         row = (
             one["name"],

@@ -84,7 +84,7 @@ async def site(build: Build, stage: RendererDeployment, monkeypatch: pytest.Monk
 
 async def test_the_list_says_what_there_is_and_what_fits(site: Site) -> None:
     answer = (await site.client.get("/v1/loras")).json()
-    found = {one["name"]: one for one in answer["data"]}
+    found = {one["name"]: one for one in answer["loras"]}
     assert list(found) == [
         "broken.safetensors", "deep/er/a.safetensors", "deep/er/b.safetensors", "half.safetensors", "jazz.safetensors", "nan.safetensors",
         "other.safetensors", "rock",

@@ -26,7 +26,9 @@ LAYERS = ("layers.0.self_attn.to_q", "layers.1.mlp.down_proj")
 
 def lora(server: Server, seed: int, width: int = 0) -> dict[str, torch.Tensor]:
     """A kohya file's tensors; with `width` for another model."""
-    model = load_renderer(resolve("tiny", "renderer", root=server.home / "checkpoints"), device="cpu").transformer
+    model = load_renderer(
+        resolve("tiny", "renderer", root=server.home / "checkpoints"), device="cpu", dtype=torch.float32
+    ).transformer
     generator, state = torch.Generator().manual_seed(seed), {}
     for name in LAYERS:
         out, inputs = model.get_submodule(name).weight.shape
@@ -68,12 +70,12 @@ def make(server: Server, lora: Any) -> bytes:
     with Client(server.url) as client:
         request = {"prompt": "calm piano", "duration": 10, "seed": 3, "steps": 2, "thinking": False, "lora": lora}
         item = client.wait(client.submit(request)["id"])["result"]["items"][0]
-        return client.audio(item["audio"][0]["url"])
+        return client.file(item["audio"][0]["url"])
 
 
 def test_the_list_says_what_there_is_and_what_fits(server: Server, folder: Path) -> None:
     listed = httpx.get(f"{server.url}/v1/loras", timeout=60).json()
-    found = {one["name"]: one for one in listed["data"]}
+    found = {one["name"]: one for one in listed["loras"]}
     assert set(found) == {
         "jazz.safetensors", "rock", "lokr.safetensors", "other-model.safetensors", "half.safetensors", "nan.safetensors",
         "zero.safetensors", "disguised.safetensors",
@@ -106,7 +108,7 @@ def test_songs_with_one_and_with_several(server: Server, folder: Path) -> None:
     [
         ("none", "there is no adapter 'none' in the renderers' LoRA folders"),
         ("../outside/a.safetensors", "there is no adapter"),
-        ("/etc/passwd", "there is no adapter '/etc/passwd'"),
+        ("/etc/passwd", "there is no adapter .*passwd"),
         ("pickle", "pickle files are never loaded"),
         ("disguised.safetensors", "no whole safetensors file"),
         ("other-model.safetensors", "does not fit this renderer: layers.0.self_attn.to_q is"),
@@ -170,7 +172,7 @@ def test_the_command_line(server: Server, folder: Path, tmp_path: Path) -> None:
     ]
     made = subprocess.run([*command, "--lora", "jazz.safetensors:0.5", "--lora", "rock"], env=env, capture_output=True, text=True, check=True)  # fmt: skip
     job = json.loads(made.stdout)
-    assert job["request"]["lora"] == [{"path": "jazz.safetensors", "scale": 0.5}, {"path": "rock", "scale": 1.0}]
+    assert job["request"]["lora"] == [{"path": "jazz.safetensors", "scale": 0.5}, {"path": "rock"}]
     bad = subprocess.run([*command, "--lora", "none"], env=env, capture_output=True, text=True)
     assert bad.returncode == 1
     assert "there is no adapter 'none'" in bad.stderr

@@ -21,23 +21,21 @@ from deployments.jobs.loras import LoraDefault
 
 router = APIRouter(prefix="/v1/lora", tags=["ACE-Step's own API"], route_class=CompatRoute)
 NOTHING_LOADED = "No LoRA adapter is loaded: POST /v1/lora/load loads one"
-_Name = Annotated[
-    str, Field(min_length=1, max_length=128, description="Under which it is known; default: of its file.")
-]
+_Name = Annotated[str, Field(min_length=1, max_length=128)]
 
 
-class Load(BaseModel):
+class LoraLoad(BaseModel):
     lora_path: str = Field(
         min_length=1, max_length=1024, description="Folder or file of safetensors under the renderers' LoRA folders."
     )
-    adapter_name: _Name | None = None
+    adapter_name: _Name | None = Field(None, description="Under which it is known; default: its file's.")
 
 
-class Toggle(BaseModel):
+class LoraToggle(BaseModel):
     use_lora: bool = Field(description="Whether requests that follow take what is loaded.")
 
 
-class Scale(BaseModel):
+class LoraScale(BaseModel):
     scale: float = Field(ge=0.0, le=1.0, description="Strength.")
     adapter_name: _Name | None = Field(None, description="Default: the active one.")
 
@@ -64,7 +62,7 @@ async def status(request: Request, service: Svc) -> Any:
 @router.post(
     "/load", summary="Take an adapter for this key's requests that follow; the last one loaded is the active one"
 )
-async def load(request: Request, service: Svc, body: Load) -> Any:
+async def load(request: Request, service: Svc, body: LoraLoad) -> Any:
     caller = await caller_by_header(request, service)
     name = body.adapter_name or body.lora_path.rstrip("/").rpartition("/")[2].removesuffix(".safetensors") or "default"
     looked = await service.talk.loras(body.lora_path)
@@ -87,7 +85,7 @@ async def unload(request: Request, service: Svc) -> Any:
 
 
 @router.post("/toggle", summary="Use what is loaded, or not")
-async def toggle(request: Request, service: Svc, body: Toggle) -> Any:
+async def toggle(request: Request, service: Svc, body: LoraToggle) -> Any:
     caller = await caller_by_header(request, service)
 
     def changed(default: LoraDefault) -> LoraDefault:
@@ -103,7 +101,7 @@ async def toggle(request: Request, service: Svc, body: Toggle) -> Any:
 
 
 @router.post("/scale", summary="How strong a loaded adapter is")
-async def scale(request: Request, service: Svc, body: Scale) -> Any:
+async def scale(request: Request, service: Svc, body: LoraScale) -> Any:
     caller = await caller_by_header(request, service)
 
     def changed(default: LoraDefault) -> LoraDefault:

@@ -37,8 +37,7 @@ class LoraView(Answer):
 class Loras(Answer):
     """Adapters by name."""
 
-    object: str = "list"
-    data: list[LoraView] = Field(description="What lies in the renderers' LoRA folders.")
+    loras: list[LoraView] = Field(description="What lies in the renderers' LoRA folders.")
     unknown: list[str] = Field(description="Renderer pools that could not say, and why.")
 
 
@@ -53,4 +52,4 @@ async def loras(service: Svc) -> Any:
             fit = {"model": model, "fits": entry["fits"], "problem": entry["problem"]}
             if fit not in listed["models"]:  # two pools of one model, with one folder
                 listed["models"].append(fit)
-    return {"object": "list", "data": [found[name] for name in sorted(found)], "unknown": looked.unknown}
+    return {"loras": [found[name] for name in sorted(found)], "unknown": looked.unknown}
