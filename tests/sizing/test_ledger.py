@@ -337,3 +337,17 @@ def test_longest_song() -> None:
     assert 0 < seconds < 600
     assert longest_song(configs, CARD, 2 * GIB, task) == 0
     assert longest_song(configs, CARD, 80 * GIB, task) == 600
+
+
+def test_adapters_count_in_every_stage() -> None:
+    configs, task = known_configs("acestep-v15-turbo"), RenderTask(60)
+    plain = render_need(task, configs, CARD)
+    adapted = replace(task, adapter_bytes=GIB)
+    need = render_need(adapted, configs, CARD)
+    assert {stage: size - plain.stages[stage] for stage, size in need.stages.items()} == dict.fromkeys(
+        plain.stages, GIB
+    )
+    assert admit_render(task, configs, CARD, plain.peak)
+    small = replace(CARD, vae_tile_frames=32)
+    with pytest.raises(OutOfMemory):
+        admit_render(adapted, configs, small, render_need(task, configs, small).peak)
