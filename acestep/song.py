@@ -21,7 +21,7 @@ SIDECARS: dict[SidecarKind, tuple[str, str]] = {  # file name and MIME type
     "lrc": ("lyrics.lrc", "text/plain; charset=utf-8"),
     "lyrics": ("lyrics.json", "application/json"),
 }
-StageName = Literal["queued", "planning", "rendering", "decoding", "encoding"]
+StageName = Literal["queued", "planning", "planned", "rendering", "decoding", "encoding"]
 
 
 class Progress(BaseModel):

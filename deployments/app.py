@@ -17,6 +17,7 @@ from deployments.config.options import deployment_options, settled
 
 # Requests that wait cost a router next to nothing, and one beyond this hangs, a probe of its health, too: keys have limits, the router has none.
 MAX_ONGOING = 1_000_000
+LAST_S = 15.0  # to hand back what has not ended, and to let go what waits for nodes
 
 
 def _deployment(cls: type) -> Deployment:
@@ -37,7 +38,7 @@ def router(args: dict[str, Any]) -> Application:
         max_ongoing_requests=MAX_ONGOING,
         max_surge_percent=100,  # the next router answers before this one leaves
         ray_actor_options={"num_cpus": parsed.num_cpus},
-        graceful_shutdown_timeout_s=15.0,
+        graceful_shutdown_timeout_s=parsed.graceful_shutdown_s + LAST_S,
         graceful_shutdown_wait_loop_s=0.2,
         health_check_period_s=5.0,
     )

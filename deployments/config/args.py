@@ -130,6 +130,13 @@ class RouterArgs(_Args):
         description="A router that is silent for this long, by the database's clock, loses its jobs to another.",
     )
 
+    graceful_shutdown_s: float = Field(
+        900.0,
+        ge=0,
+        description="How long a router that is replaced may let its stages end; what is not done then goes on at another one, from its "
+        "last finished stage.",
+    )
+
     stage_calls: Literal["grpc", "actor"] = Field(
         "grpc",
         description="grpc needs any TCP port between the nodes; actor takes Ray's own ports, some milliseconds slower. IPv6: actor.",

@@ -116,12 +116,13 @@ class Dispatcher:
         )  # fmt: skip
         self.news = 0  # counts what changed in the line by this router: who has an older picture looks again
         self.outdated = False
+        self.leaving = False
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._claiming: set[str] = set()
         self._cancelled: set[str] = set()  # those among them whose caller wants no more
         self._lost: frozenset[str] = frozenset()  # what the store says is ours and does not run here
         self._weighed: dict[str, tuple[Capacity, float]] = {}  # jobs that could go nowhere, in which fleet and when
-        self._usage: tuple[float, Mapping[str, float]] = (-math.inf, {})
+        self._usage: tuple[float, dict[str, float]] = (-math.inf, {})
         self._wake = asyncio.Event()
         # `time.monotonic()` at which the store answered each loop last, and at which it failed one of them.
         self._answered: dict[str, float] = {}
@@ -172,6 +173,20 @@ class Dispatcher:
         finally:
             await self.drain()
 
+    def leave(self) -> None:
+        """Take nothing new: this router is being replaced. Who waits for news goes to the next."""
+        if not self.leaving:
+            log.info("this router leaves: %d stages end here, nothing new begins", len(self._tasks))
+            self.leaving = True
+            self.notices.close()
+
+    async def finish(self, most_s: float) -> None:
+        """Leave, and return when what runs here has ended; after the time, and at once where nothing comes after this router."""
+        self.leave()
+        until = time.monotonic() + most_s
+        while self._tasks and time.monotonic() < until and not self.fleet.view.app_leaves:
+            await asyncio.wait(self._tasks.values(), timeout=POLL_S)
+
     async def drain(self) -> None:
         """Stop what runs here and put it back into the queue: another router, or the next start, goes on from there."""
         tasks = dict(self._tasks)
@@ -197,7 +212,7 @@ class Dispatcher:
     async def _beat(self) -> None:
         # Not those that are claimed meanwhile: they are ours, too.
         tasks, before = dict(self._tasks), {*self._tasks, *self._claiming}
-        serves = any(p.running for p in self.fleet.view.of("render"))
+        serves = not self.leaving and any(p.running for p in self.fleet.view.of("render"))
         beat = await asyncio.to_thread(
             self.store.beat, self.owner, self.lease_s, cluster=self.cluster, serves=serves
         )  # fmt: skip
@@ -228,6 +243,8 @@ class Dispatcher:
         while True:
             changed = self.fleet.changed
             self.calls.end_on(self.fleet.view.dead_nodes)
+            if self.fleet.view.leaving:
+                self.leave()
             await changed.wait()
 
     # -- who is next
@@ -237,7 +254,10 @@ class Dispatcher:
             self._wake.clear()
             pause_s = POLL_S
             try:
-                if not self.outdated and time.monotonic() - self._answered["beats"] < self.lease_s / 2:
+                if (
+                    not (self.leaving or self.outdated)
+                    and time.monotonic() - self._answered["beats"] < self.lease_s / 2
+                ):
                     pause_s = await self._claim_some()
                 self._answered["claims"] = time.monotonic()
             except UNREACHABLE as error:
@@ -374,6 +394,8 @@ class Dispatcher:
                 return None
             if step.decision is not None:
                 log.info("job %s %s", job.id, step.decision.reason)
+            lately, key = self._usage[1], job.owner_key  # until it is read again
+            lately[key] = lately.get(key, 0.0) + (job.est_plan_s if step.role == "plan" else job.est_render_s)
             self._start(claimed, step, error)
         finally:
             self._claiming.discard(job.id)

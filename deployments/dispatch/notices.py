@@ -45,6 +45,13 @@ class Notices:
         self._topics: dict[str, _Topic] = {}
         self._look = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self.closed = False
+
+    def close(self) -> None:
+        """This router leaves: who can go on at another one stops waiting here."""
+        self.closed = True
+        for topic in self._topics.values():
+            topic.wake()
 
     def tell(self) -> None:
         """Something happened here: look now."""
@@ -62,7 +69,8 @@ class Notices:
     ) -> Sequence[Event]:
         """The job's events with a number above `after`, as soon as there are some; none where there are none within the time.
 
-        While there are none, one of type `progress` where the job is not where `progress` says. It has the number 0: it is not kept.
+        None also where this router leaves. While there are none, one of type `progress` where the job is not where `progress` says. It
+        has the number 0: it is not kept.
 
         Raises:
             KeyError: there is no such job any more.
@@ -71,6 +79,8 @@ class Notices:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(timeout_s):
                     while topic.latest <= after and not topic.gone and topic.progress in (None, progress):
+                        if self.closed:
+                            return ()
                         await topic.changed.wait()
             if topic.gone:
                 raise KeyError(job_id)
@@ -82,12 +92,16 @@ class Notices:
                 topic.reads[after] = read
             return await asyncio.shield(read)
 
-    async def end(self, job_id: str, timeout_s: float) -> Job | None:
-        """Return when the job has ended or is gone, or after the time; the job where that is known without a look at the store."""
+    async def end(self, job_id: str, timeout_s: float, *, to_the_end: bool = False) -> Job | None:
+        """Return when the job has ended or is gone, or after the time; the job where that is known without a look at the store.
+
+        Args:
+            to_the_end: Also while this router leaves.
+        """
         async with self._listening(job_id) as topic:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(timeout_s):
-                    while not (topic.ended or topic.gone):
+                    while not (topic.ended or topic.gone or (self.closed and not to_the_end)):
                         await topic.changed.wait()
             return topic.job
 

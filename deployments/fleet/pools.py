@@ -48,7 +48,9 @@ def pool_state(pool: Pool, view: FleetView, backlog: Backlog, correction: float)
 
 def replicas_of(pool: Pool) -> tuple[str, ...]:
     """Ids of the replicas that run. Serve names them all; in a picture that only counts them they are numbered."""
-    return pool.replicas if len(pool.replicas) == pool.running else tuple(map(str, range(pool.running)))
+    if len(pool.replicas) == pool.running:
+        return pool.replicas
+    return tuple(f"{pool.app}#{number}" for number in range(pool.running))
 
 
 def pool_limits(pool: Pool) -> Limits | None:

@@ -77,6 +77,8 @@ class FleetView:
     dead_nodes: frozenset[str] = frozenset()  # Ray's ids of those that died; none of them comes back
     http_host: str | None = None  # what the proxies listen on; None until Serve has said so
     http_port: int | None = None
+    leaving: bool = False  # the replica that looks is being stopped
+    app_leaves: bool = False  # so is its whole application: nothing comes after it
 
     def of(self, role: Role) -> tuple[Pool, ...]:
         return tuple(p for p in self.pools if p.role == role)
@@ -137,10 +139,11 @@ def exception_text(message: str) -> str:
     return message.strip().splitlines()[-1] if message.strip() else ""
 
 
-def parse_details(details: Mapping[str, Any], dead: Collection[str] = ()) -> FleetView:
+def parse_details(details: Mapping[str, Any], dead: Collection[str] = (), own: str | None = None) -> FleetView:
     """Serve's own description of the cluster (`ServeInstanceDetails`) as pools.
 
     Args:
+        own: Id of the router's replica that looks.
         dead: Ray's ids of nodes that died. Serve still calls their replicas running until it has asked for their health.
     """
 
@@ -149,9 +152,13 @@ def parse_details(details: Mapping[str, Any], dead: Collection[str] = ()) -> Fle
 
     pools = []
     apps = {}
+    leaving = app_leaves = False
     for app, facts in details.get("applications", {}).items():
         apps[app] = str(getattr(facts["status"], "value", facts["status"]))
         deployments = facts.get("deployments") or {}
+        routers = (deployments.get("router") or {}).get("replicas", [])
+        if mine := next((r for r in routers if own is not None and r.get("replica_id") == own), None):
+            leaving, app_leaves = state_of(mine) == "STOPPING", apps[app] == "DELETING"
         config = facts.get("deployed_app_config") or {}
         role = next((ROLE_OF_DEPLOYMENT[d] for d in deployments if d in ROLE_OF_DEPLOYMENT), None)
         if role is None:  # not built yet, or failed to: its import path still tells what it was to be
@@ -188,6 +195,8 @@ def parse_details(details: Mapping[str, Any], dead: Collection[str] = ()) -> Fle
         apps,
         http_host=http.get("host"),
         http_port=http.get("port"),
+        leaving=leaving,
+        app_leaves=app_leaves,
     )
 
 
@@ -206,9 +215,14 @@ def unplaced(details: Mapping[str, Any], state: str) -> dict[str, list[str]]:
 
 
 class Fleet:
-    """Keeps a `FleetView` fresh. Lives in the router's event loop."""
+    """Keeps a `FleetView` fresh. Lives in the router's event loop.
 
-    def __init__(self) -> None:
+    Args:
+        own: Id of the replica that this is; None outside Serve.
+    """
+
+    def __init__(self, own: str | None = None) -> None:
+        self.own = own
         self.view = FleetView()
         self.changed = asyncio.Event()
         self._handles: dict[str, DeploymentHandle[Any]] = {}
@@ -229,7 +243,7 @@ class Fleet:
 
     async def refresh(self) -> None:
         details, (nodes, dead) = await asyncio.to_thread(_serve_details), await asyncio.to_thread(_nodes)
-        view = replace(parse_details(details, dead), nodes=nodes, dead_nodes=dead)
+        view = replace(parse_details(details, dead, self.own), nodes=nodes, dead_nodes=dead)
         await asyncio.to_thread(_release, self._unplaced_leavers(details, view, time.monotonic()))
         for pool in view.pools:
             if pool.running:

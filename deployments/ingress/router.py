@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 from fastapi import FastAPI
+from ray import serve
 
 from deployments.config.args import RouterArgs, parse_args
 from deployments.dispatch import retry
@@ -49,7 +50,7 @@ class Router:
             retry.patiently, retry.START, "the job store", lambda: JobStore(parsed.database_url), UNREACHABLE
         )
         storage = Storage(parsed.files_url)
-        fleet = Fleet()
+        fleet = Fleet(serve.get_replica_context().replica_id.unique_id)
         self._meter = RouterMeter()
         routing = Routing()
         # Serve's gRPC writes an address of IPv6 as if it were one of IPv4.
@@ -110,7 +111,14 @@ class Router:
                 raise RuntimeError(f"a background task of the router ended: {task.exception()!r}")
 
     async def close(self) -> None:
-        """Hand running songs back and stop."""
+        """Let the stages that run here end, hand back what does not, and stop."""
+        if service := getattr(self, "service", None):
+            try:
+                # Is it this router that leaves, or all of Serve?
+                await asyncio.wait_for(service.fleet.refresh(), LAST_LOOK_S)
+                await service.dispatcher.finish(service.args.graceful_shutdown_s)
+            except Exception:
+                log.info("could not look at the fleet before leaving", exc_info=True)
         for task in getattr(self, "_background", []):
             task.cancel()
         await asyncio.gather(*getattr(self, "_background", []), return_exceptions=True)

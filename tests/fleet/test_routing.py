@@ -181,7 +181,9 @@ def test_every_question_has_an_answer_however_pools_come_and_go_under_work(seed:
         backlog = Backlog(waiting_s=dice.choice([0.0, 3.0]), running_jobs=dice.choice([0, 9]))
         routing.backlogs = dict.fromkeys(dice.choice([("dit", "lm"), ("dit",), ()]), backlog)
         state, role = dice.choice(["queued", "running"]), dice.choice(["plan", "render"])
-        places = ((dice.choice(["0", "1", "gone"]), dice.choice([0.1, 1.0])),) if state == "running" else ()
+        places = (
+            ((dice.choice(["dit#0", "dit#1", "lm#0", "gone"]), dice.choice([0.1, 1.0])),) if state == "running" else ()
+        )
         rows.append(row(f"{role}{number}", role, state, places=places, stage_s=dice.choice([0.0, 2.0])))
         working = [r for r in rows if r.state == "running"]
         asked = SongRequest(prompt="x", duration=dice.choice([None, 30.0]), batch_size=dice.choice([1, 4]))
@@ -201,9 +203,9 @@ def test_every_question_has_an_answer_however_pools_come_and_go_under_work(seed:
 def test_a_renderer_is_free_when_all_that_was_sent_there_is_done_and_what_is_planned_comes_then() -> None:
     view = FleetView((renderer(running=2), PLANNER))
     working = [
-        row("a", "render", "running", places=(("0", 1.0),), stage_s=30.0, ran_s=29.95),
-        row("b", "render", "running", places=(("0", 1.0),), stage_s=10.0),
-        row("c", "plan", "running", places=(("0", 0.5),), stage_s=20.0, due=50.0),
+        row("a", "render", "running", places=(("dit#0", 1.0),), stage_s=30.0, ran_s=29.95),
+        row("b", "render", "running", places=(("dit#0", 1.0),), stage_s=10.0),
+        row("c", "plan", "running", places=(("lm#0", 0.5),), stage_s=20.0, due=50.0),
     ]
     dit, lm = found(view, working).pools
     assert (dit.free_in_s, dit.busy) == ((13.0, 0.0), 1)  # an overdue song still takes a tenth of its time

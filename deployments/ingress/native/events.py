@@ -37,6 +37,8 @@ async def stream(
                 return
         try:
             while not (events := await notices.news(job_id, after, heartbeat_s, progress)):
+                if notices.closed:  # whoever listens comes again with the last number, and finds another router
+                    return
                 yield b": still here\n\n"
         except KeyError:
             return  # it was cleaned up meanwhile

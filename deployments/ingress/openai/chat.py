@@ -111,7 +111,7 @@ async def _answer(
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         frames = _stream(service, job, chat)
         return HeldStream(frames, place.pop_all(), media_type="text/event-stream", headers=headers)
-    job = await wait_for_end(service, job, service.args.chat_timeout_s)
+    job = await wait_for_end(service, job, service.args.chat_timeout_s, to_the_end=True)
     if not job.ended:
         raise HTTPException(504, "Generation timeout")
     if job.state != SUCCEEDED:
@@ -182,7 +182,7 @@ async def _stream(service: Service, job: Job, chat: ChatRequest) -> AsyncIterato
 
     try:
         yield chunk({"role": "assistant", "content": ""})
-        while not (job := await wait_for_end(service, job, HEARTBEAT_S)).ended:
+        while not (job := await wait_for_end(service, job, HEARTBEAT_S, to_the_end=True)).ended:
             yield chunk({"content": "."})
         if job.state == SUCCEEDED:
             yield chunk({"content": f"\n\n{markdown(job)}"}, **_warnings(job))
