@@ -72,7 +72,8 @@ class Ours:
 
     def __call__(self, seconds: Sequence[float], run: str) -> None:
         requests = [
-            SongRequest(prompt=f"{run} song {i}", lyrics=LYRICS, duration=s, seed=i) for i, s in enumerate(seconds)
+            SongRequest(prompt=f"{run} song {i}", lyrics=LYRICS, duration=s, seed=i, dcw_enabled=False)
+            for i, s in enumerate(seconds)
         ]
         for ticket in [self.renderer.submit(RenderWork(request)) for request in requests]:
             ticket.result()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from acestep.stage_settings import RendererSettings
-from benchmarks import dit, dit_checks
+from benchmarks import controls, dit, dit_checks
 
 
 @pytest.fixture(autouse=True)
@@ -43,3 +43,11 @@ def test_the_checks_for_a_card_run() -> None:
     assert found["decoding"]["as written"]["ms_per_s"] > 0
     assert found["steps"]["10 s"]["as written"] > 0
     assert found["offloaded_codes"]["ours"].startswith("480000 samples")
+
+
+def test_the_costs_of_controls_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("pywt")
+    assert controls.main(["--size", "tiny", "--seconds", "10", "--repeats", "1", "--device", "cpu"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert set(report["time_ratio"]) == set(controls.CONTROLS)
+    assert all(ratio > 0 for ratio in report["time_ratio"].values())
