@@ -15,8 +15,9 @@ LATENT_FPS = 25  # latent frames per second of audio
 SAMPLES_PER_FRAME = 1_920
 TINY_NOTICE = "tiny checkpoint: noise, not music"
 
-SidecarKind = Literal["latent", "lrc", "lyrics"]
+SidecarKind = Literal["peaks", "latent", "lrc", "lyrics"]
 SIDECARS: dict[SidecarKind, tuple[str, str]] = {  # file name and MIME type
+    "peaks": ("peaks.json", "application/json"),
     "latent": ("latent.safetensors", "application/octet-stream"),
     "lrc": ("lyrics.lrc", "text/plain; charset=utf-8"),
     "lyrics": ("lyrics.json", "application/json"),

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from acestep.audio.loudness import PEAK_DBFS, master
 from acestep.audio.manifest import manifest
+from acestep.audio.peaks import peaks_json
 from acestep.audio.shaping import faded, resampled
 from acestep.audio.tags import SongTags, lrc
 from acestep.audio.writing import encode
 from acestep.dit.latents import write_latents
 from acestep.dit.lyrics import lyric_scores, timed_lyrics
 from acestep.errors import InvalidOutput
-from acestep.formats import content_type, extension
+from acestep.formats import AudioFormat, content_type, extension
 from acestep.plan import Plan
 from acestep.request import SongRequest
 from acestep.song import SAMPLE_RATE, SIDECARS, AudioFile, Sidecar, SidecarKind, Song, SongItem, TimedLine
@@ -48,20 +51,25 @@ def finish(
     *,
     keep_latents: bool = True,
 ) -> Song:
-    """Encode all items in all asked formats. Items that were only listened to get no audio.
+    """Encode all items in all asked formats, as many at once as this process has cores. Items that were only listened to get no audio.
 
     Args:
-        put: Stores one file under a name such as `<prefix>0-wav.wav`; called for every file and manifest.
+        put: Stores one file under a name such as `<prefix>0-wav.wav`; called for every file and manifest, from several threads.
         keep_latents: Store what each song was decoded from, too.
 
     Raises:
         InvalidOutput: the audio is not finite, or nothing but zeros.
     """
     began = time.monotonic()
-    items = tuple(
-        _finish_item(request, plan, rendered, item, maker, _Sidecars(put, f"{prefix}{item.index}-"), keep_latents)
-        for item in rendered.items
-    )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+    def one(item: RenderedItem) -> SongItem:
+        files = _Sidecars(put, f"{prefix}{item.index}-")
+        return _finish_item(request, plan, rendered, item, maker, files, keep_latents, encoders)
+
+    # Codecs let go of the interpreter while they work. Two pools, since who waits for encoders must not hold their places.
+    with ThreadPoolExecutor(cores, "encode") as encoders, ThreadPoolExecutor(cores, "finish") as finishers:
+        items = tuple(finishers.map(one, rendered.items))
     return Song(
         items=items,
         plan=plan,
@@ -110,6 +118,7 @@ def _finish_item(
     maker: Maker,
     store: _Sidecars,
     keep_latents: bool,
+    encoders: Executor,
 ) -> SongItem:
     lines: tuple[TimedLine, ...] = ()
     if item.heard is not None and request.timestamps:
@@ -121,7 +130,7 @@ def _finish_item(
     samples = int(item.audio.shape[-1])
     facts: dict[str, Any] = {}
     if samples:
-        facts = _finish_audio(request, plan, rendered, item, maker, store, lines)
+        facts = _finish_audio(request, plan, rendered, item, maker, store, lines, encoders)
     elif item.heard is not None:
         samples = round(item.heard.seconds * SAMPLE_RATE)
     if keep_latents and item.latents is not None:
@@ -150,6 +159,7 @@ def _finish_audio(
     maker: Maker,
     store: _Sidecars,
     lines: tuple[TimedLine, ...],
+    encoders: Executor,
 ) -> dict[str, Any]:
     """Audio files and manifest: those fields of a `SongItem` that tell of them."""
     if not bool(item.audio.any()):
@@ -170,19 +180,15 @@ def _finish_audio(
     caption = (metadata.caption if request.use_cot_caption else None) or request.prompt
     notice = maker.notice or plan.notice
     tags = SongTags.titled(caption, seed=item.seed, model=maker.model, plan=metadata, notice=notice, lines=lines)
-    files = []
-    for fmt in request.formats:
+    store.add("peaks", peaks_json(audio, rate))
+
+    def file(fmt: AudioFormat) -> AudioFile:
         data = encode(audio, rate, fmt, bitrate_kbps=request.bitrate_kbps, tags=tags)
         name = store.put(f"{fmt}.{extension(fmt)}", data)
-        files.append(
-            AudioFile(
-                format=fmt,
-                content_type=content_type(fmt),
-                path=name,
-                bytes=len(data),
-                sha256=hashlib.sha256(data).hexdigest(),
-            )
-        )
+        digest = hashlib.sha256(data).hexdigest()
+        return AudioFile(format=fmt, content_type=content_type(fmt), path=name, bytes=len(data), sha256=digest)
+
+    files = tuple(encoders.map(file, request.formats))
     facts = manifest(
         request, plan, item=item.index, seed=item.seed, model=maker.model, model_hash=maker.model_hash, vae=maker.vae,
         device=maker.device, notice=notice, settings=rendered.settings, level=level, made_gain_db=item.made_gain_db,
@@ -192,6 +198,6 @@ def _finish_audio(
         "sample_rate": rate,
         "gain_db": round(level.gain_db, 3),
         "made_gain_db": None if item.made_gain_db is None else round(item.made_gain_db, 3),
-        "files": tuple(files),
+        "files": files,
         "manifest": store.put("manifest.json", json.dumps(facts, indent=1, ensure_ascii=False).encode()),
     }

@@ -91,8 +91,8 @@ class Player {
     this.wave.show(time, job.duration);
     this.show();
     const playing = this.audio.play().catch((error) => { if (error.name === "NotAllowedError") toast("Press play: the browser wants to be asked first."); });
-    void peaksOf(url).then((found) => {
-      if (found && this.job === job && this.item === index) { this.wave.peaks = found.peaks; this.wave.draw(); }
+    void peaksOf(job.id, index).then((found) => {
+      if (this.job?.id === job.id && this.item === index) { this.wave.peaks = found; this.wave.draw(); }
     });
     await playing;
   }

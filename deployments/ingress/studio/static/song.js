@@ -109,9 +109,9 @@ class SongView {
   }
 
   load() {
-    const url = playable(short(this.job), this.item);
-    this.wave.show(0, this.job.result.items[this.item].duration);
-    if (url) void peaksOf(url).then((found) => { if (found) { this.wave.peaks = found.peaks; this.wave.draw(); } });
+    const item = this.item;
+    this.wave.show(0, this.job.result.items[item].duration);
+    void peaksOf(this.job.id, item).then((found) => { if (item === this.item) { this.wave.peaks = found; this.wave.draw(); } });
   }
 
   buttons() {

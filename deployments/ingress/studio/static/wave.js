@@ -1,6 +1,6 @@
 // A waveform that can be seeked and on which a region can be drawn.
 
-import { at } from "./api.js";
+import { call } from "./api.js";
 import { h, clock } from "./dom.js";
 
 /** @typedef {{start: number, end: number}} Region seconds */
@@ -135,48 +135,27 @@ export class Wave extends HTMLElement {
 }
 customElements.define("song-wave", Wave);
 
-const BUCKETS = 600;
-const LARGEST = 40e6; // bytes: beyond it decoding in the page costs more memory than a picture is worth
-/** @type {Map<string, Promise<{peaks: Float32Array, duration: number} | null>>} */
+/** @type {Map<string, Promise<Float32Array | null>>} */
 const known = new Map();
 
 /**
- * Peaks of an audio file, decoded here. Null where it is too large or cannot be decoded.
- * @param {string} url signed; remembered without its signature
+ * Peaks of one version of a song, as its renderer wrote them. Null where there are none.
+ * @param {string} id
+ * @param {number} index
  */
-export function peaksOf(url) {
-  const name = url.split("?")[0];
+export function peaksOf(id, index) {
+  const name = `${id}/${index}`;
   let found = known.get(name);
   if (!found) {
-    found = load(url).catch(() => null);
+    found = call(`v1/jobs/${encodeURIComponent(id)}/files/${index}.peaks`).then(read, () => null);
     known.set(name, found);
-    if (known.size > 50) known.delete(/** @type {string} */ (known.keys().next().value));
+    if (known.size > 200) known.delete(/** @type {string} */ (known.keys().next().value));
   }
   return found;
 }
 
-/** @param {string} url */
-async function load(url) {
-  const leave = new AbortController();
-  const answer = await fetch(at(url), { signal: leave.signal });
-  if (!answer.ok || Number(answer.headers.get("Content-Length")) > LARGEST) {
-    leave.abort();
-    return null;
-  }
-  return decode(await answer.arrayBuffer());
-}
-
-/** @param {ArrayBuffer} data */
-async function decode(data) {
-  const audio = await new OfflineAudioContext(1, 1, 48000).decodeAudioData(data);
-  const peaks = new Float32Array(BUCKETS);
-  for (let c = 0; c < audio.numberOfChannels; c++) {
-    const samples = audio.getChannelData(c);
-    const step = samples.length / BUCKETS;
-    for (let i = 0; i < BUCKETS; i++) {
-      const to = Math.min(samples.length, Math.ceil((i + 1) * step));
-      for (let k = Math.floor(i * step); k < to; k++) peaks[i] = Math.max(peaks[i], Math.abs(samples[k]));
-    }
-  }
-  return { peaks, duration: audio.duration };
+/** @param {{full_scale: number, levels: {min: number[], max: number[]}[]}} file */
+function read(file) {
+  const { min, max } = file.levels[file.levels.length - 1];
+  return Float32Array.from(max, (high, i) => Math.max(high, -min[i]) / file.full_scale);
 }
