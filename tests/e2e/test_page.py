@@ -97,11 +97,13 @@ def test_a_song_from_the_first_visit_with_nothing_but_typing_and_enter(server: S
             const file = await (await fetch(job.result.items[0].audio[0].url)).arrayBuffer();
             const audio = await new OfflineAudioContext(2, 1, 48000).decodeAudioData(file);
             const loudest = audio.getChannelData(0).reduce((a, b) => Math.max(a, Math.abs(b)), 0);
-            return [audio.duration, loudest, job.result.items[0].duration];
+            const peaks = await (await fetch('v1/jobs/' + link + '/files/0.peaks')).json();
+            return [audio.duration, loudest, job.result.items[0].duration, peaks.levels[1].max.length];
         }"""
     )
     assert heard[0] == pytest.approx(heard[2], abs=0.1)
     assert heard[1] > 0.01
+    assert heard[3] == 2048
     page.keyboard.press("Escape")
     page.locator("h1").click()
     page.keyboard.press(" ")
@@ -292,28 +294,65 @@ def test_the_page_is_small_and_sent_once(server: Server) -> None:
     assert plain["links"]["documentation"] == "/docs"
 
 
-def test_a_key_is_asked_for_once_and_never_in_an_address(visit: Any) -> None:
-    def guarded(config: dict[str, Any]) -> None:
+@pytest.fixture(scope="module")
+def guarded() -> Iterator[Server]:
+    """A server with keys, on a card that renders several songs of a job."""
+
+    def keys(config: dict[str, Any]) -> None:
         digest = hashlib.sha256(KEY.encode()).hexdigest()
         config["applications"][0]["args"] = {"api_keys": [{"name": "page", "sha256": digest}]}
 
-    with Server(guarded) as server:
-        page = visit(server.url)
-        asked = []
-        page.on("request", lambda request: asked.append(request.url))
-        dialog = page.get_by_role("dialog")
-        dialog.get_by_label("Key", exact=True).fill("a wrong one")
-        dialog.get_by_role("button", name="Go on").click()
-        expect(dialog).to_contain_text("does not know this key")
-        dialog.get_by_label("Key", exact=True).fill(KEY)
-        dialog.get_by_role("button", name="Go on").click()
-        expect(dialog).to_have_count(0)
-        length(page, "10")
-        wish(page, "behind a key")
-        made(page, "behind a key").get_by_role("button", name="Play").click()
-        expect(page.locator("#player .time")).to_have_text(re.compile(r"0:0[1-9] /"))
-        page.reload()
-        made(page, "behind a key")
-        assert not any("own key" in url or "own%20key" in url for url in asked)
-        stranger = visit(server.url)
-        expect(stranger.get_by_role("dialog")).to_be_visible()
+    with Server(keys, env={"MAX_CUDA_VRAM": "24"}) as running:
+        yield running
+
+
+def enter_key(page: Any, key: str = KEY) -> None:
+    dialog = page.get_by_role("dialog")
+    dialog.get_by_label("Key", exact=True).fill(key)
+    dialog.get_by_role("button", name="Go on").click()
+
+
+def test_a_key_is_asked_for_once_and_never_in_an_address(guarded: Server, visit: Any) -> None:
+    page = visit(guarded.url)
+    asked = []
+    page.on("request", lambda request: asked.append(request.url))
+    enter_key(page, "a wrong one")
+    expect(page.get_by_role("dialog")).to_contain_text("does not know this key")
+    enter_key(page)
+    expect(page.get_by_role("dialog")).to_have_count(0)
+    length(page, "10")
+    wish(page, "behind a key")
+    made(page, "behind a key").get_by_role("button", name="Play").click()
+    expect(page.locator("#player .time")).to_have_text(re.compile(r"0:0[1-9] /"))
+    page.reload()
+    made(page, "behind a key")
+    assert not any("own key" in url or "own%20key" in url for url in asked)
+    stranger = visit(guarded.url)
+    expect(stranger.get_by_role("dialog")).to_be_visible()
+
+
+def test_versions_are_switched_in_place(guarded: Server, visit: Any) -> None:
+    page = visit(guarded.url)
+    enter_key(page)
+    length(page, "20", versions=2)
+    wish(page, "two versions")
+    made(page, "two versions").get_by_role("button", name="Play two versions").click()
+    expect(page.locator("#player .time")).to_have_text(re.compile(r"0:0[2-9] /"))
+    page.locator("#player .version").nth(1).click()
+    expect(page.locator("#player .version").nth(1)).to_have_attribute("aria-pressed", "true")
+    expect(page.locator("#player .time")).to_have_text(re.compile(r"0:(0[2-9]|1\d) /"))
+
+
+def test_a_server_that_stops_and_starts_again_loses_nothing(guarded: Server, visit: Any) -> None:
+    page = visit(guarded.url)
+    enter_key(page)
+    length(page, "600", versions=4)
+    wish(page, "outlives a restart")
+    expect(card(page, "outlives a restart")).to_have_attribute("data-state", "running", timeout=WAIT_MS)
+    guarded.interrupt()
+    expect(page.locator("#banner")).to_be_visible(timeout=WAIT_MS)
+    guarded.start()
+    expect(page.locator("#banner")).to_be_hidden(timeout=WAIT_MS)
+    expect(card(page, "outlives a restart")).to_have_attribute("data-state", "running", timeout=WAIT_MS)
+    card(page, "outlives a restart").get_by_role("button", name="Cancel").click()
+    expect(card(page, "outlives a restart")).to_have_attribute("data-state", "cancelled", timeout=WAIT_MS)
