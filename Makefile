@@ -26,6 +26,8 @@ lint: $(VENV)/.test-installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	@if command -v npx >/dev/null; then npx --yes --package typescript@5.9.3 tsc --project deployments/ingress/studio; \
+	else echo "no npx here: the types of the page's scripts are not checked"; fi
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=/path/to/python3.11")'
