@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import json
 import time
-import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -16,21 +15,16 @@ from urllib.parse import parse_qs, urlsplit
 
 from fastapi import Depends, Request
 
-from acestep.adjust import check_sources, over_plan
 from acestep.checkpoints.published import VariantDefaults, expected_defaults
-from acestep.dit import checks
 from acestep.errors import InvalidRequest
-from acestep.request import Adjustment, SongRequest
-from acestep.sizing.cost import expected_duration
 from deployments.config.args import RouterArgs
 from deployments.dispatch.dispatcher import Dispatcher
-from deployments.dispatch.errands import question_of
 from deployments.dispatch.routing import Routing
 from deployments.dispatch.talk import Talk
 from deployments.fleet.watch import Fleet
 from deployments.ingress.auth import Caller, Keyring, RateLimit, Waiting, environment_keys
 from deployments.ingress.errors import Forbidden
-from deployments.ingress.forecast import STAGED, Forecast
+from deployments.ingress.forecast import Forecast
 from deployments.ingress.links import audio_path, read_audio_path
 from deployments.ingress.middleware import made_here
 from deployments.ingress.signing import Signer
@@ -43,8 +37,6 @@ from deployments.jobs.retention import Retention
 from deployments.jobs.secrets import shared_secret
 from deployments.jobs.store import Busy, Job, JobStore
 from deployments.jobs.uploads import FileRecord, FileRecords
-from deployments.scheduling.choose import Decision
-from deployments.telemetry.tracing import TRACE, here
 
 QUESTIONS_AT_ONCE = 4  # of one router
 MAX_QUESTIONS = 32  # of one key, waiting ones included
@@ -99,122 +91,9 @@ class Service:
             public_url=self.args.public_url,
         )  # fmt: skip
 
-    async def submit(
-        self,
-        request: SongRequest,
-        caller: Caller,
-        *,
-        kind: str = "song",
-        adjustments: tuple[Adjustment, ...] = (),
-        extra: dict[str, Any] | None = None,
-        deadline: float | None = None,
-        idempotency_key: str | None = None,
-        body_hash: str | None = None,
-    ) -> tuple[Job, bool]:
-        """Take source audio in, clamp to what the fleet can do, draw the seeds, write the job down, wake the dispatcher.
-
-        Returns (job, created): False where the idempotency key was known already.
-
-        Args:
-            kind: `song`, `plan`, `codes` or `understand`: how far the job goes; `lyrics` listens to the request's latents.
-            adjustments: What was changed before.
-            extra: For the API that asks.
-
-        Raises:
-            InvalidRequest, LimitExceeded: nothing in this fleet can do it.
-            Busy: a limit of the server or of the caller; nothing was written.
-        """
-        body_hash = body_hash or hash_of(request.model_dump(mode="json", exclude_defaults=True), kind, extra)
-        if idempotency_key is not None:
-            known = await asyncio.to_thread(self.store.earlier, caller.name, idempotency_key, body_hash)
-            if known is not None:
-                return known, False
-        told: list[Adjustment] = []
-        if kind != "lyrics":  # its sources came with the song that it listens to
-            request, told = await self.with_sources(request, caller)
-        request, changed = over_plan(request)
-        adjustments = (*told, *adjustments, *changed)
-        if kind == "song":
-            if request.source_s is not None:
-                checks.check_window(request, request.source_s)
-            adjustments = (*adjustments, *checks.notes(request))
-        columns: dict[str, Any] = {}
-        decision = await self._admit(request, caller, kind)
-        if decision is not None:
-            request = decision.request
-            if kind in ("song", "lyrics") and (pool := self.fleet.view.get(decision.renderer or "")) and pool.info:
-                checks.check(request, defaults_of(pool.info), str(pool.info["model"]))
-            adjustments = (*adjustments, *decision.adjustments)
-            columns = {
-                "plan_pool": decision.planner, "est_plan_s": decision.est_plan_s,
-                "render_pool": decision.renderer, "est_render_s": decision.est_render_s,
-            }  # fmt: skip
-            if decision.eta_s is not None:
-                self._check_wait(decision.plan_wait_s + decision.render_wait_s)
-                extra = {**(extra or {}), "eta_s": round(decision.eta_s, 3)}
-        if (asked := question_of(kind, request, extra)) and not (decision and decision.planner):
-            columns |= self.routing.question(self.fleet.view, asked)
-        if trace := here():
-            extra = {**(extra or {}), TRACE: trace}
-        replicas = sum(p.running for p in self.fleet.view.of("render"))
-        caps = replace(caller.caps, queued=self.args.max_queue, pace=max(1.0, float(replicas)))
-        audio_s = expected_duration(request)[0] * request.batch_size if kind == "song" else 0.0
-        try:
-            job, created = await asyncio.to_thread(
-                self.store.add, str(uuid.uuid4()), request.with_seeds(), kind=kind, adjustments=adjustments,
-                extra=extra, deadline=deadline, owner_key=caller.name, idempotency_key=idempotency_key,
-                body_hash=body_hash, audio_s=audio_s, caps=caps, **columns,
-            )  # fmt: skip
-        except Busy as error:
-            if "retry_after" not in error.details:
-                error.details["retry_after"] = await self.mean_seconds()
-            raise
-        if created:
-            self.dispatcher.changed()
-        return job, created
-
-    async def _admit(self, request: SongRequest, caller: Caller, kind: str) -> Decision | None:
-        """Where a new song or plan would go, and when: behind what the fair order serves before this caller, not behind everybody."""
-        if kind not in STAGED:
-            return None
-        only_plan = kind == "plan"
-        me = self.routing.newcomer(self.fleet.view, request, caller.name, only_plan=only_plan)
-        place, working = await self.forecast.newcomer(me)
-        return self.routing.admit(self.fleet.view, request, me, place, working, only_plan=only_plan)
-
-    def _check_wait(self, wait_s: float) -> None:
-        if wait_s > self.args.max_backlog_s:
-            raise Busy(
-                f"this would wait about {wait_s:.0f} s; the server takes nothing that waits longer than "
-                f"{self.args.max_backlog_s:.0f} s",
-                retry_after=wait_s - self.args.max_backlog_s, limit=self.args.max_backlog_s,
-            )  # fmt: skip
-
-    async def with_sources(self, request: SongRequest, caller: Caller) -> tuple[SongRequest, list[Adjustment]]:
-        """The request with every source audio it names taken into the file store, and measured; and what there is to say about it.
-
-        Raises:
-            InvalidRequest: it is not there, no audio, or too short or long.
-        """
-        if request.source_s is not None:
-            raise InvalidRequest("source_s: is measured, not asked", field="source_s")
-        if request.latents:
-            raise InvalidRequest(
-                "latents: are not asked for; POST /v1/jobs/{id}/lyrics finds a song's own", field="latents"
-            )
-        changes: dict[str, Any] = {}
-        files: list[FileRecord] = []
-        if request.src_audio is not None:
-            record = await self.source(request.src_audio, caller, "src_audio")
-            changes |= {"src_audio": record.path, "source_s": record.duration}
-        if request.reference_audio:
-            files = [await self.source(name, caller, "reference_audio") for name in request.reference_audio]
-            changes["reference_audio"] = tuple(file.path for file in files)
-        told = check_sources(changes.get("source_s"), [file.duration for file in files], strict=request.strict)
-        return (request.model_copy(update=changes) if changes else request), told
-
-    async def source(self, value: str, caller: Caller, field: str) -> FileRecord:
-        return await self.sources.admit(value, caller, field=field, loopback=self.loopback)
+    async def source(self, value: str, caller: Caller, field: str, *, keep: bool = True) -> FileRecord:
+        """The stored copy of what a request calls its source; see `Sources.admit`."""
+        return await self.sources.admit(value, caller, field=field, loopback=self.loopback, keep=keep)
 
     @contextlib.asynccontextmanager
     async def question(self, caller: Caller) -> AsyncIterator[None]:

@@ -94,17 +94,18 @@ class Sources:
         """`upload` for what is in memory already, inside `whole`."""
         return await with_files(self._keep, data, name, caller, field)
 
-    async def admit(self, value: str, caller: Caller, *, field: str, loopback: bool) -> FileRecord:
+    async def admit(self, value: str, caller: Caller, *, field: str, loopback: bool, keep: bool = True) -> FileRecord:
         """The stored copy of what a request calls its source: a file id, a song's URL or path, or an allowed path.
 
         Args:
             loopback: The server can be reached from this machine only, so the temporary folder counts as allowed.
+            keep: Store a copy of what is no upload; else it is only looked at, and the record is of a file that is not there.
 
         Raises:
             InvalidRequest: unknown, not allowed, or no audio.
         """
         async with self._turn:
-            return await with_files(self._admit, value, caller, field, loopback)
+            return await with_files(self._admit, value, caller, field, loopback, keep)
 
     def roots(self, loopback: bool) -> list[Path]:
         """Folders whose files may be named, besides the caller's own songs and uploads."""
@@ -113,7 +114,7 @@ class Sources:
             folders = (tempfile.gettempdir(),) if loopback else ()
         return [Path(os.path.realpath(folder)) for folder in folders]
 
-    def _admit(self, value: str, caller: Caller, field: str, loopback: bool) -> FileRecord:
+    def _admit(self, value: str, caller: Caller, field: str, loopback: bool, keep: bool) -> FileRecord:
         value = _path_of_url(value.strip())
         if named := self.song_of_url(caller, value):
             value = named
@@ -134,7 +135,7 @@ class Sources:
             data = self.storage.read(name)
         else:
             data = self._read(find_file(value, self.roots(loopback), field), field)
-        return self._keep(data, Path(value).name, caller, field)
+        return self._keep(data, Path(value).name, caller, field, stored=keep)
 
     def _stored(self, value: str) -> str:
         """The name in the file store of what a path leads to, links resolved; empty where it leads elsewhere."""
@@ -156,7 +157,7 @@ class Sources:
                 raise InvalidRequest(NOT_FOUND, field=field)
             return file.read(self.limits.max_bytes + 1)
 
-    def _keep(self, data: bytes, name: str, caller: Caller, field: str) -> FileRecord:
+    def _keep(self, data: bytes, name: str, caller: Caller, field: str, *, stored: bool = True) -> FileRecord:
         # Too long for a source may do as a reference: whoever uses it looks at its length.
         seconds = audio_seconds(data, field=field, limits=self.limits, beginning=True)
         shown = "".join(c for c in os.path.basename(name.replace("\\", "/")) if c.isprintable())[-255:] or "audio"
@@ -168,6 +169,8 @@ class Sources:
             hashlib.sha256(data).hexdigest(),
             seconds,
         )
+        if not stored:
+            return record
         # Its record first: a file without one would stay for ever, and uploads at the same time have to know of each other.
         self.records.add(record, self.args.max_kept_upload_bytes, self.args.keep_uploads_s + CLEAN_EVERY_S)
         try:

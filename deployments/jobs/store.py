@@ -206,6 +206,11 @@ class JobStore(Leases):
         with self.engine.connect() as db:
             return count_jobs(db, jobs.c.owner_key == owner_key, jobs.c.state.in_(ACTIVE))
 
+    def check(self, caps: Caps, owner_key: str, audio_s: float, work_s: float) -> None:
+        """Raise `Busy` where a new job would be beyond a limit now."""
+        with self.engine.connect() as db:
+            check(db, caps, owner_key, audio_s, work_s, time.time())
+
     def earlier(self, owner_key: str, key: str, body_hash: str | None) -> Job | None:
         """The job that was made with this idempotency key.
 

@@ -17,6 +17,7 @@ from starlette.datastructures import UploadFile
 
 from acestep.errors import InvalidRequest
 from acestep.request import Adjustment
+from deployments.ingress import submit as door
 from deployments.ingress.acestep.answers import (
     CompatRoute,
     caller_and_body,
@@ -102,8 +103,8 @@ async def submit(
         if part not in parts.values() and (part.filename or part.size):
             values.warn(name, part.filename, None, f"audio is read from {' or '.join(SOURCE_PARTS + REFERENCE_PARTS)}")
     submission = await resolved(service, caller, values)
-    job, _ = await service.submit(
-        submission.request, caller, kind=submission.kind,
+    job, _ = await door.submit(
+        service, submission.request, caller, kind=submission.kind,
         adjustments=submission.warnings, extra=submission.extra, idempotency_key=idempotency_key, body_hash=body_hash,
     )  # fmt: skip
     return job

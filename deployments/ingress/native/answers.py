@@ -183,6 +183,20 @@ class JobView(Answer):
     )
 
 
+class Quote(Answer):
+    """What a song would become and take, if it were asked for now."""
+
+    position: int | None = Field(description="Its place in the queue, 1 for the next; null where that is not known.")
+    wait_s: float | None = Field(description="Estimated seconds until work on it begins; null where unknown.")
+    eta_s: float | None = Field(description="Estimated seconds until its end; null where unknown.")
+    cost: Cost = Field(description="What it asks for.")
+    placement: Placement = Field(description="The pools that would work on it.")
+    request: dict[str, Any] = Field(
+        description="The request after what would be changed of it; defaults and seeds are left out."
+    )
+    warnings: list[Adjustment] = Field(description="What would be changed of the request or has no effect, and why.")
+
+
 class JobPage(Answer):
     """Jobs, newest first."""
 

@@ -19,11 +19,12 @@ from deployments.ingress.bodies import KeyFirst
 from deployments.ingress.errors import PROBLEMS, NotFound
 from deployments.ingress.links import events_path, job_path, public
 from deployments.ingress.native import examples
-from deployments.ingress.native.answers import JobView
+from deployments.ingress.native.answers import JobView, Quote
 from deployments.ingress.native.events import stream
-from deployments.ingress.native.views import job_view
+from deployments.ingress.native.views import job_view, quote_view
 from deployments.ingress.native.waiting import wait_for_end
 from deployments.ingress.service import Service, Svc, check_idempotency_key, hash_of
+from deployments.ingress.submit import quote, submit
 from deployments.jobs.outbox import check_url
 from deployments.jobs.store import TERMINAL, Job
 
@@ -110,8 +111,8 @@ async def submitted(
     deadline = time.time() + asked.deadline_s if asked.deadline_s else None
     seconds = wait_seconds(prefer, service.args.max_wait_s)
     with service.waiting.hold(caller.name) if seconds else contextlib.nullcontext():
-        job, created = await service.submit(
-            request, caller, kind=kind, extra=extra, deadline=deadline, idempotency_key=check_idempotency_key(idempotency_key),
+        job, created = await submit(
+            service, request, caller, kind=kind, extra=extra, deadline=deadline, idempotency_key=check_idempotency_key(idempotency_key),
             body_hash=hash_of(kind, asked.model_dump(mode="json", exclude_defaults=True), *filter(None, [of])),
         )  # fmt: skip
         response.headers["Location"] = public(job_path(job.id))
@@ -142,6 +143,18 @@ async def create_song(
     return await accept(
         service, caller, submission, response, kind="song", idempotency_key=idempotency_key, prefer=prefer
     )
+
+
+@router.post("/quote", summary="What a song would take and when it would be there, without a job")
+async def quote_song(
+    submission: Annotated[SongSubmission, Body(openapi_examples=examples.SONGS)], service: Svc, caller: Auth
+) -> Quote:
+    """Answers and refuses as `POST /v1/music` would now; writes nothing and uses up no limit but the rate of requests."""
+    request = submission.song()
+    check_prompt(request)
+    if submission.webhook_url:
+        check_url(submission.webhook_url, service.args.webhook_networks)
+    return quote_view(await quote(service, request, caller))
 
 
 @router.get("/jobs/{job_id}", summary="State, progress, plan and result of a job", responses={200: examples.JOB_200})

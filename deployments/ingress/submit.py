@@ -1,0 +1,221 @@
+"""The one door into the system, for every API: what a request becomes, what it takes, and the job that is written down for it.
+
+A quote goes the same way and stops before the job is written.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from acestep.adjust import check_sources, over_plan
+from acestep.dit import checks
+from acestep.errors import InvalidRequest
+from acestep.request import Adjustment, SongRequest
+from acestep.sizing.cost import expected_duration
+from deployments.dispatch.errands import question_of
+from deployments.ingress.auth import Caller
+from deployments.ingress.forecast import STAGED
+from deployments.ingress.service import Service, defaults_of, hash_of
+from deployments.jobs.limits import Caps
+from deployments.jobs.store import Busy, Job
+from deployments.jobs.uploads import FileRecord
+from deployments.scheduling.choose import Decision
+from deployments.scheduling.line import Place
+from deployments.telemetry.tracing import TRACE, here
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """A request as it would be made.
+
+    Attributes:
+        request: After what its sources, its plan and the fleet's limits change.
+        adjustments: What that was.
+        place: Where it would stand in the line; None where that is not known.
+        decision: Where it would go, and when; None where it has no stages of a song, and where the fleet is not known yet.
+        columns: Of the job: its pools and estimates.
+        audio_s: Seconds of audio, over all items.
+        caps: The limits that hold for it.
+    """
+
+    request: SongRequest
+    adjustments: tuple[Adjustment, ...]
+    place: Place | None
+    decision: Decision | None
+    columns: dict[str, Any] = field(default_factory=dict)
+    audio_s: float = 0.0
+    caps: Caps = field(default_factory=Caps)
+
+    @property
+    def work_s(self) -> float:
+        return float(self.columns.get("est_plan_s", 0.0) + self.columns.get("est_render_s", 0.0))
+
+
+async def submit(
+    service: Service,
+    request: SongRequest,
+    caller: Caller,
+    *,
+    kind: str = "song",
+    adjustments: tuple[Adjustment, ...] = (),
+    extra: dict[str, Any] | None = None,
+    deadline: float | None = None,
+    idempotency_key: str | None = None,
+    body_hash: str | None = None,
+) -> tuple[Job, bool]:
+    """Take source audio in, clamp to what the fleet can do, draw the seeds, write the job down, wake the dispatcher.
+
+    Returns (job, created): False where the idempotency key was known already.
+
+    Args:
+        kind: `song`, `plan`, `codes` or `understand`: how far the job goes; `lyrics` listens to the request's latents.
+        adjustments: What was changed before.
+        extra: For the API that asks.
+
+    Raises:
+        InvalidRequest, LimitExceeded: nothing in this fleet can do it.
+        Busy: a limit of the server or of the caller; nothing was written.
+    """
+    body_hash = body_hash or hash_of(request.model_dump(mode="json", exclude_defaults=True), kind, extra)
+    if idempotency_key is not None:
+        known = await asyncio.to_thread(service.store.earlier, caller.name, idempotency_key, body_hash)
+        if known is not None:
+            return known, False
+    weighed = await _weigh(service, request, caller, kind, adjustments, extra)
+    extra = dict(extra or {})
+    if weighed.decision is not None and weighed.decision.eta_s is not None:
+        extra["eta_s"] = round(weighed.decision.eta_s, 3)
+    if trace := here():
+        extra[TRACE] = trace
+    try:
+        job, created = await asyncio.to_thread(
+            service.store.add, str(uuid.uuid4()), weighed.request.with_seeds(), kind=kind, adjustments=weighed.adjustments,
+            extra=extra, deadline=deadline, owner_key=caller.name, idempotency_key=idempotency_key,
+            body_hash=body_hash, audio_s=weighed.audio_s, caps=weighed.caps, **weighed.columns,
+        )  # fmt: skip
+    except Busy as error:
+        raise await _with_retry(service, error) from None
+    if created:
+        service.dispatcher.changed()
+    return job, created
+
+
+async def quote(service: Service, request: SongRequest, caller: Caller, *, kind: str = "song") -> Weighed:
+    """What `submit` would make of a request, and when. Nothing is written and no limit is used up.
+
+    Raises: as `submit` does.
+    """
+    weighed = await _weigh(service, request, caller, kind, keep=False)
+    try:
+        await asyncio.to_thread(service.store.check, weighed.caps, caller.name, weighed.audio_s, weighed.work_s)
+    except Busy as error:
+        raise await _with_retry(service, error) from None
+    return weighed
+
+
+async def _with_retry(service: Service, error: Busy) -> Busy:
+    if "retry_after" not in error.details:
+        error.details["retry_after"] = await service.mean_seconds()
+    return error
+
+
+async def _weigh(
+    service: Service,
+    request: SongRequest,
+    caller: Caller,
+    kind: str,
+    adjustments: tuple[Adjustment, ...] = (),
+    extra: dict[str, Any] | None = None,
+    *,
+    keep: bool = True,
+) -> Weighed:
+    """What a request becomes and takes.
+
+    Args:
+        keep: Take its source audio into the file store; else it is only measured.
+    """
+    told: list[Adjustment] = []
+    if kind != "lyrics":  # its sources came with the song that it listens to
+        request, told = await _with_sources(service, request, caller, keep)
+    request, changed = over_plan(request)
+    adjustments = (*told, *adjustments, *changed)
+    if kind == "song":
+        if request.source_s is not None:
+            checks.check_window(request, request.source_s)
+        adjustments = (*adjustments, *checks.notes(request))
+    columns: dict[str, Any] = {}
+    place, decision = await _admit(service, request, caller, kind)
+    if decision is not None:
+        request = decision.request
+        if kind in ("song", "lyrics") and (pool := service.fleet.view.get(decision.renderer or "")) and pool.info:
+            checks.check(request, defaults_of(pool.info), str(pool.info["model"]))
+        adjustments = (*adjustments, *decision.adjustments)
+        columns = {
+            "plan_pool": decision.planner, "est_plan_s": decision.est_plan_s,
+            "render_pool": decision.renderer, "est_render_s": decision.est_render_s,
+        }  # fmt: skip
+        if decision.eta_s is not None:
+            _check_wait(service, decision.plan_wait_s + decision.render_wait_s)
+    if (asked := question_of(kind, request, extra)) and not (decision and decision.planner):
+        columns |= service.routing.question(service.fleet.view, asked)
+    replicas = sum(p.running for p in service.fleet.view.of("render"))
+    return Weighed(
+        request=request,
+        adjustments=adjustments,
+        place=place,
+        decision=decision,
+        columns=columns,
+        audio_s=expected_duration(request)[0] * request.batch_size if kind == "song" else 0.0,
+        caps=replace(caller.caps, queued=service.args.max_queue, pace=max(1.0, float(replicas))),
+    )
+
+
+async def _admit(
+    service: Service, request: SongRequest, caller: Caller, kind: str
+) -> tuple[Place | None, Decision | None]:
+    """Where a new song or plan would go, and when: behind what the fair order serves before this caller, not behind everybody."""
+    if kind not in STAGED:
+        return None, None
+    only_plan = kind == "plan"
+    me = service.routing.newcomer(service.fleet.view, request, caller.name, only_plan=only_plan)
+    place, working = await service.forecast.newcomer(me)
+    return place, service.routing.admit(service.fleet.view, request, me, place, working, only_plan=only_plan)
+
+
+def _check_wait(service: Service, wait_s: float) -> None:
+    most = service.args.max_backlog_s
+    if wait_s > most:
+        raise Busy(
+            f"this would wait about {wait_s:.0f} s; the server takes nothing that waits longer than {most:.0f} s",
+            retry_after=wait_s - most,
+            limit=most,
+        )
+
+
+async def _with_sources(
+    service: Service, request: SongRequest, caller: Caller, keep: bool
+) -> tuple[SongRequest, list[Adjustment]]:
+    """The request with every source audio it names taken into the file store (`keep`), and measured; and what there is to say about it.
+
+    Raises:
+        InvalidRequest: it is not there, no audio, or too short or long.
+    """
+    if request.source_s is not None:
+        raise InvalidRequest("source_s: is measured, not asked", field="source_s")
+    if request.latents:
+        raise InvalidRequest(
+            "latents: are not asked for; POST /v1/jobs/{id}/lyrics finds a song's own", field="latents"
+        )
+    changes: dict[str, Any] = {}
+    files: list[FileRecord] = []
+    if request.src_audio is not None:
+        record = await service.source(request.src_audio, caller, "src_audio", keep=keep)
+        changes |= {"source_s": record.duration, **({"src_audio": record.path} if keep else {})}
+    if request.reference_audio:
+        files = [await service.source(name, caller, "reference_audio", keep=keep) for name in request.reference_audio]
+        changes |= {"reference_audio": tuple(file.path for file in files)} if keep else {}
+    told = check_sources(changes.get("source_s"), [file.duration for file in files], strict=request.strict)
+    return (request.model_copy(update=changes) if changes else request), told
