@@ -24,7 +24,7 @@ export async function showSong(main, id, library, gone) {
     return;
   }
   if (gone.aborted) return;
-  const view = new SongView(main, job, library);
+  const view = new SongView(main, job, library, gone);
   library.put(job);
   document.addEventListener("job", (event) => { const now = /** @type {CustomEvent} */ (event).detail; if (now.id === id) void view.heard(now); }, { signal: gone });
   document.addEventListener("playing-at", (event) => view.tick(/** @type {CustomEvent} */ (event).detail), { signal: gone });
@@ -32,8 +32,9 @@ export async function showSong(main, id, library, gone) {
 }
 
 class SongView {
-  /** @param {HTMLElement} main @param {Job} job @param {import("./songs.js").Library} library */
-  constructor(main, job, library) {
+  /** @param {HTMLElement} main @param {Job} job @param {import("./songs.js").Library} library @param {AbortSignal} gone another view is shown */
+  constructor(main, job, library, gone) {
+    this.gone = gone;
     this.main = main;
     this.library = library;
     this.job = job;
@@ -52,8 +53,7 @@ class SongView {
     if (key === this.key) { this.line.textContent = describe(now); return; }
     this.key = key;
     try {
-      this.job = await getJob(now.id);
-      this.draw();
+      await this.again();
     } catch { /* the next news may do */ }
   }
 
@@ -180,7 +180,14 @@ class SongView {
 
   async like() {
     await this.library.change(this.job.id, { favourite: !short(this.job).favourite });
-    this.job = await getJob(this.job.id);
+    await this.again();
+  }
+
+  /** Look at the job again, and show it unless another view is shown by now. */
+  async again() {
+    const job = await getJob(this.job.id);
+    if (this.gone.aborted) return;
+    this.job = job;
     this.draw();
   }
 
