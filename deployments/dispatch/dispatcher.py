@@ -1,8 +1,8 @@
 """The dispatcher: takes jobs from the store for one stage at a time.
 
 One runs in every router replica. The store is the only queue: a job is taken when a replica can begin with its next stage, and given back after
-it. Who is next and where is decided by `scheduling.line` and `scheduling.choose` from what the store says of all routers' work; what a stage does
-stands in `song`. While the job store does not answer, what runs goes on, and what is to be written waits.
+it. Who is next is decided by `scheduling.line`, and where by `weighing`, from what the store says of all routers' work; what a stage does stands in
+`song`. While the job store does not answer, what runs goes on, and what is to be written waits.
 """
 
 from __future__ import annotations
@@ -14,26 +14,23 @@ import math
 import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from acestep.errors import AceStepError, Cancelled, Internal
-from deployments.dispatch import retry
 from deployments.dispatch.calls import Calls
-from deployments.dispatch.errands import Errands, question_of
-from deployments.dispatch.notices import Notices
-from deployments.dispatch.retry import written
-from deployments.dispatch.routing import NoPool, Routing, share_of_planner, share_of_renderer
+from deployments.dispatch.news import News
+from deployments.dispatch.questions import Questions
+from deployments.dispatch.routing import NoPool, Routing
 from deployments.dispatch.song import Made, Stages, Step
-from deployments.dispatch.talk import Talk
+from deployments.dispatch.texts import Texts
+from deployments.dispatch.weighing import Picture, weigh
 from deployments.fleet.watch import Capacity, Fleet
 from deployments.jobs.leases import asked
+from deployments.jobs.retry import written
 from deployments.jobs.store import UNREACHABLE, Job, JobStore, LeaseLost
 from deployments.jobs.waiting import Row, read_usage, read_waiting, read_working
-from deployments.scheduling.choose import Decision
 from deployments.scheduling.fairness import usage_of
 from deployments.scheduling.line import Line, Place, Room, line_up, next_room_s
-from deployments.scheduling.pool import FleetState, PoolState
 from deployments.telemetry.logs import about
 from deployments.telemetry.metrics import Meter
 from deployments.telemetry.tracing import TRACE, parts, span
@@ -45,35 +42,6 @@ USAGE_FRESH_S = 2.0
 STUCK_S = 300.0  # without a word from the job store: then only a new process may help
 STRAYS = 4  # jobs of other pools that are weighed in a look, where a pool idles
 WEIGHED_S = 5.0  # a job that could go nowhere is weighed again after this, or when the fleet changed
-
-
-@dataclass
-class _Picture:
-    """What one look found."""
-
-    fleet: FleetState
-    working: list[Row]
-    rooms: dict[str, Room] = field(default_factory=dict)
-
-    def add(self, row: Row | None = None) -> None:
-        """Take in that a stage began."""
-        if row is not None:
-            self.working.append(row)
-        self.rooms = {pool.name: Room(pool, self.working) for pool in self.fleet.pools}
-
-    def idle(self) -> set[str]:
-        """Pools that have room."""
-        return {name for name, room in self.rooms.items() if room.replicas()}
-
-
-@dataclass(frozen=True)
-class _Weighed:
-    """What was decided on a job: its next step, if that can begin, or the pool whose room it waits for; and what is to be written of it."""
-
-    step: Step | None
-    pool: str | None
-    columns: Mapping[str, Any]
-    decision: Decision | None = None
 
 
 class Dispatcher:
@@ -106,12 +74,12 @@ class Dispatcher:
         self.routing = routing
         self.lease_s = lease_s
         self.meter = meter or Meter()
-        self.notices = Notices(store)
+        self.notices = News(store)
         self.calls = calls or Calls()
         self.cluster = cluster
         self.owner = uuid.uuid4().hex
         self.stages = Stages(
-            store, fleet, routing, self.calls, Errands(store, Talk(fleet, routing, patient=True), self.owner), self.meter,
+            store, fleet, routing, self.calls, Texts(store, Questions(fleet, routing, patient=True), self.owner), self.meter,
             self.owner, max_run_s=max_run_s, freed=self.changed,
         )  # fmt: skip
         self.news = 0  # counts what changed in the line by this router: who has an older picture looks again
@@ -270,7 +238,7 @@ class Dispatcher:
     async def _claim_some(self) -> float:
         """Begin with what can begin. Returns in how many seconds to look again."""
         engine, view = self.store.engine, self.fleet.view
-        picture = _Picture(self.routing.pools(view), await asyncio.to_thread(read_working, engine))
+        picture = Picture(self.routing.pools(view), await asyncio.to_thread(read_working, engine))
         picture.add()
         now, capacity = time.monotonic(), view.capacity
         self._weighed = {k: w for k, w in self._weighed.items() if w[0] == capacity and now - w[1] < WEIGHED_S}
@@ -289,7 +257,7 @@ class Dispatcher:
             self._usage = time.monotonic(), usage_of(await asyncio.to_thread(read_usage, self.store.engine))
         return self._usage[1]
 
-    async def _go_along(self, line: Line, picture: _Picture, capacity: Capacity) -> None:
+    async def _go_along(self, line: Line, picture: Picture, capacity: Capacity) -> None:
         """Weigh those whose turn may have come, the first in the line first."""
         strays, full = STRAYS, set[str]()
         for row in line.waiting:
@@ -311,13 +279,13 @@ class Dispatcher:
             if began is None and comes and where == row.pool:
                 full.add(where or "")  # nobody overtakes who needs more room than there is
 
-    async def _weigh_and_begin(self, row: Row, place: Place, picture: _Picture) -> tuple[str | None, Row | None]:
+    async def _weigh_and_begin(self, row: Row, place: Place, picture: Picture) -> tuple[str | None, Row | None]:
         """The pool whose room a job waits for, and the job as it works now, if it does."""
         job = await asyncio.to_thread(self.store.get, row.id)
         if job is None or job.ended:
             return None, None
         try:
-            weighed = self._weigh(job, place, picture)
+            weighed = weigh(self.routing, self.fleet.view, job, place, picture)
         except NoPool as reason:
             log.info("job %s waits: %s", job.id, reason)
             return None, None
@@ -335,46 +303,8 @@ class Dispatcher:
             await asyncio.to_thread(self.store.place, job.id, columns)
         return weighed.pool, None
 
-    def _weigh(self, job: Job, place: Place, picture: _Picture) -> _Weighed:
-        """Where a job goes next, and whether there is room.
-
-        Raises:
-            NoPool: nobody knows yet.
-            AceStepError: no pool ever can.
-        """
-        view = self.fleet.view
-        # It may be what takes replicas down: then its last try is its own, so that no song beside it pays for that.
-        suspect = job.attempts - 1 + job.tries.lost >= retry.TRIES - 1
-        if (role := question_of(job.kind, job.request, job.extra)) is not None:
-            columns = self.routing.question(view, role)
-            pool = picture.fleet.get(columns.get("plan_pool" if role == "plan" else "render_pool"))
-            if pool is None or not pool.running:
-                return _Weighed(None, None, columns)
-            share = 1.0 / pool.slots if role == "plan" and not suspect else 1.0
-            found = picture.rooms[pool.name].replicas(share, job.tries.replicas)
-            seconds = columns["est_plan_s" if role == "plan" else "est_render_s"]
-            step = Step(role, pool.name, None, ((0,),), ((found[0], share),), seconds) if found else None
-            return _Weighed(step, pool.name, columns)
-        decision = self.routing.choose(view, job, place, picture.working)
-        columns = {"render_pool": decision.renderer, "est_render_s": decision.est_render_s}
-        if job.plan is None:
-            columns |= {"plan_pool": decision.planner, "est_plan_s": decision.est_plan_s}
-        elif decision.plan is not None and decision.plan != job.plan:  # cut to what its card can do
-            columns["plan"] = decision.plan.model_dump(mode="json")
-        step, waits_for = None, None
-        if decision.outcome == "run":
-            if job.plan is None and (pool := picture.fleet.get(decision.planner)):
-                room = picture.rooms[pool.name]
-                waits_for, step = _room(room), _planning(decision, pool, room, job, suspect)
-            elif pool := picture.fleet.get(decision.renderer):
-                room = picture.rooms[pool.name]
-                waits_for, step = _room(room), _rendering(decision, pool, room, job, suspect)
-            else:
-                step = Step(None, None, decision)
-        return _Weighed(step, waits_for, columns, decision)
-
     async def _begin(
-        self, job: Job, step: Step, columns: Mapping[str, Any], picture: _Picture, error: AceStepError | None = None
+        self, job: Job, step: Step, columns: Mapping[str, Any], picture: Picture, error: AceStepError | None = None
     ) -> Row | None:
         """Take a job for a step, unless another router was faster; the job as it works now.
 
@@ -468,37 +398,6 @@ class Dispatcher:
     def _count(self, ended: Job, outcome: str, audio_s: float) -> None:
         self.notices.ended(ended)
         self.meter.ended(ended, outcome, audio_s)
-
-
-def _room(room: Room) -> str:
-    """What a job waits for that can begin nowhere in a pool: where it has room, only for another replica than failed it before."""
-    return f"another replica of {room.pool}" if room.replicas() else room.pool
-
-
-def _planning(decision: Decision, pool: PoolState, room: Room, job: Job, suspect: bool) -> Step | None:
-    share = 1.0 if suspect else share_of_planner(pool, decision.request)
-    found = room.replicas(share, job.tries.replicas)
-    if not found:
-        return None
-    return Step("plan", pool.name, decision, ((0,),), ((found[0], share),), decision.plan_wall_s)
-
-
-def _rendering(decision: Decision, pool: PoolState, room: Room, job: Job, suspect: bool) -> Step | None:
-    groups, plan = decision.groups, decision.plan or job.plan
-    request = decision.request.model_copy(update={"plan": plan})
-    share = 1.0 if suspect else share_of_renderer(pool, request, max(map(len, groups)))
-    found = room.replicas(share, job.tries.replicas)
-    if not found:
-        return None
-    if len(found) < len(groups):
-        items, k = range(request.batch_size), len(found)
-        groups = tuple(tuple(items[len(items) * i // k : len(items) * (i + 1) // k]) for i in range(k))
-        share = 1.0 if suspect else share_of_renderer(pool, request, max(map(len, groups)))
-        found = room.replicas(share, job.tries.replicas)[:k]
-        if len(found) < k:
-            return None
-    places = tuple((replica, share) for replica in found[: len(groups)])
-    return Step("render", pool.name, decision, groups, places, decision.render_wall_s)
 
 
 def _differs(known: Any, value: Any) -> bool:

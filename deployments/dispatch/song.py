@@ -26,13 +26,13 @@ from acestep.request import Adjustment
 from acestep.sizing.cost import needs_planner
 from acestep.song import Progress, Song
 from deployments.config.args import Role
-from deployments.dispatch import retry
 from deployments.dispatch.calls import REPLICA_LOST, Calls, NotAccepted
-from deployments.dispatch.errands import ANSWER, Errands, question_of
 from deployments.dispatch.progress import ProgressWriter
-from deployments.dispatch.retry import written
 from deployments.dispatch.routing import Routing
+from deployments.dispatch.texts import ANSWER, Texts, question_of
 from deployments.fleet.watch import Fleet
+from deployments.jobs import retry
+from deployments.jobs.retry import written
 from deployments.jobs.store import Job, JobStore
 from deployments.jobs.waiting import Places
 from deployments.scheduling.choose import Decision
@@ -89,7 +89,7 @@ class Stages:
     """
 
     def __init__(
-        self, store: JobStore, fleet: Fleet, routing: Routing, calls: Calls, errands: Errands, meter: Meter, owner: str,
+        self, store: JobStore, fleet: Fleet, routing: Routing, calls: Calls, errands: Texts, meter: Meter, owner: str,
         *, max_run_s: float, freed: Callable[[], None],
     ) -> None:  # fmt: skip
         self.store, self.fleet, self.routing, self.calls = store, fleet, routing, calls

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from collections.abc import Iterator
 from contextlib import suppress
@@ -12,13 +13,22 @@ from ray._private.authentication.authentication_utils import is_token_auth_enabl
 from ray._private.worker import get_dashboard_url
 
 from acestep.ray_env import TOKEN, TOKEN_PATH, close_token_file
-from deployments.ingress.middleware import is_loopback
 
 NO_TOKEN = (
     "RAY NEEDS NO TOKEN: whoever reaches a port of this machine can run code here. Start Ray with its token, as `make run` and "
     '`eval "$(acestep ray-env)"` do, or let nobody else reach it.'
 )
 NO_KEY = "THE SERVER LISTENS ON %s AND NEEDS NO KEY: everybody who reaches it can use it. Set ACESTEP_API_KEY, or http_options.host to 127.0.0.1."
+
+
+def is_loopback(host: str | None) -> bool:
+    """Whether a name or an address means this machine, wherever it is asked."""
+    if not host:
+        return False
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
 
 
 def token_needed() -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import re
 from collections.abc import Callable, Collection
@@ -13,6 +12,7 @@ from ray.exceptions import RayError
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from deployments.fleet.listening import is_loopback
 from deployments.ingress import errors as problems
 from deployments.ingress.bodies import Budget, open_budget
 
@@ -49,16 +49,6 @@ PROXY_HEADERS = (
     "true-client-ip",
     "cf-connecting-ip",
 )
-
-
-def is_loopback(host: str | None) -> bool:
-    """Whether a name or an address means this machine, wherever it is asked."""
-    if not host:
-        return False
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
 
 
 def host_of(value: str) -> str:

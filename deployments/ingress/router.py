@@ -13,16 +13,15 @@ from fastapi import FastAPI
 from ray import serve
 
 from deployments.config.args import RouterArgs, parse_args
-from deployments.dispatch import retry
 from deployments.dispatch.calls import Calls
 from deployments.dispatch.dispatcher import Dispatcher
 from deployments.dispatch.routing import Routing
-from deployments.fleet.listening import NO_KEY, NO_TOKEN, close_rays_own_token, listeners, token_needed
+from deployments.fleet.listening import NO_KEY, NO_TOKEN, close_rays_own_token, is_loopback, listeners, token_needed
 from deployments.fleet.watch import Fleet
 from deployments.ingress.app import build_app
-from deployments.ingress.middleware import is_loopback
 from deployments.ingress.native.health import readiness
 from deployments.ingress.service import Service
+from deployments.jobs import retry
 from deployments.jobs.blobs import Storage
 from deployments.jobs.schema import ACTIVE
 from deployments.jobs.store import UNREACHABLE, JobStore

@@ -19,8 +19,8 @@ from acestep.checkpoints.published import VariantDefaults, expected_defaults
 from acestep.errors import InvalidRequest
 from deployments.config.args import RouterArgs
 from deployments.dispatch.dispatcher import Dispatcher
+from deployments.dispatch.questions import Questions
 from deployments.dispatch.routing import Routing
-from deployments.dispatch.talk import Talk
 from deployments.fleet.watch import Fleet
 from deployments.ingress.auth import Caller, Keyring, RateLimit, Waiting, environment_keys
 from deployments.ingress.errors import Forbidden
@@ -60,7 +60,7 @@ class Service:
     waiting: Waiting = field(init=False)
     signer: Signer = field(init=False)
     sources: Sources = field(init=False)
-    talk: Talk = field(init=False)
+    talk: Questions = field(init=False)
     webhook_secret: bytes = field(init=False, repr=False)
     outbox: Outbox = field(init=False)
     retention: Retention = field(init=False)
@@ -83,7 +83,7 @@ class Service:
         )  # fmt: skip
         self.forecast = Forecast(self.store, self.fleet, self.routing, lambda: self.dispatcher.news)
         self.loras = LoraDefaults(self.store.engine)
-        self.talk = Talk(self.fleet, self.routing)
+        self.talk = Questions(self.fleet, self.routing)
         self.webhook_secret = shared_secret(self.store.engine, "webhook", "ACESTEP_WEBHOOK_SECRET")
         self.outbox = Outbox(
             self.store.engine, self.webhook_secret, retry_s=self.args.webhook_retry_s,

@@ -15,7 +15,7 @@ from acestep.dit import checks
 from acestep.errors import InvalidRequest
 from acestep.request import Adjustment, SongRequest
 from acestep.sizing.cost import expected_duration
-from deployments.dispatch.errands import question_of
+from deployments.dispatch.texts import question_of
 from deployments.ingress.auth import Caller
 from deployments.ingress.forecast import STAGED
 from deployments.ingress.service import Service, defaults_of, hash_of

@@ -20,7 +20,7 @@ from acestep.request import TASKS, SongRequest
 from acestep.sizing.cost import CLIP_FRAMES
 from acestep.song import Progress, Song
 from deployments.config.args import RendererArgs, parse_args
-from deployments.dispatch import retry
+from deployments.jobs import retry
 from deployments.jobs.blobs import Storage
 from deployments.stages.adapters import adapter_roots, entry, find, listing, with_adapters
 from deployments.stages.inputs import local_files

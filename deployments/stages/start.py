@@ -19,7 +19,7 @@ from acestep.settings.resolve import resolve as resolve_settings
 from acestep.sizing.cost import Profile
 from acestep.sizing.profiles import find, named
 from deployments.config.args import PoolArgs, Role
-from deployments.dispatch import retry
+from deployments.jobs import retry
 
 log = logging.getLogger(__name__)
 

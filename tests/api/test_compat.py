@@ -16,7 +16,7 @@ import pytest
 from acestep.errors import OutOfMemory
 from acestep.lm.work import Sample
 from acestep.song import Progress
-from deployments.dispatch.errands import PREPARE
+from deployments.dispatch.texts import PREPARE
 from deployments.ingress.acestep.fields import FIELDS, read_fields
 from deployments.ingress.acestep.submission import read_query
 

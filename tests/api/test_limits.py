@@ -10,8 +10,8 @@ import pytest
 
 from acestep.errors import InvalidRequest
 from deployments.config.args import RouterArgs, parse_args
+from deployments.fleet.listening import is_loopback
 from deployments.ingress.auth import Keyring, environment_keys
-from deployments.ingress.middleware import is_loopback
 from deployments.ingress.router import Router
 
 from .conftest import Build, fleet_view

@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 
 from acestep.errors import Unavailable
-from deployments.dispatch import retry
 from deployments.fleet.watch import FleetView
+from deployments.jobs import retry
 from deployments.stages.planner import PlannerDeployment
 from deployments.stages.renderer import RendererDeployment
 

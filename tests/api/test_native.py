@@ -286,7 +286,7 @@ async def test_events_stream_and_resume(site: Site) -> None:
 async def test_progress_is_told_between_the_events_and_is_no_place_to_resume_from(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from deployments.dispatch import notices
+    from deployments.dispatch import news as notices
 
     monkeypatch.setattr(notices, "POLL_S", 0.01)
     store, job_id = site.service.store, str((await submit(site))["id"])
@@ -318,7 +318,7 @@ async def test_progress_is_told_between_the_events_and_is_no_place_to_resume_fro
 
 
 async def test_events_beat_while_nothing_happens(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    from deployments.dispatch import notices
+    from deployments.dispatch import news as notices
 
     monkeypatch.setattr(notices, "POLL_S", 0.01)
     job_id = str((await submit(site))["id"])

@@ -20,10 +20,10 @@ from acestep.plan import Metadata, Plan
 from acestep.request import Adjustment, SongRequest
 from acestep.song import Progress, RenderTimings, Song, SongItem
 from deployments.dispatch import dispatcher as dispatch
-from deployments.dispatch import retry
 from deployments.dispatch.dispatcher import Dispatcher
 from deployments.fleet import sent
 from deployments.fleet.watch import Fleet
+from deployments.jobs import retry
 from deployments.scheduling import choose as placement
 
 from .conftest import Site

@@ -11,7 +11,7 @@ import pytest
 from acestep.lm.work import Sample
 from deployments.config.args import PlannerArgs, PoolArgs, RendererArgs
 from deployments.dispatch import dispatcher as dispatch
-from deployments.dispatch import talk
+from deployments.dispatch import questions as talk
 from deployments.fleet.watch import FleetView
 from deployments.jobs.waiting import Backlog, read_backlogs
 from deployments.scheduling.autoscaling import desired

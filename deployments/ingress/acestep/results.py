@@ -10,7 +10,7 @@ from urllib.parse import quote
 from acestep.lm.work import Sample
 from acestep.plan import Metadata
 from acestep.song import Song, SongItem
-from deployments.dispatch.errands import ANSWER
+from deployments.dispatch.texts import ANSWER
 from deployments.ingress.links import public
 from deployments.ingress.redact import redact
 from deployments.ingress.service import Service

@@ -14,7 +14,7 @@ from acestep.formats import check_formats
 from acestep.request import INSTRUMENTAL, MAX_SEED, NO_USER_INPUT, Adjustment, Lora, SongRequest
 from acestep.tasks import RULES
 from acestep.words import is_instrumental, read_bitrate, split_names
-from deployments.dispatch.errands import PREPARE
+from deployments.dispatch.texts import PREPARE
 from deployments.ingress.acestep.controls import control_fields
 from deployments.ingress.acestep.editing import source_fields
 from deployments.ingress.acestep.fields import FIELDS, Values

@@ -11,7 +11,7 @@ import json
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from deployments.dispatch.notices import Notices
+from deployments.dispatch.news import News
 from deployments.ingress.redact import public_error
 from deployments.jobs.store import TERMINAL, Event, JobStore
 
@@ -19,7 +19,7 @@ HEARTBEAT_S = 15.0
 
 
 async def stream(
-    store: JobStore, notices: Notices, job_id: str, after: int, heartbeat_s: float = HEARTBEAT_S
+    store: JobStore, notices: News, job_id: str, after: int, heartbeat_s: float = HEARTBEAT_S
 ) -> AsyncIterator[bytes]:
     """Frames of the events after number `after`, until the job has ended; a comment whenever it was silent for long."""
     yield b"retry: 2000\n\n"

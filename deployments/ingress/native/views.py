@@ -6,7 +6,7 @@ from typing import Any
 
 from acestep.request import SongRequest
 from acestep.song import SongItem
-from deployments.dispatch.errands import ANSWER
+from deployments.dispatch.texts import ANSWER
 from deployments.ingress.links import audio_path, events_path, job_path, public, sidecar_path
 from deployments.ingress.native.answers import Cost, FileView, JobShort, JobView, Placement, Quote, ShortAudio
 from deployments.ingress.redact import public_error

@@ -11,7 +11,7 @@ import pytest
 from acestep.errors import InvalidOutput, LimitExceeded
 from acestep.lm.work import Sample
 from acestep.request import MAX_PROMPT_CHARS, SongRequest
-from deployments.dispatch.errands import PREPARE, Errands, with_sample
+from deployments.dispatch.texts import PREPARE, Texts, with_sample
 from deployments.jobs.store import JobStore
 
 ASKED = SongRequest(prompt="mine", lyrics="la", bpm=90, key_scale="C major", duration=30, vocal_language="de", seed=1)
@@ -66,7 +66,7 @@ async def test_the_same_seed_asks_for_the_same_text(tmp_path: Path) -> None:
         store.add(job_id, request, extra={PREPARE: steps})
         job = store.claim(job_id, "me")
         assert job is not None
-        await Errands(store, Writer(), "me").prepare(job)  # type: ignore[arg-type]
+        await Texts(store, Writer(), "me").prepare(job)  # type: ignore[arg-type]
     store.close()
     assert [fields["seed"] for fields in asked] == [1, 1, 7, 7]
 
@@ -86,7 +86,7 @@ async def test_what_cannot_be_formatted_stays_as_it_is_or_fails(tmp_path: Path, 
     store.add(job_id, asked, extra={PREPARE: [{"ask": "format", "fields": {}}]})
     job = store.claim(job_id, "me")
     assert job is not None
-    prepared = Errands(store, Writer(), "me").prepare(job)  # type: ignore[arg-type]
+    prepared = Texts(store, Writer(), "me").prepare(job)  # type: ignore[arg-type]
     if strict:
         with pytest.raises(LimitExceeded, match=r"^use_format: .*repeats itself.*strict"):
             await prepared

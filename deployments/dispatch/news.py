@@ -37,7 +37,7 @@ class _Topic:
         self.reads = {}
 
 
-class Notices:
+class News:
     """For one event loop."""
 
     def __init__(self, store: JobStore) -> None:

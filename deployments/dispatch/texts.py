@@ -23,8 +23,8 @@ from acestep.request import (
 from acestep.validation import first_problem
 from acestep.words import read_key, read_time_signature, readable
 from deployments.config.args import Role
-from deployments.dispatch.retry import written
-from deployments.dispatch.talk import Talk
+from deployments.dispatch.questions import Questions
+from deployments.jobs.retry import written
 from deployments.jobs.store import Job, JobStore
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ def question_of(kind: str, request: SongRequest, extra: Mapping[str, Any] | None
     return "plan" if (extra or {}).get(PREPARE) else None
 
 
-class Errands:
+class Texts:
     """Runs them for the dispatcher. Each step's outcome is written down before the next begins.
 
     Args:
@@ -51,7 +51,7 @@ class Errands:
         owner: The dispatcher's lease owner.
     """
 
-    def __init__(self, store: JobStore, talk: Talk, owner: str) -> None:
+    def __init__(self, store: JobStore, talk: Questions, owner: str) -> None:
         self.store = store
         self.talk = talk
         self.owner = owner

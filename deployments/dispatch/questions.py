@@ -13,10 +13,10 @@ from acestep.errors import InvalidRequest, Unavailable, error_from_dict
 from acestep.lm.work import Sample
 from acestep.request import MAX_DURATION_S
 from deployments.config.args import Role
-from deployments.dispatch import retry
 from deployments.dispatch.calls import REPLICA_LOST
 from deployments.dispatch.routing import NoPool, Routing
 from deployments.fleet.watch import Fleet
+from deployments.jobs import retry
 from deployments.scheduling.choose import choose_pool, fleet_limits
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class Looked:
     unknown: list[str] = field(default_factory=list)
 
 
-class Talk:
+class Questions:
     """Finds a replica, asks it, and asks another one where the first was lost.
 
     Args:

@@ -1,0 +1,116 @@
+"""Where a job goes next, and whether there is room for it there: one decision on one picture of the fleet's work. Nothing is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from deployments.dispatch.routing import Routing, share_of_planner, share_of_renderer
+from deployments.dispatch.song import Step
+from deployments.dispatch.texts import question_of
+from deployments.fleet.watch import FleetView
+from deployments.jobs import retry
+from deployments.jobs.store import Job
+from deployments.jobs.waiting import Row
+from deployments.scheduling.choose import Decision
+from deployments.scheduling.line import Place, Room
+from deployments.scheduling.pool import FleetState, PoolState
+
+
+@dataclass
+class Picture:
+    """What one look found."""
+
+    fleet: FleetState
+    working: list[Row]
+    rooms: dict[str, Room] = field(default_factory=dict)
+
+    def add(self, row: Row | None = None) -> None:
+        """Take in that a stage began."""
+        if row is not None:
+            self.working.append(row)
+        self.rooms = {pool.name: Room(pool, self.working) for pool in self.fleet.pools}
+
+    def idle(self) -> set[str]:
+        """Pools that have room."""
+        return {name for name, room in self.rooms.items() if room.replicas()}
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """What was decided on a job: its next step, if that can begin, or the pool whose room it waits for; and what is to be written of it."""
+
+    step: Step | None
+    pool: str | None
+    columns: Mapping[str, Any]
+    decision: Decision | None = None
+
+
+def weigh(routing: Routing, view: FleetView, job: Job, place: Place, picture: Picture) -> Weighed:
+    """Where a job goes next, and whether there is room.
+
+    Raises:
+        NoPool: nobody knows yet.
+        AceStepError: no pool ever can.
+    """
+    # It may be what takes replicas down: then its last try is its own, so that no song beside it pays for that.
+    suspect = job.attempts - 1 + job.tries.lost >= retry.TRIES - 1
+    if (role := question_of(job.kind, job.request, job.extra)) is not None:
+        columns = routing.question(view, role)
+        pool = picture.fleet.get(columns.get("plan_pool" if role == "plan" else "render_pool"))
+        if pool is None or not pool.running:
+            return Weighed(None, None, columns)
+        share = 1.0 / pool.slots if role == "plan" and not suspect else 1.0
+        found = picture.rooms[pool.name].replicas(share, job.tries.replicas)
+        seconds = columns["est_plan_s" if role == "plan" else "est_render_s"]
+        step = Step(role, pool.name, None, ((0,),), ((found[0], share),), seconds) if found else None
+        return Weighed(step, pool.name, columns)
+    decision = routing.choose(view, job, place, picture.working)
+    columns = {"render_pool": decision.renderer, "est_render_s": decision.est_render_s}
+    if job.plan is None:
+        columns |= {"plan_pool": decision.planner, "est_plan_s": decision.est_plan_s}
+    elif decision.plan is not None and decision.plan != job.plan:  # cut to what its card can do
+        columns["plan"] = decision.plan.model_dump(mode="json")
+    step, waits_for = None, None
+    if decision.outcome == "run":
+        if job.plan is None and (pool := picture.fleet.get(decision.planner)):
+            room = picture.rooms[pool.name]
+            waits_for, step = _room(room), _planning(decision, pool, room, job, suspect)
+        elif pool := picture.fleet.get(decision.renderer):
+            room = picture.rooms[pool.name]
+            waits_for, step = _room(room), _rendering(decision, pool, room, job, suspect)
+        else:
+            step = Step(None, None, decision)
+    return Weighed(step, waits_for, columns, decision)
+
+
+def _room(room: Room) -> str:
+    """What a job waits for that can begin nowhere in a pool: where it has room, only for another replica than failed it before."""
+    return f"another replica of {room.pool}" if room.replicas() else room.pool
+
+
+def _planning(decision: Decision, pool: PoolState, room: Room, job: Job, suspect: bool) -> Step | None:
+    share = 1.0 if suspect else share_of_planner(pool, decision.request)
+    found = room.replicas(share, job.tries.replicas)
+    if not found:
+        return None
+    return Step("plan", pool.name, decision, ((0,),), ((found[0], share),), decision.plan_wall_s)
+
+
+def _rendering(decision: Decision, pool: PoolState, room: Room, job: Job, suspect: bool) -> Step | None:
+    groups, plan = decision.groups, decision.plan or job.plan
+    request = decision.request.model_copy(update={"plan": plan})
+    share = 1.0 if suspect else share_of_renderer(pool, request, max(map(len, groups)))
+    found = room.replicas(share, job.tries.replicas)
+    if not found:
+        return None
+    if len(found) < len(groups):
+        items, k = range(request.batch_size), len(found)
+        groups = tuple(tuple(items[len(items) * i // k : len(items) * (i + 1) // k]) for i in range(k))
+        share = 1.0 if suspect else share_of_renderer(pool, request, max(map(len, groups)))
+        found = room.replicas(share, job.tries.replicas)[:k]
+        if len(found) < k:
+            return None
+    places = tuple((replica, share) for replica in found[: len(groups)])
+    return Step("render", pool.name, decision, groups, places, decision.render_wall_s)
