@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from acestep.adapters.config import Config
 from acestep.adapters.files import invalid
 from acestep.adapters.layers import Change, Kernel, Kronecker, Layer, LowRank, gain_of
-from acestep.adapters.layout import Target, low_rank, read_layout
+from acestep.adapters.layout import Layout, Target, low_rank, read_layout
 
 _FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2}
 _INTEGERS = {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}
@@ -61,10 +61,7 @@ def load_adapter(
             for name, keys in layout.keys.items():
                 if name in layout.left_out:
                     continue
-                parts = {
-                    part: (_number if part == "alpha" else _weights)(key, file.get_tensor(key), path.name)
-                    for part, key in keys.items()
-                }
+                parts = {part: _read(part, key, file, path.name) for part, key in keys.items()}
                 layer = _layer(name, parts, layout.config, model.get_submodule(name), dtype, device)
                 if layer is None:
                     continue
@@ -77,6 +74,28 @@ def load_adapter(
     except SafetensorError as error:
         raise invalid(f"{path.name} is no whole safetensors file: {error}") from error
     return Adapter(layout.name, content_hash(layout.files), layout.kind, layers, layout.left_out)
+
+
+def check_numbers(layout: Layout) -> None:
+    """Read all weights that would be applied, one after another, for what no header tells.
+
+    Raises:
+        InvalidRequest: the file is not whole, or holds an alpha of 0 or numbers that are not finite.
+        OSError: the file cannot be read.
+    """
+    file_name = layout.files[0].name
+    try:
+        with safe_open(layout.files[0], framework="pt") as file:
+            for name, keys in layout.keys.items():
+                for part, key in keys.items() if name not in layout.left_out else ():
+                    if not bool(torch.isfinite(_read(part, key, file, file_name)).all()):
+                        raise invalid(f"{name} holds numbers that are not finite")
+    except SafetensorError as error:
+        raise invalid(f"{file_name} is no whole safetensors file: {error}") from error
+
+
+def _read(part: str, key: str, file: safe_open, name: str) -> Tensor:
+    return (_number if part == "alpha" else _weights)(key, file.get_tensor(key), name)
 
 
 def _layer(

@@ -71,15 +71,19 @@ class Questions:
         answer = await self._call("render", "codes", name)
         return tuple(answer)
 
-    async def loras(self, name: str | None = None) -> Looked:
-        """What the renderers' LoRA folders hold: all of it, or the adapter of a name. Of each pool one replica that runs is asked."""
+    async def loras(self, name: str | None = None, *, whole: bool = False) -> Looked:
+        """What the renderers' LoRA folders hold: all of it, or the adapter of a name. Of each pool one replica that runs is asked.
+
+        Args:
+            whole: Have the adapter's weights read, too.
+        """
         view = self.fleet.view
         pools = view.of("render")
         running = [pool for pool in pools if pool.running]
         looked = Looked(
             unknown=[f"{p.app}: {view.why_not_ready(p) or 'no replica runs'}" for p in pools if not p.running]
         )
-        answers = await asyncio.gather(*(self._look(pool.app, name) for pool in running))
+        answers = await asyncio.gather(*(self._look(pool.app, name, whole) for pool in running))
         for pool, answer in zip(running, answers, strict=True):
             if isinstance(answer, list):
                 looked.found.append((str((pool.info or {}).get("model", pool.app)), answer))
@@ -89,8 +93,8 @@ class Questions:
                 looked.unknown.append(f"{pool.app}: {answer}")
         return looked
 
-    async def _look(self, app: str, name: str | None) -> list[dict[str, Any]] | InvalidRequest | str:
-        response: Any = self.fleet.handle(app, "render").loras.remote(name)
+    async def _look(self, app: str, name: str | None, whole: bool) -> list[dict[str, Any]] | InvalidRequest | str:
+        response: Any = self.fleet.handle(app, "render").loras.remote(name, whole)
         try:
             async with asyncio.timeout(LOOK_S):
                 answer = await response

@@ -74,8 +74,12 @@ def listing(roots: Sequence[Path], target: Target) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def entry(name: str, path: Path, target: Target) -> dict[str, Any]:
-    """What an adapter is, and whether it fits the model: kind, ranks, layers, base_model, bytes, fits, problem."""
+def entry(name: str, path: Path, target: Target, *, whole: bool = False) -> dict[str, Any]:
+    """What an adapter is, and whether it fits the model: kind, ranks, layers, base_model, bytes, fits, problem.
+
+    Args:
+        whole: Also read its weights, not only the header. Blocks as long as that takes.
+    """
     from acestep.adapters.layout import read_layout
 
     facts: dict[str, Any] = {"name": name, "kind": None, "ranks": [], "layers": 0, "base_model": None, "bytes": 0}
@@ -87,6 +91,10 @@ def entry(name: str, path: Path, target: Target) -> dict[str, Any]:
             "base_model": layout.config.base_model,
         }  # fmt: skip
         layout.check()
+        if whole:
+            from acestep.adapters.load import check_numbers
+
+            check_numbers(layout)
     except InvalidRequest as error:
         return {**facts, "fits": False, "problem": error.message}
     except OSError as error:

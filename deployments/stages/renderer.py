@@ -150,8 +150,8 @@ class RendererDeployment:
         except AceStepError as error:
             return failure(error)
 
-    async def loras(self, name: str | None = None) -> dict[str, Any]:
-        """What the LoRA folders hold, or the adapter of a name: one `{"result": [...]}` or `{"error": ...}`."""
+    async def loras(self, name: str | None = None, whole: bool = False) -> dict[str, Any]:
+        """What the LoRA folders hold, or the adapter of a name, read `whole` if asked: one `{"result": [...]}` or `{"error": ...}`."""
         target = self.renderer.adapter_target
         if target is None:
             return {"result": []}
@@ -159,7 +159,7 @@ class RendererDeployment:
             if name is None:
                 return {"result": await asyncio.to_thread(listing, self.lora_roots, target)}
             path = await asyncio.to_thread(find, name, self.lora_roots)
-            return {"result": [await asyncio.to_thread(entry, name, path, target)]}
+            return {"result": [await asyncio.to_thread(entry, name, path, target, whole=whole)]}
         except AceStepError as error:
             return failure(error)
 

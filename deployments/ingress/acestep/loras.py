@@ -65,7 +65,7 @@ async def status(request: Request, service: Svc) -> Any:
 async def load(request: Request, service: Svc, body: LoraLoad) -> Any:
     caller = await caller_by_header(request, service)
     name = body.adapter_name or body.lora_path.rstrip("/").rpartition("/")[2].removesuffix(".safetensors") or "default"
-    looked = await service.talk.loras(body.lora_path)
+    looked = await service.talk.loras(body.lora_path, whole=True)
     seen = [one for _, entries in looked.found for one in entries]
     if seen and not any(one["fits"] for one in seen):
         raise InvalidRequest(f"lora_path: {seen[0]['problem']}", field="lora_path")
