@@ -6,10 +6,9 @@ Ranges are those of ACE-Step 1.5 itself. What a *card* can do is narrower and is
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, AliasChoices, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
 from acestep import words
@@ -24,12 +23,14 @@ from acestep.field_types import Lyrics as Lyrics
 from acestep.field_types import Probability, seed_or_none
 from acestep.field_types import Text as Text
 from acestep.formats import AudioFormat, check_formats
+from acestep.lora_fields import MAX_LORAS as MAX_LORAS
+from acestep.lora_fields import Lora as Lora
+from acestep.lora_fields import Loras
 from acestep.plan import Adjustment as Adjustment
 from acestep.plan import Metadata, Plan
 
 MIN_DURATION_S = 10.0
 MAX_DURATION_S = 600.0
-MAX_LORAS = 8
 _ITEM_BITS = (
     50  # of a planner's seed: above them stands which item of its batch a song was, exact in JSON's numbers everywhere
 )
@@ -77,29 +78,6 @@ Key = Annotated[Word | None, BeforeValidator(words.read_key)]
 TimeSignature = Annotated[Word | None, BeforeValidator(words.read_time_signature)]
 Language = Annotated[Word | None, BeforeValidator(words.read_language)]
 Track = Annotated[Word | None, BeforeValidator(words.read_track)]
-
-
-class Lora(BaseModel):
-    """An adapter for this request (LoRA, LoKr, DoRA): a folder or file of safetensors under an allow-listed root."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    path: Text = Field(min_length=1, max_length=1024, description="Folder or file, under one of `lora_roots`.")
-    scale: float = Field(1.0, ge=0.0, le=4.0, description="Multiplies what the adapter changes.")
-
-
-def _several(value: Any) -> Any:
-    """One adapter is read here, so that what is wrong in it is at `lora.path`, not at `lora.0.path`."""
-    if isinstance(value, (Mapping, Lora)):
-        return (Lora.model_validate(value),)
-    return () if value is None else value
-
-
-Loras = Annotated[
-    tuple[Lora, ...],
-    BeforeValidator(
-        _several, json_schema_input_type=Lora | Annotated[tuple[Lora, ...], Field(max_length=MAX_LORAS)] | None
-    ),
-]
 
 
 def _with_short_ways(schema: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -94,7 +95,7 @@ def check_numbers(layout: Layout) -> None:
         raise invalid(f"{file_name} is no whole safetensors file: {error}") from error
 
 
-def _read(part: str, key: str, file: safe_open, name: str) -> Tensor:
+def _read(part: str, key: str, file: Any, name: str) -> Tensor:
     return (_number if part == "alpha" else _weights)(key, file.get_tensor(key), name)
 
 
