@@ -46,7 +46,7 @@ def over_plan(request: SongRequest) -> tuple[SongRequest, list[Adjustment]]:
         if codes and items and any(m.duration != metadata.duration for m in items):
             own = range(request.batch_size)  # each of its own length
             codes = tuple(codes[i if len(codes) > 1 else 0] for i in own)
-        plan = plan.model_copy(update={"codes": codes})
+        plan = plan.model_copy(update={"codes": codes, "scores": ()})  # they are of the codes as they were
     if source_song_s(request) is None:
         if request.audio_codes is not None:
             seconds = request.duration if plan is None else plan.duration

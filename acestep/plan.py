@@ -11,6 +11,7 @@ from acestep import words
 CODES_PER_SECOND = 5
 MAX_CODES = 600 * CODES_PER_SECOND  # of one item
 NUM_CODES = 64_000  # FSQ levels 8*8*8*5*5*5
+NO_PLANNER_SCORES = "without planner_scores"  # what `score` gives where only the renderer can
 
 
 def _language(value: Any) -> str | None:
@@ -51,6 +52,22 @@ class Metadata(BaseModel):
     )
 
 
+class PlannerScores(BaseModel):
+    """How much a song's audio codes tell the planner of what the song was to be; each 0 to 1, null where there was nothing to look for."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    caption: float | None = Field(None, description="Whether the codes make the caption likelier; 0.5: not at all.")
+    lyrics: float | None = Field(None, description="Whether they make the lyrics likelier; 0.5: not at all.")
+    bpm: float | None = Field(None, description="How far up this value is among the planner's guesses; 1: the first.")
+    duration: float | None = Field(None, description="As of `bpm`.")
+    keyscale: float | None = Field(None, description="As of `bpm`.")
+    language: float | None = Field(None, description="As of `bpm`.")
+    timesignature: float | None = Field(None, description="As of `bpm`.")
+    total: float = Field(
+        description="0.5 caption + 0.3 lyrics + 0.2 mean of the others, shared out among those there are."
+    )
+
+
 class PlanTimings(BaseModel):
     """Wall seconds inside the planner."""
 
@@ -58,7 +75,13 @@ class PlanTimings(BaseModel):
     queued_s: float = Field(0.0, description="Before it had a place in the planner's batch.")
     metadata_s: float = Field(0.0, description="Writing metadata or texts.")
     codes_s: float = Field(0.0, description="Writing audio codes.")
+    scores_s: float = Field(0.0, description="Scoring the codes.")
     steps: int = Field(0, ge=0, lt=2**63, description="Decoder forwards that this request took part in.")
+
+    @property
+    def work_s(self) -> float:
+        """All but the wait."""
+        return self.metadata_s + self.codes_s + self.scores_s
 
 
 class Plan(BaseModel):
@@ -83,6 +106,11 @@ class Plan(BaseModel):
         max_length=8,
         description="What the planner wrote and is not used, and why; not read in a plan that is sent.",
     )
+    scores: tuple[PlannerScores | None, ...] = Field(
+        (),
+        max_length=8,
+        description="With `score`: one per item, null where it could not be had; not read in a plan that is sent.",
+    )
     timings: PlanTimings = Field(PlanTimings(), description="How long planning took.")
 
     def metadata_of(self, item: int) -> Metadata:
@@ -98,6 +126,10 @@ class Plan(BaseModel):
         if not self.codes:
             return None
         return self.codes[item if len(self.codes) > 1 else 0]
+
+    def scores_of(self, item: int) -> PlannerScores | None:
+        """The planner's scores of batch item `item`, where there are any."""
+        return self.scores[item] if item < len(self.scores) else None
 
     @property
     def duration(self) -> float | None:

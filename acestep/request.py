@@ -269,7 +269,10 @@ class SongRequest(SamplingControls):
         False,
         description="Also tell when each line and word is sung: files `lrc` and `lyrics`, and lyrics in the audio's tags.",
     )
-    score: bool = Field(False, description="Also judge how well the lyrics can be heard: `scores` of each item.")
+    score: bool = Field(
+        False,
+        description="Also judge how well the lyrics can be heard, and what the planner makes of its codes: `scores` and `planner_scores` of each item.",
+    )
     ranked: bool = Field(
         False, description="The items of the result by `dit_score`, best first; with `score`. `best_of` asks for both."
     )

@@ -71,7 +71,9 @@ def generate(
         bool,
         typer.Option("--timestamps", help="Also write when each line and word is sung: song.lrc, song.lyrics.json."),
     ] = False,
-    score: Annotated[bool, typer.Option("--score", help="Also judge how well the lyrics can be heard.")] = False,
+    score: Annotated[
+        bool, typer.Option("--score", help="Also judge how well the lyrics can be heard, and the planner's codes.")
+    ] = False,
     best_of: Annotated[
         int | None, typer.Option(help="Make so many variants and name the best first, by --score.")
     ] = None,
@@ -256,6 +258,9 @@ def tell_of_lyrics(items: list[dict[str, Any]], line: Callable[[str], None]) -> 
             line(f"beside   {names}")
         if item.get("scores"):
             line("scores   " + ", ".join(f"{name} {value:.2f}" for name, value in item["scores"].items()))
+        if judged := item.get("planner_scores"):
+            told = ", ".join(f"{name} {value:.2f}" for name, value in judged.items() if value is not None)
+            line(f"planner  {told}")
 
 
 def _validated(fields: dict[str, Any]) -> SongRequest:

@@ -20,7 +20,7 @@ from acestep.request import Adjustment, SongRequest
 from acestep.settings.resolve import Resolved
 from acestep.settings.resolve import resolve as resolve_settings
 from acestep.sizing.cost import needs_planner
-from acestep.sizing.limits import apply_limits, without_planner
+from acestep.sizing.limits import apply_limits, unscored, without_planner
 from acestep.song import Progress, Song
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ class Made:
         items = [
             {
                 **item.model_dump(exclude={"files", "sidecars", "manifest"}),
+                "planner_scores": scores.model_dump() if (scores := song.plan.scores_of(item.index)) else None,
                 "audio": [f.model_dump(exclude={"path"}) for f in item.files],
                 "files": [f.model_dump(exclude={"path"}) for f in item.sidecars],
             }
@@ -107,7 +108,7 @@ class Studio:
         told = [*check_sources(request.source_s, lengths, strict=request.strict), *checks.notes(request)]
         request, changed = over_plan(request.with_seeds())
         request, adjustments = apply_limits(request, self.settings.limits)
-        adjustments = [*told, *changed, *adjustments]
+        adjustments = [*told, *changed, *unscored(request), *adjustments]
         plan = request.own_plan()
         if needs_planner(request):
             if self.settings.lm_enabled:

@@ -1,7 +1,8 @@
 """Continuous batching of planner outputs: rows join, advance together by one token per step, and leave.
 
 A `Job` is one or more outputs of one prompt, each with its own program and seed. With guidance every output is a pair of rows (with and
-without conditions) that is admitted, stepped and removed as one; the drawn token is appended to both.
+without conditions) that is admitted, stepped and removed as one; the drawn token is appended to both. A `WeighingJob` draws nothing: it
+has a row, and forwards of its own between those of the songs.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from acestep.lm.job import Job, Output
 from acestep.lm.model import PlannerModel
 from acestep.lm.reading import FlatReader, PlannerRow, Reader, StaticReader
 from acestep.lm.sampling import penalise, sample
+from acestep.lm.weighing import Weigher, WeighingJob
 from acestep.stage_settings import AttentionBackend
 
 _CPU = torch.device("cpu")
@@ -62,9 +64,11 @@ class Decoder:
         self.arena = Arena(model.config, arena_tokens, device=model.device, dtype=model.dtype, clean=self._static)
         self.max_rows = rows
         self.jobs: list[Job] = []
+        self.weighing: list[WeighingJob] = []
         self.rows_used = 0
         self.drawn_total = 0
         self.heads = Heads(model, grammar)
+        self._weigher = Weigher(model, self.arena, self.heads)
         exact = model.device.type == "cpu" and model.dtype == torch.float32
         self.invariant_rows = invariant_rows([*model.matrices, *self.heads.matrices]) if exact else None
         self._min_rows = self.invariant_rows or 1
@@ -80,19 +84,28 @@ class Decoder:
         """CUDA graphs recorded."""
         return self._read.graphs if isinstance(self._read, StaticReader) else 0
 
-    def fits(self, job: Job) -> bool:
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(self.jobs or self.weighing)
+
+    def fits(self, job: Job | WeighingJob) -> bool:
         """Whether `add` would find rows and memory now."""
         return self.rows_used + job.rows <= self.max_rows and self.arena.allocator.fits(job.sizes())
 
-    def can_ever_fit(self, job: Job) -> bool:
+    def can_ever_fit(self, job: Job | WeighingJob) -> bool:
         return job.rows <= self.max_rows and sum(job.sizes()) <= self.arena.allocator.capacity
 
-    def add(self, job: Job) -> None:
+    def add(self, job: Job | WeighingJob) -> None:
         """Reserve its rows; the next step reads its prompt. Only where `fits`."""
         spans = self.arena.reserve(job.sizes())
         if spans is None or self.rows_used + job.rows > self.max_rows:
             raise RuntimeError("a job was added that does not fit")
         self.rows_used += job.rows
+        if isinstance(job, WeighingJob):
+            (job.span,) = spans
+            self.weighing.append(job)
+            return
         self.jobs.append(job)
         places = iter(spans)
         for i, output in enumerate(job.outputs):
@@ -107,9 +120,14 @@ class Decoder:
             else:
                 output.choice = move.choice
 
-    def remove(self, job: Job) -> None:
+    def remove(self, job: Job | WeighingJob) -> None:
         """Free all rows of a job, finished or not. Unknown jobs are ignored."""
-        if job in self.jobs:
+        if isinstance(job, WeighingJob):
+            if job in self.weighing:
+                self.weighing.remove(job)
+                self.arena.release(job.span)
+                self.rows_used -= job.rows
+        elif job in self.jobs:
             self.jobs.remove(job)
             for output in job.outputs:
                 if not output.done:
@@ -117,14 +135,14 @@ class Decoder:
 
     def reset(self) -> None:
         """Free everything after a failure."""
-        for job in list(self.jobs):
+        for job in self._all_jobs():
             self.remove(job)
         if self._static:  # masked places are multiplied there, so a NaN would outlive its row
             self.arena.clear()
 
     @torch.inference_mode()
-    def step(self) -> list[Job]:
-        """Read pending tokens (of prompts only some), then draw one token for every output that is up to date.
+    def step(self) -> list[Job | WeighingJob]:
+        """Read pending tokens (of prompts only some), then draw one token for every output that is up to date; and weigh some tokens.
 
         Returns:
             Jobs that are finished. Their rows are free again.
@@ -139,10 +157,16 @@ class Decoder:
                 self._read_and_draw(reading, due)
             except torch.OutOfMemoryError as error:
                 raise OutOfMemory(f"planning ran out of memory: {error}", device=str(self.model.device)) from error
-        finished = [job for job in self.jobs if job.done]
+        if self.weighing:
+            with self._kernels():
+                self._weigher.step(self.weighing[0])
+        finished = [job for job in self._all_jobs() if job.done]
         for job in finished:
             self.remove(job)
         return finished
+
+    def _all_jobs(self) -> list[Job | WeighingJob]:
+        return [*self.jobs, *self.weighing]
 
     def _read_and_draw(self, reading: list[tuple[PlannerRow, int]], due: list[Output]) -> None:
         for at, (row, _) in enumerate(reading):

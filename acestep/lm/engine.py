@@ -6,13 +6,15 @@ import heapq
 import itertools
 import logging
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from acestep.errors import AceStepError, Internal, LimitExceeded
 from acestep.lm.decoder import Decoder
 from acestep.lm.flows import CODES_STREAM, Flow, FlowBuilder
 from acestep.lm.job import Job
+from acestep.lm.weighing import WEIGHING_STREAM, WeighingJob
 from acestep.lm.work import PlannerWork, Sample
 from acestep.plan import CODES_PER_SECOND, Plan, PlanTimings
 from acestep.song import Progress
@@ -31,12 +33,13 @@ class _Run:
     ticket: PlannerTicket
     flow: Flow
     order: int
-    jobs: list[Job] = field(default_factory=list)
+    jobs: Sequence[Job | WeighingJob] = ()
     open_jobs: int = 0
     result: Plan | Sample | None = None
     phase_began: float = 0.0
     metadata_s: float = 0.0
     codes_s: float = 0.0
+    scores_s: float = 0.0
     steps: int = 0
     codes_total: int = 0
     reported: int = 0
@@ -56,8 +59,9 @@ class PlannerEngine:
         self._order = itertools.count()
         self._prepared: tuple[PlannerTicket, _Run | AceStepError] | None = None  # the head of the queue, while it waits
         self._runs: dict[str, _Run] = {}
-        self._run_of: dict[Job, _Run] = {}
-        self._waiting: list[tuple[float, int, int, Job]] = []  # jobs of admitted tickets that have no rows yet
+        self._run_of: dict[Job | WeighingJob, _Run] = {}
+        # Jobs of admitted tickets that have no rows yet.
+        self._waiting: list[tuple[float, int, int, Job | WeighingJob]] = []
         self._finished = 0
         self._rate = _Rate()
 
@@ -82,12 +86,12 @@ class PlannerEngine:
     def step(self) -> bool:
         self._start_waiting()
         before = self._decoder.drawn_total
-        for job in self._decoder.step() if self._decoder.jobs else []:
+        for job in self._decoder.step() if self._decoder.busy else []:
             self._job_done(job)
         self._rate.add(self._decoder.drawn_total - before)
         for run in self._runs.values():
             self._report(run)
-        return bool(self._decoder.jobs or self._waiting)
+        return bool(self._decoder.busy or self._waiting)
 
     def remove(self, ticket: PlannerTicket) -> None:
         run = self._runs.pop(ticket.id, None)
@@ -138,7 +142,7 @@ class PlannerEngine:
         try:
             jobs = next(run.flow)
         except StopIteration as end:
-            run.jobs, run.result = [], end.value
+            run.jobs, run.result = (), end.value
             return
         for job in jobs:
             if not self._decoder.can_ever_fit(job):
@@ -160,7 +164,7 @@ class PlannerEngine:
             self._run_of[job] = run
             heapq.heappush(self._waiting, (run.ticket.priority, run.order, next(self._order), job))
 
-    def _job_done(self, job: Job) -> None:
+    def _job_done(self, job: Job | WeighingJob) -> None:
         run = self._run_of.pop(job)
         run.steps += job.steps
         run.open_jobs -= 1
@@ -169,6 +173,8 @@ class PlannerEngine:
         seconds = time.monotonic() - run.phase_began
         if job.stream == CODES_STREAM:
             run.codes_s += seconds
+        elif job.stream == WEIGHING_STREAM:
+            run.scores_s += seconds
         else:
             run.metadata_s += seconds
         try:
@@ -184,7 +190,11 @@ class PlannerEngine:
     def _finish(self, run: _Run, result: Plan | Sample) -> None:
         del self._runs[run.ticket.id]
         timings = PlanTimings(
-            queued_s=run.ticket.queued_s, metadata_s=run.metadata_s, codes_s=run.codes_s, steps=run.steps
+            queued_s=run.ticket.queued_s,
+            metadata_s=run.metadata_s,
+            codes_s=run.codes_s,
+            scores_s=run.scores_s,
+            steps=run.steps,
         )
         self._report(run)
         self._finished += 1
@@ -196,7 +206,9 @@ class PlannerEngine:
             self._decoder.add(heapq.heappop(self._waiting)[3])
 
     def _report(self, run: _Run) -> None:
-        programs = [o.program for job in run.jobs if job.stream == CODES_STREAM for o in job.outputs]
+        programs = [
+            o.program for job in run.jobs if isinstance(job, Job) and job.stream == CODES_STREAM for o in job.outputs
+        ]
         if programs:
             run.codes_total = sum(p.max_tokens for p in programs)
             done = sum(p.written for p in programs)

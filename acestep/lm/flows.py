@@ -26,13 +26,15 @@ from acestep.lm.metadata import (
 )
 from acestep.lm.prompts import PromptBuilder
 from acestep.lm.sampling import SamplingParams
+from acestep.lm.scores import scored
+from acestep.lm.weighing import WeighingJob
 from acestep.lm.work import FormatWork, InspireWork, PlannerWork, PlanWork, Sample, TextWork, UnderstandWork
 from acestep.plan import CODES_PER_SECOND, Adjustment, Metadata, Plan
 from acestep.request import INSTRUMENTAL, MAX_DURATION_S, MAX_SEED, MIN_DURATION_S, SongRequest
 from acestep.tasks import RULES, instruction
 from acestep.words import is_instrumental
 
-Flow = Generator[list[Job], None, Plan | Sample]
+Flow = Generator[Sequence[Job | WeighingJob], None, Plan | Sample]
 
 UNDERSTAND_TOKENS, WRITE_TOKENS = 4_096, 2_048  # most new tokens of understand, and of inspire and format
 
@@ -100,7 +102,7 @@ class FlowBuilder:
             shared = shared and len(set(metadata)) == 1
             own = () if shared else tuple(metadata)
             result = result.model_copy(update={"metadata": metadata[0], "item_metadata": own})
-        return result
+        return (yield from scored(self.prompts, request, result, self.max_len)) if request.score else result
 
     def _metadata(
         self, request: SongRequest, limit: float, thinks: bool, uncond: int

@@ -56,6 +56,10 @@ class Heads:
             logits = torch.cat((logits, self._product(hidden, self._eos)[:rows]), -1)
         return logits
 
+    def all_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(rows, hidden_size) -> float32 (rows, vocab): of everything, as the model has it."""
+        return self._product(hidden, self._head)
+
     def _product(self, hidden: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
         if self._wide:
             return torch.mm(hidden, matrix.T, out_dtype=torch.float32)

@@ -19,7 +19,7 @@ FORMAT = "Format the user's input into a more detailed and specific musical desc
 
 
 class PromptBuilder:
-    """Prompts of one planner vocabulary. Every method returns ids that end where the model's turn begins."""
+    """Prompts of one planner vocabulary, as ids that end where the model's turn begins; `reasoning` and `lyrics` are such turns."""
 
     def __init__(self, tokenizer: PlannerTokenizer) -> None:
         self._tokenizer = tokenizer
@@ -49,6 +49,15 @@ class PromptBuilder:
         first = self._tokenizer.first_code
         return self._chat(UNDERSTAND, [first + n for n in codes] if codes else self._text(NO_USER_INPUT))
 
+    def reasoning(self, metadata: Metadata) -> list[int]:
+        """An answer of `understand`: some fields, and no more."""
+        return self._reasoning(render_metadata(metadata), end="\n")
+
+    def lyrics(self, lyrics: str) -> list[int]:
+        """An answer of `understand`: the lyrics, and no fields."""
+        t = self._tokenizer
+        return [t.think, *t.encode("\n"), t.end_think, *t.encode(f"\n# Lyric\n{lyrics}\n")]
+
     def inspire(self, query: str, *, instrumental: bool) -> list[int]:
         """A wish in, a whole song description out."""
         user = f"{query.strip() or NO_USER_INPUT}\n\ninstrumental: {'true' if instrumental else 'false'}"
@@ -74,9 +83,9 @@ class PromptBuilder:
             t.im_start, *t.encode("assistant\n"),
         ]  # fmt: skip
 
-    def _reasoning(self, yaml: str) -> list[int]:
+    def _reasoning(self, yaml: str, end: str = "\n\n") -> list[int]:
         t = self._tokenizer
-        return [t.think, *t.encode(f"\n{yaml}\n"), t.end_think, *t.encode("\n\n")]
+        return [t.think, *t.encode(f"\n{yaml}\n"), t.end_think, *t.encode(end)]
 
 
 def _song(caption: str, lyrics: str) -> str:

@@ -35,6 +35,7 @@ METADATA_STEPS = 25  # sampled tokens of bpm, duration, key, language and time s
 CAPTION_STEPS = 120  # 60 to 250 seen; it is most of the reasoning block
 PROMPT_TOKENS = 39  # what every prompt holds besides the caller's text
 CHARS_PER_TOKEN = 3.0
+SCORE_FIELDS, SCORE_FIELD_TOKENS = 5, 12  # bpm, duration, key, language and time signature are weighed each alone
 CLIP_FRAMES = 500  # 20 s of audio; songs up to this share a renderer's steps
 LISTEN_FORWARDS = (
     0.5  # of a forward: lyrics are followed by the first third of the layers, and their maps are worked out
@@ -240,20 +241,31 @@ def plan_seconds(
     context = prompt + code_steps / 2
 
     prefill = cost.prefill_token_s * prompt * (2 if code_steps else 1)
+    scores = score_seconds(request, cost, code_steps) if code_steps and request.score else 0.0
     metadata = metadata_steps * cost.seconds_per_step(others + metadata_rows, prompt)
     codes = waves * code_steps * cost.seconds_per_step(others + rows, context)
     # A full batch divides each step among its rows; the prefill is the request's own.
     full = max(slots, rows)
     work = (
         prefill
+        + scores
         + (
             metadata_steps * cost.seconds_per_step(full, prompt) * metadata_rows
             + waves * code_steps * cost.seconds_per_step(full, context) * rows
         )
         / full
     )
-    wall = prefill + metadata + codes
-    return Seconds(wall, work, {"prefill_s": prefill, "metadata_s": metadata, "codes_s": codes})
+    wall = prefill + metadata + codes + scores
+    return Seconds(wall, work, {"prefill_s": prefill, "metadata_s": metadata, "codes_s": codes, "scores_s": scores})
+
+
+def score_seconds(request: SongRequest, cost: PlannerCost, codes: float) -> float:
+    """Weighing caption, lyrics and metadata of all items after their codes, and the texts once more without: prefills, and a step each."""
+    texts = CAPTION_STEPS + len(request.lyrics) / CHARS_PER_TOKEN
+    after = PROMPT_TOKENS + codes + texts + SCORE_FIELDS * SCORE_FIELD_TOKENS
+    tokens = request.batch_size * after + PROMPT_TOKENS + texts
+    forwards = request.batch_size * (SCORE_FIELDS + 3) + 3
+    return tokens * cost.prefill_token_s + forwards * cost.step_s
 
 
 def render_seconds(

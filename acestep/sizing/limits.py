@@ -7,8 +7,9 @@ from typing import Any
 
 from acestep.errors import LimitExceeded
 from acestep.gpu_config import Limits
-from acestep.plan import CODES_PER_SECOND, Metadata, Plan
+from acestep.plan import CODES_PER_SECOND, NO_PLANNER_SCORES, Metadata, Plan
 from acestep.request import Adjustment, SongRequest
+from acestep.sizing.cost import needs_codes
 from acestep.tasks import RULES, source_song_s
 
 
@@ -137,4 +138,18 @@ def without_planner(request: SongRequest, reason: str) -> tuple[SongRequest, lis
             field="thinking", asked=True, limit=False,
         )  # fmt: skip
     changed = request.model_copy(update={"thinking": False})
-    return changed, [Adjustment(field="thinking", asked=True, given=False, reason=reason)]
+    return changed, [Adjustment(field="thinking", asked=True, given=False, reason=reason), *unscored(changed)]
+
+
+def unscored(request: SongRequest) -> list[Adjustment]:
+    """That `score` is without the planner's, and why. Nothing of the song is changed by it, so that a strict request hears it, too."""
+    if not request.score or needs_codes(request):
+        return []
+    if request.audio_codes is not None or (request.plan is not None and request.plan.codes):
+        why = "the audio codes are not the planner's own"
+    elif not RULES[request.task].codes or request.flow_edit_morph:
+        why = "nothing is made from audio codes here"
+    else:
+        why = "the planner writes no audio codes for it"
+    reason = f"the planner's score is left out: {why}"
+    return [Adjustment(field="score", asked=True, given=NO_PLANNER_SCORES, reason=reason)]

@@ -127,7 +127,7 @@ class Routing:
         Args:
             foretold_s: By the cost profile alone.
         """
-        self.corrections.refine(pool, "plan", foretold_s, plan.timings.metadata_s + plan.timings.codes_s)
+        self.corrections.refine(pool, "plan", foretold_s, plan.timings.work_s)
 
     def learn_render(self, view: FleetView, pool: str, request: SongRequest, plan: Plan, song: Song) -> None:
         """Take in how long rendering (some items of) a request took inside a renderer that it had for itself."""

@@ -15,6 +15,7 @@ from acestep.dit import checks
 from acestep.errors import InvalidRequest
 from acestep.request import Adjustment, SongRequest
 from acestep.sizing.cost import expected_duration
+from acestep.sizing.limits import unscored
 from deployments.dispatch.texts import question_of
 from deployments.ingress.auth import Caller
 from deployments.ingress.forecast import STAGED
@@ -146,6 +147,8 @@ async def _weigh(
         if request.source_s is not None:
             checks.check_window(request, request.source_s)
         adjustments = (*adjustments, *checks.notes(request))
+    if kind in STAGED:
+        adjustments = (*adjustments, *unscored(request))
     columns: dict[str, Any] = {}
     place, decision = await _admit(service, request, caller, kind)
     if decision is not None:

@@ -85,11 +85,13 @@ class PlannerDeployment:
         work = PlanWork(SongRequest.model_validate(request), max_duration)
         async for message in self._run(work, priority, timeout_s, id=ticket_id(job_id)):
             if took := message.get("result", {}).get("timings"):
-                parts({"metadata": took["metadata_s"], "codes": took["codes_s"]}, job_id=job_id)
+                names = ("metadata", "codes", *(["scores"] if took["scores_s"] else []))
+                spent = {name: took[f"{name}_s"] for name in names}
+                parts(spent, job_id=job_id)
                 log.info(
                     "job %s planned in %.2f s after %.2f s in the queue",
                     job_id,
-                    took["metadata_s"] + took["codes_s"],
+                    sum(spent.values()),
                     took["queued_s"],
                 )
             yield message

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -277,6 +278,57 @@ async def test_the_best_comes_first(whole: Site) -> None:
     assert {name: job["request"][name] for name in ("batch_size", "score", "ranked")} == {
         "batch_size": 2, "score": True, "ranked": True
     }  # fmt: skip
+
+
+async def test_the_planner_scores_its_codes_and_changes_nothing(whole: Site) -> None:
+    fields = {"thinking": True, "batch_size": 2, "bpm": 120, "key_scale": "A minor", "time_signature": "4"}
+    async with running(whole):
+        plain, scored = await song(whole, **fields), await song(whole, **fields, score=True)
+        assert scored["plan"]["codes"] == plain["plan"]["codes"]
+        assert (await made(whole, plain["id"]))[1] == (await made(whole, scored["id"]))[1]
+        assert scored["warnings"] == plain["warnings"]
+        sent = {key: value for key, value in scored["plan"].items() if key != "timings"}
+        again = await song(whole, **fields, score=True, plan=sent)
+    assert [item["planner_scores"] for item in plain["result"]["items"]] == [None, None]
+    for item, scores in zip(scored["result"]["items"], scored["plan"]["scores"], strict=True):
+        assert item["planner_scores"] == scores
+        known = {name for name, value in scores.items() if value is not None}
+        assert known == {"caption", "lyrics", "bpm", "duration", "keyscale", "timesignature", "total"}
+        assert all(0 <= scores[name] <= 1 for name in known)
+        assert item["scores"]["dit_score"] >= 0
+    assert [item["planner_scores"] for item in again["result"]["items"]] == [None, None]  # nobody weighed it now
+    assert again["plan"]["scores"] == []
+    assert [w["reason"] for w in again["warnings"] if w["field"] == "score"] == [
+        "the planner's score is left out: the audio codes are not the planner's own"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({}, "the planner writes no audio codes for it"),
+        ({"strict": True}, "the planner writes no audio codes for it"),
+        ({"audio_codes": [1] * 50}, "the audio codes are not the planner's own"),
+    ],
+)
+async def test_why_the_planner_gives_no_score(whole: Site, fields: dict[str, Any], why: str) -> None:
+    async with running(whole):
+        job = await song(whole, score=True, **fields)
+    (warning,) = [w for w in job["warnings"] if w["field"] == "score"]
+    assert (warning["given"], warning["reason"]) == (
+        "without planner_scores", f"the planner's score is left out: {why}"
+    )  # fmt: skip
+    assert job["result"]["items"][0]["planner_scores"] is None
+    assert job["result"]["items"][0]["scores"]["dit_score"] >= 0
+
+
+async def test_a_fleet_without_a_planner_says_so_of_the_score(build: Build, stages: Stages) -> None:
+    view = stages.view()
+    site = build(view=replace(view, pools=tuple(pool for pool in view.pools if pool.role == "render")))
+    asked = await site.client.post("/v1/music", json={**SONG, "thinking": True, "score": True})
+    assert [(w["field"], w["given"]) for w in asked.json()["warnings"]] == [
+        ("thinking", False), ("score", "without planner_scores")
+    ]  # fmt: skip
 
 
 def test_ranking() -> None:

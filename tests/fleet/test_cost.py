@@ -17,6 +17,7 @@ from acestep.sizing import profiles
 from acestep.sizing.cost import (
     NOTHING,
     Corrections,
+    Seconds,
     estimate,
     expected_duration,
     forwards,
@@ -108,6 +109,22 @@ def test_stages_that_do_not_run_cost_nothing() -> None:
     ):
         assert not needs_planner(request)
         assert plan_seconds(request, cost, 60.0) is NOTHING
+
+
+def test_a_score_costs_a_prefill_of_each_item_and_one_of_the_texts() -> None:
+    cost = profiles.named("l4").planners["1.7B"]
+
+    def seconds(**fields: object) -> Seconds:
+        return plan_seconds(song(duration=60, **fields), cost, 60.0)
+
+    plain, scored = seconds(), seconds(score=True)
+    assert plain.parts["scores_s"] == 0
+    assert scored.parts["scores_s"] > 300 * cost.prefill_token_s
+    assert scored.wall_s - plain.wall_s == pytest.approx(scored.parts["scores_s"])
+    assert scored.work_s - plain.work_s == pytest.approx(scored.parts["scores_s"])
+    four = seconds(score=True, batch_size=4).parts["scores_s"]
+    assert 3 * scored.parts["scores_s"] < four < 4 * scored.parts["scores_s"]
+    assert seconds(score=True, thinking=False).parts["scores_s"] == 0
 
 
 def test_all_metadata_given_leaves_only_the_codes_to_plan() -> None:

@@ -183,7 +183,7 @@ def _info(song: Song, item: SongItem) -> str:
     """Markdown with where the time went, and what became of the level."""
     plan, render = song.plan.timings, song.timings
     rows = (
-        ("Planning", plan.metadata_s + plan.codes_s),
+        ("Planning", plan.work_s),
         ("Conditions", render.conditions_s),
         ("Denoising", render.denoise_s),
         ("Decoding", render.decode_s),

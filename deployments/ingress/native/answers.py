@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, TypeAdapter, model_serializer
 
 from acestep.lm.work import Sample
-from acestep.plan import Metadata, Plan, PlanTimings
+from acestep.plan import Metadata, Plan, PlannerScores, PlanTimings
 from acestep.request import Adjustment, Text
 from acestep.song import LyricScores, Progress, RenderTimings, SidecarKind, StageName, TimedLyrics
 from deployments.jobs.songs import MAX_LABEL, MAX_LABELS, MAX_TITLE
@@ -101,6 +101,9 @@ class Item(Answer):
     audio: list[Audio] = Field(description="The song in every format that was asked for; none of kind `lyrics`.")
     files: list[File] = Field(description="Its latents, where the renderer keeps them, and its timed lyrics.")
     scores: LyricScores | None = Field(description="How well the lyrics can be heard, where `score` asked for it.")
+    planner_scores: PlannerScores | None = Field(
+        description="How well its audio codes tell the planner what it was to be, where `score` asked for it and the planner wrote them."
+    )
 
 
 class Timings(Answer):

@@ -45,8 +45,8 @@ _JOB: dict[str, Any] = {
 _PLAN: dict[str, Any] = {
     "metadata": {"bpm": 72, "caption": "Warm lo-fi piano over steady rain", "duration": 30.0, "keyscale": "D minor",
                  "language": "unknown", "timesignature": "4"},
-    "adjustments": [], "item_metadata": [], "codes": [[35847, 12, 4711]], "lm_seeds": [1234],
-    "model": "acestep-5Hz-lm-1.7B", "model_hash": None, "notice": None, "timings": {"queued_s": 0.0, "metadata_s": 0.9, "codes_s": 5.2, "steps": 231},
+    "adjustments": [], "scores": [], "item_metadata": [], "codes": [[35847, 12, 4711]], "lm_seeds": [1234],
+    "model": "acestep-5Hz-lm-1.7B", "model_hash": None, "notice": None, "timings": {"queued_s": 0.0, "metadata_s": 0.9, "codes_s": 5.2, "scores_s": 0.0, "steps": 231},
 }  # fmt: skip
 _DONE: dict[str, Any] = {
     **_JOB, "state": "succeeded", "stage": "succeeded", "position": 0, "eta_s": None, "attempts": 1, "started_at": 1790000000.2,
@@ -60,7 +60,7 @@ _DONE: dict[str, Any] = {
         }], "files": [{
             "kind": "latent", "content_type": "application/octet-stream", "bytes": 96312, "sha256": "9f86d081884c7d65" * 4,
             "url": f"/v1/jobs/{_ID}/files/0.latent?expires=1790086440&signature=p2vW1yVbJ0mYxkq0pC9nq8G4b3l2i1hTz7cRr5sXw8E",
-        }], "scores": None}],
+        }], "scores": None, "planner_scores": None}],
         "renderer": "acestep-v15-turbo", "renderer_hash": None, "device": "NVIDIA L4", "settings": {},
         "timings": {"plan": _PLAN["timings"], "render": {"queued_s": 0.0, "conditions_s": 0.2, "denoise_s": 2.4, "decode_s": 1.6,
                                                          "encode_s": 0.1}},
@@ -87,7 +87,7 @@ _WEBHOOK: dict[str, Any] = {
 _SAMPLE: dict[str, Any] = {
     "caption": "Slow, sad piano ballad with strings", "lyrics": "[Verse]\nThe lights go out", "bpm": 72, "duration": 150.0,
     "keyscale": "D minor", "language": "en", "timesignature": "4", "instrumental": False, "seed": 1234,
-    "model": "acestep-5Hz-lm-1.7B", "notice": None, "timings": {"queued_s": 0.0, "metadata_s": 2.1, "codes_s": 0.0, "steps": 180},
+    "model": "acestep-5Hz-lm-1.7B", "notice": None, "timings": {"queued_s": 0.0, "metadata_s": 2.1, "codes_s": 0.0, "scores_s": 0.0, "steps": 180},
 }  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from acestep.plan import Plan
 from acestep.request import SongRequest
 from acestep.song import SongItem
 from deployments.dispatch.texts import ANSWER
@@ -50,7 +51,7 @@ async def job_view(service: Service, job: Job, place: Place | None = None) -> Jo
         "links": {"self": public(job_path(job.id)), "events": public(service.signer.sign(events_path(job.id)))},
     }
     if song := job.result:
-        items = [_item(service, job.id, item) for item in song.shown(ranked=job.request.ranked)]
+        items = [_item(service, job.id, item, song.plan) for item in song.shown(ranked=job.request.ranked)]
         view["result"] = {
             "items": items,
             "renderer": song.renderer,
@@ -66,7 +67,7 @@ async def job_view(service: Service, job: Job, place: Place | None = None) -> Jo
     return JobView.model_validate(view)
 
 
-def _item(service: Service, job_id: str, item: SongItem) -> dict[str, Any]:
+def _item(service: Service, job_id: str, item: SongItem, plan: Plan) -> dict[str, Any]:
     def signed(path: str) -> str:
         return public(service.signer.sign(path))
 
@@ -78,7 +79,8 @@ def _item(service: Service, job_id: str, item: SongItem) -> dict[str, Any]:
         {**file.model_dump(exclude={"path"}), "url": signed(sidecar_path(job_id, item.index, file.kind))}
         for file in item.sidecars
     ]
-    return {**item.model_dump(exclude={"files", "sidecars", "manifest"}), "audio": audio, "files": files}
+    own = item.model_dump(exclude={"files", "sidecars", "manifest"})
+    return {**own, "planner_scores": plan.scores_of(item.index), "audio": audio, "files": files}
 
 
 def short_view(service: Service, row: dict[str, Any], forecast: dict[str, Any]) -> JobShort:
@@ -144,7 +146,7 @@ def usage(job: Job) -> dict[str, Any] | None:
     return {
         "audio_s": round(sum(i.duration for i in job.result.items if i.files), 3) if job.result else 0.0,
         "device_s": {
-            "plan": round(plan.metadata_s + plan.codes_s, 3) if plan else 0.0,
+            "plan": round(plan.work_s, 3) if plan else 0.0,
             "render": round(render.conditions_s + render.denoise_s + render.decode_s, 3) if render else 0.0,
         },
         "total_s": round((job.finished_at or job.created_at) - job.created_at, 3),
