@@ -62,10 +62,10 @@ async def test_timestamps_come_beside_the_audio_and_change_nothing_of_it(whole: 
         both = [(await made(whole, job["id"]))[1] for job in (plain, timed)]
         assert both[0] == both[1]
         for item in range(2):
-            assert set(files_of(plain, item)) == {"latent"}
+            assert set(files_of(plain, item)) == {"latent", "peaks"}
             assert plain["result"]["items"][item]["scores"] is None
             files = files_of(timed, item)
-            assert set(files) == {"latent", "lrc", "lyrics"}
+            assert set(files) == {"latent", "peaks", "lrc", "lyrics"}
             found = {kind: await whole.client.get(file["url"]) for kind, file in files.items()}
             assert {kind: len(answer.content) for kind, answer in found.items()} == {
                 kind: file["bytes"] for kind, file in files.items()
@@ -253,7 +253,7 @@ async def test_a_renderer_that_keeps_no_latents(whole: Site, stages: Stages, mon
     monkeypatch.setattr(renderer, "args", renderer.args.model_copy(update={"keep_latents": False}))
     async with running(whole):
         job = await song(whole)
-        assert job["result"]["items"][0]["files"] == []
+        assert set(files_of(job)) == {"peaks"}
         answer = await whole.client.post(f"/v1/jobs/{job['id']}/lyrics", json={})
         assert (answer.status_code, "keep_latents" in answer.json()["detail"]) == (409, True)
 
@@ -344,7 +344,7 @@ def test_ranking() -> None:
 async def test_nothing_to_sing_is_a_warning_and_no_file(whole: Site) -> None:
     async with running(whole):
         job = await song(whole, lyrics="[Instrumental]", timestamps=True)
-    assert set(files_of(job)) == {"latent"}
+    assert set(files_of(job)) == {"latent", "peaks"}
     assert ("timestamps", False) in [(w["field"], w["given"]) for w in job["warnings"]]
 
 

@@ -15,6 +15,7 @@ from acestep.lm.engine import PlannerEngine
 from acestep.lm.flows import FlowBuilder
 from acestep.lm.grammar import Grammar
 from acestep.lm.loading import load_model
+from acestep.lm.model import PlannerModel
 from acestep.lm.planner import Planner
 from acestep.lm.prompts import PromptBuilder
 from acestep.lm.scores import scored
@@ -198,8 +199,28 @@ def test_numbers_that_are_not_finite_cost_the_score_and_not_the_song(
     assert all(bool(k.isfinite().all()) for k in (decoder.arena.keys if static else []))
 
 
-def test_a_song_that_is_cancelled_while_it_is_weighed_frees_its_rows(checkpoint: Path, grammar: Grammar) -> None:
-    model = load_model(checkpoint, device=torch.device("cpu"), dtype=torch.float32, max_len=2_048)
+def test_memory_that_ends_while_texts_are_weighed_costs_the_score_alone(
+    model: PlannerModel, grammar: Grammar, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = Decoder(model, grammar, rows=4, arena_tokens=8_192)
+    engine = PlannerEngine(decoder, FlowBuilder(grammar, PromptBuilder(grammar.tokenizer), 2_048, 4, 8_192), {})
+
+    def full(*_: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(decoder.heads, "all_logits", full)
+    ticket = Ticket(work(score=True))
+    engine.add(ticket)
+    while engine.step():
+        pass
+    made = ticket.future.result(timeout=0)
+    assert isinstance(made, Plan)
+    assert made.codes is not None
+    assert [a.reason for a in made.adjustments] == ["the planner's score is left out: the planner ran out of memory"]
+    assert decoder.rows_used == decoder.arena.reserved_tokens == 0
+
+
+def test_a_song_that_is_cancelled_while_it_is_weighed_frees_its_rows(model: PlannerModel, grammar: Grammar) -> None:
     decoder = Decoder(model, grammar, rows=4, arena_tokens=8_192)
     engine = PlannerEngine(decoder, FlowBuilder(grammar, PromptBuilder(grammar.tokenizer), 2_048, 4, 8_192), {})
     ticket = Ticket(work(score=True, batch_size=2))
