@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from oracle import Oracle
 
 from acestep.lm import weighing
 from acestep.lm.decoder import Decoder
@@ -42,8 +42,8 @@ def plan(planner: Planner, **fields: object) -> Plan:
 class Reference:
     """The formulas on whole logits of whole sequences."""
 
-    def __init__(self, folder: Path) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    def __init__(self, oracle: Oracle) -> None:
+        self.model = oracle.model
 
     @torch.inference_mode()
     def logits(self, prompt: list[int], target: list[int]) -> torch.Tensor:
@@ -60,8 +60,8 @@ class Reference:
 
 
 @pytest.fixture(scope="module")
-def reference(checkpoint: Path) -> Reference:
-    return Reference(checkpoint)
+def reference(checkpoint: Path, grammar: Grammar) -> Reference:
+    return Reference(Oracle(checkpoint, grammar))
 
 
 def answer(t: PlannerTokenizer, inside: str, after: str = "\n") -> list[int]:
