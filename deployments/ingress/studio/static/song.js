@@ -81,7 +81,7 @@ class SongView {
       made && h("section.hear", { "aria-label": "Listen" }, h("div.row", {}, this.play, this.versions), this.wave, h("p.muted.small", {}, "Drag across the waveform after pressing ", h("em", {}, "Choose a part"), " to work on that part alone.")),
       h("div.row.acts", {},
         h("button", { type: "button", onclick: () => this.remake("again") }, "Again, another seed"),
-        h("button.quiet", { type: "button", onclick: () => this.remake("same") }, made ? "Exact replay" : "Try again"),
+        !ACTIVE.includes(job.state) && h("button.quiet", { type: "button", onclick: () => this.remake("same") }, made ? "Exact replay" : "Try again"),
         h("button.quiet", { type: "button", onclick: () => this.remake("edit") }, "Change and make"),
         made && h("button.quiet", { type: "button", onclick: () => this.remake("source") }, "Use as source"),
         made && h("button.quiet", { type: "button", onclick: () => this.remake("reference") }, "Use as reference"),
