@@ -195,6 +195,20 @@ def test_a_part_of_a_song_is_replaced(server: Server, visit: Any) -> None:
     expect(page.locator("dl.facts")).to_contain_text("repaint")
 
 
+def test_lyrics_follow_the_song_where_it_was_asked_for(server: Server, visit: Any) -> None:
+    page = visit(server.url)
+    length(page, "20")
+    page.get_by_label("Lyrics", exact=True).fill("[Verse]\nLights go by along the shore\n[Chorus]\nDrive with me")
+    page.get_by_text("Advanced", exact=True).click()
+    page.get_by_label("Timestamps", exact=True).select_option("true")
+    wish(page, "sung in time")
+    made(page, "sung in time").locator("a.title").click()
+    lines = page.locator("button.line")
+    expect(lines).to_have_count(4)
+    lines.nth(1).click()
+    expect(page.locator("#player .time")).to_have_text(re.compile(r"\d:\d\d / 0:20"))
+
+
 def test_a_song_is_deleted_with_its_audio(server: Server, visit: Any) -> None:
     page = visit(server.url)
     length(page, "10")

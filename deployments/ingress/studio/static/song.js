@@ -1,6 +1,6 @@
 // One song: hear it, see what was made and why, and make something of it.
 
-import { ACTIVE, Refused, at, getJob, purgeJob, short } from "./api.js";
+import { ACTIVE, Refused, at, call, getJob, purgeJob, short } from "./api.js";
 import { bytes, clock, field, fill, h, moment, toast } from "./dom.js";
 import { player, playable, titleOf } from "./player.js";
 import { describe } from "./songs.js";
@@ -67,6 +67,7 @@ class SongView {
     this.versions = h("span.versions", {});
     this.verbBox = h("div.verbs", {});
     const lyrics = request.lyrics || "";
+    this.lyrics = h("pre.lyrics", { dir: "auto" }, lyrics);
     const few = short(job);
     this.line.textContent = describe(few);
     fill(
@@ -93,7 +94,7 @@ class SongView {
         h("li", {}, items.length > 1 && `Version ${i + 1}: `, h("a", { href: at(file.url), download: `${fileName(job)}-${i + 1}.${file.format.replace(/\d+$/, "")}` }, file.format.toUpperCase()), ` ${bytes(file.bytes)} `,
           h("button.quiet.small", { type: "button", onclick: () => void copy(at(file.url)) }, "Copy link")))))),
       h("div.columns", {},
-        lyrics && h("section", {}, h("h2", {}, "Lyrics"), h("pre.lyrics", { dir: "auto" }, lyrics)),
+        lyrics && h("section", {}, h("h2", {}, "Lyrics"), this.lyrics),
         h("section", {}, h("h2", {}, "What was made"), h("dl.facts", {},
           fact("Description", meta.caption || request.prompt), fact("Wish", meta.caption && meta.caption !== request.prompt ? request.prompt : ""),
           fact("Length", items[0] ? clock(items[0].duration) : meta.duration && clock(meta.duration)), fact("Tempo", meta.bpm && `${meta.bpm} bpm`), fact("Key", meta.keyscale), fact("Meter", meta.timesignature),
@@ -112,6 +113,28 @@ class SongView {
     const item = this.item;
     this.wave.show(0, this.job.result.items[item].duration);
     void peaksOf(this.job.id, item).then((found) => { if (item === this.item) { this.wave.peaks = found; this.wave.draw(); } });
+    void this.loadLyrics();
+  }
+
+  /** Lines that follow the song, where it was asked for `timestamps`; their section tags are marks on the waveform. */
+  async loadLyrics() {
+    const item = this.item;
+    /** @type {{at: number, end: number, element: HTMLElement}[]} */
+    this.lines = [];
+    this.wave.marks = [];
+    const files = this.job.result.items[item].files || [];
+    if (!files.some((/** @type {any} */ file) => file.kind === "lyrics")) return;
+    let timed;
+    try {
+      timed = await call(`v1/jobs/${encodeURIComponent(this.job.id)}/files/${item}.lyrics`);
+    } catch { return; /* the lyrics stand there without times */ }
+    if (item !== this.item || this.gone.aborted) return;
+    this.lines = timed.sentences.map((/** @type {any} */ line) => ({
+      at: line.start, end: line.end, element: h("button.line", { type: "button", title: `Play from ${clock(line.start)}`, onclick: () => void this.seek(line.start) }, line.text),
+    }));
+    this.wave.marks = timed.sentences.filter((/** @type {any} */ line) => line.text.startsWith("[")).map((/** @type {any} */ line) => ({ at: line.start, label: line.text }));
+    fill(this.lyrics, this.lines.map((line) => line.element));
+    this.wave.draw();
   }
 
   buttons() {
@@ -133,7 +156,12 @@ class SongView {
 
   /** @param {{id?: string, item: number, time: number}} now */
   tick(now) {
-    if (now.id === this.job.id && now.item === this.item) this.wave.show(now.time);
+    if (now.id !== this.job.id || now.item !== this.item) return;
+    this.wave.show(now.time);
+    for (const line of this.lines || []) {
+      const sung = now.time >= line.at && now.time < line.end;
+      if (sung !== line.element.hasAttribute("aria-current")) line.element.toggleAttribute("aria-current", sung);
+    }
   }
 
   /** What can be made of this song, by region where one is drawn. */
