@@ -129,11 +129,12 @@ class SongView {
       timed = await call(`v1/jobs/${encodeURIComponent(this.job.id)}/files/${item}.lyrics`);
     } catch { return; /* the lyrics stand there without times */ }
     if (item !== this.item || this.gone.aborted) return;
-    this.lines = timed.sentences.map((/** @type {any} */ line) => ({
+    const lines = timed.sentences.map((/** @type {any} */ line) => ({
       at: line.start, end: line.end, element: h("button.line", { type: "button", title: `Play from ${clock(line.start)}`, onclick: () => void this.seek(line.start) }, line.text),
     }));
     this.wave.marks = timed.sentences.filter((/** @type {any} */ line) => line.text.startsWith("[")).map((/** @type {any} */ line) => ({ at: line.start, label: line.text }));
-    fill(this.lyrics, this.lines.map((line) => line.element));
+    this.lines = lines;
+    fill(this.lyrics, lines.map((/** @type {any} */ line) => line.element));
     this.wave.draw();
   }
 
