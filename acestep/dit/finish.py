@@ -180,8 +180,6 @@ def _finish_audio(
     caption = (metadata.caption if request.use_cot_caption else None) or request.prompt
     notice = maker.notice or plan.notice
     tags = SongTags.titled(caption, seed=item.seed, model=maker.model, plan=metadata, notice=notice, lines=lines)
-    store.add("peaks", peaks_json(audio, rate))
-
     def file(fmt: AudioFormat) -> AudioFile:
         data = encode(audio, rate, fmt, bitrate_kbps=request.bitrate_kbps, tags=tags)
         name = store.put(f"{fmt}.{extension(fmt)}", data)
@@ -189,6 +187,7 @@ def _finish_audio(
         return AudioFile(format=fmt, content_type=content_type(fmt), path=name, bytes=len(data), sha256=digest)
 
     files = tuple(encoders.map(file, request.formats))
+    store.add("peaks", peaks_json(audio, rate))
     facts = manifest(
         request, plan, item=item.index, seed=item.seed, model=maker.model, model_hash=maker.model_hash, vae=maker.vae,
         device=maker.device, notice=notice, settings=rendered.settings, level=level, made_gain_db=item.made_gain_db,

@@ -22,9 +22,7 @@ LOG_BYTES = 20 << 20
 END_S = 30.0  # Serve hands running songs back within seconds
 LEFT_S = 3.0  # for what Ray has not ended by itself
 _COLOUR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
-_ERROR = re.compile(
-    r"(?:^|[\s.])((?:\w+\.)*\w*(?:Error|Exception|Missing|Unavailable|Request|Permission|OutOfMemory)): (.+)"
-)
+_ERROR = re.compile(r"(?<![\w.])([\w.]*(?:Error|Exception|Missing|Unavailable|Request|Permission|OutOfMemory)): (.+)")
 _FAILED = re.compile(r"Deploying app '([^']+)' failed|Failed to (?:build|deploy) app(?:lication)? '([^']+)'")
 _DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 

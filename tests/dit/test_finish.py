@@ -24,7 +24,7 @@ def test_silence_and_what_is_not_finite_are_errors_of_their_own() -> None:
     good = 0.1 * torch.randn(2, 4_800, generator=torch.Generator().manual_seed(1))
     files: dict[str, bytes] = {}
     song = finish(request, Plan(), rendered(good), MAKER, files.__setitem__)
-    assert set(files) == {"0-wav.wav", "0-manifest.json"}
+    assert set(files) == {"0-wav.wav", "0-manifest.json", "0-peaks.json"}
     assert song.items[0].samples == 4_800
     with pytest.raises(InvalidOutput, match="item 1: every sample is zero") as silent:
         finish(request, Plan(), rendered(good, torch.zeros(2, 4_800)), MAKER, lambda *_: None)

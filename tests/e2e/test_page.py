@@ -28,7 +28,7 @@ KEY = "the page's own key"
 EVIL = '"><img src=x onerror="window.broken=1"><script>window.broken=1</script>\u202etxt.exe javascript:window.broken=1'
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # no longer: while it lives, its event loop runs in this process
 def chromium() -> Iterator[Any]:
     if CHROMIUM is None:
         pytest.skip("no chromium here: apt-get install chromium")

@@ -190,7 +190,7 @@ def test_planner(tmp_path: Path) -> None:
         config = weights.PLANNERS["tiny"] | read_json(tmp_path / "config.json")
         # The engine keeps the norms of queries and keys once per head.
         assert planner.info.weight_bytes == pytest.approx(weights.planner_bytes(config, "float32"), rel=0.001)
-        assert planner.info.kv_bytes == 4 * 1024 * weights.kv_bytes_per_token(config, "float32")
+        assert planner.stats()["kv_bytes"] == 4 * 1024 * weights.kv_bytes_per_token(config, "float32")
     finally:
         planner.close()
 
