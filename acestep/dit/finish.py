@@ -180,6 +180,7 @@ def _finish_audio(
     caption = (metadata.caption if request.use_cot_caption else None) or request.prompt
     notice = maker.notice or plan.notice
     tags = SongTags.titled(caption, seed=item.seed, model=maker.model, plan=metadata, notice=notice, lines=lines)
+
     def file(fmt: AudioFormat) -> AudioFile:
         data = encode(audio, rate, fmt, bitrate_kbps=request.bitrate_kbps, tags=tags)
         name = store.put(f"{fmt}.{extension(fmt)}", data)
