@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import sqlite3
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -73,6 +75,17 @@ def upscaled(server: Server, app: str, since: int) -> list[tuple[int, int]]:
     return [(int(a), int(b)) for name, a, b in UPSCALED.findall(server.output()[since:]) if name == app]
 
 
+@contextmanager
+def controller_stopped(server: Server) -> Iterator[None]:
+    """Nothing is decided meanwhile; routers answer as ever."""
+    (controller,) = server.pids("ray::ServeController")
+    os.kill(controller, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(controller, signal.SIGCONT)
+
+
 def traces(server: Server) -> list[set[str]]:
     """Names of the spans of each trace, from the files that Serve's default exporter writes in every process."""
     decoder = json.JSONDecoder()
@@ -99,14 +112,13 @@ def test_from_zero_to_all_in_one_step_and_back_to_zero(server: Server) -> None:
     until(server, lambda p: p["dit"].get("limits") and size(p, "dit") == (0, 0))
     log = len(server.output())
 
-    def song(seed: int) -> dict[str, Any]:
-        with Client(server.url) as client:
-            return client.wait(
-                client.submit({"prompt": "a song", "duration": 60, "seed": seed, "thinking": False})["id"]
-            )
-
-    with ThreadPoolExecutor(6) as pool:
-        songs = list(pool.map(song, range(6)))
+    with Client(server.url) as client:
+        with controller_stopped(server):  # its policy sees no part of the burst, only all of it
+            jobs = [
+                client.submit({"prompt": "a song", "duration": 60, "seed": seed, "thinking": False})
+                for seed in range(6)
+            ]
+        songs = [client.wait(job["id"]) for job in jobs]
     assert all(s["placement"]["renderer"] == "dit" for s in songs)
     assert upscaled(server, "dit", log) == [(0, 3)]
     assert upscaled(server, "dit-unlimited", log) == []
