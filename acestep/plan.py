@@ -84,6 +84,16 @@ class PlanTimings(BaseModel):
         return self.metadata_s + self.codes_s + self.scores_s
 
 
+class UsedLora(BaseModel):
+    """An adapter that took part."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    name: str = Field(max_length=1024, description="Of its file or folder.")
+    hash: str = Field(max_length=128, description="SHA-256 over its weights and config.")
+    kind: str = Field(max_length=64, description="LoRA or LoKr, and DoRA with it.")
+    scale: float = Field(ge=0.0, le=4.0, description="Its strength.")
+
+
 class Plan(BaseModel):
     """Metadata and, where the planner was asked to think, one list of audio codes per item (5 per second)."""
 
@@ -101,6 +111,7 @@ class Plan(BaseModel):
     model: str | None = Field(None, max_length=256, description="Planner checkpoint; null where none ran.")
     model_hash: str | None = Field(None, max_length=128, description="Checksum of its weights, where it is known.")
     notice: str | None = Field(None, max_length=256, description="What is to be known of the checkpoint.")
+    lm_lora: tuple[UsedLora, ...] = Field((), max_length=8, description="The adapters that the planner ran with.")
     adjustments: tuple[Adjustment, ...] = Field(
         (),
         max_length=8,

@@ -143,6 +143,11 @@ class SongRequest(SamplingControls):
             "-1 draws one. The `lm_seed` of a result's item makes that item again alone."
         ),
     )
+    lm_lora: Loras = Field(
+        (),
+        max_length=MAX_LORAS,
+        description="Adapters of the planner for this song, named as `lora` names the renderer's; null: none.",
+    )
     lm_share_cot: bool = Field(True, description="All items of a batch share one set of metadata.")
     plan: Annotated[Plan | None, AfterValidator(_as_given)] = Field(
         None, description="A plan made (and perhaps edited) earlier: skips the planner."

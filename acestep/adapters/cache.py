@@ -45,13 +45,20 @@ class LoraCache:
 
     Args:
         transformer: Whose layers the adapters must fit.
+        owner: What refusals call it.
         device, dtype: Where and in what their tensors are kept.
         max_bytes: What may be kept, and what the adapters of one request may take.
     """
 
     def __init__(
-        self, transformer: nn.Module, device: torch.device, dtype: torch.dtype, max_bytes: int = CACHE_BYTES
+        self,
+        transformer: nn.Module,
+        device: torch.device,
+        dtype: torch.dtype,
+        max_bytes: int = CACHE_BYTES,
+        owner: str = "renderer",
     ) -> None:
+        self._owner = owner
         self._transformer, self._device, self._dtype, self._max_bytes = transformer, device, dtype, max_bytes
         self._adapters: OrderedDict[str, Adapter] = OrderedDict()
         self._hashes: dict[tuple[tuple[str, int, int], ...], str] = {}
@@ -89,7 +96,12 @@ class LoraCache:
         adapter = self._adapters.get(digest)
         if adapter is None:
             adapter = load_adapter(
-                path, self._transformer, device=self._device, dtype=self._dtype, max_bytes=self._max_bytes
+                path,
+                self._transformer,
+                device=self._device,
+                dtype=self._dtype,
+                max_bytes=self._max_bytes,
+                owner=self._owner,
             )
             self._adapters[digest] = adapter
             self._alive.add(adapter)

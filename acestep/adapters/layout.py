@@ -46,9 +46,11 @@ class Target:
     Attributes:
         shapes: `[out, in]` of linear layers and `[out, in, k]` of convolutions, by module name.
         names: Module names by all that they are called.
+        owner: What refusals call it.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, owner: str = "renderer") -> None:
+        self.owner = owner
         modules = dict(model.named_modules())
         self.shapes: Mapping[str, Shape] = {n: _shape(m) for n, m in modules.items() if isinstance(m, _ADAPTED)}
         self.names: Mapping[str, str] = all_names(modules)
@@ -72,6 +74,7 @@ class Layout:
         ranks: That occur, smallest first; empty where nothing is low-rank.
         left_out: Modules in the file that are none of the model's.
         problems: Why it cannot be applied; empty where it can.
+        owner: Of the model that it is held against.
     """
 
     name: str
@@ -82,14 +85,17 @@ class Layout:
     ranks: tuple[int, ...]
     left_out: tuple[str, ...]
     problems: tuple[str, ...]
+    owner: str
 
     def check(self) -> None:
         """Raises `InvalidRequest`, with all problems in its details."""
         if self.problems:
-            raise invalid(f"{self.name} does not fit this renderer: {listed([*self.problems])}", keys=[*self.problems])
+            raise invalid(
+                f"{self.name} does not fit this {self.owner}: {listed([*self.problems])}", keys=[*self.problems]
+            )
         if 2 * len(self.left_out) >= len(self.keys):
             raise invalid(
-                f"{self.name} is for the greater part no adapter of this renderer's DiT: {listed([*self.left_out])}",
+                f"{self.name} is for the greater part no adapter of this {self.owner}: {listed([*self.left_out])}",
                 keys=[*self.left_out],
             )
 
@@ -120,7 +126,7 @@ def read_layout(path: Path, target: Target) -> Layout:
     ranks = {rank for parts in found.values() if (rank := low_rank(parts))}
     return Layout(
         path.stem if path.is_file() else path.name, files, config, keys, _kind(keys, config),
-        tuple(sorted(ranks)), left_out, problems,
+        tuple(sorted(ranks)), left_out, problems, target.owner,
     )  # fmt: skip
 
 

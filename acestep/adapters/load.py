@@ -41,19 +41,25 @@ class Adapter:
 
 
 def load_adapter(
-    path: Path, model: nn.Module, *, device: torch.device, dtype: torch.dtype, max_bytes: int | None = None
+    path: Path,
+    model: nn.Module,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    max_bytes: int | None = None,
+    owner: str = "renderer",
 ) -> Adapter:
     """Load an adapter for the DiT, under any of the names that PEFT, LyCORIS, diffusers, ComfyUI and kohya give its modules.
 
     What was trained on anything but the DiT's `layers` and cannot be applied is left out, as long as it is the smaller part. Layers that
-    change nothing, as those that a LyCORIS file holds of modules that were not trained, are not kept.
+    change nothing, as those that a LyCORIS file holds of modules that were not trained, are not kept. `owner` is what refusals call the model.
 
     Raises:
         InvalidRequest: no safetensors file, broken, of another method, keys or shapes that do not fit (they are listed), or more than
             `max_bytes` on the device.
         OSError: the files cannot be read.
     """
-    layout = read_layout(path, Target(model))
+    layout = read_layout(path, Target(model, owner))
     layout.check()
     layers: dict[str, Layer] = {}
     kept = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-from acestep.checkpoints.convert import PATCH_RENAMES, RENAMES
+from acestep.checkpoints.layout import PATCH_RENAMES, RENAMES
 
 # What trainers, other programs and wrappers of modules write before and between the names of the DiT's own modules.
 _FOREIGN = (

@@ -27,6 +27,7 @@ _LEFT_OUT = {
     "source_s",
     "reference_audio",
     "lora",
+    "lm_lora",
 }
 
 
@@ -66,7 +67,7 @@ def manifest(
         "retake_seed": request.used_retake_seed(item),
         "notice": notice,
         "renderer": {"name": model, "hash": model_hash, "vae": vae, "device": device},
-        "planner": {"name": plan.model, "hash": plan.model_hash, "seed": lm_seed} if plan.model else None,
+        "planner": _planner(plan, lm_seed) if plan.model else None,
         "lora": settings.get("lora"),
         "plan": plan.metadata_of(item).model_dump(exclude_none=True),
         "codes": None if codes is None else {"count": len(codes), "sha256": codes_hash(codes)},
@@ -75,6 +76,11 @@ def manifest(
         "request": request.model_dump(mode="json", exclude_defaults=True, exclude=_LEFT_OUT),
         "versions": versions(),
     }
+
+
+def _planner(plan: Plan, seed: int | None) -> dict[str, Any]:
+    lora = [one.model_dump() for one in plan.lm_lora] or None
+    return {"name": plan.model, "hash": plan.model_hash, "seed": seed, "lora": lora}
 
 
 def codes_hash(codes: Sequence[int]) -> str:

@@ -22,6 +22,8 @@ from safetensors import SafetensorError, safe_open
 
 from acestep.checkpoints.layout import (
     COMPONENTS,
+    PATCH_RENAMES,
+    RENAMES,
     SILENCE_FILE,
     SILENCE_FRAMES,
     TOKENIZER_FILES,
@@ -39,15 +41,6 @@ PREFIXES = {
     "tokenizer.": "audio_tokenizer",
     "detokenizer.": "audio_token_detokenizer",
 }
-RENAMES = {
-    ".q_proj.": ".to_q.",
-    ".k_proj.": ".to_k.",
-    ".v_proj.": ".to_v.",
-    ".o_proj.": ".to_out.0.",
-    ".q_norm.": ".norm_q.",
-    ".k_norm.": ".norm_k.",
-}
-PATCH_RENAMES = {"proj_in.1.": "proj_in_conv.", "proj_out.1.": "proj_out_conv."}
 _SHOWN_KEYS = 20
 _SHARED = (
     "head_dim", "rope_theta", "attention_bias", "attention_dropout", "rms_norm_eps", "sliding_window",

@@ -24,6 +24,16 @@ TOKENIZER_FILES = (
     "merges.txt", "chat_template.jinja",
 )  # fmt: skip
 _OPTIONAL_THERE = ("audio_tokenizer", "audio_token_detokenizer")
+# Modules of the DiT, as the original layout and as diffusers call them.
+RENAMES = {
+    ".q_proj.": ".to_q.",
+    ".k_proj.": ".to_k.",
+    ".v_proj.": ".to_v.",
+    ".o_proj.": ".to_out.0.",
+    ".q_norm.": ".norm_q.",
+    ".k_norm.": ".norm_k.",
+}
+PATCH_RENAMES = {"proj_in.1.": "proj_in_conv.", "proj_out.1.": "proj_out_conv."}
 SILENCE_FILE = "silence_latent.pt"
 SILENCE_FRAMES = 15_000
 _MAX_HEADER = 100_000_000

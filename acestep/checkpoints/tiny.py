@@ -17,15 +17,13 @@ from safetensors.torch import save_file
 from tokenizers import processors
 
 from acestep.checkpoints.convert import (
-    PATCH_RENAMES,
     PREFIXES,
-    RENAMES,
     link_companions,
     make_readable,
     write_component,
     write_pipeline_files,
 )
-from acestep.checkpoints.layout import SILENCE_FILE, SILENCE_FRAMES
+from acestep.checkpoints.layout import PATCH_RENAMES, RENAMES, SILENCE_FILE, SILENCE_FRAMES
 from acestep.checkpoints.modules import Qwen3Model, component_class, quiet
 from acestep.checkpoints.published import LYRIC_HEADS, TINY_PLANNER, TINY_RENDERERS, companion_folders
 from acestep.checkpoints.tiny_planner import write_tiny_planner

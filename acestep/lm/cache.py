@@ -125,6 +125,11 @@ class Arena:
         for store in (*self.keys, *self.values):
             store.zero_()
 
+    def wipe(self, span: Span) -> None:
+        """Forget the values of a row."""
+        for store in (*self.keys, *self.values):
+            store[span.start : span.start + span.size] = 0
+
     def copy(self, source: Span, target: Span, length: int) -> None:
         """The first `length` tokens of a row into another row."""
         for store in (*self.keys, *self.values):

@@ -113,8 +113,10 @@ class Decoder:
             output.written = list(move.forced)
             # Only the first output reads the prompt; the others take over its keys and values.
             output.cond = PlannerRow(next(places), [*job.prompt, *move.forced] if i == 0 else [])
+            output.cond.adapters = job.adapters
             if job.uncond is not None:
                 output.uncond = PlannerRow(next(places), [*job.uncond, *move.forced] if i == 0 else [])
+                output.uncond.adapters = job.adapters
             if move.choice is None:  # everything was known before
                 self._release(output)
             else:
@@ -145,10 +147,10 @@ class Decoder:
         """Read pending tokens (of prompts only some), then draw one token for every output that is up to date; and weigh some tokens.
 
         Returns:
-            Jobs that are finished. Their rows are free again.
+            Jobs that are finished, or have an `error`. Their rows are free again.
 
         Raises:
-            InvalidOutput: The model gave a number that is not finite.
+            InvalidOutput: The model gave a number that is not finite, without an adapter.
             OutOfMemory: The device's memory is exhausted.
         """
         reading, due = self._select()
@@ -169,6 +171,8 @@ class Decoder:
         return [*self.jobs, *self.weighing]
 
     def _read_and_draw(self, reading: list[tuple[PlannerRow, int]], due: list[Output]) -> None:
+        for row in (row for job in self.jobs for output in job.outputs for row in output.rows):
+            row.hidden = -1
         for at, (row, _) in enumerate(reading):
             row.hidden = at
         with self._kernels():
@@ -217,12 +221,29 @@ class Decoder:
             penalised = output.params.repetition_penalty != 1.0
             groups.setdefault((output.choice.kind, output.choice.end, penalised), []).append(output)
         drawn = [(outputs, self._sample(outputs, hidden)) for outputs in groups.values()]
-        if not bool(hidden.isfinite().all()):  # asked after the draw, so that a GPU is not waited for twice
-            raise InvalidOutput("the planner's weights gave a number that is not finite", device=str(self.model.device))
+        sound = hidden.isfinite().all(-1)  # asked after the draw, so that a GPU is not waited for twice
+        if not bool(sound.all()):
+            self._give_up(sound.tolist())
         for outputs, indices in drawn:
             for output, index in zip(outputs, indices.tolist(), strict=True):
-                self._advance(output, self.heads.token(output.choice, index))
+                if not output.done:
+                    self._advance(output, self.heads.token(output.choice, index))
         self.drawn_total += len(due)
+
+    def _give_up(self, sound: list[bool]) -> None:
+        """End the jobs whose adapters made a number that is not finite; the others go on."""
+        for job in self.jobs:
+            left = [output for output in job.outputs if not output.done]
+            if all(row.hidden < 0 or sound[row.hidden] for output in left for row in output.rows):
+                continue
+            if job.adapters is None:
+                device = str(self.model.device)
+                raise InvalidOutput("the planner's weights gave a number that is not finite", device=device)
+            job.error = InvalidOutput("lm_lora: the planner with it gave a number that is not finite", field="lm_lora")
+            for output in left:
+                for row in output.rows:
+                    self.arena.wipe(row.span)  # attention over masked places would carry it to the next row there
+                self._release(output)
 
     def _sample(self, outputs: list[Output], hidden: torch.Tensor) -> torch.Tensor:
         device = hidden.device

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from acestep.errors import AceStepError, Internal, LimitExceeded
+from acestep.lm.adapters import RowAdapters
 from acestep.lm.decoder import Decoder
 from acestep.lm.flows import CODES_STREAM, Flow, FlowBuilder
 from acestep.lm.job import Job
@@ -44,6 +45,10 @@ class _Run:
     codes_total: int = 0
     reported: int = 0
 
+    @property
+    def adapters(self) -> RowAdapters | None:
+        return next((job.adapters for job in self.jobs if isinstance(job, Job)), None)
+
 
 class PlannerEngine:
     """Runs flows over one decoder.
@@ -72,7 +77,7 @@ class PlannerEngine:
         if isinstance(run, AceStepError) or not run.jobs:
             return True
         # Later phases of admitted songs go first, or they would starve behind short newcomers.
-        return not self._waiting and self._decoder.fits(run.jobs[0])
+        return not self._waiting and self._decoder.fits(run.jobs[0]) and self._adapters_fit(run)
 
     def add(self, ticket: PlannerTicket) -> None:
         run = self._prepare(ticket)
@@ -126,6 +131,11 @@ class PlannerEngine:
 
     # -- flows
 
+    def _adapters_fit(self, run: _Run) -> bool:
+        mine = run.adapters
+        running = [adapters for r in self._runs.values() if (adapters := r.adapters) is not None]
+        return mine is None or self._flows.adapters is None or self._flows.adapters.fit(running, mine)
+
     def _prepare(self, ticket: PlannerTicket) -> _Run | AceStepError:
         """The ticket's flow up to its first jobs, made once while it waits at the head of the queue."""
         if self._prepared is None or self._prepared[0] is not ticket:
@@ -165,7 +175,13 @@ class PlannerEngine:
             heapq.heappush(self._waiting, (run.ticket.priority, run.order, next(self._order), job))
 
     def _job_done(self, job: Job | WeighingJob) -> None:
-        run = self._run_of.pop(job)
+        run = self._run_of.pop(job, None)
+        if run is None:  # another job of its song failed in this step
+            return
+        if isinstance(job, Job) and job.error is not None:
+            self.remove(run.ticket)
+            run.ticket.fail(job.error)
+            return
         run.steps += job.steps
         run.open_jobs -= 1
         if run.open_jobs:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from acestep.adjust import over_plan, refusal, unique
 from acestep.condition_texts import MAX_TEXT_TOKENS, caption_text
 from acestep.errors import InvalidOutput, InvalidRequest, LimitExceeded
+from acestep.lm.adapters import PlannerAdapters
 from acestep.lm.grammar import MAX_CAPTION_TOKENS, CodesProgram, CotProgram, Grammar, OpenProgram
 from acestep.lm.job import Job
 from acestep.lm.metadata import (
@@ -29,7 +30,7 @@ from acestep.lm.sampling import SamplingParams
 from acestep.lm.scores import scored
 from acestep.lm.weighing import WeighingJob
 from acestep.lm.work import FormatWork, InspireWork, PlannerWork, PlanWork, Sample, TextWork, UnderstandWork
-from acestep.plan import CODES_PER_SECOND, Adjustment, Metadata, Plan
+from acestep.plan import CODES_PER_SECOND, Adjustment, Metadata, Plan, UsedLora
 from acestep.request import INSTRUMENTAL, MAX_DURATION_S, MAX_SEED, MIN_DURATION_S, SongRequest
 from acestep.tasks import RULES, instruction
 from acestep.words import is_instrumental
@@ -53,6 +54,7 @@ class FlowBuilder:
         max_len: Tokens that one row may have.
         max_rows_per_job, max_tokens_per_job: Rows, and tokens of keys and values, that one job may take; more outputs become more
             jobs.
+        adapters: Loads what `lm_lora` of a request names.
     """
 
     grammar: Grammar
@@ -60,11 +62,28 @@ class FlowBuilder:
     max_len: int
     max_rows_per_job: int
     max_tokens_per_job: int
+    adapters: PlannerAdapters | None = None
 
     def flow(self, work: PlannerWork) -> Flow:
-        return self._plan(work) if isinstance(work, PlanWork) else self._sample(work)
+        return self._adapted(work) if isinstance(work, PlanWork) else self._sample(work)
 
     # -- songs
+
+    def _adapted(self, work: PlanWork) -> Flow:
+        """A plan whose jobs run with the adapters that its request names."""
+        adapters = self.adapters.get(work.request.lm_lora) if self.adapters is not None else None
+        jobs_of, used = self._plan(work), False
+        while True:
+            try:
+                jobs = next(jobs_of)
+            except StopIteration as end:
+                plan: Plan = end.value
+                loras = tuple(UsedLora(**one) for one in adapters.active.as_settings()) if adapters and used else ()
+                return plan.model_copy(update={"lm_lora": loras}) if used else plan
+            for job in jobs:
+                if isinstance(job, Job):  # scores are the plain planner's, to be compared
+                    job.adapters, used = adapters, True
+            yield jobs
 
     def _plan(self, work: PlanWork) -> Flow:
         request, _ = over_plan(work.request)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from acestep.errors import AceStepError
+from acestep.lm.adapters import RowAdapters
 from acestep.lm.grammar import Choice, Program
 from acestep.lm.reading import PlannerRow
 from acestep.lm.sampling import SamplingParams
@@ -48,6 +50,10 @@ class Job:
         uncond: Ids of the unconditional prompt; None switches guidance off.
         outputs: Program and seed of each output. All programs must start alike.
         stream: Separates the noise of jobs that share a seed.
+
+    Attributes:
+        adapters: What its song adds to the model.
+        error: Why it ended without a result.
     """
 
     def __init__(
@@ -64,6 +70,8 @@ class Job:
         self.params = params
         self.outputs = [Output(program, seed, params, drawn=stream << 32) for program, seed in outputs]
         self.stream = stream
+        self.adapters: RowAdapters | None = None
+        self.error: AceStepError | None = None
         self.steps = 0
         self.prompt_read = False
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch.nn import functional as F
@@ -20,6 +21,9 @@ _TRIAL_TOKENS = 7  # no dimension of a model is as long, so that the compiler ta
 
 # (layer, queries (T, heads, head_dim), keys (T, kv_heads, head_dim), values likewise) -> (T, heads * head_dim)
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Product = Literal["qkv", "out", "gate_up", "down"]  # of a layer, as its matrices are called
+# (layer, product, its inputs (T, in), its outputs (T, out), which it changes)
+Adapt = Callable[[int, Product, torch.Tensor, torch.Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -113,8 +117,17 @@ class PlannerModel:
         return sum(t.numel() * t.element_size() for t in tensors)
 
     @torch.inference_mode()
-    def forward(self, ids: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
-        """Args: `ids` and `positions`, (T,) int64. Returns (T, hidden) after the final norm."""
+    def forward(
+        self, ids: torch.Tensor, positions: torch.Tensor, attend: Attend, adapt: Adapt | None = None
+    ) -> torch.Tensor:
+        """Args: `ids` and `positions`, (T,) int64; `adapt` changes what the products gave. Returns (T, hidden) after the final norm."""
+
+        def product(index: int, name: Product, x: torch.Tensor) -> torch.Tensor:
+            out = F.linear(x, getattr(self.layers[index], name))
+            if adapt is not None:
+                adapt(index, name, x, out)
+            return out
+
         c, p = self.config, self._pointwise
         qk_heads = c.heads + c.kv_heads
         cos, sin = self._cos[positions][:, None], self._sin[positions][:, None]
@@ -122,12 +135,12 @@ class PlannerModel:
         normed = F.rms_norm(x, (c.hidden_size,), self.layers[0].input_norm, c.rms_norm_eps)
         following = [layer.input_norm for layer in self.layers[1:]] + [self.norm]
         for i, (layer, next_norm) in enumerate(zip(self.layers, following, strict=True)):
-            qkv = F.linear(normed, layer.qkv).view(len(ids), qk_heads + c.kv_heads, c.head_dim)
+            qkv = product(i, "qkv", normed).view(len(ids), qk_heads + c.kv_heads, c.head_dim)
             qk = p.rotate_heads(qkv, layer.qk_norm, cos, sin, c.rms_norm_eps)
             attended = attend(i, qk[:, : c.heads], qk[:, c.heads :], qkv[:, qk_heads:])
-            x, normed = p.add_norm(x, F.linear(attended, layer.out), layer.mlp_norm, c.rms_norm_eps)
-            opened = p.gate(F.linear(normed, layer.gate_up))
-            x, normed = p.add_norm(x, F.linear(opened, layer.down), next_norm, c.rms_norm_eps)
+            x, normed = p.add_norm(x, product(i, "out", attended), layer.mlp_norm, c.rms_norm_eps)
+            opened = p.gate(product(i, "gate_up", normed))
+            x, normed = p.add_norm(x, product(i, "down", opened), next_norm, c.rms_norm_eps)
         return normed
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from acestep.errors import DeviceUnavailable, OutOfMemory
+from acestep.lm.adapters import PlannerAdapters
 from acestep.lm.attention import decode_kernel
 from acestep.lm.decoder import Decoder
 from acestep.lm.engine import PlannerEngine
@@ -94,7 +95,7 @@ class Planner:
             grammar = Grammar(tokenizer)
             static = device.type != "cpu"
             kernel = decode_kernel(config, device, dtype) if settings.attention != "eager" else None
-            tokens = arena_tokens(
+            tokens, adapter_bytes = arena_tokens(
                 model, rows=settings.slots, max_len=max_len, memory_bytes=settings.memory_bytes,
                 gathers=static and kernel is None,
             )  # fmt: skip
@@ -110,6 +111,7 @@ class Planner:
             max_len,
             max(2, decoder.max_rows // 2),
             decoder.arena.allocator.capacity // 2,
+            PlannerAdapters(model, adapter_bytes),
         )
         info = PlannerInfo(
             name=name or path.name,

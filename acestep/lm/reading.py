@@ -8,9 +8,10 @@ from typing import Protocol
 
 import torch
 
+from acestep.lm.adapters import RowAdapters
 from acestep.lm.attention import DecodeKernel, RowAttention, Segment, SpanAttention
 from acestep.lm.cache import Arena, Span
-from acestep.lm.model import PlannerModel
+from acestep.lm.model import Adapt, PlannerModel, Product
 
 log = logging.getLogger(__name__)
 
@@ -22,12 +23,14 @@ class PlannerRow:
     Attributes:
         span: Its place in the arena.
         pending: Tokens that wait to be read.
-        hidden: Where its newest hidden state lies in the step's result.
+        hidden: Where its newest hidden state lies in the step's result; -1 where the step reads nothing of it.
+        adapters: What its song adds to the model.
     """
 
     span: Span
     pending: list[int]
     hidden: int = -1
+    adapters: RowAdapters | None = None
 
 
 class Reader(Protocol):
@@ -49,7 +52,10 @@ class FlatReader:
         positions: list[int] = []
         segments: list[Segment] = []
         last: list[int] = []
+        adapted: list[tuple[slice, RowAdapters]] = []
         for row, length in reading:
+            if row.adapters is not None:
+                adapted.append((slice(len(ids), len(ids) + length), row.adapters))
             past = row.span.used
             segments.append(Segment(row.span, past, length))
             ids += row.pending[:length]
@@ -63,12 +69,22 @@ class FlatReader:
             torch.tensor(ids + padding, device=device),
             torch.tensor(positions + padding, device=device),
             RowAttention(self._arena, segments, len(ids) + len(padding)),
+            _adapt(adapted) if adapted else None,
         )
         return hidden[torch.tensor(last, device=device)]
 
 
+def _adapt(adapted: list[tuple[slice, RowAdapters]]) -> Adapt:
+    def add(layer: int, product: Product, x: torch.Tensor, out: torch.Tensor) -> None:
+        for tokens, adapters in adapted:
+            adapters.add(layer, product, x[tokens], out[tokens])
+
+    return add
+
+
 class StaticReader:
-    """For GPUs: rows that read one token go through static shapes, recorded as CUDA graphs. Prompts and forced runs take the flat way.
+    """For GPUs: rows that read one token go through static shapes, recorded as CUDA graphs. Prompts and forced runs take the flat way,
+    and so do rows with adapters, which are in no graph.
 
     Args:
         rows: Most rows in flight.
@@ -111,13 +127,13 @@ class StaticReader:
         return len(self._graphs)
 
     def __call__(self, reading: list[tuple[PlannerRow, int]]) -> torch.Tensor:
-        single = [i for i, (_, length) in enumerate(reading) if length == 1]
+        single = [i for i, (row, length) in enumerate(reading) if length == 1 and row.adapters is None]
         if not single:
             return self._flat(reading)
         hidden = self._decode([reading[i][0] for i in single])
         if len(single) == len(reading):
             return hidden
-        rest = [i for i, (_, length) in enumerate(reading) if length != 1]
+        rest = sorted({*range(len(reading))} - {*single})
         result = hidden.new_empty(len(reading), hidden.shape[1])
         result[single], result[rest] = hidden, self._flat([reading[i] for i in rest])
         return result

@@ -89,6 +89,10 @@ class PoolArgs(_Args):
 class PlannerArgs(PoolArgs):
     """`deployments.app:lm`."""
 
+    lora_roots: tuple[str, ...] | None = Field(
+        None, description="Folders whose planner adapters a request's `lm_lora` may name. Null: ACESTEP_HOME/loras."
+    )
+
 
 class RendererArgs(PoolArgs):
     """`deployments.app:dit`."""

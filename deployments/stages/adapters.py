@@ -1,4 +1,4 @@
-"""Which adapters a request may name: those under the folders that the renderer's operator allows."""
+"""Which adapters a request may name: those under the folders that the operator of renderer or planner allows."""
 
 from __future__ import annotations
 
@@ -37,8 +37,27 @@ def with_adapters(request: SongRequest, roots: Sequence[Path]) -> SongRequest:
     return request.model_copy(update={"lora": loras})
 
 
-def find(asked: str, roots: Sequence[Path]) -> Path:
-    """The adapter that an absolute path, or a name under one of the folders, means.
+def with_planner_adapters(request: SongRequest, roots: Sequence[Path]) -> SongRequest:
+    """The request with the paths of its planner's adapters made absolute.
+
+    Raises:
+        InvalidRequest: see `find`.
+    """
+    from acestep.lm.adapters import for_planner
+
+    if not request.lm_lora:
+        return request
+    try:
+        loras = tuple(
+            lora.model_copy(update={"path": str(find(lora.path, roots, "planner"))}) for lora in request.lm_lora
+        )
+    except InvalidRequest as error:
+        raise for_planner(error) from error
+    return request.model_copy(update={"lm_lora": loras})
+
+
+def find(asked: str, roots: Sequence[Path], owner: str = "renderer") -> Path:
+    """The adapter that an absolute path, or a name under one of the `owner`s' folders, means.
 
     Links may lead from any of the folders to any of them. The path keeps their names: those of a cache's files say nothing.
 
@@ -46,7 +65,7 @@ def find(asked: str, roots: Sequence[Path]) -> Path:
         InvalidRequest: not there, outside the folders (which answers the same, so that nobody can look for files), behind a link
             that leads out of them, or not to be read.
     """
-    refusal = f"there is no adapter {asked[:100]!r} in the renderers' LoRA folders"
+    refusal = f"there is no adapter {asked[:100]!r} in the {owner}s' LoRA folders"
     for root in roots:
         path = Path(os.path.abspath(root / asked))  # an absolute path replaces the root
         try:

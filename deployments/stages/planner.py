@@ -11,6 +11,7 @@ from acestep.errors import AceStepError, Unavailable
 from acestep.request import SongRequest
 from acestep.song import Progress
 from deployments.config.args import PlannerArgs, parse_args
+from deployments.stages.adapters import adapter_roots, with_planner_adapters
 from deployments.stages.messages import TALK_PRIORITY, ProgressMailbox, failure, follow, ticket_id
 from deployments.stages.simulated import NOTICE, SimulatedPlanner
 from deployments.stages.start import start_replica
@@ -35,6 +36,7 @@ class PlannerDeployment:
         join_serve()
         self._leaving = False  # told to go while it started, Serve still looks at its health, and logs a trace
         self.args = parse_args(PlannerArgs, args, "lm")
+        self.lora_roots = adapter_roots(self.args.lora_roots)
         start = start_replica("plan", self.args)
         self._planner: Planner | SimulatedPlanner | None = None
         if not start.settings.lm_enabled or start.settings.planner is None:
@@ -82,7 +84,11 @@ class PlannerDeployment:
         from acestep.lm.work import PlanWork
 
         about(job_id)
-        work = PlanWork(SongRequest.model_validate(request), max_duration)
+        try:
+            work = PlanWork(with_planner_adapters(SongRequest.model_validate(request), self.lora_roots), max_duration)
+        except AceStepError as error:
+            yield failure(error)
+            return
         async for message in self._run(work, priority, timeout_s, id=ticket_id(job_id)):
             if took := message.get("result", {}).get("timings"):
                 names = ("metadata", "codes", *(["scores"] if took["scores_s"] else []))

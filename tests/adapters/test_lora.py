@@ -296,7 +296,7 @@ def test_what_is_not_of_the_dit_is_left_out_and_named(transformer, tmp_path):
     # The greater part of it, or any layer of the DiT, is another model's adapter.
     foreign = {f"encoder.layers.{i}.q_proj": (torch.ones(4, 8), torch.ones(8, 4)) for i in range(len(weights))}
     save_file(state_as(FOREIGN["peft"], {**weights, **foreign}), tmp_path / "k.safetensors")
-    refused(tmp_path, transformer, "greater part no adapter of this renderer's DiT: encoder.layers.0.to_q")
+    refused(tmp_path, transformer, "greater part no adapter of this renderer: encoder.layers.0.to_q")
     deeper = {**weights, "layers.9.mlp.up_proj": (torch.ones(4, 48), torch.ones(96, 4))}
     save_file(state_as(FOREIGN["kohya"], deeper), tmp_path / "k.safetensors")
     refused(tmp_path, transformer, "no linear layer layers_9_mlp_up_proj")

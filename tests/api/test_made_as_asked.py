@@ -13,11 +13,15 @@ import json
 import threading
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from acestep.checkpoints.tiny_planner import _HIDDEN, _MLP
 from acestep.errors import Unavailable
 from deployments.fleet.watch import FleetView
 from deployments.jobs import retry
@@ -79,12 +83,22 @@ class _Stream:
         self.closing = asyncio.ensure_future(self.messages.aclose())
 
 
+def write_adapter(path: Path) -> None:
+    """For the tiny planner."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(0)
+    key = "base_model.model.model.layers.0.mlp.down_proj.lora"
+    down, up = torch.randn(2, _MLP, generator=generator), torch.randn(_HIDDEN, 2, generator=generator)
+    save_file({f"{key}_A.weight": down, f"{key}_B.weight": up}, path)
+
+
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stages]:
     home = tmp_path_factory.getbasetemp() / "acestep-home"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACESTEP_HOME", str(home))
         patch.setenv("HF_HUB_OFFLINE", "1")
+        write_adapter(home / "loras" / "swing.safetensors")
         planner = PlannerDeployment({"model": "tiny-lm", "num_gpus": 0})
         renderer = RendererDeployment({"model": "tiny", "num_gpus": 0})
         yield Stages({"plan": planner, "render": renderer})
@@ -138,7 +152,9 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "native, no codes": ("/v1/music", {**NATIVE, "thinking": False}),
     "native, nothing planned": ("/v1/music", {**NATIVE, "thinking": False, "use_cot_metas": False}),
     "native, batch": ("/v1/music", {**NATIVE, "batch_size": 2, "formats": ["flac", "wav"]}),
+    "native, adapted planner": ("/v1/music", {**NATIVE, "lm_lora": {"path": "swing.safetensors", "scale": 0.5}}),
     "task": ("/release_task", {**TASK, "prompt": "pop"}),
+    "task, adapted planner": ("/release_task", {**TASK, "thinking": True, "lm_lora": [{"path": "swing.safetensors"}]}),
     "task, thinking": ("/release_task", {**TASK, "prompt": "pop", "thinking": True}),
     "task, thinking, open": ("/release_task", {**TASK, "prompt": "pop", "thinking": True, "audio_duration": None}),
     "sample mode": ("/release_task", {**TASK, "sample_mode": True}),
@@ -180,6 +196,34 @@ async def test_what_the_planner_rewrites_is_another_song(whole: Site) -> None:
     async with running(whole):
         songs = [(await made(whole, await ask(whole, *WAYS[way])))[1][0] for way in ways]
     assert len(set(songs)) == len(ways)
+
+
+async def test_an_adapted_planner_is_told_and_is_another(whole: Site) -> None:
+    async with running(whole):
+        plain, _ = await made(whole, await ask(whole, *WAYS["native"]))
+        adapted, _ = await made(whole, await ask(whole, *WAYS["native, adapted planner"]))
+    assert plain["plan"]["codes"] != adapted["plan"]["codes"]
+    (used,) = adapted["plan"]["lm_lora"]
+    assert (used["name"], used["kind"], used["scale"]) == ("swing", "LoRA", 0.5)
+    assert plain["plan"]["lm_lora"] == []
+
+
+@pytest.mark.parametrize(
+    ("field", "path", "text"),
+    [
+        ("lm_lora", "none", "lm_lora.path: there is no adapter 'none' in the planners' LoRA folders"),
+        ("lm_lora", "/etc/passwd", "in the planners' LoRA folders"),
+        ("lora", "swing.safetensors", "lora: swing does not fit this renderer: layers.0.mlp.down_proj is"),
+    ],
+)
+async def test_an_adapter_that_the_stage_cannot_use_is_refused_by_name(
+    whole: Site, field: str, path: str, text: str
+) -> None:
+    async with running(whole):
+        job_id = await ask(whole, "/v1/music", {**NATIVE, field: {"path": path}})
+        job = (await whole.client.get(f"/v1/jobs/{job_id}", headers={"Prefer": "wait=60"})).json()
+    assert (job["state"], job["error"]["type"], job["error"]["field"]) == ("failed", "invalid_request", f"{field}.path")
+    assert text in job["error"]["message"]
 
 
 @pytest.mark.parametrize("way", ["sample mode, thinking", "better, thinking"])

@@ -5,7 +5,7 @@ import math
 
 from acestep.audio.loudness import Loudness
 from acestep.audio.manifest import codes_hash, manifest
-from acestep.plan import Metadata, Plan
+from acestep.plan import Metadata, Plan, UsedLora
 from acestep.request import Lora, SongRequest
 
 
@@ -19,15 +19,28 @@ def facts(request, plan=None, **changed):
 
 def test_everything_that_made_the_song_is_there():
     plan = Plan(
-        metadata=Metadata(bpm=90), codes=((1, 2), (3, 4, 5)), lm_seeds=(10, 11), model="tiny-lm", model_hash="cd"
+        metadata=Metadata(bpm=90), codes=((1, 2), (3, 4, 5)), lm_seeds=(10, 11), model="tiny-lm", model_hash="cd",
+        lm_lora=(UsedLora(name="y", hash="01", kind="LoRA", scale=2.0),),
+    )  # fmt: skip
+    request = SongRequest(
+        prompt="calm piano",
+        batch_size=2,
+        seed=7,
+        duration=10,
+        lora=Lora(path="/srv/loras/x"),
+        lm_lora=Lora(path="/srv/y"),
     )
-    request = SongRequest(prompt="calm piano", batch_size=2, seed=7, duration=10, lora=Lora(path="/srv/loras/x"))
     lora = [{"name": "x", "hash": "ef", "kind": "LoRA", "scale": 0.5}]
     found = facts(request, plan, settings={"steps": 8, "lora": lora}, level=Loudness(-1.0, -14.004, True))
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert found["seed"] == 8
     assert found["renderer"] == {"name": "tiny", "hash": "ab", "vae": "official", "device": "cpu"}
-    assert found["planner"] == {"name": "tiny-lm", "hash": "cd", "seed": 11}
+    assert found["planner"] == {
+        "name": "tiny-lm",
+        "hash": "cd",
+        "seed": 11,
+        "lora": [{"name": "y", "hash": "01", "kind": "LoRA", "scale": 2.0}],
+    }
     assert found["lora"] == lora
     assert found["settings"] == {"steps": 8}
     assert found["plan"] == {"bpm": 90}

@@ -203,6 +203,7 @@ def _fields() -> Iterable[Field]:
     yield Field("lora_path", s, None, about="An adapter for this song, instead of the one of /v1/lora/load.")
     yield Field("lora_scale", f, 1.0, low=0, high=4)
     yield Field("lora", "raw", None, about='Several adapters: [{"path": ..., "scale": ...}, ...].')
+    yield Field("lm_lora", "raw", None, about="Adapters of the planner, likewise.")
     # Sent by newer clients
     yield Field("use_tiled_decode", b, True, ("useTiledDecode",), no_effect="tiles follow the card's memory")
     yield Field("eta", f, _APG["eta"].default, low=_APG["eta"].low, high=_APG["eta"].high, about=_OF_APG)

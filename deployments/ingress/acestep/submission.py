@@ -168,6 +168,7 @@ def _planner(v: Values, served: Served) -> dict[str, Any]:
         "lm_top_p": _top_p(v),
         "lm_repetition_penalty": v["lm_repetition_penalty"],
         "lm_negative_prompt": v["lm_negative_prompt"],
+        "lm_lora": _named(v, "lm_lora"),
     }
 
 
@@ -218,17 +219,22 @@ def _renderer(v: Values, served: Served, kind: str, loras: Sequence[Lora]) -> di
 
 def _loras(v: Values, default: Sequence[Lora]) -> Any:
     """What `lora` names, else `lora_path`, else the caller's default; `SongRequest` checks it."""
-    named, path = v["lora"], v["lora_path"]
-    if isinstance(named, str):  # in a form
-        try:
-            named = parse_json(named.encode())
-        except ValueError:
-            raise InvalidRequest("lora: must be a JSON list of objects with path and scale", field="lora") from None
+    named, path = _named(v, "lora"), v["lora_path"]
     if named and path:
         v.warn("lora_path", path, None, "lora goes first")
     if v["lora_scale"] != 1.0 and (named or not path):
         v.warn("lora_scale", v["lora_scale"], None, "there is no lora_path")
     return named or ({"path": path, "scale": v["lora_scale"]} if path else tuple(default))
+
+
+def _named(v: Values, field: str) -> Any:
+    named = v[field]
+    if not isinstance(named, str):
+        return named
+    try:  # in a form
+        return parse_json(named.encode())
+    except ValueError:
+        raise InvalidRequest(f"{field}: must be a JSON list of objects with path and scale", field=field) from None
 
 
 def _file(v: Values) -> dict[str, Any]:
