@@ -112,7 +112,7 @@ class Pool:
         self.coming: dict[
             str, tuple[float, float, float]
         ] = {}  # song id -> (planned at, as foretold; render work; due)
-        self.upcoming: dict[str, tuple[float, float]] = {}  # song id -> (render work, planning since)
+        self.upcoming: dict[str, tuple[float, float, float]] = {}  # song id -> (render work, planning since, estimate)
         self.upcoming_s = 0.0
         self.later_s = 0.0
         self.recent: list[tuple[float, float]] = []
@@ -165,10 +165,11 @@ class Pool:
     def backlog(self, now: float) -> Backlog:
         self.recent = [entry for entry in self.recent if entry[0] > now - RATE_WINDOW_S]
         planning = len(self.upcoming)
-        elapsed = sum(now - since for _, since in self.upcoming.values())
+        elapsed = sum(now - since for _, since, _ in self.upcoming.values())
+        estimated = sum(seconds for _, _, seconds in self.upcoming.values())
         return Backlog(
             waiting_s=self.waiting_s, running_s=self.running_s(now), upcoming_s=self.upcoming_s, later_s=self.later_s,
-            handover=handover_rate(self.upcoming_s, elapsed, planning),
+            handover=handover_rate(self.upcoming_s, estimated, elapsed, planning),
             running_jobs=sum(len(r.jobs) if self.slots > 1 else r.busy for r in self.replicas),
             waiting_jobs=len(self.queue), arrival=sum(w for _, w in self.recent) / RATE_WINDOW_S,
         )  # fmt: skip
@@ -349,7 +350,7 @@ class Simulator:
         render = self.pools[song.decision.renderer or ""]
         work = song.decision.est_render_s
         render.later_s = max(0.0, render.later_s - work)
-        render.upcoming[song.id] = (work, self.now)
+        render.upcoming[song.id] = (work, self.now, song.decision.plan_wall_s)
         render.upcoming_s += work
         song.begun = self.now
         cost = pool.profile.planner(pool.spec.model)
@@ -385,7 +386,7 @@ class Simulator:
         request = song.arrival.request
         replica.rows -= plan_rows(request, pool.slots)
         render = self.pools[song.decision.renderer or ""]
-        work, _ = render.upcoming.pop(song.id)
+        work, _, _ = render.upcoming.pop(song.id)
         render.coming.pop(song.id)
         render.upcoming_s = max(0.0, render.upcoming_s - work)
         self.corrections.refine(pool.spec.name, "plan", song.decision.plan_profile_s, self.now - (song.begun or 0.0))

@@ -30,7 +30,6 @@ TIMEOUT_S = 2.0
 CACHE_S = 0.4
 RATE_WINDOW_S = 120.0
 FRESH_S = 60.0
-MIN_PLANNING_S = 5.0
 RENDER_STAGES = ("rendering", "decoding", "encoding")
 
 Places = tuple[tuple[str, float], ...]  # (replica, the part of it that is taken), for each replica that works on a job
@@ -192,7 +191,7 @@ def read_backlogs(database_url: str, now: float | None = None) -> dict[str, Back
     now = time.time() if now is None else now
     columns = (
         jobs.c.state, jobs.c.stage, jobs.c.plan_pool, jobs.c.render_pool, jobs.c.est_plan_s, jobs.c.est_render_s,
-        jobs.c.created_at, jobs.c.planned_at, _RAN,
+        jobs.c.created_at, jobs.c.planned_at, jobs.c.stage_s, _RAN,
     )  # fmt: skip
     recent = sa.or_(jobs.c.state.in_(ACTIVE), jobs.c.created_at >= now - RATE_WINDOW_S)
     with _engine(database_url).connect() as db:
@@ -227,7 +226,8 @@ def summarise(rows: Iterable[Any], now: float) -> dict[str, Backlog]:
             add(plan_pool, "running_jobs", 1)
             add(render_pool, "upcoming_s", render_s)
             add(render_pool, "planning_jobs", 1)
-            add(render_pool, "planning_s", row["ran_s"])
+            add(render_pool, "planning_due_s", row["stage_s"])
+            add(render_pool, "planning_ran_s", row["ran_s"])
         else:
             add(plan_pool, "waiting_s", plan_s)
             add(plan_pool, "waiting_jobs", 1)
@@ -239,7 +239,7 @@ def summarise(rows: Iterable[Any], now: float) -> dict[str, Backlog]:
 
 def _backlog(sums: Mapping[str, float]) -> Backlog:
     planning = sums["planning_jobs"]
-    handover = handover_rate(sums["upcoming_s"], sums["planning_s"], planning)
+    handover = handover_rate(sums["upcoming_s"], sums["planning_due_s"], sums["planning_ran_s"], planning)
     return Backlog(
         waiting_s=sums["waiting_s"], running_s=sums["running_s"], upcoming_s=sums["upcoming_s"],
         later_s=sums["later_s"] if planning else sums["fresh_s"], handover=handover,
@@ -247,16 +247,16 @@ def _backlog(sums: Mapping[str, float]) -> Backlog:
     )  # fmt: skip
 
 
-def handover_rate(planning_work_s: float, elapsed_s: float, planning_jobs: float) -> float:
+def handover_rate(planning_work_s: float, estimated_s: float, elapsed_s: float, planning_jobs: float) -> float:
     """Seconds of render work that leave planning per second, by Little's law: what is in planning over how long it stays there.
 
     Args:
         planning_work_s: Render work of the jobs that are being planned.
+        estimated_s: How long their planning should take, summed.
         elapsed_s: How long they have been planned so far, summed; on average that is half of the time they take.
     """
-    if not planning_jobs:
-        return math.inf
-    return planning_work_s / max(MIN_PLANNING_S, 2.0 * elapsed_s / planning_jobs)
+    planning_s = max(estimated_s, 2.0 * elapsed_s)
+    return planning_work_s * planning_jobs / planning_s if planning_s > 0 else math.inf
 
 
 def _left(work_s: float, ran_s: float) -> float:

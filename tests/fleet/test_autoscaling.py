@@ -252,7 +252,7 @@ def test_the_backlog_follows_a_job_through_its_stages(tmp_path: Any) -> None:
         assert seen["dit"].arrival == pytest.approx(20.0 / 120)
 
         store.beat("me", 30)
-        assert store.claim("j", "me") is not None
+        assert store.claim("j", "me", seconds=5.0) is not None
         seen = read_backlogs(url, now)
         assert (seen["lm"].waiting_s, seen["lm"].running_jobs, seen["dit"].upcoming_s, seen["dit"].later_s) == (
             0.0,
@@ -307,6 +307,18 @@ def test_songs_that_wait_for_planners_that_never_come_stop_counting() -> None:
     old = summarise([row], 1300.0)
     assert old["lm"].waiting_s == 5.0
     assert desired(old["dit"], drain_s=30, max_replicas=4) == 0
+
+
+def test_a_burst_counts_whole_while_a_quick_planner_has_begun_with_one() -> None:
+    """What a planner needs for a song is its estimate, until it proves to be slower."""
+    waits = {
+        "state": "queued", "stage": "queued", "plan_pool": "lm", "render_pool": "dit", "est_plan_s": 0.1, "est_render_s": 1.0,
+        "created_at": 1000.0, "started_at": None, "planned_at": None, "stage_s": 0.0, "ran_s": 0.0,
+    }  # fmt: skip
+    begun = waits | {"state": "running", "stage": "planning", "stage_s": 0.1, "ran_s": 0.01}
+    assert desired(summarise([begun, *[waits] * 5], 1000.0)["dit"], drain_s=1, max_replicas=8) == 6
+    slow = begun | {"ran_s": 5.0}
+    assert desired(summarise([slow, *[waits] * 5], 1000.0)["dit"], drain_s=1, max_replicas=8) == 2
 
 
 def test_a_cancelled_job_is_no_arrival() -> None:
