@@ -125,6 +125,10 @@ class Dispatcher:
             self._stop(job_id)
         return job
 
+    def _stop_all(self) -> None:
+        for job_id in self._tasks:
+            self._stop(job_id)
+
     def _stop(self, job_id: str) -> None:
         """Stop a job's task, once: a second time would break off the writing down of its end."""
         task = self._tasks[job_id]
@@ -144,7 +148,8 @@ class Dispatcher:
     def leave(self) -> None:
         """Take nothing new: this router is being replaced. Who waits for news goes to the next."""
         if not self.leaving:
-            log.info("this router leaves: %d stages end here, nothing new begins", len(self._tasks))
+            fate = "go back into the queue" if self.fleet.view.app_leaves else "end here"
+            log.info("this router leaves: %d stages %s, nothing new begins", len(self._tasks), fate)
             self.leaving = True
             self.notices.close()
 
@@ -158,8 +163,7 @@ class Dispatcher:
     async def drain(self) -> None:
         """Stop what runs here and put it back into the queue: another router, or the next start, goes on from there."""
         tasks = dict(self._tasks)
-        for job_id in tasks:
-            self._stop(job_id)
+        self._stop_all()
         await asyncio.gather(*tasks.values(), return_exceptions=True)
         try:
             await asyncio.to_thread(self.store.leave, self.owner)
@@ -213,6 +217,9 @@ class Dispatcher:
             self.calls.end_on(self.fleet.view.dead_nodes)
             if self.fleet.view.leaving:
                 self.leave()
+            if self.fleet.view.app_leaves:
+                self.notices.close(to_all=True)  # Serve ends a replica only when nobody waits there
+                self._stop_all()
             await changed.wait()
 
     # -- who is next

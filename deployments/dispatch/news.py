@@ -45,11 +45,15 @@ class News:
         self._topics: dict[str, _Topic] = {}
         self._look = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
-        self.closed = False
+        self.closed = self.over = False
 
-    def close(self) -> None:
-        """This router leaves: who can go on at another one stops waiting here."""
-        self.closed = True
+    def close(self, *, to_all: bool = False) -> None:
+        """This router leaves: who can go on at another one stops waiting here.
+
+        Args:
+            to_all: Nothing ends here any more: so does who cannot.
+        """
+        self.closed, self.over = True, self.over or to_all
         for topic in self._topics.values():
             topic.wake()
 
@@ -96,12 +100,12 @@ class News:
         """Return when the job has ended or is gone, or after the time; the job where that is known without a look at the store.
 
         Args:
-            to_the_end: Also while this router leaves.
+            to_the_end: Also while this router leaves, as long as its stages may end here.
         """
         async with self._listening(job_id) as topic:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(timeout_s):
-                    while not (topic.ended or topic.gone or (self.closed and not to_the_end)):
+                    while not (topic.ended or topic.gone or self.over or (self.closed and not to_the_end)):
                         await topic.changed.wait()
             return topic.job
 

@@ -139,11 +139,13 @@ def exception_text(message: str) -> str:
     return message.strip().splitlines()[-1] if message.strip() else ""
 
 
-def parse_details(details: Mapping[str, Any], dead: Collection[str] = (), own: str | None = None) -> FleetView:
+def parse_details(
+    details: Mapping[str, Any], dead: Collection[str] = (), own: tuple[str, str] | None = None
+) -> FleetView:
     """Serve's own description of the cluster (`ServeInstanceDetails`) as pools.
 
     Args:
-        own: Id of the router's replica that looks.
+        own: The router's replica that looks: its application's name, and its id.
         dead: Ray's ids of nodes that died. Serve still calls their replicas running until it has asked for their health.
     """
 
@@ -156,9 +158,10 @@ def parse_details(details: Mapping[str, Any], dead: Collection[str] = (), own: s
     for app, facts in details.get("applications", {}).items():
         apps[app] = str(getattr(facts["status"], "value", facts["status"]))
         deployments = facts.get("deployments") or {}
-        routers = (deployments.get("router") or {}).get("replicas", [])
-        if mine := next((r for r in routers if own is not None and r.get("replica_id") == own), None):
-            leaving, app_leaves = state_of(mine) == "STOPPING", apps[app] == "DELETING"
+        if own is not None and app == own[0]:
+            routers = (deployments.get("router") or {}).get("replicas", [])
+            app_leaves = apps[app] == "DELETING"  # of such an application Serve tells no replicas
+            leaving = app_leaves or any(r.get("replica_id") == own[1] and state_of(r) == "STOPPING" for r in routers)
         config = facts.get("deployed_app_config") or {}
         role = next((ROLE_OF_DEPLOYMENT[d] for d in deployments if d in ROLE_OF_DEPLOYMENT), None)
         if role is None:  # not built yet, or failed to: its import path still tells what it was to be
@@ -218,10 +221,10 @@ class Fleet:
     """Keeps a `FleetView` fresh. Lives in the router's event loop.
 
     Args:
-        own: Id of the replica that this is; None outside Serve.
+        own: The replica that this is: its application's name, and its id; None outside Serve.
     """
 
-    def __init__(self, own: str | None = None) -> None:
+    def __init__(self, own: tuple[str, str] | None = None) -> None:
         self.own = own
         self.view = FleetView()
         self.changed = asyncio.Event()

@@ -49,7 +49,8 @@ class Router:
             retry.patiently, retry.START, "the job store", lambda: JobStore(parsed.database_url), UNREACHABLE
         )
         storage = Storage(parsed.files_url)
-        fleet = Fleet(serve.get_replica_context().replica_id.unique_id)
+        here = serve.get_replica_context()
+        fleet = Fleet((here.app_name, here.replica_id.unique_id))
         self._meter = RouterMeter()
         routing = Routing()
         # Serve's gRPC writes an address of IPv6 as if it were one of IPv4.

@@ -18,6 +18,7 @@ from acestep.request import SongRequest
 from deployments.dispatch import dispatcher as dispatch
 from deployments.dispatch.dispatcher import Dispatcher
 from deployments.fleet.watch import parse_details
+from deployments.ingress.openai.chat import STOPPING
 
 from .conftest import Build, Site, fleet_view
 from .test_running import HANG, SONG, Stage, running, submit, until
@@ -209,22 +210,43 @@ async def test_where_all_of_serve_stops_nothing_is_waited_for(
     async with running(site.service.dispatcher):
         job_id = await submit(site)
         await until(lambda: "render" in stage.calls)
+        stage.render += [HANG, HANG]
+        chat = {"messages": [{"role": "user", "content": "x"}]}
+        asked = [
+            asyncio.create_task(site.client.get(f"/v1/jobs/{job_id}/events")),
+            *(
+                asyncio.create_task(site.client.post("/v1/chat/completions", json={**chat, "stream": stream}))
+                for stream in (False, True)
+            ),
+        ]
+        await until(lambda: stage.calls.count("render") == 3)
         tell(site, leaving=True, app_leaves=True)
-        await asyncio.wait_for(site.service.dispatcher.finish(900.0), 5)
+        # Serve lets a replica close only when its requests have ended.
+        events, whole, stream = await asyncio.wait_for(asyncio.gather(*asked), 30)
+        assert "event: started" in events.text
+        assert (whole.status_code, whole.json()["error"]["message"]) == (504, STOPPING)
+        assert STOPPING in stream.text
+        await until(lambda: not site.service.dispatcher.running)
+        assert {job.state for job in site.service.store.page()} == {"queued"}  # given back, and none cancelled
+        await asyncio.wait_for(site.service.dispatcher.finish(900.0), 30)
     assert (site.job(job_id).state, site.job(job_id).stage, site.job(job_id).attempts) == ("queued", "planned", 1)
 
 
 def test_a_router_sees_that_it_is_being_stopped() -> None:
     def details(state: str, app: str) -> dict[str, Any]:
         replicas = [{"state": state, "replica_id": "me"}, {"state": "RUNNING", "replica_id": "next"}]
-        return {"applications": {"router": {"status": app, "deployments": {"router": {"replicas": replicas}}}}}
+        # Of an application that it deletes Serve tells no deployments.
+        deployments = {} if app == "DELETING" else {"router": {"replicas": replicas}}
+        return {"applications": {"router": {"status": app, "deployments": deployments}}}
 
     for state, app, expected in (
         ("RUNNING", "RUNNING", (False, False)), ("STOPPING", "DEPLOYING", (True, False)), ("STOPPING", "DELETING", (True, True))
     ):  # fmt: skip
-        view = parse_details(details(state, app), own="me")
+        view = parse_details(details(state, app), own=("router", "me"))
         assert (view.leaving, view.app_leaves) == expected
-    assert not parse_details(details("STOPPING", "RUNNING"), own="another").leaving
+    for other in (("router", "another"), ("another", "me")):
+        assert not parse_details(details("STOPPING", "RUNNING"), own=other).leaving
+    assert not parse_details(details("STOPPING", "DELETING"), own=("another", "me")).leaving
 
 
 async def test_an_older_cluster_only_ends_what_it_has(

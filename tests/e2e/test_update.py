@@ -21,6 +21,7 @@ from tests.server import Server
 
 pytestmark = pytest.mark.e2e
 DASHBOARD = re.compile(r"dashboard at \S*?(http://127\.0\.0\.1:\d+)")
+READY = re.compile(r" dit_dit (\w+) .*-- renderer acestep-v15-turbo is ready")
 SERVE = str(Path(sys.executable).with_name("serve"))
 
 
@@ -68,12 +69,18 @@ def rendering(client: Client, job_id: str) -> dict[str, Any]:
     return job
 
 
-def denoise_s(job: dict[str, Any]) -> float:
-    return float(job["result"]["timings"]["render"]["denoise_s"])
+def replica_starts(server: Server) -> list[str]:
+    """Ids of the renderers' replicas that began to serve, in their order."""
+    return READY.findall(server.output())
 
 
-def replica_starts(server: Server) -> int:
-    return server.output().count("renderer acestep-v15-turbo is ready")
+def made_by(server: Server, job_id: str) -> list[str]:
+    """Ids of the renderers' replicas that made the song; the log of another process may come a moment late."""
+    made = re.compile(rf" dit_dit (\w+) .*-- job {job_id}: 1 item\(s\) rendered")
+    until = time.monotonic() + 30
+    while not (found := made.findall(server.output())) and time.monotonic() < until:
+        time.sleep(0.1)
+    return found
 
 
 def test_new_args_replace_the_replicas_when_their_songs_are_done(server: Server) -> None:
@@ -81,17 +88,19 @@ def test_new_args_replace_the_replicas_when_their_songs_are_done(server: Server)
         song = {"prompt": "a song", "duration": 60, "thinking": False}
         ids = [client.submit(song)["id"]]
         rendering(client, ids[0])
-        assert replica_starts(server) == 1
+        (old,) = replica_starts(server)
         deploy(server, simulated("rtx-3060-ti-8"))
-        while replica_starts(server) == 1:  # however long the change takes, songs wait for what comes
+        while replica_starts(server) == [old]:  # however long the change takes, songs wait for what comes
             if sum(client.job(i)["state"] in ("queued", "running") for i in ids) < 3:
                 ids.append(client.submit(song)["id"])
             time.sleep(0.1)
         songs = [client.wait(i) for i in ids]
         assert [s["attempts"] for s in songs] == [1] * len(ids)
-        # 5.36 s on the old card and 4.22 s on the new one, and never less: it ended where it had begun, and what waited was made by the new one.
-        assert 4.2 < denoise_s(songs[-1]) < 5.3 < denoise_s(songs[0])
-        assert replica_starts(server) == 2
+        _, new = replica_starts(server)
+        # It ended where it had begun, and what waited was made by the new one; no song was made by both.
+        makers = [made_by(server, i) for i in ids]
+        assert (makers[0], makers[-1]) == ([old], [new]), makers
+        assert sorted(makers, key=[[old], [new]].index) == makers
 
 
 def test_another_size_restarts_no_replica(server: Server) -> None:
@@ -109,7 +118,7 @@ def test_another_size_restarts_no_replica(server: Server) -> None:
         while next(p for p in client.cluster()["pools"] if p["name"] == "dit")["replicas"]["running"] != 2:
             assert time.monotonic() < until, server.output()[-3000:]
             time.sleep(0.3)
-        assert replica_starts(server) == before + 1
+        assert replica_starts(server)[:-1] == before
         assert client.wait(job["id"])["attempts"] == 1
 
 
@@ -159,8 +168,10 @@ def test_ctrl_c_with_a_long_song_and_a_listener_ends_soon_and_the_song_goes_on_a
     threading.Thread(target=listen, args=(f"{server.url}/v1/jobs/{job['id']}/events",), daemon=True).start()
     assert heard.wait(120)
     server.interrupt()  # which waits for far less than that
+    assert not re.search(f"job {job['id']}: .* rendered", server.output())  # nor was it waited for
     assert "Traceback" not in server.output(), server.output()[-3000:]
     with Server(edit=simulated("h100-sxm"), home=home) as second, Client(second.url) as client:
         done = client.wait(job["id"])
         assert done["attempts"] == 1  # it was given back, not left to its lease
-        assert denoise_s(done) < 5.0
+        assert "event: requeued" in httpx.get(f"{second.url}/v1/jobs/{job['id']}/events").text
+        assert len(made_by(second, job["id"])) == 1

@@ -31,6 +31,7 @@ from deployments.jobs.store import SUCCEEDED, Busy, Job
 from deployments.jobs.threads import with_files
 
 HEARTBEAT_S = 2.0
+STOPPING = "The server is stopping. The song is made at its next start."
 USAGE = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}  # a song has none
 MAX_INLINE_BYTES = (
     16 << 20
@@ -113,7 +114,7 @@ async def _answer(
         return HeldStream(frames, place.pop_all(), media_type="text/event-stream", headers=headers)
     job = await wait_for_end(service, job, service.args.chat_timeout_s, to_the_end=True)
     if not job.ended:
-        raise HTTPException(504, "Generation timeout")
+        raise HTTPException(504, STOPPING if service.dispatcher.notices.over else "Generation timeout")
     if job.state != SUCCEEDED:
         raise HTTPException(failed_status(job), error_text(job))
     message = {
@@ -171,7 +172,7 @@ async def _read(
 
 
 async def _stream(service: Service, job: Job, chat: ChatRequest) -> AsyncIterator[bytes]:
-    created, stamp = int(time.time()), completion_id(job)
+    created, stamp, notices = int(time.time()), completion_id(job), service.dispatcher.notices
 
     def chunk(delta: dict[str, Any], finish: str | None = None, **more: Any) -> bytes:
         data = {
@@ -182,7 +183,7 @@ async def _stream(service: Service, job: Job, chat: ChatRequest) -> AsyncIterato
 
     try:
         yield chunk({"role": "assistant", "content": ""})
-        while not (job := await wait_for_end(service, job, HEARTBEAT_S, to_the_end=True)).ended:
+        while not (job := await wait_for_end(service, job, HEARTBEAT_S, to_the_end=True)).ended and not notices.over:
             yield chunk({"content": "."})
         if job.state == SUCCEEDED:
             yield chunk({"content": f"\n\n{markdown(job)}"}, **_warnings(job))
@@ -190,13 +191,13 @@ async def _stream(service: Service, job: Job, chat: ChatRequest) -> AsyncIterato
             yield await with_files(chunk, {"audio": audio})
             yield chunk({}, "stop")
         else:
-            yield chunk({"content": f"\n\nError: {error_text(job)}"})
+            yield chunk({"content": f"\n\nError: {error_text(job) if job.ended else STOPPING}"})
             yield chunk({}, "error")
         if chat.stream_options and chat.stream_options.include_usage:
             yield chunk({}, choices=[], usage=USAGE)
         yield b"data: [DONE]\n\n"
     finally:
-        if not job.ended and service.args.cancel_with_stream:  # the client went away
+        if not job.ended and service.args.cancel_with_stream and not notices.over:  # the client went away
             await asyncio.shield(service.dispatcher.cancel(job.id))
 
 
