@@ -85,6 +85,15 @@ assert torch.distributed.is_available() and torch.compile(lambda x: x + 1, backe
     )
 
 
+@pytest.mark.parametrize(
+    "before", ["from transformers import Qwen3ForCausalLM", "from diffusers import AutoencoderOobleck"]
+)
+def test_a_process_that_has_imported_the_libraries_before_loads_a_renderer_all_the_same(
+    tmp_path: Path, before: str
+) -> None:
+    assert "acestep.dit.renderer" in imported(f"{before}\n{LOAD_RENDERER}", tmp_path)
+
+
 def test_builders_import_no_engine_no_database_and_no_encoder(tmp_path: Path) -> None:
     """FastAPI comes with `ray.serve` itself."""
     for builder in ("router", "lm", "dit"):

@@ -3,6 +3,8 @@
 A model class of diffusers is one file, but the packages above it import every model, guider and hook; decorators import torch's compiler,
 and optional packages are imported because they are there. That is two thirds of a renderer's start. Within `lean()` a package is a bare
 folder, the compiler's decorators do nothing, and optional packages are absent; afterwards all of them can be imported as ever.
+
+In a process that has imported either library before, all is imported as ever: the time is spent, and what they found then would not fit.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ _BARE = (
 # Imported wherever they are installed. None of it is asked of diffusers or transformers: LoRA and int8 are done here.
 _OPTIONAL = ("boto3", "peft", "scipy", "torchao")
 _COMPILER = "torch._dynamo"
+_FIRST = not {"diffusers", "transformers"} & sys.modules.keys()
 
 
 class _Decorators(ModuleType):
@@ -51,6 +54,9 @@ def without_compiler() -> Iterator[None]:
 @contextlib.contextmanager
 def lean() -> Iterator[None]:
     """For the imports of a block. What was imported before stays as it was."""
+    if not _FIRST:
+        yield
+        return
     metadata = importlib.metadata
     with (
         # Both libraries list every file of every installed distribution, to know packages whose names differ from their distributions'.
