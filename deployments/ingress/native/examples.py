@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from deployments.ingress.native.answers import JobView
+
 SONGS: dict[str, Any] = {
     "simple": {
         "summary": "A description is enough",
@@ -95,9 +97,14 @@ def _json(description: str, example: Any) -> dict[str, Any]:
     return {"description": description, "content": {"application/json": {"example": example}}}
 
 
-JOB_202 = _json("The job was accepted", _JOB)
-JOB_200 = _json("The job", _DONE)
-JOBS_200 = _json("A page of jobs; `next` is the cursor of the next one", {"jobs": [_DONE], "next": None})
+def _whole(job: dict[str, Any]) -> dict[str, Any]:
+    """The example as the server would answer it: what a later version adds is there with its default."""
+    return JobView.model_validate(job).model_dump(mode="json")
+
+
+JOB_202 = _json("The job was accepted", _whole(_JOB))
+JOB_200 = _json("The job", _whole(_DONE))
+JOBS_200 = _json("A page of jobs; `next` is the cursor of the next one", {"jobs": [_whole(_DONE)], "next": None})
 LYRICS_202 = _json("The job was accepted", {**_JOB, "kind": "lyrics", "of": _ID})
 LYRICS_200 = _json("It ended within `Prefer: wait=n`", _HEARD)
 FILE = _json("The file", _FILE)
