@@ -51,7 +51,7 @@ export function setKey(value, keep) {
 }
 
 /** A path of the API as this page reaches it, also behind a proxy's prefix. @param {string} path */
-export const at = (path) => (path.startsWith("/") ? new URL(path, base) : new URL(path, base)).href;
+export const at = (path) => new URL(path, base).href;
 
 /** Called with "away" | "back" | "key". @type {(what: string) => void} */
 let tell = () => {};
@@ -97,8 +97,7 @@ export async function call(path, options = {}) {
   if (answer.status === 503 && said === null) {
     if (!away) { away = true; tell("away"); }
   }
-  const errors = Array.isArray(said?.errors) ? said.errors.map((/** @type {any} */ e) => ({ field: e.field || e.name || e.loc, message: e.message || e.detail || String(e) })) : [];
-  if (!errors.length && said?.field) errors.push({ field: said.field, message: said.detail || said.title });
+  const errors = Array.isArray(said?.errors) ? said.errors : [];
   const detail = typeof said?.detail === "string" ? said.detail : said?.title;
   throw new Refused(answer.status, detail || `The server answered ${answer.status}.`, errors, retry);
 }

@@ -351,7 +351,7 @@ export class Maker {
 
   async ask() {
     const body = this.request();
-    if (this.noQuotes || (!body.prompt && !body.src_audio && !body.plan)) { this.quote.textContent = ""; return; }
+    if (!body.prompt && !body.src_audio && !body.plan) { this.quote.textContent = ""; return; }
     this.asked?.abort();
     this.asked = new AbortController();
     try {
@@ -361,7 +361,6 @@ export class Maker {
       markWrong(this.form, []);
     } catch (error) {
       if (!(error instanceof Refused)) return;
-      if (error.status === 404 || error.status === 405) this.noQuotes = true;
       this.quote.textContent = "";
       if (error.status === 422 || error.status === 400) { const at = document.activeElement; this.refused(error); if (at instanceof HTMLElement) at.focus(); }
     }
