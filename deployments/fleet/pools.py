@@ -38,6 +38,7 @@ def pool_state(pool: Pool, view: FleetView, backlog: Backlog, correction: float)
         together=int(info.get("together") or 1),
         max_replicas=args.num_replicas if args.num_replicas is not None else args.max_replicas,
         reachable=reachable,
+        placeable=view.placeable(pool),
         slots=int(info.get("capacity") or 1),  # batch rows of a planner
         correction=correction,
         drain_s=None if fixed else args.drain_backlog_s,

@@ -8,6 +8,8 @@ from acestep.gpu_config import Limits
 from acestep.sizing.cost import Profile
 from deployments.config.args import Role
 
+NODE_S = 180.0  # a cloud's machine with a card, from the wish to a Ray node with its image
+
 
 @dataclass(frozen=True)
 class PoolState:
@@ -25,13 +27,14 @@ class PoolState:
         together: Clips that one renderer takes into the same steps.
         max_replicas: How many there may be.
         reachable: Whether the cluster has a node for it, or can add one.
+        placeable: Whether it has one: else a new replica's start begins with a machine's.
         slots: Pieces of work that one replica runs at once: batch rows of a planner, 1 for a renderer.
         busy: Slots in use, over all replicas.
         waiting_s: Seconds of work that wait for it and would go first, in one replica's time.
         coming: What planners will hand over to it: (in how many seconds, seconds of work, whether it goes before us if both wait).
         running_s: Seconds of work left in what runs.
         free_in_s: When each slot of the running replicas will be free, where that is known; else estimated from `running_s`.
-        ready_in_s: When the pending replicas will serve; None means the profile's load time.
+        ready_in_s: When the pending replicas will serve; None means `load_s`.
         correction: Measured time over foretold time (`acestep.sizing.cost.Corrections`).
         drain_s: How its autoscaling sizes it: seconds in which it wants to be rid of what waits. None: it keeps its size.
         target: How many replicas its autoscaling wants now, for all that waits and comes, whoever goes first.
@@ -51,6 +54,7 @@ class PoolState:
     together: int = 1
     max_replicas: int = 1
     reachable: bool = True
+    placeable: bool = True
     slots: int = 1
     busy: int = 0
     waiting_s: float = 0.0
@@ -65,8 +69,9 @@ class PoolState:
 
     @property
     def load_s(self) -> float:
+        """Seconds until a new replica serves."""
         cost = self.profile.planner(self.model) if self.role == "plan" else self.profile.renderer(self.model)
-        return cost.load_s
+        return cost.load_s + (0.0 if self.placeable else NODE_S)
 
     @property
     def can_run(self) -> bool:

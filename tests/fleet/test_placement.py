@@ -121,6 +121,19 @@ def test_work_spills_to_a_larger_card_only_when_the_wait_is_worth_it() -> None:
     assert with_waiting(60) in ("dit-16", "dit-80")
 
 
+def test_a_short_line_is_not_worth_a_machine_that_has_yet_to_come() -> None:
+    """What measured times do to the estimate of a busy pool must not rent a large card, which would come too late."""
+
+    def after(line_s: float, *, placeable: bool) -> str | None:
+        asleep = {"running": 0, "max_replicas": 2, "placeable": placeable}
+        pools = tuple(p for p in three_cards(**asleep).pools if p.name in ("dit-8", "dit-80"))
+        busy = tuple(replace(p, waiting_s=line_s, busy=1) if p.name == "dit-8" else p for p in pools)
+        return choose(song(duration=30, thinking=False, use_cot_metas=False), FleetState(busy)).renderer
+
+    assert [after(s, placeable=True) for s in (5, 60, 600)] == ["dit-8", "dit-80", "dit-80"]
+    assert [after(s, placeable=False) for s in (5, 60, 600)] == ["dit-8", "dit-8", "dit-80"]
+
+
 def test_a_pool_at_zero_is_started_when_the_running_one_is_crowded() -> None:
     quiet = three_cards(running=0, max_replicas=2)
     # Only the large card can: it is planned while that starts.
