@@ -105,7 +105,6 @@ class Pool:
         self.slots = PLANNER_ROWS if spec.role == "plan" else 1
         self.replicas: list[Replica] = []
         self.starting = 0
-        self.starting_at: list[float] = []
         self.target = spec.min_replicas
         self.queue: dict[str, tuple[Song, int, float]] = {}  # waiting id -> (song, items, work)
         self.waiting_s = 0.0
@@ -138,10 +137,9 @@ class Pool:
         return PoolState(
             name=self.spec.name, role=self.spec.role, model=self.spec.model, limits=self.limits, profile=self.profile,
             tasks=TASKS if self.spec.role == "render" else frozenset(), running=len(live), pending=self.starting,
-            max_replicas=self.spec.max_replicas, slots=self.slots, busy=sum(r.rows for r in live), waiting_s=ahead_s,
+            max_replicas=self.spec.max_replicas, slots=self.slots, waiting_s=ahead_s,
             coming=tuple((max(0.1, at - now), work, theirs < due) for at, work, theirs in self.coming.values()), drain_s=self.drain_s,
-            running_s=self.running_s(now), free_in_s=free, correction=correction, target=self.wanted(now),
-            ready_in_s=max(0.0, self.starting_at[0] - now) if self.starting_at else None,
+            free_in_s=free, correction=correction, target=self.wanted(now),
         )  # fmt: skip
 
     def wanted(self, now: float) -> int:
@@ -171,7 +169,7 @@ class Pool:
             waiting_s=self.waiting_s, running_s=self.running_s(now), upcoming_s=self.upcoming_s, later_s=self.later_s,
             handover=handover_rate(self.upcoming_s, estimated, elapsed, planning),
             running_jobs=sum(len(r.jobs) if self.slots > 1 else r.busy for r in self.replicas),
-            waiting_jobs=len(self.queue), arrival=sum(w for _, w in self.recent) / RATE_WINDOW_S,
+            arrival=sum(w for _, w in self.recent) / RATE_WINDOW_S,
         )  # fmt: skip
 
 
@@ -275,11 +273,11 @@ class Simulator:
         self._open += 1
         render = self.pools[decision.renderer or ""]
         render.recent.append((self.now, decision.est_render_s))
-        if decision.planner:
+        if decision.planning:
             render.later_s += decision.est_render_s
-            planned_at = self.now + decision.plan_wait_s + decision.plan_wall_s
+            planned_at = self.now + decision.planning.finish_s
             render.coming[song.id] = (planned_at, decision.est_render_s, arrival.at + self._patience(arrival))
-            pool = self.pools[decision.planner]
+            pool = self.pools[decision.planning.pool.name]
             pool.recent.append((self.now, decision.est_plan_s))
             self._enqueue(pool, song, arrival.request.batch_size, decision.est_plan_s)
             self._feed(pool)
@@ -326,7 +324,7 @@ class Simulator:
     def _first(self, pool: Pool) -> str:
         if len(pool.queue) == 1:
             return next(iter(pool.queue))
-        return next_jobs(self._candidates(pool), self.usage.at(self.now), self.now, 1)[0].id
+        return next(next_jobs(self._candidates(pool), self.usage.at(self.now), self.now)).id
 
     def _candidates(self, pool: Pool) -> list[Waiting]:
         return [
@@ -348,9 +346,10 @@ class Simulator:
 
     def _begin_plan(self, pool: Pool, replica: Replica, song: Song, rows: int) -> None:
         render = self.pools[song.decision.renderer or ""]
-        work = song.decision.est_render_s
+        work, planning = song.decision.est_render_s, song.decision.planning
+        assert planning is not None, "it is being planned"
         render.later_s = max(0.0, render.later_s - work)
-        render.upcoming[song.id] = (work, self.now, song.decision.plan_wall_s)
+        render.upcoming[song.id] = (work, self.now, planning.seconds.wall_s)
         render.upcoming_s += work
         song.begun = self.now
         cost = pool.profile.planner(pool.spec.model)
@@ -389,7 +388,9 @@ class Simulator:
         work, _, _ = render.upcoming.pop(song.id)
         render.coming.pop(song.id)
         render.upcoming_s = max(0.0, render.upcoming_s - work)
-        self.corrections.refine(pool.spec.name, "plan", song.decision.plan_profile_s, self.now - (song.begun or 0.0))
+        if song.decision.planning is not None:
+            foretold_s = song.decision.planning.profile_s
+            self.corrections.refine(pool.spec.name, "plan", foretold_s, self.now - (song.begun or 0.0))
         codes = ((0,) * int(song.arrival.duration * 5),)
         fleet = self._fleet(song.arrival)
         if self.routing == "round_robin":
@@ -483,10 +484,8 @@ class Simulator:
             pool.target = max(pool.spec.min_replicas, min(pool.spec.max_replicas, target))
             have = running + pool.starting
             for _ in range(pool.target - have):
-                at = self.now + pool_load(pool)
                 pool.starting += 1
-                pool.starting_at.append(at)
-                self._at(at, self._ready, pool)
+                self._at(self.now + pool_load(pool), self._ready, pool)
             for _ in range(have - pool.target):
                 idle = next((r for r in pool.replicas if not r.draining and not r.busy and not r.jobs), None)
                 victim = idle or next((r for r in pool.replicas if not r.draining), None)
@@ -500,7 +499,6 @@ class Simulator:
 
     def _ready(self, pool: Pool) -> None:
         pool.starting -= 1
-        pool.starting_at.pop(0)
         pool.replicas.append(Replica(pool, self.now, updated=self.now))
         self._feed(pool)
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from acestep.errors import AceStepError, Cancelled, Internal
 from deployments.dispatch.calls import Calls
+from deployments.dispatch.metrics import Meter
 from deployments.dispatch.news import News
 from deployments.dispatch.questions import Questions
 from deployments.dispatch.routing import NoPool, Routing
@@ -32,7 +33,6 @@ from deployments.jobs.waiting import Row, read_usage, read_waiting, read_working
 from deployments.scheduling.fairness import usage_of
 from deployments.scheduling.line import Line, Place, Room, line_up, next_room_s
 from deployments.telemetry.logs import about
-from deployments.telemetry.metrics import Meter
 from deployments.telemetry.tracing import TRACE, parts, span
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,6 @@ class Dispatcher:
         *,
         lease_s: float,
         max_run_s: float = 3600.0,
-        meter: Meter | None = None,
         calls: Calls | None = None,
         cluster: str = "",
     ) -> None:
@@ -73,7 +72,7 @@ class Dispatcher:
         self.fleet = fleet
         self.routing = routing
         self.lease_s = lease_s
-        self.meter = meter or Meter()
+        self.meter = Meter()
         self.notices = News(store)
         self.calls = calls or Calls()
         self.cluster = cluster

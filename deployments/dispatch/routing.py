@@ -26,7 +26,7 @@ from deployments.fleet.pools import pool_limits, pool_state
 from deployments.fleet.watch import FleetView
 from deployments.jobs.job import Job
 from deployments.jobs.waiting import Backlog, Row
-from deployments.scheduling.choose import Decision, Promise, choose, choose_pool
+from deployments.scheduling.choose import Decision, Option, Promise, choose, choose_pool
 from deployments.scheduling.fairness import Waiting, turn_of
 from deployments.scheduling.line import Place
 from deployments.scheduling.pool import FleetState, PoolState
@@ -121,13 +121,9 @@ class Routing:
             raise InvalidRequest(decision.reason, field="model")
         return decision
 
-    def learn_plan(self, pool: str, foretold_s: float, plan: Plan) -> None:
-        """Take in how long planning took inside the planner.
-
-        Args:
-            foretold_s: By the cost profile alone.
-        """
-        self.corrections.refine(pool, "plan", foretold_s, plan.timings.work_s)
+    def learn_plan(self, option: Option, plan: Plan) -> None:
+        """Take in how long planning took inside the planner."""
+        self.corrections.refine(option.pool.name, "plan", option.profile_s, plan.timings.work_s)
 
     def learn_render(self, view: FleetView, pool: str, request: SongRequest, plan: Plan, song: Song) -> None:
         """Take in how long rendering (some items of) a request took inside a renderer that it had for itself."""

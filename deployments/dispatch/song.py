@@ -27,6 +27,7 @@ from acestep.sizing.cost import needs_planner
 from acestep.song import Progress, Song
 from deployments.config.args import Role
 from deployments.dispatch.calls import REPLICA_LOST, Calls, NotAccepted
+from deployments.dispatch.metrics import Meter
 from deployments.dispatch.progress import ProgressWriter
 from deployments.dispatch.routing import Routing
 from deployments.dispatch.texts import ANSWER, Texts, question_of
@@ -36,7 +37,6 @@ from deployments.jobs.retry import written
 from deployments.jobs.store import Job, JobStore
 from deployments.jobs.waiting import Places
 from deployments.scheduling.choose import Decision
-from deployments.telemetry.metrics import Meter
 from deployments.telemetry.tracing import span
 
 log = logging.getLogger(__name__)
@@ -134,16 +134,16 @@ class Stages:
         return None
 
     async def _plan(self, job: Job, step: Step) -> Made | None:
-        decision, pool = step.decision, step.pool
+        decision = step.decision
         assert decision is not None, "what is planned was decided on"
-        assert pool is not None, "and where"
+        assert decision.planning is not None, "and where"
         request = job.request
         arguments = (job.id, request.model_dump(mode="json"), decision.max_duration, job.priority, _left(job))
         async with ProgressWriter(self.store, job.id, self.owner) as report:
-            with span("plan", pool=pool, job_id=job.id):
+            with span("plan", pool=step.pool, job_id=job.id):
                 result = await self._follow(step, 0, "plan", arguments, report)
         plan = Plan.model_validate(result)
-        self.routing.learn_plan(pool, decision.plan_profile_s, plan)
+        self.routing.learn_plan(decision.planning, plan)
         only_plan = job.kind == "plan"
         said = adjusted(job.adjustments, plan.adjustments)
         await written(self.store.save_plan, job.id, self.owner, plan, waits=not only_plan, adjustments=said)

@@ -13,9 +13,9 @@ from deployments.fleet.watch import FleetView
 from deployments.jobs import retry
 from deployments.jobs.store import Job
 from deployments.jobs.waiting import Row
-from deployments.scheduling.choose import Decision
+from deployments.scheduling.choose import Decision, Option
 from deployments.scheduling.line import Place, Room
-from deployments.scheduling.pool import FleetState, PoolState
+from deployments.scheduling.pool import FleetState
 
 
 @dataclass
@@ -74,14 +74,12 @@ def weigh(routing: Routing, view: FleetView, job: Job, place: Place, picture: Pi
         columns["plan"] = decision.plan.model_dump(mode="json")
     step, waits_for = None, None
     if decision.outcome == "run":
-        if job.plan is None and (pool := picture.fleet.get(decision.planner)):
-            room = picture.rooms[pool.name]
-            waits_for, step = _room(room), _planning(decision, pool, room, job, suspect)
-        elif pool := picture.fleet.get(decision.renderer):
-            room = picture.rooms[pool.name]
-            waits_for, step = _room(room), _rendering(decision, pool, room, job, suspect)
-        else:
+        option = decision.planning or decision.rendering
+        if option is None:
             step = Step(None, None, decision)
+        elif room := picture.rooms.get(option.pool.name):  # else the pool is newer than the picture
+            begin = _planning if decision.planning else _rendering
+            waits_for, step = _room(room), begin(decision, option, room, job, suspect)
     return Weighed(step, waits_for, columns, decision)
 
 
@@ -90,16 +88,16 @@ def _room(room: Room) -> str:
     return f"another replica of {room.pool}" if room.replicas() else room.pool
 
 
-def _planning(decision: Decision, pool: PoolState, room: Room, job: Job, suspect: bool) -> Step | None:
-    share = 1.0 if suspect else share_of_planner(pool, decision.request)
+def _planning(decision: Decision, option: Option, room: Room, job: Job, suspect: bool) -> Step | None:
+    share = 1.0 if suspect else share_of_planner(option.pool, decision.request)
     found = room.replicas(share, job.tries.replicas)
     if not found:
         return None
-    return Step("plan", pool.name, decision, ((0,),), ((found[0], share),), decision.plan_wall_s)
+    return Step("plan", option.pool.name, decision, ((0,),), ((found[0], share),), option.seconds.wall_s)
 
 
-def _rendering(decision: Decision, pool: PoolState, room: Room, job: Job, suspect: bool) -> Step | None:
-    groups, plan = decision.groups, decision.plan or job.plan
+def _rendering(decision: Decision, option: Option, room: Room, job: Job, suspect: bool) -> Step | None:
+    pool, groups, plan = option.pool, option.groups, decision.plan or job.plan
     request = decision.request.model_copy(update={"plan": plan})
     share = 1.0 if suspect else share_of_renderer(pool, request, max(map(len, groups)))
     found = room.replicas(share, job.tries.replicas)
@@ -113,4 +111,4 @@ def _rendering(decision: Decision, pool: PoolState, room: Room, job: Job, suspec
         if len(found) < k:
             return None
     places = tuple((replica, share) for replica in found[: len(groups)])
-    return Step("render", pool.name, decision, groups, places, decision.render_wall_s)
+    return Step("render", pool.name, decision, groups, places, option.seconds.wall_s)

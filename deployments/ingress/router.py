@@ -28,7 +28,6 @@ from deployments.jobs.store import UNREACHABLE, JobStore
 from deployments.jobs.threads import store_pool
 from deployments.jobs.waiting import read_backlogs
 from deployments.telemetry.logs import join_serve
-from deployments.telemetry.metrics import RouterMeter
 
 log = logging.getLogger(__name__)
 BACKLOG_POLL_S = 1.0
@@ -51,15 +50,14 @@ class Router:
         storage = Storage(parsed.files_url)
         here = serve.get_replica_context()
         fleet = Fleet((here.app_name, here.replica_id.unique_id))
-        self._meter = RouterMeter()
         routing = Routing()
         # Serve's gRPC writes an address of IPv6 as if it were one of IPv4.
         calls = Calls(by_grpc=parsed.stage_calls == "grpc" and ":" not in _own_address())
         dispatcher = Dispatcher(
-            store, fleet, routing, lease_s=parsed.lease_s, max_run_s=parsed.max_run_s, meter=self._meter, calls=calls,
+            store, fleet, routing, lease_s=parsed.lease_s, max_run_s=parsed.max_run_s, calls=calls,
             cluster=ray.get_runtime_context().get_session_name(),
         )  # fmt: skip
-        self.service = Service(parsed, store, storage, fleet, routing, dispatcher, started=time.time())
+        self.service = Service(parsed, store, storage, fleet, routing, dispatcher)
         loops = (
             fleet.run(), dispatcher.run(), self.service.outbox.run(), self.service.retention.run(),
             self._watch_backlogs(), self._tell_when_ready(),
@@ -79,7 +77,9 @@ class Router:
                 states = await asyncio.to_thread(service.store.counts, ACTIVE)
                 if time.monotonic() - counted > ENDED_POLL_S:
                     states, counted = await asyncio.to_thread(service.store.counts), time.monotonic()
-                self._meter.fleet(service.fleet.view.pools, backlogs, states, service.routing.corrections.factor)
+                service.dispatcher.meter.fleet(
+                    service.fleet.view.pools, backlogs, states, service.routing.corrections.factor
+                )
             except Exception:
                 log.exception("cannot read what waits")
             await asyncio.sleep(BACKLOG_POLL_S)

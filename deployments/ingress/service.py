@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import hashlib
 import json
-import time
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -54,7 +53,6 @@ class Service:
     fleet: Fleet
     routing: Routing
     dispatcher: Dispatcher
-    started: float
     keys: Keyring = field(init=False)
     rates: RateLimit = field(init=False)
     waiting: Waiting = field(init=False)
@@ -160,10 +158,6 @@ class Service:
     def loopback(self) -> bool:
         """Whether the request that is being answered comes from this machine: only it can reach the server, and no proxy is between."""
         return made_here.get()
-
-    @property
-    def uptime_s(self) -> float:
-        return time.time() - self.started
 
 
 def defaults_of(info: Mapping[str, Any]) -> VariantDefaults:

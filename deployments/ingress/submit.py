@@ -161,7 +161,7 @@ async def _weigh(
             "render_pool": decision.renderer, "est_render_s": decision.est_render_s,
         }  # fmt: skip
         if decision.eta_s is not None:
-            _check_wait(service, decision.plan_wait_s + decision.render_wait_s)
+            _check_wait(service, decision.wait_s)
     if (asked := question_of(kind, request, extra)) and not (decision and decision.planner):
         columns |= service.routing.question(service.fleet.view, asked)
     replicas = sum(p.running for p in service.fleet.view.of("render"))

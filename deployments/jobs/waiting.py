@@ -167,7 +167,7 @@ class Backlog:
         later_s: Will arrive, but its planning still waits. Where nothing is being planned at all, only what came within the last
             minute counts: planners are starting for that, and what is older waits for planners that may never come.
         handover: Seconds of work that planning hands over per second; infinite where that is not known.
-        running_jobs, waiting_jobs: How many jobs that is.
+        running_jobs: How many jobs run.
         arrival: Seconds of work that arrived per second, over the last two minutes.
     """
 
@@ -177,7 +177,6 @@ class Backlog:
     later_s: float = 0.0
     handover: float = math.inf
     running_jobs: int = 0
-    waiting_jobs: int = 0
     arrival: float = 0.0
 
 
@@ -220,7 +219,6 @@ def summarise(rows: Iterable[Any], now: float) -> dict[str, Backlog]:
             add(render_pool, "running_jobs", 1)
         elif planned:
             add(render_pool, "waiting_s", render_s)
-            add(render_pool, "waiting_jobs", 1)
         elif runs:
             add(plan_pool, "running_s", _left(plan_s, row["ran_s"]))
             add(plan_pool, "running_jobs", 1)
@@ -230,7 +228,6 @@ def summarise(rows: Iterable[Any], now: float) -> dict[str, Backlog]:
             add(render_pool, "planning_ran_s", row["ran_s"])
         else:
             add(plan_pool, "waiting_s", plan_s)
-            add(plan_pool, "waiting_jobs", 1)
             add(render_pool, "later_s", render_s)
             if now - row["created_at"] <= FRESH_S:
                 add(render_pool, "fresh_s", render_s)
@@ -243,7 +240,7 @@ def _backlog(sums: Mapping[str, float]) -> Backlog:
     return Backlog(
         waiting_s=sums["waiting_s"], running_s=sums["running_s"], upcoming_s=sums["upcoming_s"],
         later_s=sums["later_s"] if planning else sums["fresh_s"], handover=handover,
-        running_jobs=int(sums["running_jobs"]), waiting_jobs=int(sums["waiting_jobs"]), arrival=sums["arrival"],
+        running_jobs=int(sums["running_jobs"]), arrival=sums["arrival"],
     )  # fmt: skip
 
 

@@ -11,7 +11,10 @@ import logging
 import math
 import threading
 import time
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # read in `_poll`
+    from deployments.jobs.waiting import Backlog
 
 log = logging.getLogger("ray.serve")
 
@@ -19,27 +22,8 @@ WAITS = 0.5  # calls at once, on average over `look_back_period_s`; the router's
 UTILISATION = 0.8  # a pool that is busier than this all the time has no room for bursts
 
 
-class Work(Protocol):
-    """What `desired` needs to know of a pool's work; `deployments.jobs.waiting.Backlog` is one. Seconds of one replica."""
-
-    @property
-    def waiting_s(self) -> float: ...
-    @property
-    def running_s(self) -> float: ...
-    @property
-    def upcoming_s(self) -> float: ...
-    @property
-    def later_s(self) -> float: ...
-    @property
-    def handover(self) -> float: ...
-    @property
-    def running_jobs(self) -> int: ...
-    @property
-    def arrival(self) -> float: ...
-
-
 def desired(
-    work: Work,
+    work: Backlog,
     *,
     drain_s: float,
     min_replicas: int = 0,

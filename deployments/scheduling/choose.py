@@ -52,6 +52,11 @@ class Option:
     def finish_s(self) -> float:
         return self.wait_s + self.seconds.wall_s
 
+    @property
+    def profile_s(self) -> float:
+        """How long it takes as the cost profile alone has it: what `Corrections.refine` wants as prediction."""
+        return self.seconds.wall_s / self.pool.correction
+
 
 @dataclass(frozen=True)
 class Promise:
@@ -70,14 +75,8 @@ class Decision:
         request: The request within the fleet's limits.
         plan: The plan that was given, within the limits too.
         adjustments: What was changed for that.
-        planner: Planner pool; None where nothing needs planning.
-        renderer: Renderer pool; None where only a plan is asked for, and where the outcome is `never`.
+        planning, rendering: Where, when and for how long; None where nothing is to be planned, or only that, and where the outcome is `never`.
         max_duration: What the planner may write at most, in seconds: the limit of the renderer that would be chosen.
-        groups: Batch items by replica, such as ((0, 1), (2, 3)).
-        est_plan_s, est_render_s: Work that the job adds to each pool's backlog, in one replica's seconds.
-        plan_wait_s, render_wait_s: Until planning begins, and from the plan to when rendering begins.
-        plan_wall_s, render_wall_s: How long each stage takes once begun, corrections included.
-        plan_profile_s, render_profile_s: The same as the cost profile alone has it: what `Corrections.refine` wants as prediction.
         eta_s: From now to the end; None where that depends on a card that is not there.
         reason: For people.
     """
@@ -86,20 +85,38 @@ class Decision:
     request: SongRequest
     plan: Plan | None
     adjustments: tuple[Adjustment, ...]
-    planner: str | None
-    renderer: str | None
+    planning: Option | None
+    rendering: Option | None
     max_duration: float
-    groups: tuple[tuple[int, ...], ...]
-    est_plan_s: float
-    est_render_s: float
-    plan_wait_s: float
-    render_wait_s: float
-    plan_wall_s: float
-    render_wall_s: float
-    plan_profile_s: float
-    render_profile_s: float
     eta_s: float | None
     reason: str
+
+    @property
+    def planner(self) -> str | None:
+        return self.planning.pool.name if self.planning else None
+
+    @property
+    def renderer(self) -> str | None:
+        return self.rendering.pool.name if self.rendering else None
+
+    @property
+    def groups(self) -> tuple[tuple[int, ...], ...]:
+        """Batch items by replica, such as ((0, 1), (2, 3))."""
+        return self.rendering.groups if self.rendering else ()
+
+    @property
+    def est_plan_s(self) -> float:
+        """Work that the job adds to the planner pool's backlog, in one replica's seconds."""
+        return self.planning.seconds.work_s if self.planning else 0.0
+
+    @property
+    def est_render_s(self) -> float:
+        return self.rendering.seconds.work_s if self.rendering else 0.0
+
+    @property
+    def wait_s(self) -> float:
+        """Until planning begins, and from the plan to when rendering begins."""
+        return sum(option.wait_s for option in (self.planning, self.rendering) if option is not None)
 
 
 def choose(
@@ -184,18 +201,9 @@ def choose(
         request=request if plan is None else request.model_copy(update={"plan": given}),
         plan=plan if plan is None else request.plan,
         adjustments=adjustments,
-        planner=planner.pool.name if planner else None,
-        renderer=rendering.pool.name if rendering else None,
+        planning=planner,
+        rendering=rendering,
         max_duration=renderer.pool.limits.max_duration,
-        groups=rendering.groups if rendering else (),
-        est_plan_s=planner.seconds.work_s if planner else 0.0,
-        est_render_s=rendering.seconds.work_s if rendering else 0.0,
-        plan_wait_s=planner.wait_s if planner else 0.0,
-        render_wait_s=rendering.wait_s if rendering else 0.0,
-        plan_wall_s=planner.seconds.wall_s if planner else 0.0,
-        render_wall_s=rendering.seconds.wall_s if rendering else 0.0,
-        plan_profile_s=planner.seconds.wall_s / planner.pool.correction if planner else 0.0,
-        render_profile_s=rendering.seconds.wall_s / rendering.pool.correction if rendering else 0.0,
         eta_s=planned_s + (rendering.finish_s if rendering else 0.0) if all(p.can_run for p in chosen) else None,
         reason=reason,
     )
@@ -280,7 +288,7 @@ def _corrected(seconds: Seconds, factor: float) -> Seconds:
 
 
 def _suited_renderers(request: SongRequest, fleet: FleetState) -> tuple[list[PoolState], list[str]]:
-    """Renderer pools that serve the model, the task and the adapter, and why the others do not."""
+    """Renderer pools that serve the model and the task, and why the others do not."""
     model = request.model or fleet.model
     suited, unsuited = [], []
     for pool in fleet.of("render"):
@@ -288,8 +296,6 @@ def _suited_renderers(request: SongRequest, fleet: FleetState) -> tuple[list[Poo
             unsuited.append(f"pool {pool.name} serves {pool.model}, not {model}")
         elif pool.tasks and request.task not in pool.tasks:
             unsuited.append(f"pool {pool.name}'s {pool.model} cannot do task {request.task}")
-        elif request.lora and not pool.loras:
-            unsuited.append(f"pool {pool.name} loads no LoRA adapters")
         else:
             suited.append(pool)
     return suited, unsuited
@@ -315,9 +321,8 @@ def fleet_limits(fleet: FleetState, model: str | None = None) -> list[Limits]:
 def _never(request: SongRequest, obstacles: Iterable[str]) -> Decision:
     why = "; ".join(obstacles) or "the fleet has no renderer pool"
     return Decision(
-        outcome="never", request=request, plan=None, adjustments=(), planner=None, renderer=None, max_duration=0.0, groups=(),
-        est_plan_s=0.0, est_render_s=0.0, plan_wait_s=0.0, render_wait_s=0.0, plan_wall_s=0.0, render_wall_s=0.0,
-        plan_profile_s=0.0, render_profile_s=0.0, eta_s=None, reason=f"nothing in this fleet can render this: {why}",
+        outcome="never", request=request, plan=None, adjustments=(), planning=None, rendering=None, max_duration=0.0, eta_s=None,
+        reason=f"nothing in this fleet can render this: {why}",
     )  # fmt: skip
 
 

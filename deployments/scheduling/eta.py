@@ -48,7 +48,7 @@ def remaining_s(
         return wall_s if left_s is None else left_s
 
     if stage == "rendering" and renderer is not None:
-        idle = replace(pools[renderer], waiting_s=0.0, free_in_s=None, running_s=0.0, busy=0, coming=())
+        idle = replace(pools[renderer], waiting_s=0.0, free_in_s=(), coming=())
         return left(render_option(idle, request, seconds, 0.0).seconds.wall_s)
     planned_s = 0.0
     if stage in ("queued", "planning") and planner is not None:

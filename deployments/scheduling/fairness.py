@@ -55,20 +55,12 @@ def patience_of(work_s: float) -> float:
     return max(PATIENCE_S, PATIENCE_FACTOR * work_s)
 
 
-def next_jobs(
-    candidates: Iterable[Waiting], usage: Mapping[str, float], now: float, limit: int | None = None
-) -> list[Waiting]:
-    """The first `limit` jobs to serve, in order.
+def next_jobs(candidates: Iterable[Waiting], usage: Mapping[str, float], now: float) -> Iterator[Waiting]:
+    """The jobs in the order in which they are served.
 
     Args:
         usage: Seconds of work that each caller had lately, running work included; see `usage_of`.
-        limit: None orders all.
     """
-    order = _ordered(candidates, usage, now)
-    return list(order) if limit is None else [job for job, _ in zip(order, range(limit), strict=False)]
-
-
-def _ordered(candidates: Iterable[Waiting], usage: Mapping[str, float], now: float) -> Iterator[Waiting]:
     queues: dict[str, deque[Waiting]] = defaultdict(deque)
     for job in sorted(candidates, key=lambda j: (j.due, j.submitted, j.id)):
         queues[job.key].append(job)

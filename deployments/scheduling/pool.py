@@ -21,7 +21,6 @@ class PoolState:
         limits: What its cards may be asked to do in its role, shared cards included.
         profile: Cost profile of its cards.
         tasks: What its checkpoint can do; empty for planner pools.
-        loras: Whether it loads LoRA adapters.
         running, pending: Replicas that serve, and that are on their way.
         replicas: Ids of those that serve.
         together: Clips that one renderer takes into the same steps.
@@ -29,12 +28,9 @@ class PoolState:
         reachable: Whether the cluster has a node for it, or can add one.
         placeable: Whether it has one: else a new replica's start begins with a machine's.
         slots: Pieces of work that one replica runs at once: batch rows of a planner, 1 for a renderer.
-        busy: Slots in use, over all replicas.
         waiting_s: Seconds of work that wait for it and would go first, in one replica's time.
         coming: What planners will hand over to it: (in how many seconds, seconds of work, whether it goes before us if both wait).
-        running_s: Seconds of work left in what runs.
-        free_in_s: When each slot of the running replicas will be free, where that is known; else estimated from `running_s`.
-        ready_in_s: When the pending replicas will serve; None means `load_s`.
+        free_in_s: When each slot of the running replicas will be free; those that are not told are free now.
         correction: Measured time over foretold time (`acestep.sizing.cost.Corrections`).
         drain_s: How its autoscaling sizes it: seconds in which it wants to be rid of what waits. None: it keeps its size.
         target: How many replicas its autoscaling wants now, for all that waits and comes, whoever goes first.
@@ -47,7 +43,6 @@ class PoolState:
     limits: Limits
     profile: Profile
     tasks: frozenset[str] = frozenset()
-    loras: bool = True
     running: int = 0
     pending: int = 0
     replicas: tuple[str, ...] = ()
@@ -56,16 +51,23 @@ class PoolState:
     reachable: bool = True
     placeable: bool = True
     slots: int = 1
-    busy: int = 0
     waiting_s: float = 0.0
     coming: tuple[tuple[float, float, bool], ...] = ()
-    running_s: float = 0.0
-    free_in_s: tuple[float, ...] | None = None
-    ready_in_s: float | None = None
+    free_in_s: tuple[float, ...] = ()
     correction: float = 1.0
     drain_s: float | None = None
     target: int = 0
     needs: str = ""
+
+    @property
+    def busy(self) -> int:
+        """Slots in use, over all replicas."""
+        return sum(at > 0 for at in self.free_in_s)
+
+    @property
+    def running_s(self) -> float:
+        """Seconds of work left in what runs, in one replica's time."""
+        return sum(self.free_in_s) / self.slots
 
     @property
     def load_s(self) -> float:

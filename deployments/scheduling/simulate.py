@@ -37,19 +37,15 @@ def as_found_by(me: Waiting | None, place: Place, fleet: FleetState, working: Se
         if pool := fleet.get(planner):
             first_s, last_s = _handover(pool, working, place.ahead.get(planner, 0.0), place.planned_with(planner))
             planned += [(renderer, piece) for piece in handed_over(work_s, jobs, first_s, last_s)]
-    pools = []
-    for pool in fleet.pools:
-        free = free_of(pool, working)
-        pools.append(
-            replace(
-                pool,
-                busy=sum(at > 0 for at in free),
-                waiting_s=place.ahead.get(pool.name, 0.0),
-                coming=tuple(piece for name, piece in planned if name == pool.name),
-                running_s=sum(free) / pool.slots,
-                free_in_s=free,
-            )
+    pools = (
+        replace(
+            pool,
+            waiting_s=place.ahead.get(pool.name, 0.0),
+            coming=tuple(piece for name, piece in planned if name == pool.name),
+            free_in_s=free_of(pool, working),
         )
+        for pool in fleet.pools
+    )
     return replace(fleet, pools=tuple(pools))
 
 
@@ -86,9 +82,8 @@ def free_times(pool: PoolState, own_s: float = 0.0) -> list[float]:
     Args:
         own_s: Seconds of the new work itself: a pool that scales grows for it, too.
     """
-    ready_in = pool.load_s if pool.ready_in_s is None else pool.ready_in_s
-    times = list(pool.free_in_s) if pool.free_in_s is not None else _spaced(pool)
-    times += [ready_in] * (pool.pending * pool.slots)
+    times = [*pool.free_in_s, *[0.0] * (pool.running * pool.slots - len(pool.free_in_s))]
+    times += [pool.load_s] * (pool.pending * pool.slots)
     wanted = 1  # from zero, autoscaling starts at least one
     if pool.drain_s is not None:
         coming = sum(work for _, work, _ in pool.coming)
@@ -100,14 +95,6 @@ def free_times(pool: PoolState, own_s: float = 0.0) -> list[float]:
         return times
     level = _level(times, pool.waiting_s * pool.slots)
     return [max(level, at) for at in times]
-
-
-def _spaced(pool: PoolState) -> list[float]:
-    """Free times from the summed work alone: what is left is taken to be spread evenly over the busy slots."""
-    slots = pool.running * pool.slots
-    busy = min(pool.busy, slots)
-    mean = pool.running_s * pool.slots / busy if busy else 0.0
-    return [0.0] * (slots - busy) + [2.0 * mean * (i + 1) / (busy + 1) for i in range(busy)]
 
 
 def handed_over(work_s: float, pieces: int, first_s: float, last_s: float) -> tuple[tuple[float, float, bool], ...]:

@@ -123,7 +123,7 @@ async def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
         store, fleet, routing = JobStore(parsed.database_url), Fleet(), Routing()
         fleet.view = fleet_view() if view is None else view
         dispatcher = Dispatcher(store, fleet, routing, lease_s=parsed.lease_s)
-        service = Service(parsed, store, Storage(parsed.files_url), fleet, routing, dispatcher, started=time.time())
+        service = Service(parsed, store, Storage(parsed.files_url), fleet, routing, dispatcher)
         transport = httpx.ASGITransport(build_app(service), raise_app_exceptions=False)
         sites.append(Site(service, httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000")))
         return sites[-1]

@@ -44,7 +44,7 @@ class Server:
         store, fleet, routing = JobStore(f"sqlite:///{home / 'jobs.sqlite3'}"), Fleet(), Routing()
         fleet.view = fleet_view(pools=tuple(_idle(p) for p in fleet_view().pools))
         dispatcher = Dispatcher(store, fleet, routing, lease_s=15)
-        self.service = Service(args, store, Storage(str(home / "files")), fleet, routing, dispatcher, started=0.0)
+        self.service = Service(args, store, Storage(str(home / "files")), fleet, routing, dispatcher)
         self.home = str(home)
         config = uvicorn.Config(build_app(self.service), port=0, log_level="warning", lifespan="off")
         self._server = uvicorn.Server(config)

@@ -27,7 +27,7 @@ def fleet(**renderer: object) -> FleetState:
 
 
 def test_at_submit_it_is_what_the_decision_said() -> None:
-    for state in (fleet(), fleet(waiting_s=40.0, busy=1, running_s=5.0)):
+    for state in (fleet(), fleet(waiting_s=40.0, free_in_s=(5.0,))):
         assert remaining_s(REQUEST, state, stage="queued", **POOLS) == pytest.approx(choose(REQUEST, state).eta_s)
 
 

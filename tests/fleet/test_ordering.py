@@ -23,11 +23,11 @@ def job(id: str, key: str = "a", work: float = 10.0, age: float = 0.0, **fields:
 
 def test_one_caller_with_a_thousand_jobs_does_not_hold_up_another() -> None:
     flood = [job(f"flood{i}", "flood", age=100.0) for i in range(1000)]
-    order = next_jobs([*flood, job("one", "other")], {}, NOW, 10)
+    order = list(next_jobs([*flood, job("one", "other")], {}, NOW))[:10]
     position = [j.id for j in order].index("one")
     assert position * 10.0 <= SLACK_S + 10.0
     # Once the flood has had its share of the fleet, the other caller goes first.
-    assert next_jobs([*flood, job("one", "other")], {"flood": 100.0}, NOW, 1)[0].id == "one"
+    assert next(next_jobs([*flood, job("one", "other")], {"flood": 100.0}, NOW)).id == "one"
 
 
 def test_the_more_urgent_job_goes_first_within_the_slack_and_not_beyond() -> None:
@@ -38,13 +38,13 @@ def test_the_more_urgent_job_goes_first_within_the_slack_and_not_beyond() -> Non
 
 def test_short_work_is_due_before_long_work_but_age_wins() -> None:
     long, short = job("long", work=100.0), job("short", work=2.0)
-    assert next_jobs([long, short], {}, NOW)[0].id == "short"
-    assert next_jobs([job("long", work=100.0, age=500.0), short], {}, NOW)[0].id == "long"
+    assert next(next_jobs([long, short], {}, NOW)).id == "short"
+    assert next(next_jobs([job("long", work=100.0, age=500.0), short], {}, NOW)).id == "long"
 
 
 def test_priority_shifts_urgency_by_minutes() -> None:
-    assert next_jobs([job("normal", age=30.0), job("raised", priority=-1.0)], {}, NOW)[0].id == "raised"
-    assert next_jobs([job("normal", age=90.0), job("raised", priority=-1.0)], {}, NOW)[0].id == "normal"
+    assert next(next_jobs([job("normal", age=30.0), job("raised", priority=-1.0)], {}, NOW)).id == "raised"
+    assert next(next_jobs([job("normal", age=90.0), job("raised", priority=-1.0)], {}, NOW)).id == "normal"
 
 
 def row(id: str, role: str, state: str = "queued", key: str = "a", due: float = 0.0, **fields: Any) -> Row:
@@ -111,9 +111,8 @@ def test_every_job_comes_exactly_once_and_shares_stay_level(rows: list, usage: d
         job(str(i), key, work, age, **({} if deadline is None else {"deadline": NOW + deadline}))
         for i, (key, work, age, deadline) in enumerate(rows)
     ]
-    order = next_jobs(jobs, usage, NOW)
+    order = list(next_jobs(jobs, usage, NOW))
     assert sorted(j.id for j in order) == sorted(j.id for j in jobs)
-    assert next_jobs(jobs, usage, NOW, 3) == order[:3]
     # Nobody is served who is further ahead than the slack of somebody that waits.
     had = dict(usage)
     for i, served in enumerate(order):
@@ -129,7 +128,7 @@ def test_no_caller_starves_whatever_the_others_keep_sending() -> None:
     now = NOW
     for i in range(2_000):
         rivals = [Waiting(f"r{i}-{k}", f"rival{i}-{k}", 10.0, now, deadline=now + 1) for k in range(3)]
-        served = next_jobs([victim, *rivals], usage_of([("victim", now - NOW, 5_000.0)]), now, 1)[0]
+        served = next(next_jobs([victim, *rivals], usage_of([("victim", now - NOW, 5_000.0)]), now))
         if served.id == "victim":
             assert now - NOW < 3600
             return
@@ -140,8 +139,8 @@ def test_no_caller_starves_whatever_the_others_keep_sending() -> None:
 def test_even_usage_that_never_fades_is_outwaited() -> None:
     victim = Waiting("victim", "victim", 10.0, NOW)
     rival = Waiting("rival", "rival", 10.0, NOW + 40_000, deadline=NOW + 40_001)
-    assert next_jobs([victim, rival], {"victim": 1_500.0}, NOW, 1)[0].id == "rival"
-    assert next_jobs([victim, rival], {"victim": 1_500.0}, NOW + 40_000, 1)[0].id == "victim"
+    assert next(next_jobs([victim, rival], {"victim": 1_500.0}, NOW)).id == "rival"
+    assert next(next_jobs([victim, rival], {"victim": 1_500.0}, NOW + 40_000)).id == "victim"
 
 
 def test_usage_is_forgotten_by_half_lives() -> None:

@@ -95,12 +95,6 @@ def test_what_nothing_can_ever_do_is_said(fields: dict[str, object], why: str) -
     assert why in decision.reason
 
 
-def test_adapters_go_where_they_can_be_loaded() -> None:
-    fleet = three_cards()
-    fleet = FleetState(tuple(replace(p, loras=p.name == "dit-16") for p in fleet.pools))
-    assert choose(song(duration=30, lora={"path": "x"}), fleet).renderer == "dit-16"
-
-
 def test_a_fleet_without_planner_renders_without_thinking_and_says_so() -> None:
     fleet = FleetState(three_cards().of("render"))
     decision = choose(song(duration=60), fleet)
@@ -114,7 +108,7 @@ def test_a_fleet_without_planner_renders_without_thinking_and_says_so() -> None:
 
 def test_work_spills_to_a_larger_card_only_when_the_wait_is_worth_it() -> None:
     def with_waiting(seconds: float) -> str | None:
-        pools = tuple(replace(p, busy=1, running_s=seconds) if p.name == "dit-8" else p for p in three_cards().pools)
+        pools = tuple(replace(p, free_in_s=(seconds,)) if p.name == "dit-8" else p for p in three_cards().pools)
         return choose(song(duration=30, thinking=False, use_cot_metas=False), FleetState(pools)).renderer
 
     assert with_waiting(0.5) == "dit-8"
@@ -141,7 +135,7 @@ def test_a_pool_at_zero_is_started_when_the_running_one_is_crowded() -> None:
     assert choose(song(duration=500), quiet).renderer == "dit-80"
     crowded = FleetState(
         tuple(
-            replace(p, running=0, max_replicas=4) if p.name == "dit-8" else replace(p, waiting_s=500.0, busy=1)
+            replace(p, running=0, max_replicas=4) if p.name == "dit-8" else replace(p, waiting_s=500.0)
             for p in quiet.pools
         )
     )
@@ -224,13 +218,12 @@ cards = st.sampled_from(sorted(set(profiles.cards()) - {"cpu"}))
 def pools(draw: st.DrawFn, role: str) -> PoolState:
     running = draw(st.integers(0, 4))
     slots = 16 if role == "plan" else 1
-    busy = draw(st.integers(0, running * slots))
     return make_pool(
         role, role, draw(cards), draw(st.sampled_from(TIERS)), shared=draw(st.booleans()),
         running=running, pending=draw(st.integers(0, 2)), max_replicas=draw(st.integers(1, 6)), reachable=draw(st.booleans()),
-        busy=busy, running_s=draw(st.floats(0, 500)) if busy else 0.0, waiting_s=draw(st.floats(0, 2000)),
+        free_in_s=tuple(draw(st.lists(st.floats(0, 500), max_size=running * slots))), waiting_s=draw(st.floats(0, 2000)),
         correction=draw(st.floats(0.2, 5)), drain_s=draw(st.sampled_from([None, 30.0])),
-        loras=draw(st.booleans()), coming=tuple(draw(st.lists(st.tuples(st.floats(0, 60), st.floats(0, 60), st.booleans()), max_size=4))),
+        coming=tuple(draw(st.lists(st.tuples(st.floats(0, 60), st.floats(0, 60), st.booleans()), max_size=4))),
     )  # fmt: skip
 
 
@@ -245,7 +238,6 @@ requests = st.builds(
     batch_size=st.integers(1, 8),
     thinking=st.booleans(),
     lyrics=st.sampled_from(["", "la la la\n" * 50]),
-    lora=st.none() | st.just({"path": "x"}),
 )
 
 
@@ -261,7 +253,6 @@ def test_a_chosen_pool_can_always_serve_the_request(
         assert decision.renderer is None
         assert not any(
             p.limits.max_duration >= (request.duration or 0) and p.limits.max_batch >= request.batch_size
-            and (p.loras or not request.lora)
             for p in fleet.of("render")
         )  # fmt: skip
         return
@@ -269,7 +260,6 @@ def test_a_chosen_pool_can_always_serve_the_request(
     assert renderer.role == "render"
     assert (decision.request.duration or 0) <= renderer.limits.max_duration == decision.max_duration
     assert decision.request.batch_size <= renderer.limits.max_batch
-    assert renderer.loras or not request.lora
     assert sorted(i for g in decision.groups for i in g) == list(range(decision.request.batch_size))
     chosen = [renderer]
     if decision.planner:
@@ -280,8 +270,9 @@ def test_a_chosen_pool_can_always_serve_the_request(
     assert (decision.outcome == "run") == bool(chosen[0].running and all(p.can_run for p in chosen))
     assert (decision.eta_s is None) == any(not p.can_run for p in chosen)
     if decision.eta_s is not None:
-        assert decision.eta_s >= decision.plan_wall_s + decision.render_wall_s > 0
-    if clamp and any(p.can_run for p in fleet.of("render") if p.loras or not request.lora):
+        begun = [option for option in (decision.planning, decision.rendering) if option is not None]
+        assert decision.eta_s >= sum(option.seconds.wall_s for option in begun) > 0
+    if clamp and any(p.can_run for p in fleet.of("render")):
         assert renderer.can_run
     if not clamp:
         assert decision.request.duration == request.duration
@@ -303,7 +294,7 @@ def test_waits_grow_with_what_waits_and_shrink_with_replicas(pool: PoolState, mo
 @given(request=requests, fleet=fleets, more=st.floats(0.1, 500))
 def test_the_eta_of_the_only_pools_grows_with_their_queue(request: SongRequest, fleet: FleetState, more: float) -> None:
     plan = [replace(p, reachable=True, drain_s=None) for p in fleet.of("plan")[:1]]
-    render = [replace(p, reachable=True, drain_s=None, loras=True) for p in fleet.of("render")[:1]]
+    render = [replace(p, reachable=True, drain_s=None) for p in fleet.of("render")[:1]]
     if not render:
         return
     # One song: a batch may be spread over replicas that a longer queue makes free at the same time, and end earlier for it.
@@ -322,7 +313,7 @@ def test_the_eta_of_the_only_pools_grows_with_their_queue(request: SongRequest, 
 def test_a_plan_alone_asks_nothing_of_renderers(request: SongRequest, fleet: FleetState) -> None:
     song, plan = choose(request, fleet), choose(request, fleet, only_plan=True)
     assert (plan.planner, plan.request, plan.max_duration) == (song.planner, song.request, song.max_duration)
-    assert (plan.renderer, plan.est_render_s, plan.render_wait_s, plan.render_wall_s) == (None, 0.0, 0.0, 0.0)
+    assert (plan.rendering, plan.renderer, plan.est_render_s) == (None, None, 0.0)
     if plan.planner:
         planner = next(p for p in fleet.pools if p.name == plan.planner)
         assert (plan.outcome == "run") == bool(planner.running)

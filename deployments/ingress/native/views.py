@@ -124,7 +124,7 @@ def quote_view(weighed: Weighed) -> Quote:
     eta_s = decision.eta_s if decision else None
     return Quote(
         position=weighed.place.position if weighed.place else None,
-        wait_s=None if decision is None or eta_s is None else round(decision.plan_wait_s + decision.render_wait_s, 1),
+        wait_s=None if decision is None or eta_s is None else round(decision.wait_s, 1),
         eta_s=None if eta_s is None else round(eta_s, 1),
         cost=Cost(
             audio_s=weighed.audio_s,

@@ -6,13 +6,15 @@ The router counts jobs and stages here; replicas sample their engine and their c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from ray.serve.metrics import Counter, Gauge, Histogram
 
-from acestep.request import Adjustment
+from deployments.fleet.watch import Pool
+from deployments.jobs.job import Job
+from deployments.jobs.waiting import Backlog
+from deployments.telemetry.replica_metrics import SECONDS
 
-SECONDS = [0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000]
 RATIOS = [0.1, 0.25, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500]
 
 
@@ -21,60 +23,8 @@ def _tags(*names: str) -> Any:
     return names
 
 
-class EndedJob(Protocol):
-    """What is counted of a job: its times in seconds since the epoch, what was changed of its request, and `eta_s` in `extra`."""
-
-    @property
-    def adjustments(self) -> Iterable[Adjustment]: ...
-    @property
-    def created_at(self) -> float: ...
-    @property
-    def started_at(self) -> float | None: ...
-    @property
-    def finished_at(self) -> float | None: ...
-    @property
-    def extra(self) -> Mapping[str, Any]: ...
-
-
-class PoolNow(Protocol):
-    """What is drawn of a pool: its name, its role, and replicas."""
-
-    @property
-    def app(self) -> str: ...
-    @property
-    def role(self) -> str: ...
-    @property
-    def running(self) -> int: ...
-    @property
-    def starting(self) -> int: ...
-    @property
-    def target(self) -> int: ...
-
-
-class Work(Protocol):
-    """Seconds of work of a pool."""
-
-    @property
-    def waiting_s(self) -> float: ...
-    @property
-    def running_s(self) -> float: ...
-
-
 class Meter:
-    """What the dispatcher reports. This one forgets it: for tests and scripts outside Serve."""
-
-    def stage(self, pool: str, stage: str, seconds: float) -> None:
-        """A stage of a job ended on a pool."""
-
-    def retry(self, pool: str) -> None:
-        """A replica was lost under a job."""
-
-    def ended(self, job: EndedJob, outcome: str, audio_s: float) -> None:
-        """A job ended, with this much audio made."""
-
-
-class RouterMeter(Meter):
-    """Reports as Serve metrics."""
+    """What a router reports. Where no Ray runs, nobody hears it."""
 
     def __init__(self) -> None:
         self._jobs = Counter("acestep_jobs_ended", "Jobs that ended.", ("outcome",))
@@ -91,12 +41,15 @@ class RouterMeter(Meter):
         self._correction = Gauge("acestep_cost_correction", "Measured over foretold time of a pool.", ("pool",))
 
     def stage(self, pool: str, stage: str, seconds: float) -> None:
+        """A stage of a job ended on a pool."""
         self._stage.observe(seconds, {"pool": pool, "stage": stage})
 
     def retry(self, pool: str) -> None:
+        """A replica was lost under a job."""
         self._retries.inc(tags={"pool": pool})
 
-    def ended(self, job: EndedJob, outcome: str, audio_s: float) -> None:
+    def ended(self, job: Job, outcome: str, audio_s: float) -> None:
+        """A job ended, with this much audio made."""
         self._jobs.inc(tags={"outcome": outcome})
         for adjustment in job.adjustments:
             self._clamps.inc(tags={"field": adjustment.field})
@@ -111,8 +64,8 @@ class RouterMeter(Meter):
 
     def fleet(
         self,
-        pools: Iterable[PoolNow],
-        backlogs: Mapping[str, Work],
+        pools: Iterable[Pool],
+        backlogs: Mapping[str, Backlog],
         states: Mapping[str, int],
         factor: Callable[[str, str], float],
     ) -> None:
