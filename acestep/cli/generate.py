@@ -152,6 +152,8 @@ def _local(request: SongRequest, output: Path, kinds: Sequence[str], settings: d
             made = studio.make(request, on_progress=lambda p: bars.stage(p.stage, p.done, p.total))
     job = made.view()
     write(job, output, lambda item, file: made.files[item["index"], file.get("format") or file["kind"]], kinds)
+    for item in job["result"]["items"]:  # what was not written is nowhere
+        item["files"] = [file for file in item["files"] if "file" in file]
     return job
 
 

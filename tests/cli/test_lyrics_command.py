@@ -35,7 +35,7 @@ def test_files_beside_a_song_made_here(monkeypatch: pytest.MonkeyPatch, tmp_path
     (item,) = json.loads(done.stdout)["result"]["items"]
     assert item["scores"]["dit_score"] >= 0
     assert item["planner_scores"] is None
-    assert {file["kind"]: file["file"] for file in item["files"] if "file" in file} == {
+    assert {file["kind"]: file["file"] for file in item["files"]} == {
         "lrc": "song.lrc", "lyrics": "song.lyrics.json", "latent": "song.latent.safetensors"
     }  # fmt: skip
 
