@@ -21,6 +21,11 @@ T = TypeVar("T", bound=BaseModel)
 ROLE_OF_DEPLOYMENT: dict[str, Role] = {"lm": "plan", "dit": "render"}
 
 
+def role_of(import_path: Any) -> Role | None:
+    """What an application with this import path is; None for the router, and for what is none of ours."""
+    return ROLE_OF_DEPLOYMENT.get(str(import_path).rpartition(":")[2])
+
+
 class _Args(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -47,9 +52,9 @@ class PoolArgs(_Args):
         "nor num_gpus are given and the cluster has a GPU.",
     )
     num_cpus: float = Field(0.5, ge=0, description="Ray CPUs that one replica reserves (not its thread count).")
-    num_replicas: int | None = Field(None, ge=0, description="Fixed size; excludes the min and max below.")
+    num_replicas: int | None = Field(None, ge=0, description="Fixed size: min and max are this.")
     min_replicas: int = Field(1, ge=0)
-    max_replicas: int = Field(1, ge=1)
+    max_replicas: int = Field(1, ge=0)
     nodes_on_demand: bool = Field(
         False, description="The cluster adds nodes of these tiers when replicas wait for them."
     )
@@ -68,11 +73,23 @@ class PoolArgs(_Args):
         default_factory=dict, description="Overrides of acestep.settings.resolve, by name."
     )
 
+    @property
+    def scales(self) -> bool:
+        """Whether its size goes with its work."""
+        return self.min_replicas != self.max_replicas
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fixed(cls, data: Any) -> Any:
+        if isinstance(data, dict) and (size := data.get("num_replicas")) is not None:
+            return {**data, "min_replicas": size, "max_replicas": size}
+        return data
+
     @model_validator(mode="after")
     def _sizes(self) -> PoolArgs:
-        if self.num_replicas is None and self.min_replicas > self.max_replicas:
+        if self.min_replicas > self.max_replicas:
             raise ValueError(f"min_replicas: {self.min_replicas} is above max_replicas {self.max_replicas}")
-        if self.num_replicas is None and self.min_replicas != self.max_replicas and self.pool is None:
+        if self.scales and self.pool is None:
             raise ValueError("pool: must be the application's name where min_replicas and max_replicas differ")
         return self
 
@@ -107,6 +124,9 @@ class RendererArgs(PoolArgs):
         True,
         description="Store what each song was decoded from beside its audio: lyrics can be timed later. 12 MB per hour of audio.",
     )
+
+
+ARGS_OF_ROLE: dict[Role, type[PoolArgs]] = {"plan": PlannerArgs, "render": RendererArgs}
 
 
 class KeyArgs(_Args):

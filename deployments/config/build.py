@@ -18,7 +18,7 @@ import yaml
 
 from acestep.errors import InvalidRequest
 from acestep.gpu_config import TIERS, get_gpu_config, get_limits, get_lm_model_size
-from deployments.config.args import PlannerArgs, RendererArgs
+from deployments.config.args import ARGS_OF_ROLE, role_of
 from deployments.config.options import ROLE_LABEL, TIER_LABEL, node_labels
 from deployments.config.validate import HEAD_RESOURCE
 
@@ -170,24 +170,23 @@ _TOP = {
 
 def _about(application: Mapping[str, Any]) -> str:
     """What an application is, in a few lines."""
-    builder = application["import_path"].rpartition(":")[2]
-    if builder == "router":
+    role = role_of(application["import_path"])
+    if role is None:
         where = "on the head, beside its job store" if "deployments" in application else "on any node, without a card"
         return f"The HTTP API and the dispatcher; {where}. It finds the pools below by itself."
-    args = (PlannerArgs if builder == "lm" else RendererArgs).model_validate(application["args"])
+    args = ARGS_OF_ROLE[role].model_validate(application["args"])
     if args.num_gpus == 0:
         card, where = get_gpu_config("tier1"), "On the CPUs of any node"
     else:
         card, where = get_gpu_config(args.tiers[0]), f"On nodes started with ray start --labels={node_labels(args)}"
-    if builder == "lm":
+    if role == "plan":
         what = "Plans songs."
     else:
         most = get_limits(card, "both" if args.shared_card else "render")
         what = f"Renders songs of up to {most.max_duration:g} s, {most.max_batch} at once."
     if args.shared_card:
         where += ", whose card planner and renderer share"
-    several = args.min_replicas != args.max_replicas
-    size = f"{args.min_replicas} to {args.max_replicas}" if several else f"{args.max_replicas}"
+    size = f"{args.min_replicas} to {args.max_replicas}" if args.scales else f"{args.max_replicas}"
     return f"{what} {size} replica{'s' if size != '1' else ''}.\n{where}."
 
 

@@ -21,7 +21,7 @@ from acestep.ray_env import AUTH_MODE, TEMPORARY, TOKEN, TOKEN_PATH, ray_env, ru
 from acestep.settings.options import read_overrides
 from acestep.settings.planner import DEFAULT_PLANNER
 from acestep.settings.resolve import DEFAULT_RENDERER
-from deployments.config.args import PlannerArgs, PoolArgs, RendererArgs, Role, parse_args
+from deployments.config.args import ARGS_OF_ROLE, PoolArgs, Role, parse_args, role_of
 from deployments.config.validate import problems, read_config
 from deployments.stages.start import overrides_of, settle
 
@@ -154,9 +154,8 @@ def prepared(data: Mapping[str, Any], environ: Mapping[str, str]) -> Iterator[tu
     _port_free(data)
     for application in data["applications"]:
         _folders_writable(application)
-        stage = STAGES.get(application["import_path"].rpartition(":")[2])
-        if stage is not None:
-            yield application["name"], _prepare_pool(application, *stage)
+        if (role := role_of(application["import_path"])) is not None:
+            yield application["name"], _prepare_pool(application, role)
 
 
 def _which_ray(environ: Mapping[str, str]) -> str | None:
@@ -190,9 +189,6 @@ def _gcs_servers() -> Iterator[psutil.Process]:
     yield from (p for p in psutil.process_iter(["name", "username", "pid"]) if p.info["name"] == "gcs_server")
 
 
-STAGES: dict[str, tuple[Role, type[PoolArgs]]] = {"lm": ("plan", PlannerArgs), "dit": ("render", RendererArgs)}
-
-
 def _folders_writable(application: dict[str, Any]) -> None:
     """Prove that local folders which the application names for files and jobs can be written."""
     args = application.get("args") or {}
@@ -209,8 +205,8 @@ def _folders_writable(application: dict[str, Any]) -> None:
         engine_for(url).dispose()
 
 
-def _prepare_pool(application: dict[str, Any], role: Role, model: type[PoolArgs]) -> str:
-    args = parse_args(model, application.get("args"), application["name"])
+def _prepare_pool(application: dict[str, Any], role: Role) -> str:
+    args = parse_args(ARGS_OF_ROLE[role], application.get("args"), application["name"])
     if args.tiers:
         return f"on nodes of {', '.join(args.tiers)}, which load their own checkpoint"
     if tiny := _tiny_model(role, args):

@@ -84,12 +84,10 @@ def deployment_options(args: PoolArgs) -> dict[str, Any]:
         "health_check_period_s": 5.0,
         "health_check_timeout_s": 30.0,
     }
-    if args.num_replicas is not None:
-        options["num_replicas"] = args.num_replicas
-    elif args.pool is None or args.min_replicas == args.max_replicas:
-        options["num_replicas"] = args.max_replicas
-    else:
+    if args.pool is not None and args.scales:
         options["autoscaling_config"] = autoscaling(args, args.pool)
+    else:
+        options["num_replicas"] = args.max_replicas
     return options
 
 

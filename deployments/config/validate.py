@@ -21,12 +21,19 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from acestep.errors import InvalidRequest
-from deployments.config.args import ROLE_OF_DEPLOYMENT, PlannerArgs, PoolArgs, RendererArgs, RouterArgs, parse_args
+from deployments.config.args import (
+    ARGS_OF_ROLE,
+    ROLE_OF_DEPLOYMENT,
+    PoolArgs,
+    RendererArgs,
+    RouterArgs,
+    parse_args,
+    role_of,
+)
 
 BUILDERS: dict[str, type[BaseModel]] = {
     "deployments.app:router": RouterArgs,
-    "deployments.app:lm": PlannerArgs,
-    "deployments.app:dit": RendererArgs,
+    **{f"deployments.app:{name}": ARGS_OF_ROLE[role] for name, role in ROLE_OF_DEPLOYMENT.items()},
 }
 ROUTER = "deployments.app:router"
 HEAD_RESOURCE = "node:__internal_head__"
@@ -172,7 +179,7 @@ def _fleet_problems(applications: list[dict[str, Any]]) -> Iterator[str]:
         if (
             builder not in paths and builder != "deployments.app:lm"
         ):  # cards without a planner render what they are given
-            role = ROLE_OF_DEPLOYMENT.get(builder.rpartition(":")[2], "router")
+            role = role_of(builder) or "router"
             yield f"no application has import_path {builder} (the {role} part)"
     for application in applications:
         name, prefix = application.get("name"), application.get("route_prefix", "/")
@@ -257,8 +264,7 @@ def on_the_head(application: Mapping[str, Any]) -> bool:
 
 def _reads(args: PoolArgs | RouterArgs, field: str) -> bool:
     """Of pools only those that scale read the job store."""
-    scales = isinstance(args, PoolArgs) and args.num_replicas is None and args.min_replicas != args.max_replicas
-    return field != "database_url" or isinstance(args, RouterArgs) or scales
+    return field != "database_url" or isinstance(args, RouterArgs) or args.scales
 
 
 def _resources(deployment: Mapping[str, Any]) -> Mapping[str, Any]:

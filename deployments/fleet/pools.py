@@ -20,7 +20,6 @@ def pool_state(pool: Pool, view: FleetView, backlog: Backlog, correction: float)
     if limits is None or info.get("disabled"):
         return None
     reachable, running = view.reachable(pool), pool.running if pool.info else 0
-    fixed = args.num_replicas is not None or args.min_replicas == args.max_replicas
     target = desired(
         backlog, drain_s=args.drain_backlog_s, min_replicas=args.min_replicas, max_replicas=args.max_replicas,
         slots=max(1, -(-backlog.running_jobs // max(1, running))),
@@ -36,13 +35,13 @@ def pool_state(pool: Pool, view: FleetView, backlog: Backlog, correction: float)
         pending=pool.starting if reachable else 0,  # Serve goes on asking for a node that is gone
         replicas=replicas_of(pool)[:running],
         together=int(info.get("together") or 1),
-        max_replicas=args.num_replicas if args.num_replicas is not None else args.max_replicas,
+        max_replicas=args.max_replicas,
         reachable=reachable,
         placeable=view.placeable(pool),
         slots=int(info.get("capacity") or 1),  # batch rows of a planner
         correction=correction,
-        drain_s=None if fixed else args.drain_backlog_s,
-        target=0 if fixed else target,
+        drain_s=args.drain_backlog_s if args.scales else None,
+        target=target if args.scales else 0,
         needs=node_labels(args),
     )
 

@@ -20,12 +20,11 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from acestep.errors import InvalidRequest
-from deployments.config.args import ROLE_OF_DEPLOYMENT, PlannerArgs, PoolArgs, RendererArgs, Role, parse_args
+from deployments.config.args import ARGS_OF_ROLE, ROLE_OF_DEPLOYMENT, PoolArgs, Role, parse_args, role_of
 from deployments.config.options import label_selector, node_labels
 
 log = logging.getLogger(__name__)
 
-ARGS_OF_ROLE: dict[Role, type[PoolArgs]] = {"plan": PlannerArgs, "render": RendererArgs}
 POLL_S = 1.0
 DESCRIBE_EVERY_S = 10.0
 DESCRIBE_TIMEOUT_S = 5.0
@@ -48,7 +47,6 @@ class Pool:
     running: int = 0
     starting: int = 0
     target: int = 0
-    nodes: tuple[str, ...] = ()
     replicas: tuple[str, ...] = ()  # ids of those that run
     info: Mapping[str, Any] | None = None  # a replica's description; kept after the pool has gone to zero
 
@@ -103,8 +101,11 @@ class FleetView:
 
     def wakes(self, pool: Pool) -> bool:
         """Whether a pool without a replica starts one for a call."""
-        sleeps = pool.args.num_replicas is None and pool.args.min_replicas == 0
-        return sleeps and self.reachable(pool) and pool.status not in ("DEPLOY_FAILED", "UNHEALTHY")
+        return (
+            pool.args.min_replicas == 0 < pool.args.max_replicas
+            and self.reachable(pool)
+            and pool.status not in ("DEPLOY_FAILED", "UNHEALTHY")
+        )
 
     def why_not_ready(self, pool: Pool) -> str | None:
         """A sentence for people, or None while at least one replica of the pool serves."""
@@ -119,7 +120,7 @@ class FleetView:
         if pool.starting:
             where = f", or waits for a free GPU share on a node labelled {wanted}" if wanted else ""
             return f"a replica is starting and loading its model{where}"
-        return "no replica; one starts when work arrives" if pool.args.min_replicas == 0 else "no replica yet"
+        return "no replica; one starts when work arrives" if self.wakes(pool) else "no replica yet"
 
     def get(self, app: str) -> Pool | None:
         return next((p for p in self.pools if p.app == app), None)
@@ -165,7 +166,7 @@ def parse_details(
         config = facts.get("deployed_app_config") or {}
         role = next((ROLE_OF_DEPLOYMENT[d] for d in deployments if d in ROLE_OF_DEPLOYMENT), None)
         if role is None:  # not built yet, or failed to: its import path still tells what it was to be
-            role = ROLE_OF_DEPLOYMENT.get(str(config.get("import_path", "")).rpartition(":")[2])
+            role = role_of(config.get("import_path"))
         if role is None:
             continue
         try:
@@ -185,7 +186,6 @@ def parse_details(
             running=states.count("RUNNING"),
             starting=states.count("STARTING"),
             target=int(deployment.get("target_num_replicas") or 0),
-            nodes=tuple(sorted({str(r.get("node_id")) for r in replicas})),
             replicas=tuple(
                 sorted(str(r.get("replica_id")) for r, s in zip(replicas, states, strict=True) if s == "RUNNING")
             ),

@@ -172,7 +172,7 @@ def _placement(where: str, service: Manifest, config: Manifest) -> Iterator[Find
                 f"{where} application {application}",
                 f"no worker group is labelled {wanted}; its replicas could never start",
             )
-        elif most == 0 and _least(args) > 0:
+        elif most == 0 and args.min_replicas > 0:
             yield error(
                 f"{where} application {application}",
                 f"needs a worker, but all groups labelled {wanted} have maxReplicas 0",
@@ -208,7 +208,7 @@ def _capacity(where: str, service: Manifest, config: Manifest) -> Iterator[Findi
             key = _words(selector)
             least, most = wanted.get(key, (0.0, 0.0))
             share = gpu_share(args, 1.0)
-            wanted[key] = (least + share * _least(args), most + share * _most(args))
+            wanted[key] = (least + share * args.min_replicas, most + share * args.max_replicas)
             selectors[key] = selector
     for key, (least, most) in wanted.items():
         fitting = [g for g in groups_of(service) if _matches(mapping(g, "labels"), selectors[key])]
@@ -227,14 +227,6 @@ def _capacity(where: str, service: Manifest, config: Manifest) -> Iterator[Findi
 def _whole(values: Manifest, field: str, default: int = 0) -> int:
     found = values.get(field)
     return found if isinstance(found, int) else default
-
-
-def _least(args: PoolArgs) -> int:
-    return args.min_replicas if args.num_replicas is None else args.num_replicas
-
-
-def _most(args: PoolArgs) -> int:
-    return args.max_replicas if args.num_replicas is None else args.num_replicas
 
 
 def _volumes(where: str, service: Manifest, config: Manifest) -> Iterator[Finding]:

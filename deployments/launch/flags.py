@@ -10,11 +10,11 @@ from typing import Annotated, Any
 import typer
 
 from acestep.settings.options import OPTIONS, read_overrides
-from deployments.config.args import ROLE_OF_DEPLOYMENT
+from deployments.config.args import Role, role_of
 
 # What ACE-Step's own commands call a setting, where the name is another one.
 UPSTREAM = {"model": "config_path", "lm_model": "lm_model_path", "lm_backend": "backend", "int8": "quantization"}
-MODEL_OF = {"plan": "lm_model", "render": "model"}  # the pool's `model:` is this setting
+MODEL_OF: dict[Role, str] = {"plan": "lm_model", "render": "model"}  # the pool's `model:` is this setting
 
 
 def with_settings(function: Any) -> Any:
@@ -55,8 +55,7 @@ def changed(
     if http:
         made["http_options"] = {**(made.get("http_options") or {}), **http}
     for application in made["applications"] if settings else ():
-        role = ROLE_OF_DEPLOYMENT.get(application["import_path"].rpartition(":")[2])
-        if role not in MODEL_OF:
+        if (role := role_of(application["import_path"])) is None:
             continue
         args = application["args"] = {**(application.get("args") or {})}
         args["settings"] = {**(args.get("settings") or {}), **settings}

@@ -19,9 +19,6 @@ from acestep.worker import Ticket
 log = logging.getLogger(__name__)
 INTERVAL_S = 0.2
 FIRST_S = 0.1  # what is over sooner tells no progress: each message costs as much as a short stage
-TALK_PRIORITY = (
-    0.0  # short questions: as songs, in the order of arrival, so that a loop of questions keeps nobody from planning
-)
 
 
 class ProgressMailbox:

@@ -12,7 +12,7 @@ from acestep.request import SongRequest
 from acestep.song import Progress
 from deployments.config.args import PlannerArgs, parse_args
 from deployments.stages.adapters import adapter_roots, with_planner_adapters
-from deployments.stages.messages import TALK_PRIORITY, ProgressMailbox, failure, follow, ticket_id
+from deployments.stages.messages import ProgressMailbox, failure, follow, ticket_id
 from deployments.stages.simulated import NOTICE, SimulatedPlanner
 from deployments.stages.start import start_replica
 from deployments.telemetry.logs import about, join_serve
@@ -108,12 +108,12 @@ class PlannerDeployment:
 
         work = {"understand": UnderstandWork, "inspire": InspireWork, "format": FormatWork}[kind](**fields)
         last: dict[str, Any] = {}
-        async for message in self._run(work, TALK_PRIORITY, None):
+        async for message in self._run(work):
             last = message
         return last
 
     async def _run(
-        self, work: Any, priority: float, timeout_s: float | None, id: str | None = None
+        self, work: Any, priority: float = 0.0, timeout_s: float | None = None, id: str | None = None
     ) -> AsyncIterator[dict[str, Any]]:
         mailbox = ProgressMailbox()
         deadline = None if timeout_s is None else time.monotonic() + timeout_s

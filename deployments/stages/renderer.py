@@ -24,7 +24,7 @@ from deployments.jobs import retry
 from deployments.jobs.blobs import Storage
 from deployments.stages.adapters import adapter_roots, entry, find, listing, with_adapters
 from deployments.stages.inputs import local_files
-from deployments.stages.messages import TALK_PRIORITY, ProgressMailbox, failure, follow, ticket_id
+from deployments.stages.messages import ProgressMailbox, failure, follow, ticket_id
 from deployments.stages.simulated import NOTICE, SimulatedRenderer
 from deployments.stages.start import start_replica
 from deployments.telemetry.logs import about, join_serve
@@ -140,7 +140,7 @@ class RendererDeployment:
         """5 Hz audio codes of a stored file: one `{"result": ...}` or `{"error": ...}`."""
         try:
             async with local_files(self.storage, [name]) as (path,):
-                ticket = self.renderer.submit_codes(path, priority=TALK_PRIORITY)
+                ticket = self.renderer.submit_codes(path)
                 try:
                     codes: tuple[int, ...] = await asyncio.wrap_future(ticket.future)
                     return {"result": list(codes)}

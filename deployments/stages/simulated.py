@@ -211,14 +211,11 @@ class SimulatedRenderer:
     def alive(self) -> bool:
         return self._thread.alive
 
-    def check(self, request: SongRequest) -> None:
-        """Takes everything."""
-
     def submit(self, work: Any, **options: Any) -> Ticket[Any, Any]:
         job = SimulatedRender(work.request, work.plan, work.indices, self._cost, self._model)
         return self._thread.submit(job, **options)
 
-    def submit_codes(self, path: Path, *, priority: float = 0.0) -> Ticket[Any, Any]:
+    def submit_codes(self, path: Path) -> Ticket[Any, Any]:
         raise Unavailable("the simulated engine reads no audio")
 
     def cancel(self, ticket: Ticket[Any, Any]) -> None:

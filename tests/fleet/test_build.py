@@ -18,7 +18,7 @@ from acestep.sizing.cost import render_seconds
 from acestep.sizing.profiles import find
 from deployments.config.args import PlannerArgs, PoolArgs, RendererArgs
 from deployments.config.build import CPU, Cards, as_text, build_config, cards_of_nodes, parse_tiers
-from deployments.config.commands import STAGES, _folders_writable, _prepare_pool
+from deployments.config.commands import _folders_writable, _prepare_pool
 from deployments.config.options import deployment_options, gpu_share, label_selector, settled
 from deployments.config.validate import problems
 from deployments.stages.start import settle
@@ -198,7 +198,7 @@ def test_prepare_says_why_a_planner_is_off_and_what_cannot_hold(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("ACESTEP_LM_BACKEND", "vllm")
     application = {"name": "lm", "import_path": "deployments.app:lm"}
-    assert _prepare_pool(application, *STAGES["lm"]).startswith("tiny-lm (tiny checkpoint")
+    assert _prepare_pool(application, "plan").startswith("tiny-lm (tiny checkpoint")
     assert "lm: lm_backend=vllm (ACESTEP_LM_BACKEND) cannot hold" in capsys.readouterr().err
     monkeypatch.setenv("ACESTEP_INIT_LLM", "false")
-    assert _prepare_pool(application, *STAGES["lm"]).startswith("off on this machine: switched off by ACESTEP_INIT_LLM")
+    assert _prepare_pool(application, "plan").startswith("off on this machine: switched off by ACESTEP_INIT_LLM")

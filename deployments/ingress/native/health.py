@@ -10,7 +10,7 @@ from pydantic import Field
 
 from deployments.config.args import Role
 from deployments.config.options import label_selector, node_labels
-from deployments.fleet.watch import FleetView, Pool
+from deployments.fleet.watch import FleetView
 from deployments.ingress.native.answers import Answer
 from deployments.ingress.redact import redact
 from deployments.ingress.service import Service, service_of
@@ -85,13 +85,7 @@ def readiness(view: FleetView) -> tuple[bool, dict[str, Any]]:
 
 
 def _serves(view: FleetView, role: Role) -> bool:
-    return any((p.running and p.info) or _wakes(view, p) for p in view.of(role))
-
-
-def _wakes(view: FleetView, pool: Pool) -> bool:
-    """Whether the pool is at zero because nothing waits, and comes when something does."""
-    at_zero = pool.args.min_replicas == 0 and pool.args.num_replicas is None
-    return at_zero and pool.status != "DEPLOY_FAILED" and view.reachable(pool)
+    return any((p.running and p.info) or view.wakes(p) for p in view.of(role))
 
 
 def missing_nodes(view: FleetView) -> list[str]:
