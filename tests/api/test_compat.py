@@ -17,8 +17,9 @@ from acestep.errors import OutOfMemory
 from acestep.lm.work import Sample
 from acestep.song import Progress
 from deployments.dispatch.texts import PREPARE
-from deployments.ingress.acestep.fields import FIELDS, read_fields
+from deployments.ingress.acestep.fields import FIELDS
 from deployments.ingress.acestep.submission import read_query
+from deployments.ingress.acestep.values import read_fields
 
 from .conftest import Build, Site, fleet_view
 

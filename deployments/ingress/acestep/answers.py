@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect
 from acestep.errors import AceStepError
 from acestep.validation import validation_problems
 from deployments.ingress.acestep.bodies import Body, read_body
-from deployments.ingress.acestep.fields import BadField
+from deployments.ingress.acestep.values import BadField
 from deployments.ingress.auth import Caller, header_key
 from deployments.ingress.bodies import KEYLESS_BYTES, read_no_more_than
 from deployments.ingress.errors import STATUS, STORE_AWAY, AsciiJSONResponse, Unauthorized, in_one_line, retry_after

@@ -7,7 +7,8 @@ from typing import Any
 
 from acestep.controls import GuidanceVariant, SamplingControls, params_problem
 from acestep.tasks import FLOW_EDIT_TASKS
-from deployments.ingress.acestep.fields import FIELDS, Values, as_object
+from deployments.ingress.acestep.fields import FIELDS
+from deployments.ingress.acestep.values import Values, as_object
 
 Seeds = Callable[[str, Any], tuple[int, ...] | None]
 

@@ -10,7 +10,8 @@ from acestep.plan import NUM_CODES
 from acestep.tasks import NO_CODES, RULES, TaskRule
 from acestep.words import WINDOW_END, WINDOW_START, looks_like_window, split_names
 from deployments.ingress.acestep.controls import settle_flow_edit
-from deployments.ingress.acestep.fields import FIELDS, Values
+from deployments.ingress.acestep.fields import FIELDS
+from deployments.ingress.acestep.values import Values
 
 _CODE = re.compile(r"<\|audio_code_(\d+)\|>|(?<![\w.])(\d+)(?![\w.])")
 REPAINTING: tuple[str, ...] = (

@@ -17,7 +17,8 @@ from acestep.words import is_instrumental, read_bitrate, split_names
 from deployments.dispatch.texts import PREPARE
 from deployments.ingress.acestep.controls import control_fields
 from deployments.ingress.acestep.editing import source_fields
-from deployments.ingress.acestep.fields import FIELDS, Values
+from deployments.ingress.acestep.fields import FIELDS
+from deployments.ingress.acestep.values import Values
 from deployments.ingress.bodies import parse_json
 
 _LANGUAGE_NAMES = {

@@ -26,10 +26,10 @@ from deployments.ingress.acestep.answers import (
     envelope,
 )
 from deployments.ingress.acestep.bodies import Body
-from deployments.ingress.acestep.fields import Values, read_fields
 from deployments.ingress.acestep.openapi import cancel_body, query_body, release_body
 from deployments.ingress.acestep.results import item_of
 from deployments.ingress.acestep.submission import Served, build
+from deployments.ingress.acestep.values import Values, read_fields
 from deployments.ingress.auth import Caller
 from deployments.ingress.bodies import parse_json
 from deployments.ingress.downloads import send_file

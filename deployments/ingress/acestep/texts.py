@@ -26,8 +26,9 @@ from acestep.request import (
 )
 from deployments.ingress.acestep.answers import CompatRoute, caller_and_body, envelope, soft_error
 from deployments.ingress.acestep.bodies import Body
-from deployments.ingress.acestep.fields import (
-    FIELDS,
+from deployments.ingress.acestep.fields import FIELDS
+from deployments.ingress.acestep.openapi import format_body, random_body, sample_body
+from deployments.ingress.acestep.values import (
     adjustment,
     as_object,
     to_bool,
@@ -35,7 +36,6 @@ from deployments.ingress.acestep.fields import (
     unknown_fields,
     unreadable_objects,
 )
-from deployments.ingress.acestep.openapi import format_body, random_body, sample_body
 from deployments.ingress.errors import STATUS
 from deployments.ingress.redact import redact
 from deployments.ingress.service import Svc

@@ -18,9 +18,9 @@ from acestep.request import Adjustment
 from acestep.validation import validation_problems
 from deployments.ingress.acestep.answers import CompatRoute, caller_by_header, detail
 from deployments.ingress.acestep.bodies import Body, parse_body
-from deployments.ingress.acestep.fields import adjustment
 from deployments.ingress.acestep.results import error_text, warnings_of
 from deployments.ingress.acestep.tasks import QUEUE_FULL, submit
+from deployments.ingress.acestep.values import adjustment
 from deployments.ingress.auth import Caller, HeldStream
 from deployments.ingress.errors import STATUS, AsciiJSONResponse, in_one_line, retry_after
 from deployments.ingress.links import audio_path, public

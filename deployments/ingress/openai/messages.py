@@ -12,7 +12,7 @@ from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
 
 from acestep import words
 from acestep.request import MAX_LYRICS_CHARS, MAX_PROMPT_CHARS, MAX_SEED, Adjustment
-from deployments.ingress.acestep.fields import adjustment, unknown_fields
+from deployments.ingress.acestep.values import adjustment, unknown_fields
 
 _TAGS = {
     name: (re.compile(f"<{name}>", re.IGNORECASE), re.compile(f"</{name}>", re.IGNORECASE))
