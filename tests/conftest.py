@@ -84,5 +84,5 @@ def s3() -> Iterator[str]:
     """A file store URL in a bucket of a real S3 endpoint, known to the environment as long as a module's tests need it."""
     from tests.s3 import endpoint
 
-    with endpoint() as url:
-        yield url
+    with endpoint() as server:
+        yield server.url

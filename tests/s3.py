@@ -14,18 +14,33 @@ from s3fs import S3FileSystem
 BUCKET = "acestep-test"
 
 
+class Endpoint:
+    """A server with one bucket, which outlives it: buckets belong to the process."""
+
+    url = f"s3://{BUCKET}/files"
+
+    def __init__(self) -> None:
+        self.port = 0
+        self.open()
+
+    def open(self) -> None:
+        self._server = ThreadedMotoServer("127.0.0.1", self.port, verbose=False)
+        self._server.start()
+        self.host, self.port = self._server.get_host_and_port()
+
+    def close(self) -> None:
+        self._server.stop()
+
+
 @contextlib.contextmanager
-def endpoint() -> Iterator[str]:
-    """Points the S3 client at a server of its own with one empty bucket. Yields its URL."""
+def endpoint() -> Iterator[Endpoint]:
+    """Points the S3 client at a server of its own with one empty bucket."""
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    httpx.post(
-        f"http://{host}:{port}/moto-api/reset"
-    ).raise_for_status()  # its buckets belong to the process, not to it
+    server = Endpoint()
+    where = f"http://{server.host}:{server.port}"
+    httpx.post(f"{where}/moto-api/reset").raise_for_status()
     values = {
-        "AWS_ENDPOINT_URL_S3": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_ENDPOINT_URL_S3": where, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret",
         "AWS_DEFAULT_REGION": "us-east-1",
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
@@ -33,6 +48,6 @@ def endpoint() -> Iterator[str]:
             patch.setenv(name, value)
         S3FileSystem.clear_instance_cache()
         S3FileSystem().mkdir(BUCKET)
-        yield f"s3://{BUCKET}/files"
+        yield server
         S3FileSystem.clear_instance_cache()
-    server.stop()
+    server.close()

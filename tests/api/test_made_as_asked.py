@@ -22,11 +22,10 @@ import torch
 from safetensors.torch import save_file
 
 from acestep.checkpoints.tiny_planner import _HIDDEN, _MLP
-from acestep.errors import Unavailable
 from deployments.fleet.watch import FleetView
-from deployments.jobs import retry
 from deployments.stages.planner import PlannerDeployment
 from deployments.stages.renderer import RendererDeployment
+from tests.s3 import endpoint as s3_endpoint
 
 from .conftest import Build, Site, fleet_view
 
@@ -291,22 +290,30 @@ async def test_a_plan_made_alone_is_the_plan_of_its_song(whole: Site) -> None:
     assert from_plan["plan"]["codes"] == planned["plan"]["codes"]
 
 
-async def test_files_are_stored_again_until_the_store_answers(
-    whole: Site, stages: Stages, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("seconds", [0.0, pytest.param(60.0, marks=[pytest.mark.slow, pytest.mark.timeout(300)])])
+async def test_a_bucket_that_is_away_at_the_end_of_a_song_costs_no_rendering(
+    build: Build, stages: Stages, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, seconds: float
 ) -> None:
-    storage, failures = whole.service.storage, [Unavailable("away", retry_after=5)] * 3
-    original = storage.put
-
-    def put(name: str, data: bytes) -> None:
-        if failures:
-            raise failures.pop()
-        original(name, data)
-
-    monkeypatch.setattr(storage, "put", put)
-    monkeypatch.setattr(retry, "FILES", retry.Policy(first_s=0.01))
-    async with running(whole):
-        job, (song,) = await made(whole, await ask(whole, *WAYS["native, nothing planned"]))
-    assert (song[:4], job["attempts"], failures) == (b"RIFF", 1, [])
+    """Away for at least two tries, and for so many seconds."""
+    renderer, rendered = stages.stages["render"].renderer, []
+    submit = renderer.submit
+    monkeypatch.setattr(renderer, "submit", lambda *a, **k: (rendered.append(a), submit(*a, **k))[1])
+    with s3_endpoint() as bucket:
+        site = build(view=stages.view(), files_url=f"{bucket.url}/away")
+        monkeypatch.setattr(stages.stages["render"], "storage", site.service.storage)
+        monkeypatch.setattr(site.service.fleet, "handle", stages.handle)
+        bucket.close()
+        async with running(site):
+            job_id = await ask(site, *WAYS["native, nothing planned"])
+            async with asyncio.timeout(120):
+                while caplog.text.count("trying again in") < 2:
+                    await asyncio.sleep(0.05)
+            await asyncio.sleep(seconds)
+            view = (await site.client.get(f"/v1/jobs/{job_id}")).json()
+            assert (view["state"], view["stage"]) == ("running", "encoding")
+            bucket.open()
+            job, (song,) = await made(site, job_id)
+    assert (song[:4], job["attempts"], len(rendered)) == (b"RIFF", 1, 1)
 
 
 async def test_who_leaves_while_a_song_is_stored_ends_its_writing(
