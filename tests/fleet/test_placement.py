@@ -121,7 +121,7 @@ def test_a_short_line_is_not_worth_a_machine_that_has_yet_to_come() -> None:
     def after(line_s: float, *, placeable: bool) -> str | None:
         asleep = {"running": 0, "max_replicas": 2, "placeable": placeable}
         pools = tuple(p for p in three_cards(**asleep).pools if p.name in ("dit-8", "dit-80"))
-        busy = tuple(replace(p, waiting_s=line_s, busy=1) if p.name == "dit-8" else p for p in pools)
+        busy = tuple(replace(p, waiting_s=line_s) if p.name == "dit-8" else p for p in pools)
         return choose(song(duration=30, thinking=False, use_cot_metas=False), FleetState(busy)).renderer
 
     assert [after(s, placeable=True) for s in (5, 60, 600)] == ["dit-8", "dit-80", "dit-80"]
