@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from company import written_among
 from oracle import Oracle
 
 from acestep.lm.decoder import Decoder
@@ -121,27 +122,8 @@ def test_a_song_has_the_same_codes_alone_and_in_any_company(decoder: Decoder, gr
     prompt, uncond = t.encode("A song"), t.encode("NO")
 
     def run(company: int) -> tuple[list[int], torch.Tensor]:
-        states = []
-        draw = decoder._draw
-
-        def spy(due: list, hidden: torch.Tensor) -> None:
-            states.extend(hidden[row.hidden].clone() for output in due if output in job.outputs for row in output.rows)
-            draw(due, hidden)
-
-        decoder._draw = spy  # type: ignore[method-assign]
         job = Job(prompt, uncond, [(CodesProgram(t, 30, limit=30), 11)], SamplingParams(0.85, top_p=0.9, cfg_scale=2.0))
-        for i in range(company):
-            case = random_case(rng, grammar)
-            if decoder.fits(other := case.job()) and decoder.max_rows - decoder.rows_used - other.rows >= 2:
-                decoder.add(other)
-            if i % 2:
-                decoder.step()
-        decoder.add(job)
-        while not job.done:
-            decoder.step()
-        decoder.reset()
-        decoder._draw = draw  # type: ignore[method-assign]
-        return job.outputs[0].written, torch.stack(states)
+        return written_among(decoder, job, (random_case(rng, grammar).job() for _ in range(company)))
 
     alone, states = run(0)
     for company in (1, 3, 9):

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from company import written_among
 from oracle import Oracle
 from safetensors.torch import save_file
 
@@ -140,32 +141,17 @@ def test_a_song_is_the_same_to_the_last_bit_alone_and_among_adapters(
     t, rng = grammar.tokenizer, random.Random(3)
     adapters = PlannerAdapters(model, MIB)
 
+    def other(number: int) -> Job:
+        words = [rng.randrange(t.text_size) for _ in range(rng.choice([3, 20, 600]))]
+        job = Job(words, None, [(CodesProgram(t, rng.randint(1, 40), limit=40), number)], SamplingParams())
+        job.adapters = loaded(adapters, files, rng.choice(SONGS))
+        return job
+
     def run(company: int) -> tuple[list[int], torch.Tensor]:
-        states = []
-        draw = decoder._draw
-
-        def spy(due: list, hidden: torch.Tensor) -> None:
-            states.extend(hidden[row.hidden].clone() for output in due if output in job.outputs for row in output.rows)
-            draw(due, hidden)
-
-        decoder._draw = spy  # type: ignore[method-assign]
-        job = Job(
-            t.encode("A song"), t.encode("NO"), [(CodesProgram(t, 20, limit=20), 11)], SamplingParams(cfg_scale=2.0)
-        )
+        program, params = CodesProgram(t, 20, limit=20), SamplingParams(cfg_scale=2.0)
+        job = Job(t.encode("A song"), t.encode("NO"), [(program, 11)], params)
         job.adapters = loaded(adapters, files, names)
-        for i in range(company):
-            words = [rng.randrange(t.text_size) for _ in range(rng.choice([3, 20, 600]))]
-            other = Job(words, None, [(CodesProgram(t, rng.randint(1, 40), limit=40), i)], SamplingParams())
-            other.adapters = loaded(adapters, files, rng.choice(SONGS))
-            decoder.add(other)
-            if i % 2:
-                decoder.step()
-        decoder.add(job)
-        while not job.done:
-            decoder.step()
-        decoder.reset()
-        decoder._draw = draw  # type: ignore[method-assign]
-        return job.outputs[0].written, torch.stack(states)
+        return written_among(decoder, job, map(other, range(company)))
 
     alone, states = run(0)
     for company in (1, 4, 9):
