@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
@@ -103,17 +104,27 @@ def check(db: Connection, caps: Caps, owner_key: str, audio_s: float, work_s: fl
             db.execute(sa.select(sa.func.coalesce(sa.func.sum(jobs.c.audio_s), 0.0)).where(of_day)).scalar_one()
         )
         if (too_much := used + audio_s - caps.audio_s) > 0:
-            room_at, freed = now, 0.0  # as many of the oldest as it takes have to be a day old
-            oldest = sa.select(jobs.c.audio_s, jobs.c.created_at).where(of_day).order_by(jobs.c.created_at)
-            for row in db.execute(oldest):
-                room_at, freed = row.created_at + DAY_S, freed + row.audio_s
-                if freed >= too_much:
-                    break
+            asked = sa.select(jobs.c.audio_s, jobs.c.created_at).where(of_day)
             raise Busy(
                 f"this key asked for {used:.0f} s of audio within 24 hours; with {audio_s:.0f} s more it is above its "
                 f"limit of {caps.audio_s:.0f} s",
-                limit=caps.audio_s, retry_after=max(1.0, room_at - now),
+                limit=caps.audio_s, retry_after=room_in_s(db, asked, too_much, DAY_S, now),
             )  # fmt: skip
+
+
+def room_in_s(db: Connection, query: sa.Select[Any], too_much: float, kept_s: float, now: float) -> float:
+    """Seconds until as many of the oldest as it takes are no longer counted; at least 1.
+
+    Args:
+        query: What is counted: how much each is, and when it came.
+        kept_s: For how long it counts.
+    """
+    room_at = now
+    for row in db.execute(query.order_by("created_at")):
+        room_at, too_much = row.created_at + kept_s, too_much - row[0]
+        if too_much <= 0:
+            break
+    return max(1.0, room_at - now)
 
 
 def count_jobs(db: Connection, *where: sa.ColumnElement[bool]) -> int:

@@ -10,6 +10,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 
 from deployments.jobs.database import storable, writer
+from deployments.jobs.limits import room_in_s
 from deployments.jobs.schema import files, jobs
 from deployments.jobs.store import QUEUED, RUNNING, Busy
 
@@ -67,16 +68,11 @@ class FileRecords:
                     db.execute(sa.select(sa.func.coalesce(sa.func.sum(files.c.bytes), 0)).where(mine)).scalar_one()
                 )
                 if (too_much := used + record.bytes - most) > 0:
-                    room_at, freed = record.created_at, 0
-                    oldest = sa.select(files.c.bytes, files.c.created_at).where(mine).order_by(files.c.created_at)
-                    for row in db.execute(oldest):
-                        room_at, freed = row.created_at + keep_s, freed + row.bytes
-                        if freed >= too_much:
-                            break
+                    counted = sa.select(files.c.bytes, files.c.created_at).where(mine)
                     raise Busy(
                         f"this key keeps {used} bytes of uploads; with {record.bytes} more it is above its limit of {most}; "
                         "delete some or wait until they are forgotten",
-                        limit=most, retry_after=max(1.0, room_at - record.created_at),
+                        limit=most, retry_after=room_in_s(db, counted, too_much, keep_s, record.created_at),
                     )  # fmt: skip
             db.execute(files.insert().values(**asdict(record)))
 
