@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Literal
 
 from acestep.errors import InvalidRequest
@@ -277,6 +278,7 @@ def get_limits(config: GPUConfig, role: CardRole, *, planner_on_card: bool | Non
     return Limits(float(seconds), batch, config.tier, role, reason)
 
 
+@cache
 def get_lm_model_size(model_path: str) -> str:
     """`0.6B`, `1.7B` or `4B` from a checkpoint's name, else from its path; `tiny` for the random-weight checkpoint.
 

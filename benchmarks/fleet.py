@@ -17,13 +17,27 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.fleet_policies import OURS, Delays, RequestCount, SecondsOfWork
-from benchmarks.fleet_simulator import PoolSpec, Result, Scaler, Simulator, quantile
-from benchmarks.fleet_traffic import RERENDERS, Arrival, day, request_of
+from benchmarks.fleet_policies import RequestCount
+from deployments.capacity.pools import PoolSpec, Scaler
+from deployments.capacity.result import Result, quantile
+from deployments.capacity.scaling import OURS, Delays, SecondsOfWork
+from deployments.capacity.simulator import Simulator
+from deployments.capacity.traffic import Arrival, Kind, arrivals, request_of, shipped
 
 SMALL_LM, LM = "acestep-5Hz-lm-0.6B", "acestep-5Hz-lm-1.7B"
 DIT = "acestep-v15-turbo"
 SERVE = Delays()
+
+
+RERENDERS = Kind(name="renders without planning", share=1, duration=(60, 240), batch=(1, 2, 4), thinking=False)
+
+
+def day(jobs: int, *, seed: int = 1, hours: float = 24.0, burst_share: float = 0.25) -> list[Arrival]:
+    """The shipped mix without deadlines that somebody asked for: late is what takes much longer than a typical card needs for it."""
+    service = shipped()["service"]
+    kinds = tuple(kind.model_copy(update={"deadline_s": None}) for kind in service.kinds)
+    traffic = service.model_copy(update={"kinds": kinds, "burst_share": burst_share, "burst_jobs": (10, 60)})
+    return arrivals(traffic, jobs=jobs, hours=hours, seed=seed)
 
 
 def mixed_fleet(scale: int) -> list[PoolSpec]:
@@ -42,7 +56,7 @@ def mixed_fleet(scale: int) -> list[PoolSpec]:
 
 def autoscaling(jobs: int, scale: int, *, hours: float, thorough: bool) -> dict[str, Any]:
     """Late jobs against GPU hours for both policies on one day, at several settings of each."""
-    arrivals = day(jobs, hours=hours)
+    jobs_of_day = day(jobs, hours=hours)
     specs = mixed_fleet(scale)
 
     def seconds(drain_s: float, down: float) -> Callable[[PoolSpec], Scaler]:
@@ -56,22 +70,22 @@ def autoscaling(jobs: int, scale: int, *, hours: float, thorough: bool) -> dict[
         ours += [(10.0, 120.0), (30.0, 300.0), (120.0, 30.0)]
     counts = (1, 2, 4) if thorough else (2, 4)
     rows = [
-        _row("seconds of work", f"{d:g} s, down {w:g} s", Simulator(specs, arrivals, seconds(d, w)).run())
+        _row("seconds of work", f"{d:g} s, down {w:g} s", Simulator(specs, jobs_of_day, seconds(d, w)).run())
         for d, w in ours
     ]
     rows += [
-        _row("request count, Serve's delays", f"{n} per replica", Simulator(specs, arrivals, count(n, SERVE)).run())
+        _row("request count, Serve's delays", f"{n} per replica", Simulator(specs, jobs_of_day, count(n, SERVE)).run())
         for n in counts
     ]
     rows += [
-        _row("request count, our delays", f"{n} per replica", Simulator(specs, arrivals, count(n, OURS)).run())
+        _row("request count, our delays", f"{n} per replica", Simulator(specs, jobs_of_day, count(n, OURS)).run())
         for n in (counts if thorough else (1,))
     ]
     for unit in ("gpu_hours", "price"):
         curve = sorted((r[unit], r["late"]) for r in rows if r["policy"] == "seconds of work")
         for row in rows:
             row[f"late_of_ours_at_this_{unit}"] = _on_curve(curve, row[unit])
-    return {"jobs": len(arrivals), "hours": hours, "cards": sum(s.max_replicas for s in specs), "rows": rows}
+    return {"jobs": len(jobs_of_day), "hours": hours, "cards": sum(s.max_replicas for s in specs), "rows": rows}
 
 
 def _row(policy: str, setting: str, result: Result) -> dict[str, Any]:
@@ -111,10 +125,10 @@ def replicas(jobs: int) -> dict[str, Any]:
 
 def eta(jobs: int, scale: int, *, hours: float) -> dict[str, Any]:
     """How far the time told was off, relative to the time taken, on a day with bursts: a third of the jobs come 10 to 60 at once."""
-    arrivals = day(jobs, burst_share=0.35, hours=hours)
+    jobs_of_day = day(jobs, burst_share=0.35, hours=hours)
     out: dict[str, Any] = {}
-    fixed = Simulator(mixed_fleet(scale), arrivals, None).run()
-    scaled = Simulator(mixed_fleet(4 * scale), arrivals, lambda pool: SecondsOfWork(pool, 30.0)).run()
+    fixed = Simulator(mixed_fleet(scale), jobs_of_day, None).run()
+    scaled = Simulator(mixed_fleet(4 * scale), jobs_of_day, SecondsOfWork).run()
     for name, result in (("fixed", fixed), ("autoscaled", scaled)):
         errors: dict[str, list[float]] = {"at submit, length given": [], "at submit, all": [], "with the plan, all": []}
         for song in result.songs:
@@ -133,16 +147,16 @@ def eta(jobs: int, scale: int, *, hours: float) -> dict[str, Any]:
 
 def routing(jobs: int, scale: int, *, hours: float) -> dict[str, Any]:
     """The same fixed fleet, jobs placed by cost or dealt out in turn."""
-    arrivals = day(jobs, hours=hours)
+    jobs_of_day = day(jobs, hours=hours)
     specs = mixed_fleet(scale)
     rows = {}
     for name in ("cost", "round_robin"):
-        result = Simulator(specs, arrivals, None, routing=name).run()
+        result = Simulator(specs, jobs_of_day, None, routing=name).run()
         rows[name] = {
             "late": result.late, "p50_s": round(result.latency(0.5), 1), "p95_s": round(result.latency(0.95), 1),
             "p99_s": round(result.latency(0.99), 1), "price_of_busy_time": round(result.busy_cost, 1),
         }  # fmt: skip
-    return {"jobs": len(arrivals), "cards": sum(s.max_replicas for s in specs), **rows}
+    return {"jobs": len(jobs_of_day), "cards": sum(s.max_replicas for s in specs), **rows}
 
 
 def plot(result: dict[str, Any], path: Path) -> None:

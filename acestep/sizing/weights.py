@@ -7,6 +7,7 @@ made before anything is downloaded. Checked against the real modules in tests/si
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -50,6 +51,7 @@ RENDERERS: dict[str, dict[str, Config]] = {
 }
 
 
+@cache
 def renderer_size(model: str) -> str:
     """`2B` or `XL` by the checkpoint's name, `tiny` for the random-weight checkpoints."""
     return "tiny" if is_tiny(model) else "XL" if "xl" in model.lower() else "2B"

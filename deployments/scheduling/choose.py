@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Literal
 
 from acestep.gpu_config import TIERS, Limits
@@ -252,6 +253,7 @@ def render_option(pool: PoolState, request: SongRequest, duration: float, planne
     cost = pool.profile.renderer(pool.model)
     n = request.batch_size
 
+    @cache
     def wall(items: int) -> float:
         seconds = render_seconds(request, cost, duration, model=pool.model, items=items, output_s=pool.profile.output_s)
         return seconds.wall_s * pool.correction

@@ -19,7 +19,7 @@ from ray.serve.autoscaling_policy import _apply_default_params, _apply_delay_log
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
 from acestep.request import SongRequest
-from benchmarks.fleet_policies import Delays, ServeDelays
+from deployments.capacity.scaling import Delays, ServeDelays
 from deployments.jobs import waiting as backlog_module
 from deployments.jobs.store import JobStore
 from deployments.jobs.waiting import Backlog, read_backlog, read_backlogs, summarise

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks import fleet
-from benchmarks.fleet_policies import RequestCount, SecondsOfWork
-from benchmarks.fleet_simulator import Simulator
-from benchmarks.fleet_traffic import day
+from benchmarks.fleet_policies import RequestCount
+from deployments.capacity.scaling import SecondsOfWork
+from deployments.capacity.simulator import Simulator
 
-ARRIVALS = day(400, hours=1.0)
+ARRIVALS = fleet.day(400, hours=1.0)
 SPECS = fleet.mixed_fleet(8)
 
 
@@ -39,7 +39,7 @@ def test_the_same_day_twice_is_the_same() -> None:
 
 
 def test_seconds_of_work_beat_request_counts_on_late_jobs_and_gpu_hours() -> None:
-    arrivals = day(1_500, hours=4.0, seed=5)
+    arrivals = fleet.day(1_500, hours=4.0, seed=5)
     ours = Simulator(SPECS, arrivals, lambda pool: SecondsOfWork(pool, 20.0)).run()
     serve = Simulator(SPECS, arrivals, lambda pool: RequestCount(pool, 2, fleet.SERVE)).run()
     assert ours.late < serve.late

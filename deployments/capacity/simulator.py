@@ -1,7 +1,7 @@
 """A discrete-event simulator of a fleet: real router, ordering, cost and scaling functions, simulated cards and time.
 
 What is simulated: replicas that take the profile's time, off by a factor per pool that the router does not know and by noise per song;
-planners that slow down as their batch fills; model loads; draining. What is not: HTTP, the store, failures.
+planners that slow down as their batch fills; model loads; draining; spot cards that are taken away. What is not: HTTP and the store.
 """
 
 from __future__ import annotations
@@ -11,191 +11,17 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from acestep.gpu_config import get_gpu_config, get_limits
 from acestep.plan import Plan
-from acestep.sizing import profiles
 from acestep.sizing.cost import Corrections, expected_duration, plan_rows, plan_seconds, render_seconds
-from benchmarks.fleet_traffic import Arrival
-from deployments.jobs.waiting import Backlog, handover_rate
-from deployments.scheduling.autoscaling import desired
-from deployments.scheduling.choose import Decision, FleetState, PoolState, Promise, choose
-from deployments.scheduling.fairness import USAGE_HALF_LIFE_S, Waiting, next_jobs, patience_of
+from deployments.capacity.pools import Pool, PoolSpec, Replica, Scaler, Song, Usage, waiting_of
+from deployments.capacity.result import Result
+from deployments.capacity.traffic import Arrival
+from deployments.scheduling.choose import Decision, FleetState, Promise, choose
+from deployments.scheduling.fairness import Waiting, next_jobs, patience_of
 
 CANDIDATES = 256  # how many waiting jobs a dispatcher looks at, as the job store hands them out
-RATE_WINDOW_S = 120.0
-PLANNER_ROWS = 16
-MEAN_CONTEXT = 400.0
-TASKS = frozenset({"text2music", "cover", "repaint"})
-
-
-class Usage:
-    """Seconds of work given to each caller, old work forgotten by half every five minutes; the service reads the same from its store."""
-
-    def __init__(self) -> None:
-        self._seen: dict[str, tuple[float, float]] = {}  # seconds, at
-
-    def add(self, key: str, work_s: float, now: float) -> None:
-        self._seen[key] = (self.at(now).get(key, 0.0) + work_s, now)
-
-    def at(self, now: float) -> dict[str, float]:
-        return {k: s * math.exp2(-(now - at) / USAGE_HALF_LIFE_S) for k, (s, at) in self._seen.items()}
-
-
-@dataclass(frozen=True)
-class PoolSpec:
-    """A pool of equal cards."""
-
-    name: str
-    role: Literal["plan", "render"]
-    card: str
-    tier: str
-    model: str
-    max_replicas: int
-    min_replicas: int = 0
-
-
-Scaler = Callable[[float, Backlog, int, int, int], int]
-"""(now, backlog, running, target, ongoing requests) -> new target."""
-
-
-@dataclass(eq=False)
-class Song:
-    """A job on its way."""
-
-    id: str
-    arrival: Arrival
-    decision: Decision
-    eta_s: float | None  # from submit to the end, as told at submit
-    later_eta_s: float | None = None  # the same as told once the plan was there
-    stage: Literal["plan", "render", "done"] = "plan"
-    begun: float | None = None
-    pieces: int = 0
-    finished: float | None = None
-    waiting: Waiting | None = None
-
-
-@dataclass(eq=False)
-class Replica:
-    """One card. A renderer holds one piece, a planner as many rows as it has slots."""
-
-    pool: Pool
-    ready_at: float
-    busy: bool = False
-    free_at: float = 0.0  # predicted
-    draining: bool = False
-    rows: int = 0
-    clock: float = 0.0  # planner: steps made
-    updated: float = 0.0
-    jobs: list[tuple[float, int, Song]] = field(default_factory=list)  # planner: (end in steps, number, song)
-    version: int = 0
-
-
-class Pool:
-    """One pool and what waits for it."""
-
-    def __init__(self, spec: PoolSpec, bias: float, scaler: Scaler) -> None:
-        self.spec = spec
-        self.profile = profiles.named(spec.card)
-        self.limits = get_limits(get_gpu_config(spec.tier), "plan" if spec.role == "plan" else "render")
-        self.bias = bias
-        self.scaler = scaler
-        self.slots = PLANNER_ROWS if spec.role == "plan" else 1
-        self.replicas: list[Replica] = []
-        self.starting = 0
-        self.target = spec.min_replicas
-        self.queue: dict[str, tuple[Song, int, float]] = {}  # waiting id -> (song, items, work)
-        self.waiting_s = 0.0
-        self.coming: dict[
-            str, tuple[float, float, float]
-        ] = {}  # song id -> (planned at, as foretold; render work; due)
-        self.upcoming: dict[str, tuple[float, float, float]] = {}  # song id -> (render work, planning since, estimate)
-        self.upcoming_s = 0.0
-        self.later_s = 0.0
-        self.recent: list[tuple[float, float]] = []
-        self.drain_s: float | None = getattr(scaler, "drain_s", None)
-        self.gpu_s = 0.0
-        self.done_s = 0.0
-
-    def ongoing(self) -> int:
-        return len(self.queue) + sum(len(r.jobs) if self.slots > 1 else r.busy for r in self.replicas)
-
-    def running_s(self, now: float) -> float:
-        if self.slots > 1:
-            share = self.slots / 2
-            return sum(len(r.jobs) * max(0.0, r.free_at - now) / share for r in self.replicas)
-        return sum(max(0.1, r.free_at - now) for r in self.replicas if r.busy)
-
-    def state(self, now: float, correction: float, ahead_s: float, due: float) -> PoolState:
-        live = [r for r in self.replicas if not r.draining]
-        if self.slots > 1:
-            free = tuple(at for r in live for at in self._rows_free(r, now))
-        else:
-            free = tuple(max(0.1, r.free_at - now) if r.busy else 0.0 for r in live)
-        return PoolState(
-            name=self.spec.name, role=self.spec.role, model=self.spec.model, limits=self.limits, profile=self.profile,
-            tasks=TASKS if self.spec.role == "render" else frozenset(), running=len(live), pending=self.starting,
-            max_replicas=self.spec.max_replicas, slots=self.slots, waiting_s=ahead_s,
-            coming=tuple((max(0.1, at - now), work, theirs < due) for at, work, theirs in self.coming.values()), drain_s=self.drain_s,
-            free_in_s=free, correction=correction, target=self.wanted(now),
-        )  # fmt: skip
-
-    def wanted(self, now: float) -> int:
-        if self.drain_s is None:
-            return 0
-        slots = PLANNER_ROWS // 2 if self.spec.role == "plan" else 1
-        return desired(self.backlog(now), drain_s=self.drain_s, max_replicas=self.spec.max_replicas, slots=slots)
-
-    def _rows_free(self, replica: Replica, now: float) -> list[float]:
-        """When rows are free, from the codes that are still to be written: planners report their progress."""
-        times = [0.0] * (self.slots - replica.rows)
-        step = self.step_s(replica.rows) * self.bias
-        for end, _, song in replica.jobs:
-            left = (end - replica.clock) * step - (now - replica.updated)
-            times += [max(0.1, left)] * plan_rows(song.arrival.request, self.slots)
-        return times
-
-    def step_s(self, rows: int) -> float:
-        return self.profile.planner(self.spec.model).seconds_per_step(rows, MEAN_CONTEXT)
-
-    def backlog(self, now: float) -> Backlog:
-        self.recent = [entry for entry in self.recent if entry[0] > now - RATE_WINDOW_S]
-        planning = len(self.upcoming)
-        elapsed = sum(now - since for _, since, _ in self.upcoming.values())
-        estimated = sum(seconds for _, _, seconds in self.upcoming.values())
-        return Backlog(
-            waiting_s=self.waiting_s, running_s=self.running_s(now), upcoming_s=self.upcoming_s, later_s=self.later_s,
-            handover=handover_rate(self.upcoming_s, estimated, elapsed, planning),
-            running_jobs=sum(len(r.jobs) if self.slots > 1 else r.busy for r in self.replicas),
-            arrival=sum(w for _, w in self.recent) / RATE_WINDOW_S,
-        )  # fmt: skip
-
-
-@dataclass
-class Result:
-    """What came of a day: GPU hours in all, weighted by the cards' prices, and the latter for busy time alone."""
-
-    songs: list[Song]
-    gpu_hours: float
-    cost: float
-    busy_cost: float
-    span_s: float
-
-    @property
-    def late(self) -> int:
-        return sum(s.finished is None or s.finished - s.arrival.at > s.arrival.patience for s in self.songs)
-
-    def latency(self, q: float) -> float:
-        return quantile([s.finished - s.arrival.at for s in self.songs if s.finished is not None], q)
-
-
-def quantile(values: Sequence[float], q: float) -> float:
-    if not values:
-        return math.nan
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
 
 
 class Simulator:
@@ -203,9 +29,12 @@ class Simulator:
 
     Args:
         scaler: Makes one scaler per pool; None keeps every pool at `max_replicas`.
-        routing: `cost` is the product's own; `round_robin` deals jobs to the replicas that can do them, one after another.
+        routing: `cost` is the product's own, deadlines included; `round_robin` deals jobs to the replicas that can do them, one after
+            another, and refuses none of those.
         bias: Largest factor by which a card may be slower or faster than its profile, unknown to the router.
         noise: Standard deviation of log(time) from song to song.
+        reclaim_every_s: One spot card is taken away so often, `notice_s` after it was told.
+        until_s: Cards are there, and are paid for, until then at least.
     """
 
     def __init__(
@@ -219,6 +48,9 @@ class Simulator:
         noise: float = 0.08,
         tick_s: float = 2.0,
         seed: int = 7,
+        reclaim_every_s: float | None = None,
+        notice_s: float = 30.0,
+        until_s: float = 0.0,
     ) -> None:
         self.rng = random.Random(seed)
         fixed: Scaler = lambda now, backlog, running, target, ongoing: target  # noqa: E731
@@ -228,6 +60,7 @@ class Simulator:
         self.routing = routing
         self.noise = noise
         self.tick_s = tick_s
+        self.reclaim_every_s, self.notice_s, self.until_s = reclaim_every_s, notice_s, until_s
         self.corrections = Corrections()
         self.usage = Usage()
         self.now = 0.0
@@ -241,22 +74,25 @@ class Simulator:
     def run(self) -> Result:
         for pool in self.pools.values():
             pool.target = pool.spec.min_replicas if self.scaled else pool.spec.max_replicas
-            pool.replicas = [Replica(pool, 0.0) for _ in range(pool.target)]
+            for _ in range(pool.target):
+                pool.join(0.0)
         for arrival in self.arrivals:
             self._at(arrival.at, self._arrive, arrival)
         if self.scaled:
             self._at(0.0, self._tick)
-        while self._events:
+        if self.reclaim_every_s is not None:
+            self._at(self.reclaim_every_s, self._reclaim)
+        while self._events and not self._over():
             self.now, _, action, args = heapq.heappop(self._events)
             action(*args)
-            if self._open == 0 and len(self.songs) == len(self.arrivals):
-                break
+        self.now = max(self.now, self.until_s)
         for pool in self.pools.values():
-            pool.gpu_s += sum(self.now - r.ready_at + pool_load(pool) for r in pool.replicas)
-        hours = sum(p.gpu_s for p in self.pools.values()) / 3600
-        cost = sum(p.gpu_s * p.profile.price for p in self.pools.values()) / 3600
-        busy_cost = sum(p.done_s * p.profile.price for p in self.pools.values()) / 3600
-        return Result(self.songs, hours, cost, busy_cost, self.now)
+            for replica in pool.replicas:
+                pool.pay(replica, self.now)
+        return Result(self.songs, list(self.pools.values()), self.now)
+
+    def _over(self) -> bool:
+        return self._open == 0 and len(self.songs) == len(self.arrivals) and self.now >= self.until_s
 
     # -- events
 
@@ -267,22 +103,33 @@ class Simulator:
         fleet = self._fleet(arrival)
         if self.routing == "round_robin":
             fleet = self._deal(fleet, arrival)
-        decision = choose(arrival.request, fleet)
+        in_s = arrival.deadline_s if self._holds(arrival) else None
+        decision = choose(arrival.request, fleet, deadline_in_s=in_s)
         song = Song(f"job{len(self.songs)}", arrival, decision, decision.eta_s)
         self.songs.append(song)
+        too_late = in_s is not None and decision.eta_s is not None and decision.eta_s > in_s
+        if (
+            decision.outcome == "never" or decision.adjustments or too_late
+        ):  # less than what was asked is no song either
+            song.stage = "refused"
+            return
         self._open += 1
         render = self.pools[decision.renderer or ""]
         render.recent.append((self.now, decision.est_render_s))
-        if decision.planning:
+        if decision.planner:
             render.later_s += decision.est_render_s
-            planned_at = self.now + decision.planning.finish_s
+            planned_at = self.now + decision.plan_wait_s + decision.plan_wall_s
             render.coming[song.id] = (planned_at, decision.est_render_s, arrival.at + self._patience(arrival))
-            pool = self.pools[decision.planning.pool.name]
+            pool = self.pools[decision.planner]
             pool.recent.append((self.now, decision.est_plan_s))
             self._enqueue(pool, song, arrival.request.batch_size, decision.est_plan_s)
             self._feed(pool)
         else:
             self._to_render(song, decision)
+
+    def _holds(self, arrival: Arrival) -> bool:
+        """Whether somebody is told of its deadline."""
+        return arrival.firm and self.routing == "cost"
 
     def _to_render(self, song: Song, decision: Decision) -> None:
         song.stage, song.decision, song.begun = "render", decision, self.now
@@ -315,20 +162,36 @@ class Simulator:
                 return
             del pool.queue[first]
             pool.waiting_s = max(0.0, pool.waiting_s - work)
+            if song.stage == "late" or (
+                self._holds(song.arrival) and self.now > song.arrival.at + song.arrival.deadline_s
+            ):
+                self._give_up(song)
+                continue
+            song.first_begun = self.now if song.first_begun is None else song.first_begun
             self.usage.add(song.arrival.key, work, self.now)
             if pool.slots > 1:
                 self._begin_plan(pool, replica, song, rows)
             else:
-                self._begin_render(pool, replica, song, items)
+                self._begin_render(replica, song, items, work)
+
+    def _give_up(self, song: Song) -> None:
+        """Its deadline is over while it waits."""
+        if song.stage == "plan":
+            render = self.pools[song.decision.renderer or ""]
+            render.coming.pop(song.id)
+            render.later_s = max(0.0, render.later_s - song.decision.est_render_s)
+        if song.stage != "late":
+            song.stage = "late"
+            self._open -= 1
 
     def _first(self, pool: Pool) -> str:
         if len(pool.queue) == 1:
             return next(iter(pool.queue))
-        return next(next_jobs(self._candidates(pool), self.usage.at(self.now), self.now)).id
+        return next_jobs(self._candidates(pool), self.usage.at(self.now), self.now, 1)[0].id
 
     def _candidates(self, pool: Pool) -> list[Waiting]:
         return [
-            Waiting(name, song.arrival.key, work, song.arrival.at, patience_s=self._patience(song.arrival))
+            waiting_of(name, song, work, self._patience(song.arrival))
             for name, (song, _, work) in itertools.islice(pool.queue.items(), CANDIDATES)
         ]
 
@@ -340,16 +203,15 @@ class Simulator:
             work = 0.0
             for role in ("plan", "render"):
                 pool = next((p for p in self.pools.values() if p.spec.role == role), None)
-                work += _work_s(pool, arrival, duration) if pool else 0.0
+                work += pool.work_s(arrival, duration) if pool else 0.0
             self._patiences[id(request)] = patience_of(work)
         return self._patiences[id(request)]
 
     def _begin_plan(self, pool: Pool, replica: Replica, song: Song, rows: int) -> None:
         render = self.pools[song.decision.renderer or ""]
-        work, planning = song.decision.est_render_s, song.decision.planning
-        assert planning is not None, "it is being planned"
+        work = song.decision.est_render_s
         render.later_s = max(0.0, render.later_s - work)
-        render.upcoming[song.id] = (work, self.now, planning.seconds.wall_s)
+        render.upcoming[song.id] = (work, self.now, song.decision.plan_wall_s)
         render.upcoming_s += work
         song.begun = self.now
         cost = pool.profile.planner(pool.spec.model)
@@ -388,9 +250,7 @@ class Simulator:
         work, _, _ = render.upcoming.pop(song.id)
         render.coming.pop(song.id)
         render.upcoming_s = max(0.0, render.upcoming_s - work)
-        if song.decision.planning is not None:
-            foretold_s = song.decision.planning.profile_s
-            self.corrections.refine(pool.spec.name, "plan", foretold_s, self.now - (song.begun or 0.0))
+        self.corrections.refine(pool.spec.name, "plan", song.decision.plan_profile_s, self.now - (song.begun or 0.0))
         codes = ((0,) * int(song.arrival.duration * 5),)
         fleet = self._fleet(song.arrival)
         if self.routing == "round_robin":
@@ -399,16 +259,19 @@ class Simulator:
         promise = None
         if song.eta_s is not None and song.decision.renderer is not None:
             promise = Promise(song.decision.renderer, song.arrival.at + song.eta_s - self.now)
-        self._to_render(song, choose(request, fleet, plan=plan, promise=promise))
+        arrival = song.arrival
+        left_s = arrival.at + arrival.deadline_s - self.now if self._holds(arrival) else None
+        self._to_render(song, choose(request, fleet, plan=plan, promise=promise, deadline_in_s=left_s))
         if replica.draining and not replica.jobs:
             self._stop(replica)
         else:
             self._next_plan(replica)
             self._feed(pool)
 
-    def _begin_render(self, pool: Pool, replica: Replica, song: Song, items: int) -> None:
+    def _begin_render(self, replica: Replica, song: Song, items: int, work: float) -> None:
+        pool = replica.pool
         seconds = self._render_s(pool, song, items)
-        replica.busy = True
+        replica.busy, replica.begun_at, replica.work = True, self.now, (song, items, work)
         replica.free_at = self.now + seconds * self.corrections.factor(pool.spec.name, "render")
         taken = seconds * pool.bias * self._noise()
         self._at(self.now + taken, self._rendered, replica, song, seconds, taken)
@@ -420,12 +283,14 @@ class Simulator:
         ).wall_s  # fmt: skip
 
     def _rendered(self, replica: Replica, song: Song, predicted: float, taken: float) -> None:
+        if replica.gone:
+            return
         pool = replica.pool
-        replica.busy = False
+        replica.busy, replica.work = False, None
         pool.done_s += taken
         self.corrections.refine(pool.spec.name, "render", predicted, taken)
         song.pieces -= 1
-        if song.pieces == 0:
+        if song.pieces == 0 and song.stage != "late":
             song.stage, song.finished = "done", self.now
             self._open -= 1
         if replica.draining:
@@ -451,7 +316,8 @@ class Simulator:
     def _ahead(self, pool: Pool, arrival: Arrival) -> float:
         if not pool.queue:
             return 0.0
-        mine = Waiting("mine", arrival.key, 0.0, arrival.at, patience_s=self._patience(arrival))
+        deadline = arrival.at + arrival.deadline_s if self._holds(arrival) else None
+        mine = Waiting("mine", arrival.key, 0.0, arrival.at, deadline=deadline, patience_s=self._patience(arrival))
         order = next_jobs([*self._candidates(pool), mine], self.usage.at(self.now), self.now)
         before = sum(job.work_s for job in itertools.takewhile(lambda job: job is not mine, order))
         seen = list(itertools.islice(pool.queue.values(), CANDIDATES))
@@ -472,10 +338,11 @@ class Simulator:
                 )
             ]
             slots = [p for p in able for _ in range(max(1, p.running + p.pending))]
-            chosen.append(slots[next(self._turn) % len(slots)])
+            if slots:
+                chosen.append(slots[next(self._turn) % len(slots)])
         return FleetState(tuple(chosen))
 
-    # -- scaling
+    # -- cards that come and go
 
     def _tick(self) -> None:
         for pool in self.pools.values():
@@ -484,40 +351,73 @@ class Simulator:
             pool.target = max(pool.spec.min_replicas, min(pool.spec.max_replicas, target))
             have = running + pool.starting
             for _ in range(pool.target - have):
-                pool.starting += 1
-                self._at(self.now + pool_load(pool), self._ready, pool)
+                self._start(pool)
             for _ in range(have - pool.target):
                 idle = next((r for r in pool.replicas if not r.draining and not r.busy and not r.jobs), None)
                 victim = idle or next((r for r in pool.replicas if not r.draining), None)
                 if victim is None:
                     break
-                victim.draining = True
-                if idle is not None:
-                    self._stop(victim)
-        if self._open or len(self.songs) < len(self.arrivals):
+                self._drain(victim)
+        if self._open or len(self.songs) < len(self.arrivals) or self.now < self.until_s:
             self._at(self.now + self.tick_s, self._tick)
+
+    def _start(self, pool: Pool) -> None:
+        at = self.now + pool.load_s
+        pool.starting += 1
+        pool.starting_at.append(at)
+        self._at(at, self._ready, pool)
 
     def _ready(self, pool: Pool) -> None:
         pool.starting -= 1
-        pool.replicas.append(Replica(pool, self.now, updated=self.now))
+        pool.starting_at.pop(0)
+        pool.join(self.now)
         self._feed(pool)
 
+    def _drain(self, replica: Replica) -> None:
+        """It takes nothing new, and goes when what it has is done."""
+        replica.draining = True
+        if not replica.busy and not replica.jobs:
+            self._stop(replica)
+
     def _stop(self, replica: Replica) -> None:
+        replica.gone = True
+        replica.pool.replicas.remove(replica)
+        replica.pool.pay(replica, self.now)
+
+    def _reclaim(self) -> None:
+        spot = [r for p in self.pools.values() for r in p.replicas if r.spot and not r.draining]
+        if spot:
+            victim = self.rng.choice(spot)
+            self._drain(victim)
+            self._at(self.now + self.notice_s, self._taken, victim)
+            if not self.scaled:
+                self._start(victim.pool)
+        self._at(self.now + (self.reclaim_every_s or math.inf), self._reclaim)
+
+    def _taken(self, replica: Replica) -> None:
+        """Its notice is over: what it has not done is given back, and begins anew elsewhere."""
+        if replica.gone:
+            return
         pool = replica.pool
-        pool.replicas.remove(replica)
-        pool.gpu_s += self.now - replica.ready_at + pool_load(pool)
+        self._advance(replica)
+        if replica.work is not None:
+            song, items, work = replica.work
+            self._lose(pool, song, self.now - replica.begun_at)
+            pool.done_s += self.now - replica.begun_at
+            self._enqueue(pool, song, items, work, next(self._order))
+        for _, _, song in replica.jobs:
+            self._lose(
+                pool, song, (self.now - (song.begun or 0.0)) * plan_rows(song.arrival.request, pool.slots) / pool.slots
+            )
+            render = self.pools[song.decision.renderer or ""]
+            work, _, _ = render.upcoming.pop(song.id)
+            render.upcoming_s = max(0.0, render.upcoming_s - work)
+            render.later_s += work
+            self._enqueue(pool, song, song.arrival.request.batch_size, song.decision.est_plan_s)
+        replica.jobs, replica.version = [], replica.version + 1
+        self._stop(replica)
+        self._feed(pool)
 
-
-def _work_s(pool: Pool, arrival: Arrival, duration: float) -> float:
-    if pool.spec.role == "plan":
-        return plan_seconds(arrival.request, pool.profile.planner(pool.spec.model), duration, slots=pool.slots).work_s
-    cost = pool.profile.renderer(pool.spec.model)
-    return render_seconds(
-        arrival.request, cost, duration, model=pool.spec.model, items=arrival.request.batch_size
-    ).work_s
-
-
-def pool_load(pool: Pool) -> float:
-    """Seconds from the decision to a serving replica."""
-    cost = pool.profile.planner(pool.spec.model) if pool.spec.role == "plan" else pool.profile.renderer(pool.spec.model)
-    return cost.load_s
+    def _lose(self, pool: Pool, song: Song, seconds: float) -> None:
+        song.redone_s += seconds
+        pool.redone_s += seconds
