@@ -7,20 +7,22 @@ the goal; then cards are taken out one by one for as long as the day still keeps
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from acestep.errors import InvalidRequest
 from deployments.capacity.demand import demand_of
 from deployments.capacity.pools import PoolSpec
 from deployments.capacity.result import Result
+from deployments.capacity.scaling import SecondsOfWork
 from deployments.capacity.simulator import Simulator
 from deployments.capacity.solver import Choice, Solution, solve
-from deployments.capacity.traffic import HOURS, Arrival
+from deployments.capacity.traffic import Arrival
 
 HEADROOMS = (1.0, 0.85, 0.7, 0.55, 0.4, 0.3, 0.2)  # how busy pools may be on average
-SEARCH_JOBS, CONFIRM_JOBS = 2_500, 6_000  # a day of more jobs is simulated as a shorter one, at the same rate
-SEARCH_S = 25.0
+SEARCH_JOBS, CONFIRM_JOBS = 1_500, 4_000  # a day of more jobs is simulated as a shorter one, at the same rate
+MOST_TRIALS = 16
+MOST_DRAIN_S = 240.0
 NOTICE_S, RECLAIM_S = (
     30.0,
     600.0,
@@ -148,7 +150,7 @@ def make_plan(day: Day, choice: Choice, goal: Goal, *, told: Callable[[str], Non
     """
     began = time.monotonic()
     arrivals, hours = day(SEARCH_JOBS, 1)
-    if not arrivals:
+    if len(arrivals) == 0:
         raise InvalidRequest("traffic: there are no jobs in it", field="traffic")
     demand = demand_of(arrivals, hours)
     reclaim_s = RECLAIM_S if choice.spot else None
@@ -162,60 +164,70 @@ def make_plan(day: Day, choice: Choice, goal: Goal, *, told: Callable[[str], Non
             told(f"{describe(key)}: {trial.kept:.1%} in time, ${trial.cost:.3f} an hour")
         return tried[key]
 
-    solutions: dict[float, Solution] = {}
-
-    def proposed(number: int) -> Solution:
-        headroom = HEADROOMS[number]
-        return (
-            solutions.setdefault(headroom, solve(demand, choice, headroom))
-            if headroom not in solutions
-            else solutions[headroom]
-        )
-
-    floor = proposed(0)
-    # The busiest that still keeps the goal; what is busier than one that does not, does not either.
-    low, high = 0, len(HEADROOMS)
-    while low < high:
-        middle = (low + high) // 2
-        if goal.holds(attempt(proposed(middle).specs)):
-            high = middle
-        else:
-            low = middle + 1
+    floor = solve(demand, choice, 1.0)
+    proposals: dict[tuple[PoolSpec, ...], tuple[Solution, float]] = {}
+    for on_demand in (True, False) if choice.on_demand else (False,):
+        # The busiest that still keeps the goal; what is busier than one that does not, does not either.
+        low, high = 0, len(HEADROOMS)
+        while low < high:
+            middle = (low + high) // 2
+            first = middle == 0 and on_demand == choice.on_demand
+            solution = floor if first else solve(demand, replace(choice, on_demand=on_demand), HEADROOMS[middle])
+            proposals.setdefault(solution.specs, (solution, HEADROOMS[middle]))
+            if goal.holds(attempt(solution.specs)):
+                high = middle
+            else:
+                low = middle + 1
     keeping = [t for t in tried.values() if goal.holds(t)]
     if not keeping:
         best = max(tried.values(), key=lambda t: (t.kept, -t.cost))
-        number = next((n for n, h in enumerate(HEADROOMS) if h in solutions and solutions[h].specs == best.specs), 0)
-        return _told(best, False, tried, proposed(number), HEADROOMS[number], floor, began)
-    best = min(keeping, key=lambda t: t.cost)
-    number = min(low, len(HEADROOMS) - 1)
-    best = _without(best, attempt, goal, began)
-    confirmed, keeps = _confirm(
-        best, [t for t in tried.values() if goal.holds(t) and t.cost >= best.cost], day, goal, reclaim_s
-    )
-    return _told(confirmed, keeps, tried, proposed(number), HEADROOMS[number], floor, began)
+        return _told(best, False, tried, *proposals[best.specs], floor, began)
+    origin = best = min(keeping, key=lambda t: t.cost)
+    best = _leaner(best, attempt, goal, tried)
+    best, keeps = _confirm(best, [t for t in tried.values() if goal.holds(t)], day, goal, reclaim_s)
+    return _told(best, keeps, tried, *proposals[origin.specs], floor, began)
 
 
-def _without(best: Trial, attempt: Callable[[Sequence[PoolSpec]], Trial], goal: Goal, began: float) -> Trial:
-    """The fleet with one always-on card less, the dearest first, for as long as that keeps the goal."""
+def _leaner(
+    best: Trial, attempt: Callable[[Sequence[PoolSpec]], Trial], goal: Goal, tried: Mapping[object, Trial]
+) -> Trial:
+    """The fleet with a card less, or one that is slower to grow, for as long as that is cheaper and keeps the goal."""
     going = True
-    while going and time.monotonic() - began < SEARCH_S:
+    while going:
         going = False
-        for spec in sorted(best.specs, key=lambda s: -(s.price or 0.0)):
-            if spec.min_replicas <= 1 or time.monotonic() - began > SEARCH_S:
-                continue
-            fewer = replace(spec, min_replicas=spec.min_replicas - 1)
-            trial = attempt([fewer if s is spec else s for s in best.specs])
-            if goal.holds(trial) and trial.cost < best.cost:
-                best, going = trial, True
+        for number, spec in _by_price(best.specs):
+            for change in _changes(spec):
+                if len(tried) >= MOST_TRIALS:
+                    return best
+                trial = attempt([*best.specs[:number], change, *best.specs[number + 1 :]])
+                if goal.holds(trial) and trial.cost < best.cost:
+                    best, going = trial, True
+                    break
+            if going:
                 break
     return best
+
+
+def _by_price(specs: Sequence[PoolSpec]) -> list[tuple[int, PoolSpec]]:
+    return sorted(enumerate(specs), key=lambda pair: -(pair[1].price or 0.0) * pair[1].max_replicas)
+
+
+def _changes(spec: PoolSpec) -> Iterator[PoolSpec]:
+    if spec.max_replicas > spec.min_replicas and spec.drain_s < MOST_DRAIN_S:
+        yield replace(spec, drain_s=2 * spec.drain_s)
+    if spec.min_replicas > 1:
+        least = spec.min_replicas - 1
+        fixed = spec.min_replicas == spec.max_replicas
+        yield replace(spec, min_replicas=least, max_replicas=least if fixed else spec.max_replicas)
+    if spec.max_replicas > spec.min_replicas:
+        yield replace(spec, max_replicas=spec.max_replicas - 1)
 
 
 def _confirm(best: Trial, others: Sequence[Trial], day: Day, goal: Goal, reclaim_s: float | None) -> tuple[Trial, bool]:
     """The cheapest that keeps the goal on another day, too."""
     arrivals, hours = day(CONFIRM_JOBS, 2)
     first = None
-    for trial in sorted({t.specs: t for t in (best, *others)}.values(), key=lambda t: t.cost)[:3]:
+    for trial in sorted((best, *(t for t in others if t.cost > best.cost)), key=lambda t: t.cost)[:3]:
         confirmed, _ = try_out(trial.specs, arrivals, hours, seed=11, reclaim_s=reclaim_s)
         first = first or confirmed
         if goal.holds(confirmed):
@@ -260,13 +272,3 @@ def describe(specs: Sequence[PoolSpec]) -> str:
         if mine := [size(s) for s in specs if s.role == role]:
             parts.append(f"{verb} {', '.join(mine)}")
     return "; ".join(parts)
-
-
-def day_of(make: Callable[[float, int], Sequence[Arrival]], jobs_per_hour: float) -> Day:
-    """Days of a traffic with a rate: as many of their hours as make so many jobs."""
-
-    def day(most: int, seed: int) -> tuple[Sequence[Arrival], float]:
-        hours = min(HOURS, max(0.5, most / jobs_per_hour))
-        return make(hours, seed), hours
-
-    return day

@@ -148,7 +148,7 @@ class Pool:
             cost = self.profile.planner(spec.model)
             self._step_s = [cost.seconds_per_step(rows, MEAN_CONTEXT) for rows in range(PLANNER_ROWS + 1)]
         self.gpu_s = self.spot_s = self.done_s = self.redone_s = 0.0
-        self.most = 0
+        self.sizes: list[tuple[float, int]] = []  # cards that serve, from when on
 
     @property
     def load_s(self) -> float:
@@ -171,8 +171,19 @@ class Pool:
         spot = self.spec.spot_price is not None and any(not r.spot for r in self.replicas)
         replica = Replica(self, now, spot, updated=now)
         self.replicas.append(replica)
-        self.most = max(self.most, len(self.replicas))
+        self.sizes.append((now, len(self.replicas)))
         return replica
+
+    @property
+    def most(self) -> int:
+        """Cards that it had at once."""
+        return max((size for _, size in self.sizes), default=0)
+
+    def leave(self, replica: Replica, now: float) -> None:
+        """One card less."""
+        self.replicas.remove(replica)
+        self.sizes.append((now, len(self.replicas)))
+        self.pay(replica, now)
 
     def pay(self, replica: Replica, now: float) -> None:
         """For a card that goes: all the time that it was there, its start included."""
@@ -197,7 +208,7 @@ class Pool:
             free = tuple(max(0.1, r.free_at - now) if r.busy else 0.0 for r in live)
         return PoolState(
             name=self.spec.name, role=self.spec.role, model=self.spec.model, limits=self.limits, profile=self.profile,
-            tasks=TASKS if self.spec.role == "render" else frozenset(), running=len(live), pending=self.starting,
+            tasks=TASKS if self.spec.role == "render" else frozenset(), running=len(live), pending=self.starting, placeable=not self.spec.start_s,
             max_replicas=self.spec.max_replicas, slots=self.slots, busy=sum(r.rows for r in live), waiting_s=ahead_s,
             coming=tuple((max(0.1, at - now), work, theirs < due) for at, work, theirs in self.coming.values()), drain_s=self.drain_s,
             running_s=self.running_s(now), free_in_s=free, correction=correction, target=self.wanted(now),

@@ -381,8 +381,7 @@ class Simulator:
 
     def _stop(self, replica: Replica) -> None:
         replica.gone = True
-        replica.pool.replicas.remove(replica)
-        replica.pool.pay(replica, self.now)
+        replica.pool.leave(replica, self.now)
 
     def _reclaim(self) -> None:
         spot = [r for p in self.pools.values() for r in p.replicas if r.spot and not r.draining]

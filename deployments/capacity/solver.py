@@ -7,7 +7,7 @@ many on demand, bound the work that it gets. Cards of one tier are of one kind, 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from deployments.capacity.catalogue import Offer
 from deployments.capacity.demand import Demand, Work, plan_work, render_work
 from deployments.capacity.pools import PoolSpec
 from deployments.config.args import Role
+from deployments.scheduling.pool import NODE_S
 
 GAP = 0.01  # how far from its bound the solver may stop
 TIME_LIMIT_S = 10.0
@@ -42,7 +43,7 @@ class Choice:
     on_demand: bool = True
     spot: bool = False
     budget: float | None = None
-    start_s: float = 90.0
+    start_s: float = NODE_S
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,7 @@ def solve(demand: Demand, choice: Choice, headroom: float) -> Solution:
         always = round(x[at["always", n]])
         if always:
             extra = max(x[at["now", n, t]] for t in periods)
-            room = round(extra) + SPARE if choice.on_demand and choice.budget is None else round(x[at["extra", n]])
+            room = 0 if not choice.on_demand else round(extra) + (SPARE if choice.budget is None else 0)
             specs.append(spec(pool.role, pool.offer, pool.model, always, _at_most(always + room, pool.offer), choice))
     return Solution(tuple(_within(specs, choice)), float(costs @ x), bound, float(x[share]))
 
@@ -215,8 +216,6 @@ def _at_most(cards: int, offer: Offer) -> int:
 
 def _within(specs: Sequence[PoolSpec], choice: Choice) -> list[PoolSpec]:
     """Pools that share the cards there are may not grow beyond them together: what is left is the renderers'."""
-    from dataclasses import replace
-
     out = list(specs)
     for offer in choice.offers:
         mine = [i for i, s in enumerate(out) if s.card == offer.card]

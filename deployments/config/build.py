@@ -11,8 +11,8 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import yaml
 
@@ -36,6 +36,18 @@ class Cards:
 
     tier: str
     count: int
+
+
+@dataclass(frozen=True)
+class PoolSize:
+    """One pool of a config to be: which application, on cards of which tier, how many replicas, and its further args."""
+
+    name: str
+    builder: Literal["lm", "dit"]
+    tier: str
+    least: int
+    most: int
+    args: Mapping[str, Any] = field(default_factory=dict)
 
 
 def parse_tiers(text: str) -> list[Cards]:
@@ -106,12 +118,42 @@ def build_config(
     """
     if not cards:
         raise InvalidRequest("there is no card to build pools for; label the nodes or give --tiers", field="tiers")
-    where = {"database_url": database_url} if database_url else {}
-    files = {"files_url": files_url} if files_url else {}
-    common = where | ({"nodes_on_demand": True} if nodes_on_demand else {})
     home = _planner_home(cards)
     planning = max(1, home.count // CARDS_PER_PLANNER) if home else 0
     shared = home is not None and home.tier != CPU and home.count == 1
+    least = 0 if scale_to_zero else 1
+    pools = []
+    if home is not None:
+        share = _planner_share(home) if shared else {}
+        chosen = {"model": planner} if planner else {}
+        pools.append(PoolSize(f"lm-{home.tier}", "lm", home.tier, least, planning, share | chosen))
+    for offer in cards:
+        count, share = offer.count, {}
+        if home is not None and offer.tier == home.tier:
+            # A planner's settings tell the renderer beside it how much of the card is left.
+            share = _rest_of_card(home, planner) if shared else {}
+            count = offer.count if shared or offer.tier == CPU else offer.count - planning
+        chosen = {"model": model} if model else {}
+        pools.append(PoolSize(f"dit-{offer.tier}", "dit", offer.tier, least, count, share | chosen))
+    return config_of(
+        pools, nodes_on_demand=nodes_on_demand, database_url=database_url, files_url=files_url, host=host, port=port, routers=routers,
+    )  # fmt: skip
+
+
+def config_of(
+    pools: Sequence[PoolSize],
+    *,
+    nodes_on_demand: bool = False,
+    database_url: str | None = None,
+    files_url: str | None = None,
+    host: str = "0.0.0.0",
+    port: int = 8000,
+    routers: int = 1,
+) -> dict[str, Any]:
+    """A whole Serve config of such pools."""
+    where = {"database_url": database_url} if database_url else {}
+    files = {"files_url": files_url} if files_url else {}
+    common = where | ({"nodes_on_demand": True} if nodes_on_demand else {})
     router: dict[str, Any] = {
         "name": "router",
         "route_prefix": "/",
@@ -120,19 +162,10 @@ def build_config(
     }
     if (database_url or "sqlite").startswith("sqlite"):
         router["deployments"] = [{"name": "router", "ray_actor_options": ON_HEAD}]
-    applications: list[dict[str, Any]] = [router]
-    if home is not None:
-        share = _planner_share(home) if shared else {}
-        chosen = {"model": planner} if planner else {}
-        applications.append(_application("lm", home, planning, scale_to_zero, share | chosen | common))
-    for offer in cards:
-        count, share = offer.count, {}
-        if home is not None and offer.tier == home.tier:
-            # A planner's settings tell the renderer beside it how much of the card is left.
-            share = _rest_of_card(home, planner) if shared else {}
-            count = offer.count if shared or offer.tier == CPU else offer.count - planning
-        chosen = {"model": model} if model else {}
-        applications.append(_application("dit", offer, count, scale_to_zero, share | chosen | common | files))
+    applications = [
+        router,
+        *(_application(pool, common | (files if pool.builder == "dit" else {})) for pool in pools),
+    ]
     return {
         "proxy_location": "EveryNode",
         "http_options": {"host": host, "port": port, "keep_alive_timeout_s": KEEP_ALIVE_S},
@@ -145,7 +178,7 @@ def build_config(
 def as_text(config: Mapping[str, Any]) -> str:
     """The config as YAML with comments for whoever edits it."""
     blocks = [
-        "# A fleet, written by `acestep config build`: one Serve application per pool. Edit it as you like, then\n"
+        "# A fleet, written by `acestep config build` or `acestep fleet plan`: one Serve application per pool. Edit it as you like, then\n"
         "#   acestep config validate FILE   finds misspelt keys, which Serve ignores\n"
         "#   serve run FILE                 starts it; `serve deploy FILE` changes what runs, pool by pool\n"
         "# What each of the args means: deployments/config/args.py. Updates, scaling, several machines: docs/operations.md.\n"
@@ -198,17 +231,14 @@ def _indented(text: str) -> str:
     return "".join(f"  {line}\n" for line in text.splitlines())
 
 
-def _application(
-    builder: str, where: Cards, replicas: int, scale_to_zero: bool, more: Mapping[str, Any]
-) -> dict[str, Any]:
-    name = f"{builder}-{where.tier}"
-    place: dict[str, Any] = {"num_gpus": 0} if where.tier == CPU else {"tiers": [where.tier]}
-    size = {"min_replicas": 0 if scale_to_zero else 1, "max_replicas": replicas}
+def _application(pool: PoolSize, more: Mapping[str, Any]) -> dict[str, Any]:
+    place: dict[str, Any] = {"num_gpus": 0} if pool.tier == CPU else {"tiers": [pool.tier]}
+    size = {"min_replicas": pool.least, "max_replicas": pool.most}
     return {
-        "name": name,
+        "name": pool.name,
         "route_prefix": None,
-        "import_path": f"deployments.app:{builder}",
-        "args": {"pool": name, **place, **size, **more},
+        "import_path": f"deployments.app:{pool.builder}",
+        "args": {"pool": pool.name, **place, **size, **pool.args, **more},
     }
 
 
