@@ -173,7 +173,8 @@ def make_plan(day: Day, choice: Choice, goal: Goal, *, told: Callable[[str], Non
             middle = (low + high) // 2
             first = middle == 0 and on_demand == choice.on_demand
             solution = floor if first else solve(demand, replace(choice, on_demand=on_demand), HEADROOMS[middle])
-            proposals.setdefault(solution.specs, (solution, HEADROOMS[middle]))
+            if solution.specs not in proposals or proposals[solution.specs][1] < HEADROOMS[middle]:
+                proposals[solution.specs] = (solution, HEADROOMS[middle])
             if goal.holds(attempt(solution.specs)):
                 high = middle
             else:
@@ -189,7 +190,7 @@ def make_plan(day: Day, choice: Choice, goal: Goal, *, told: Callable[[str], Non
 
 
 def _leaner(
-    best: Trial, attempt: Callable[[Sequence[PoolSpec]], Trial], goal: Goal, tried: Mapping[object, Trial]
+    best: Trial, attempt: Callable[[Sequence[PoolSpec]], Trial], goal: Goal, tried: Mapping[tuple[PoolSpec, ...], Trial]
 ) -> Trial:
     """The fleet with a card less, or one that is slower to grow, for as long as that is cheaper and keeps the goal."""
     going = True

@@ -175,6 +175,35 @@ def config_of(
     }
 
 
+def pools_in(config: Mapping[str, Any]) -> list[PoolSize]:
+    """The pools of a config whose applications each name one tier, as `config_of` makes them.
+
+    Raises:
+        InvalidRequest: one does not, or there is none.
+    """
+    found = []
+    for application in config["applications"]:
+        builder = application["import_path"].rpartition(":")[2]
+        if builder not in ("lm", "dit"):
+            continue
+        args = dict(application.get("args") or {})
+        tiers = args.pop("tiers", ())
+        if len(tiers) != 1:
+            raise InvalidRequest(
+                f"application {application['name']!r}, args.tiers: one tier is needed, to place it by",
+                field="args.tiers",
+            )
+        least, most = args.pop("min_replicas", 1), args.pop("max_replicas", 1)
+        if (fixed := args.pop("num_replicas", None)) is not None:
+            least = most = fixed
+        for name in ("pool", "nodes_on_demand", "database_url", "files_url"):
+            args.pop(name, None)
+        found.append(PoolSize(application["name"], builder, tiers[0], least, most, args))
+    if not found:
+        raise InvalidRequest("the config has no pools", field="applications")
+    return found
+
+
 def as_text(config: Mapping[str, Any]) -> str:
     """The config as YAML with comments for whoever edits it."""
     blocks = [

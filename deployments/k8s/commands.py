@@ -10,6 +10,8 @@ import typer
 from rich.console import Console
 
 from acestep.errors import InvalidRequest
+from deployments.config.build import pools_in
+from deployments.config.commands import checked
 from deployments.k8s import render as renderer
 from deployments.k8s.check import check as check_manifests
 from deployments.k8s.groups import NAME, Source
@@ -81,7 +83,16 @@ def components(
 @render.command()
 def fleet(
     folder: Annotated[Path, typer.Argument(help="Folder of the fleet component, such as k8s/overlays/mine/fleet.")],
-    group: Groups,
+    group: Annotated[
+        list[str] | None,
+        typer.Option("--group", "-g", help="TIER=MAX or TIER=MIN-MAX; cpu=N-N for workers without a card."),
+    ] = None,
+    serve_config: Annotated[
+        Path | None,
+        typer.Option(
+            help="Pools and their models from this Serve config, as `acestep fleet plan -o` writes it; groups follow from it."
+        ),
+    ] = None,
     components_folder: Annotated[Path, typer.Option("--components", help="Where the tiers' components are.")] = Path(
         "k8s/components"
     ),
@@ -101,15 +112,21 @@ def fleet(
     """An overlay's worker groups, their sizes and its Serve config. Run again to change them: groups keep their order."""
     if source not in ("plugin", "dra"):
         raise InvalidRequest(f"--source: {source!r} is not plugin or dra", field="source")
+    if serve_config is not None and (model or planner):
+        raise InvalidRequest("--model, --planner: the Serve config names its models; leave them out", field="model")
+    if serve_config is None and not group:
+        raise InvalidRequest("--group: say the cards, such as --group tier6=2, or give --serve-config", field="group")
+    pools = pools_in(checked(serve_config)) if serve_config is not None else []
     existing = renderer.read_sizes(folder)
-    sizes = renderer.merged_sizes(existing, dict(map(renderer.parse_group, group)))
+    asked = dict(map(renderer.parse_group, group or ()))
+    sizes = renderer.merged_sizes(existing, renderer.sizes_of(pools) | asked)
     chosen: Source = "dra" if source == "dra" else "plugin"
     paths = [components_folder / renderer.component_path(name, chosen) for name in sizes]
     if missing := [str(path) for path in paths if not path.is_dir()]:
         raise InvalidRequest(f"there is no {', '.join(missing)}: say --components", field="components")
     files = renderer.fleet(
         sizes, components=os.path.relpath(components_folder, folder), source=chosen, model=model, planner=planner,
-        database_url=database_url, files_url=files_url, routers=routers,
+        database_url=database_url, files_url=files_url, routers=routers, pools=pools,
     )  # fmt: skip
     for name in renderer.write(folder, files):
         _out.print(f"wrote {folder / name}")

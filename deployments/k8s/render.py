@@ -17,7 +17,7 @@ import yaml
 from acestep.checkpoints.published import default_name
 from acestep.errors import InvalidRequest
 from acestep.gpu_config import TIERS, get_gpu_config, is_lm_model_size_allowed, is_tiny, mib_ranges
-from deployments.config.build import ON_HEAD, Cards, build_config
+from deployments.config.build import ON_HEAD, Cards, PoolSize, build_config, config_of
 from deployments.k8s.groups import (
     ANY_GPU,
     CPU_GROUP,
@@ -112,6 +112,7 @@ def fleet(
     database_url: str | None = None,
     files_url: str | None = None,
     routers: int = 1,
+    pools: Sequence[PoolSize] = (),
 ) -> dict[str, str]:
     """The files of an overlay's `fleet` component: groups, their sizes, and the Serve config with a pool for each.
 
@@ -121,6 +122,7 @@ def fleet(
         model: Renderer checkpoint; None: the published default.
         planner: Planner checkpoint; None: what the tier table recommends for the planners' cards.
         routers: More than one go to workers without a GPU, one each; a single one stays on the head, beside its job store.
+        pools: What goes on the cards, as a Serve config has it, with its models; left out: as `acestep config build` would do it.
 
     Raises:
         InvalidRequest: no group has a card, the planners' cards are too small for `planner`, or there are fewer workers without a GPU than
@@ -135,17 +137,22 @@ def fleet(
             f"{routers} routers need as many workers without a GPU: --group {CPU_GROUP}={routers}-{routers}",
             field="routers",
         )
-    model, planner = _models(list(tiers), model, planner)
-    config = build_config(
-        [Cards(tier, size.most) for tier, size in tiers.items()],
-        model=model,
-        planner=planner,
-        scale_to_zero=all(size.least == 0 for size in tiers.values()),
-        nodes_on_demand=any(size.least < size.most for size in tiers.values()),
-        database_url=database_url,
-        files_url=files_url,
-        routers=routers,
-    )
+    on_demand = any(size.least < size.most for size in tiers.values())
+    where: dict[str, Any] = {"database_url": database_url, "files_url": files_url, "routers": routers}
+    if pools:
+        config = config_of(pools, nodes_on_demand=on_demand, **where)
+        models = _models_of(pools)
+    else:
+        model, planner = _models(list(tiers), model, planner)
+        config = build_config(
+            [Cards(tier, size.most) for tier, size in tiers.items()],
+            model=model,
+            planner=planner,
+            scale_to_zero=all(size.least == 0 for size in tiers.values()),
+            nodes_on_demand=on_demand,
+            **where,
+        )
+        models = [f"renderer:{model}", *([f"planner:{planner}"] if planner else [])]
     _place_router(config, routers)
     kustomization = {
         **COMPONENT,
@@ -181,7 +188,7 @@ def fleet(
     return {
         FILE: FLEET_HEADER + to_yaml(kustomization),
         **files,
-        "models.properties": f"{FLEET_HEADER}{REQUIRED_MODELS}={_required(model, planner)}\n",
+        "models.properties": f"{FLEET_HEADER}{REQUIRED_MODELS}={' '.join(models)}\n",
         "sizes.yaml": FLEET_HEADER + to_yaml(sizes_patch(sizes)),
         "serve_config.yaml": FLEET_HEADER + to_yaml(config),
     }
@@ -207,8 +214,25 @@ def _models(tiers: Sequence[str], model: str | None, planner: str | None) -> tup
     return model, planner
 
 
-def _required(model: str, planner: str | None) -> str:
-    return f"renderer:{model}" + (f" planner:{planner}" if planner else "")
+def _models_of(pools: Sequence[PoolSize]) -> list[str]:
+    """What the pools' nodes must have, as the model volume names it."""
+    kinds = {"lm": "planner", "dit": "renderer"}
+    for pool in pools:
+        if not pool.args.get("model"):
+            raise InvalidRequest(
+                f"pool {pool.name}, args.model: must be named, for the model volume", field="args.model"
+            )
+    return list(dict.fromkeys(f"{kinds[p.builder]}:{p.args['model']}" for p in sorted(pools, key=lambda p: p.builder)))
+
+
+def sizes_of(pools: Sequence[PoolSize]) -> dict[str, GroupSize]:
+    """The groups that such pools need: a card for each replica."""
+    found: dict[str, GroupSize] = {}
+    for pool in pools:
+        name = group_name(pool.tier)
+        known = found.get(name, GroupSize(0, 0))
+        found[name] = GroupSize(known.least + pool.least, known.most + pool.most)
+    return found
 
 
 def _place_router(config: Manifest, routers: int) -> None:
