@@ -15,7 +15,7 @@ from acestep.errors import InvalidRequest
 from acestep.gpu_config import is_lm_model_size_allowed, planner_name
 from deployments.capacity.catalogue import Offer, offers
 from deployments.capacity.pools import PoolSpec
-from deployments.config.args import default_database_url
+from deployments.config.args import ARGS_OF_ROLE, default_database_url, parse_args, role_of
 from deployments.config.commands import checked
 from deployments.config.validate import problems
 from deployments.scheduling.pool import NODE_S
@@ -209,15 +209,13 @@ def specs_of(data: dict[str, Any], offered: list[Offer], *, spot: bool = False) 
         InvalidRequest: a pool says no tier, or none of the cards is of its tier.
     """
     from acestep.sizing.profiles import find
-    from deployments.config.commands import STAGES
 
     found = []
     for application in data["applications"]:
-        stage = STAGES.get(application["import_path"].rpartition(":")[2])
-        if stage is None:
+        role = role_of(application["import_path"])
+        if role is None:
             continue
-        role, kind = stage
-        args = kind.model_validate(application.get("args") or {})
+        args = parse_args(ARGS_OF_ROLE[role], application.get("args"), application["name"])
         if not args.tiers:
             raise InvalidRequest(
                 f"application {application['name']!r}, args.tiers: a replay needs to know the tier of its cards",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 
 from deployments.capacity.result import Result, quantile
@@ -65,7 +65,7 @@ def _top(number: int) -> int:
     return 44 + number * (HEIGHT + GAP)
 
 
-def _chart(number: int, label: str, most: float, span: float, marks: Sequence[str]) -> Iterator[str]:
+def _chart(number: int, label: str, most: float, span: float, marks: Iterable[str]) -> Iterator[str]:
     top, right = _top(number), WIDTH - 20
     bottom = top + HEIGHT
     yield f'<text x="{LEFT}" y="{top - 6}">{escape(label)}</text>'

@@ -129,7 +129,6 @@ class Pool:
         self.slots = PLANNER_ROWS if spec.role == "plan" else 1
         self.replicas: list[Replica] = []
         self.starting = 0
-        self.starting_at: list[float] = []
         self.target = spec.min_replicas
         self.queue: dict[str, tuple[Song, int, float]] = {}  # waiting id -> (song, items, work)
         self.waiting_s = 0.0
@@ -209,10 +208,9 @@ class Pool:
         return PoolState(
             name=self.spec.name, role=self.spec.role, model=self.spec.model, limits=self.limits, profile=self.profile,
             tasks=TASKS if self.spec.role == "render" else frozenset(), running=len(live), pending=self.starting, placeable=not self.spec.start_s,
-            max_replicas=self.spec.max_replicas, slots=self.slots, busy=sum(r.rows for r in live), waiting_s=ahead_s,
+            max_replicas=self.spec.max_replicas, slots=self.slots, waiting_s=ahead_s,
             coming=tuple((max(0.1, at - now), work, theirs < due) for at, work, theirs in self.coming.values()), drain_s=self.drain_s,
-            running_s=self.running_s(now), free_in_s=free, correction=correction, target=self.wanted(now),
-            ready_in_s=max(0.0, self.starting_at[0] - now) if self.starting_at else None,
+            free_in_s=free, correction=correction, target=self.wanted(now),
         )  # fmt: skip
 
     def wanted(self, now: float) -> int:
@@ -242,7 +240,7 @@ class Pool:
             waiting_s=self.waiting_s, running_s=self.running_s(now), upcoming_s=self.upcoming_s, later_s=self.later_s,
             handover=handover_rate(self.upcoming_s, estimated, elapsed, planning),
             running_jobs=sum(len(r.jobs) if self.slots > 1 else r.busy for r in self.replicas),
-            waiting_jobs=len(self.queue), arrival=sum(w for _, w in self.recent) / RATE_WINDOW_S,
+            arrival=sum(w for _, w in self.recent) / RATE_WINDOW_S,
         )  # fmt: skip
 
     def work_s(self, arrival: Arrival, duration: float) -> float:

@@ -116,11 +116,11 @@ class Simulator:
         self._open += 1
         render = self.pools[decision.renderer or ""]
         render.recent.append((self.now, decision.est_render_s))
-        if decision.planner:
+        if decision.planning:
             render.later_s += decision.est_render_s
-            planned_at = self.now + decision.plan_wait_s + decision.plan_wall_s
+            planned_at = self.now + decision.planning.finish_s
             render.coming[song.id] = (planned_at, decision.est_render_s, arrival.at + self._patience(arrival))
-            pool = self.pools[decision.planner]
+            pool = self.pools[decision.planning.pool.name]
             pool.recent.append((self.now, decision.est_plan_s))
             self._enqueue(pool, song, arrival.request.batch_size, decision.est_plan_s)
             self._feed(pool)
@@ -187,7 +187,7 @@ class Simulator:
     def _first(self, pool: Pool) -> str:
         if len(pool.queue) == 1:
             return next(iter(pool.queue))
-        return next_jobs(self._candidates(pool), self.usage.at(self.now), self.now, 1)[0].id
+        return next(next_jobs(self._candidates(pool), self.usage.at(self.now), self.now)).id
 
     def _candidates(self, pool: Pool) -> list[Waiting]:
         return [
@@ -209,9 +209,10 @@ class Simulator:
 
     def _begin_plan(self, pool: Pool, replica: Replica, song: Song, rows: int) -> None:
         render = self.pools[song.decision.renderer or ""]
-        work = song.decision.est_render_s
+        work, planning = song.decision.est_render_s, song.decision.planning
+        assert planning is not None, "it is being planned"
         render.later_s = max(0.0, render.later_s - work)
-        render.upcoming[song.id] = (work, self.now, song.decision.plan_wall_s)
+        render.upcoming[song.id] = (work, self.now, planning.seconds.wall_s)
         render.upcoming_s += work
         song.begun = self.now
         cost = pool.profile.planner(pool.spec.model)
@@ -250,7 +251,9 @@ class Simulator:
         work, _, _ = render.upcoming.pop(song.id)
         render.coming.pop(song.id)
         render.upcoming_s = max(0.0, render.upcoming_s - work)
-        self.corrections.refine(pool.spec.name, "plan", song.decision.plan_profile_s, self.now - (song.begun or 0.0))
+        if song.decision.planning is not None:
+            foretold_s = song.decision.planning.profile_s
+            self.corrections.refine(pool.spec.name, "plan", foretold_s, self.now - (song.begun or 0.0))
         codes = ((0,) * int(song.arrival.duration * 5),)
         fleet = self._fleet(song.arrival)
         if self.routing == "round_robin":
@@ -362,14 +365,11 @@ class Simulator:
             self._at(self.now + self.tick_s, self._tick)
 
     def _start(self, pool: Pool) -> None:
-        at = self.now + pool.load_s
         pool.starting += 1
-        pool.starting_at.append(at)
-        self._at(at, self._ready, pool)
+        self._at(self.now + pool.load_s, self._ready, pool)
 
     def _ready(self, pool: Pool) -> None:
         pool.starting -= 1
-        pool.starting_at.pop(0)
         pool.join(self.now)
         self._feed(pool)
 
