@@ -9,7 +9,8 @@ from typing import Any
 from acestep.errors import InvalidRequest, LimitExceeded
 from acestep.plan import CODES_PER_SECOND, Metadata
 from acestep.request import MAX_DURATION_S, MIN_DURATION_S, Adjustment, SongRequest
-from acestep.tasks import source_song_s
+from acestep.song import LATENT_FPS
+from acestep.tasks import RULES, made_parts, source_song_s
 
 MIN_SOURCE_S = 1.0
 
@@ -30,7 +31,7 @@ def over_plan(request: SongRequest) -> tuple[SongRequest, list[Adjustment]]:
         LimitExceeded: something had to be changed, and the request is strict.
     """
     told: list[Adjustment] = []
-    changes: dict[str, Any] = {}
+    changes = _whole_frames(request, told)
     plan = request.plan
     if plan is not None:
         metadata = _asked_metadata(request, plan.metadata, told)
@@ -61,6 +62,22 @@ def over_plan(request: SongRequest) -> tuple[SongRequest, list[Adjustment]]:
     if request.strict and told:
         raise refusal(told[0])
     return (request.model_copy(update=changes) if changes else request), told
+
+
+def _whole_frames(request: SongRequest, told: list[Adjustment]) -> dict[str, Any]:
+    """What changes of a request that adds to the front of latents: they are continued by whole frames."""
+    start = made_parts(request)[0][0]
+    if not request.source_latents or not RULES[request.task].window or start >= 0.0:
+        return {}
+    given = min(round(start * LATENT_FPS), -1) / LATENT_FPS
+    if abs(given - start) < 1e-6:
+        return {}
+    field = "regions" if request.regions else "repainting_start"
+    told.append(_changed(field, start, given, f"latents are continued by whole frames of {1 / LATENT_FPS:g} s"))
+    if request.regions:
+        first, *rest = request.regions
+        return {"regions": (first.model_copy(update={"start": given}), *rest)}
+    return {"repainting_start": given}
 
 
 def fit_codes(codes: tuple[int, ...], seconds: float | None, field: str, told: list[Adjustment]) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from acestep.field_types import (
     MAX_BATCH,
@@ -96,6 +96,17 @@ def params_problem(variant: GuidanceVariant, params: Mapping[str, float]) -> str
     return None
 
 
+MAX_RETAKEN = 16
+
+
+class Retaken(BaseModel):
+    """A share of other noise."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    seed: int = Field(ge=0, le=MAX_SEED, description="Of the other noise.")
+    variance: Probability = Field(description="Its share.")
+
+
 class SamplingControls(BaseModel):
     """Part of `SongRequest`."""
 
@@ -142,6 +153,11 @@ class SamplingControls(BaseModel):
         int | Annotated[tuple[int, ...], Field(max_length=MAX_BATCH)] | None, BeforeValidator(_seeds)
     ] = Field(
         None, description="Of the other noise: one (item i uses it + i), one per item, or null / -1 for a random one."
+    )
+
+    retaken: Annotated[tuple[Retaken, ...], Field(max_length=MAX_RETAKEN)] = Field(
+        (),
+        description="Other noise that goes in before that of `retake_seed`, one after another: variations of variations.",
     )
 
     latent_shift: float = Field(0.0, ge=-10.0, le=10.0, description="Added to the latents before they become sound.")

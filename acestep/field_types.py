@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from acestep import words
 
 MAX_BATCH = 8
+MAX_DURATION_S = 600.0
 MAX_PROMPT_CHARS = 2_048
 MAX_LYRICS_CHARS = 8_192
 MAX_SEED = 2**63 - 1

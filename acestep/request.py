@@ -12,9 +12,9 @@ from pydantic import AfterValidator, AliasChoices, BeforeValidator, ConfigDict, 
 from pydantic.json_schema import SkipJsonSchema
 
 from acestep import words
-from acestep.controls import SamplingControls
 from acestep.errors import InvalidRequest
 from acestep.field_types import MAX_BATCH as MAX_BATCH
+from acestep.field_types import MAX_DURATION_S as MAX_DURATION_S
 from acestep.field_types import MAX_LYRICS_CHARS as MAX_LYRICS_CHARS
 from acestep.field_types import MAX_PROMPT_CHARS as MAX_PROMPT_CHARS
 from acestep.field_types import MAX_SEED as MAX_SEED
@@ -28,9 +28,9 @@ from acestep.lora_fields import Lora as Lora
 from acestep.lora_fields import Loras
 from acestep.plan import Adjustment as Adjustment
 from acestep.plan import Metadata, Plan
+from acestep.source_fields import SourceFields
 
 MIN_DURATION_S = 10.0
-MAX_DURATION_S = 600.0
 _ITEM_BITS = (
     50  # of a planner's seed: above them stands which item of its batch a song was, exact in JSON's numbers everywhere
 )
@@ -60,15 +60,6 @@ def _tracks(value: Any) -> Any:
     )
 
 
-def _window_start(value: Any) -> float:
-    return words.read_seconds(value) or 0.0
-
-
-def _window_end(value: Any) -> float | None:
-    seconds: float | None = words.read_seconds(value)
-    return None if seconds == -1.0 else seconds
-
-
 Word = Annotated[str, Field(max_length=words.MAX_CHARS)]
 Bpm = Annotated[Annotated[int, Field(ge=30, le=300)] | None, BeforeValidator(words.read_bpm)]
 Duration = Annotated[
@@ -94,7 +85,7 @@ def _as_given(plan: Plan | None) -> Plan | None:
     return plan and plan.model_copy(update={"adjustments": ()})
 
 
-class SongRequest(SamplingControls):
+class SongRequest(SourceFields):
     """One song job: a prompt (and more) in, `batch_size` songs out. Immutable."""
 
     model_config = ConfigDict(
@@ -188,55 +179,6 @@ class SongRequest(SamplingControls):
         (),
         max_length=MAX_LORAS,
         description="Adapters for this song, one or several, whose changes add up in any order; null: none.",
-    )
-
-    # Source audio: ids of uploaded files or allow-listed paths, resolved by the API before a stage sees them.
-    src_audio: Text | None = Field(
-        None,
-        max_length=1024,
-        description="What the task works on: id of an upload, URL of an own song, or an allowed path.",
-    )
-    source_s: SkipJsonSchema[float | None] = Field(
-        None, ge=0.0, description="Seconds of src_audio; measured, not asked."
-    )
-    reference_audio: tuple[Annotated[Text, Field(max_length=1024)], ...] = Field(
-        (), max_length=4, description="Examples of style, named as `src_audio` is."
-    )
-    repainting_start: Annotated[float, BeforeValidator(_window_start)] = Field(
-        0.0, ge=-MAX_DURATION_S, le=MAX_DURATION_S, description="Seconds; < 0 outpaints.",
-        validation_alias=AliasChoices(*words.WINDOW_START),
-    )  # fmt: skip
-    repainting_end: Annotated[
-        Annotated[float, Field(ge=0.0, le=2 * MAX_DURATION_S)] | None, BeforeValidator(_window_end)
-    ] = Field(
-        None, description="Seconds; null or -1 = to the end.",
-        validation_alias=AliasChoices(*words.WINDOW_END),
-    )  # fmt: skip
-    repaint_mode: Literal["conservative", "balanced", "aggressive"] = Field(
-        "balanced",
-        description="How much of the source the window keeps; aggressive: nothing, and nothing outside as it was read.",
-    )
-    repaint_strength: Probability = Field(0.5, description="Of `balanced`: 0 keeps more of the source, 1 nothing.")
-    repaint_latent_crossfade_frames: int | None = Field(
-        None,
-        ge=0,
-        le=250,
-        description="Inside each edge of the window; null follows repaint_mode and repaint_strength.",
-    )
-    repaint_wav_crossfade_sec: float | None = Field(
-        None,
-        ge=0.0,
-        le=10.0,
-        description="Inside each edge of the window; null follows repaint_mode and repaint_strength.",
-    )
-    chunk_mask_mode: Literal["explicit", "auto"] = Field(
-        "explicit", description="explicit: the model is told where the window is; auto: the whole song."
-    )
-    audio_cover_strength: Probability = Field(
-        1.0, description="Of `cover`: the share of steps, from the first, that follow the source."
-    )
-    cover_noise_strength: Probability = Field(
-        0.0, description="Of `cover`: begin from the source instead of noise, the more so the higher."
     )
 
     # Output

@@ -86,4 +86,12 @@ def source_song_s(request: SongRequest) -> float | None:
         return None
     if not RULES[request.task].window:
         return request.source_s
-    return max(0.0, -request.repainting_start) + max(request.source_s, request.repainting_end or 0.0)
+    parts = made_parts(request)
+    return max(0.0, -parts[0][0]) + max(request.source_s, *(end or 0.0 for _, end in parts))
+
+
+def made_parts(request: SongRequest) -> tuple[tuple[float, float | None], ...]:
+    """The parts of its source that a request with a window makes anew, in seconds of the source and in order; None is its end."""
+    if request.regions:
+        return tuple((region.start, region.end) for region in request.regions)
+    return ((request.repainting_start, request.repainting_end),)

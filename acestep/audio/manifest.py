@@ -11,6 +11,7 @@ from importlib import metadata
 from typing import Any
 
 from acestep.audio.loudness import Loudness
+from acestep.lineage import lineage_of
 from acestep.plan import Plan
 from acestep.request import SongRequest
 
@@ -25,6 +26,8 @@ _LEFT_OUT = {
     "audio_codes",
     "src_audio",
     "source_s",
+    "source_latents",
+    "parents",
     "reference_audio",
     "lora",
     "lm_lora",
@@ -69,6 +72,7 @@ def manifest(
         "renderer": {"name": model, "hash": model_hash, "vae": vae, "device": device},
         "planner": _planner(plan, lm_seed) if plan.model else None,
         "lora": settings.get("lora"),
+        "lineage": lineage.model_dump(mode="json") if (lineage := lineage_of(request)) else None,
         "plan": plan.metadata_of(item).model_dump(exclude_none=True),
         "codes": None if codes is None else {"count": len(codes), "sha256": codes_hash(codes)},
         "settings": {key: value for key, value in settings.items() if key != "lora"},

@@ -18,6 +18,7 @@ from mutagen.oggopus import OggOpus
 from mutagen.wave import WAVE
 
 from acestep.formats import AudioFormat
+from acestep.lineage import Lineage
 from acestep.plan import Metadata
 from acestep.song import TimedLine
 
@@ -38,6 +39,7 @@ class SongTags:
         model: Renderer checkpoint.
         plan: Metadata that the planner or the caller decided; codes are not in the tags but in the manifest's hash.
         notice: What every listener must be told, such as that a tiny checkpoint made it.
+        lineage: The songs that it was made from, and how.
         lines: Of the lyrics.
     """
 
@@ -47,6 +49,7 @@ class SongTags:
     model: str
     plan: Metadata | None = None
     notice: str | None = None
+    lineage: Lineage | None = None
     lines: Sequence[TimedLine] = ()
 
     @classmethod
@@ -64,6 +67,7 @@ class SongTags:
             "SEED": str(self.seed),
             "MODEL": self.model,
             "PLAN": json.dumps(plan, ensure_ascii=False, sort_keys=True) if plan else "",
+            "LINEAGE": self.lineage.model_dump_json() if self.lineage else "",
             "NOTICE": self.notice or "",
         }
         return {name: value for name, value in named.items() if value}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,6 +27,7 @@ SUFFIXES = (".wav", ".flac", ".mp3", ".opus", ".ogg", ".m4a", ".aac")
 _UNITS = {"planning": "codes", "rendering": "steps", "decoding": "frames", "encoding": "songs"}
 LYRICS_FILES = ("lrc", "lyrics")
 _BESIDE = {"lrc": ".lrc", "lyrics": ".lyrics.json", "latent": ".latent.safetensors"}
+_JOB = re.compile(r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})(?:/([0-9]))?", re.ASCII)
 SHOWN_CAPTION = 240  # characters
 _err = Console(stderr=True)
 
@@ -50,6 +52,13 @@ def generate(
     time_signature: Annotated[str | None, typer.Option(help="2, 3, 4 or 6; also as 6/8.")] = None,
     language: Annotated[str | None, typer.Option(help="Language of the lyrics, such as en or Deutsch.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps; left out: the checkpoint's default.")] = None,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            help="What to work on, with --task: a file of audio or of a song's latents, or a song of the server: its job's id, ID/ITEM, or a URL."
+        ),
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="Such as cover or repaint; left out: a new song.")] = None,
     lora: Annotated[
         list[str] | None,
         typer.Option(
@@ -93,7 +102,7 @@ def generate(
     fields = {
         "prompt": prompt, "lyrics": _text_or_file(lyrics), "duration": duration, "seed": seed, "batch_size": batch_size,
         "thinking": thinking, "bpm": bpm, "key_scale": key, "time_signature": time_signature, "vocal_language": language,
-        "steps": steps, "normalize": normalize, "normalization_db": normalization_db,
+        "steps": steps, "task": task, "src_audio": _source(source) if source else None, "normalize": normalize, "normalization_db": normalization_db,
         "timestamps": timestamps or None, "score": score or None, "best_of": best_of,
         "lora": [_lora(text) for text in lora] if lora else None,
         **dict(_parameter(p) for p in param or []),
@@ -283,6 +292,12 @@ def _text_or_file(value: str) -> str:
         return words.decode_text(Path(value[1:]).read_bytes())
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"--lyrics: cannot read {value[1:]}: {error}", field="lyrics") from error
+
+
+def _source(text: str) -> str:
+    """A file here as it is written; else the id of a job as the name of its song."""
+    song = None if Path(text).is_file() else _JOB.fullmatch(text)
+    return f"song:{song[1]}/{song[2] or 0}" if song else text
 
 
 def _lora(text: str) -> dict[str, Any]:

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from acestep.adjust import check_sources, over_plan
-from acestep.audio.reading import audio_seconds
+from acestep.audio.sources import measure
 from acestep.checkpoints import resolve as resolve_checkpoint
 from acestep.dit import checks
 from acestep.dit.finish import Maker, finish
+from acestep.dit.window import window_of
 from acestep.errors import InvalidRequest
 from acestep.hardware.devices import cap_process_memory
 from acestep.plan import Plan
@@ -21,7 +22,8 @@ from acestep.settings.resolve import Resolved
 from acestep.settings.resolve import resolve as resolve_settings
 from acestep.sizing.cost import needs_planner
 from acestep.sizing.limits import apply_limits, unscored, without_planner
-from acestep.song import Progress, Song
+from acestep.song import SAMPLE_RATE, Progress, Song
+from acestep.tasks import RULES
 
 if TYPE_CHECKING:
     from acestep.dit.renderer import Renderer
@@ -55,7 +57,9 @@ class Made:
         timings = {"plan": song.plan.timings.model_dump(), "render": song.timings.model_dump()}
         return {
             "state": "succeeded",
-            "request": self.request.model_dump(mode="json", exclude_defaults=True, exclude={"source_s"}),
+            "request": self.request.model_dump(
+                mode="json", exclude_defaults=True, exclude={"source_s", "source_latents"}
+            ),
             "seeds": list(self.request.seeds),
             "warnings": [a.model_dump(mode="json") for a in self.adjustments],
             "plan": song.plan.model_dump(mode="json"),
@@ -101,12 +105,15 @@ class Studio:
         source = _existing("src_audio", request.src_audio)
         references = tuple(p for r in request.reference_audio if (p := _existing("reference_audio", r)))
         if source is not None:
-            source_s = audio_seconds(source, field="src_audio", beginning=True)
-            request = request.model_copy(update={"source_s": source_s})
-            checks.check_window(request, source_s)
-        lengths = [audio_seconds(path, field="reference_audio", beginning=True) for path in references]
+            measured = measure(source, "src_audio")
+            request = request.model_copy(
+                update={"source_s": measured.seconds, "source_latents": measured.facts is not None}
+            )
+        lengths = [measure(path, "reference_audio").seconds for path in references]
         told = [*check_sources(request.source_s, lengths, strict=request.strict), *checks.notes(request)]
         request, changed = over_plan(request.with_seeds())
+        if request.source_s is not None and RULES[request.task].window:
+            window_of(request, round(request.source_s * SAMPLE_RATE))
         request, adjustments = apply_limits(request, self.settings.limits)
         adjustments = [*told, *changed, *unscored(request), *adjustments]
         plan = request.own_plan()

@@ -7,8 +7,7 @@ from pathlib import Path
 from acestep.checkpoints.published import LYRIC_HEADS, VariantDefaults
 from acestep.errors import InvalidRequest
 from acestep.request import TRACKS, Adjustment, SongRequest
-from acestep.song import LATENT_FPS
-from acestep.tasks import FLOW_EDIT_TASKS, NO_CODES, RULES, TaskRule
+from acestep.tasks import FLOW_EDIT_TASKS, NO_CODES, RULES, TaskRule, made_parts
 
 
 def check(request: SongRequest, defaults: VariantDefaults, name: str) -> None:
@@ -81,23 +80,6 @@ def _check_flow_edit(request: SongRequest) -> None:
         raise InvalidRequest(f"{name}: flow edit has no use for it.", field=name)
 
 
-def check_window(request: SongRequest, source_s: float) -> None:
-    """Refuse a window that leaves a gap after a source of `source_s` seconds.
-
-    A window that starts where the source ends (to within a frame: files are rarely as long as they say) goes on from there.
-
-    Raises:
-        InvalidRequest: with the source's length.
-    """
-    start_s, end_s = request.repainting_start, request.repainting_end
-    continues = end_s is not None and end_s > source_s and start_s < source_s + 1 / LATENT_FPS
-    if RULES[request.task].window and start_s >= source_s and start_s > 0 and not continues:
-        raise InvalidRequest(
-            f"repainting_start: {start_s:g} s is past the end of the source audio, {source_s:.3f} s.",
-            field="repainting_start", asked=start_s, limit=source_s,
-        )  # fmt: skip
-
-
 def notes(request: SongRequest) -> list[Adjustment]:
     """What is done as asked, but may not be what was meant. Source audio has been measured."""
     told = []
@@ -109,13 +91,17 @@ def notes(request: SongRequest) -> list[Adjustment]:
     if request.flow_edit_morph and not (request.flow_edit_source_caption + request.flow_edit_source_lyrics).strip():
         reason = "nothing is said of the source, so that little will change"
         told.append(Adjustment(field="flow_edit_source_caption", asked="", given="", reason=reason))
-    start, end = request.repainting_start, request.repainting_end
-    whole = start <= 0.0 and (end is None or (request.source_s is not None and end >= request.source_s))
+    parts = made_parts(request)
+    start, end = parts[0]
+    whole = (
+        len(parts) == 1 and start <= 0.0 and (end is None or (request.source_s is not None and end >= request.source_s))
+    )
     if request.task == "repaint" and whole:
         reason = (
             "the window is the whole song: nothing of the source is kept; repainting_start and repainting_end set it"
         )
-        told.append(Adjustment(field="repainting_start", asked=[start, end], given=[start, end], reason=reason))
+        field = "regions" if request.regions else "repainting_start"
+        told.append(Adjustment(field=field, asked=[start, end], given=[start, end], reason=reason))
     return told
 
 
@@ -124,6 +110,7 @@ def _check_unused(request: SongRequest, rule: TaskRule) -> None:
     unused = {
         "repainting_start": not rule.window and request.repainting_start != 0.0,
         "repainting_end": not rule.window and request.repainting_end is not None,
+        "regions": request.task != "repaint" and bool(request.regions),
         "track_name": request.task not in ("extract", "lego") and request.track_name is not None,
         "track_classes": request.task != "complete" and bool(request.track_classes),
         "global_caption": not rule.stem and bool(request.global_caption),

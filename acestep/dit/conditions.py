@@ -255,12 +255,12 @@ def restore_timbre_token(components: RendererComponents) -> None:
     encoder._first_token_restored = True
 
 
-def reference_excerpt(audio: Tensor) -> Tensor:
-    """30 s of reference audio `[2, n]` for the timbre encoder: ten seconds each from its front, middle and back.
+def reference_excerpt(audio: Tensor, rate: int = SAMPLE_RATE) -> Tensor:
+    """30 s of reference audio `[2, n]`, or of latents `[C, frames]`, for the timbre encoder: ten seconds each from front, middle and back.
 
     Shorter audio is repeated first. The places are fixed, so that a request gives the same song again.
     """
-    target, part = REFERENCE_SECONDS * SAMPLE_RATE, REFERENCE_SECONDS * SAMPLE_RATE // 3
+    target, part = REFERENCE_SECONDS * rate, REFERENCE_SECONDS * rate // 3
     if audio.shape[1] < target:
         audio = audio.repeat(1, -(-target // audio.shape[1]))
     middle, back = audio.shape[1] // 3, audio.shape[1] - part

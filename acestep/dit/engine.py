@@ -19,9 +19,11 @@ from torch import Tensor
 from acestep.checkpoints.published import VariantDefaults
 from acestep.dit import checks
 from acestep.dit.denoiser import Denoiser, Row
-from acestep.dit.preparation import Preparation, Prepared, Steps, song_samples, work_codes
+from acestep.dit.preparation import Preparation, Prepared, song_samples, work_codes
 from acestep.dit.residency import Residency
 from acestep.dit.runs import ItemRun, SongRun
+from acestep.dit.sampler import finished
+from acestep.dit.sources import Steps
 from acestep.dit.vae import Vae
 from acestep.dit.work import CodesWork, Rendered, RenderWork
 from acestep.errors import AceStepError, Internal, InvalidOutput, OutOfMemory
@@ -168,8 +170,7 @@ class RenderEngine:
         song.seconds["conditions_s"] += time.monotonic() - begin
 
     def _codes(self, work: CodesWork) -> Steps[tuple[int, ...]]:
-        audio = yield from self._preparation.read(work.path, "audio")
-        latents = yield from self._preparation.encode(audio, "audio")
+        latents = yield from self._preparation.sources.latents(work.path, "audio")
         return self._preparation.codes_of(latents)
 
     # -- denoising
@@ -250,7 +251,7 @@ class RenderEngine:
         latents = run.latents
         assert latents is not None
         if bool(torch.isfinite(latents).all()) and bool(latents.any()):
-            run.latents = run.item.path.sampling.latents.apply(latents)
+            run.latents = finished(run.item.path, latents)
             if run.item.lyrics is not None:
                 run.listen()
             else:

@@ -11,7 +11,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from acestep.audio.loudness import PEAK_DBFS, master
+from acestep.audio.loudness import PEAK_DBFS, Loudness, master
 from acestep.audio.manifest import manifest
 from acestep.audio.peaks import peaks_json
 from acestep.audio.shaping import faded, resampled
@@ -21,6 +21,7 @@ from acestep.dit.latents import write_latents
 from acestep.dit.lyrics import lyric_scores, timed_lyrics
 from acestep.errors import InvalidOutput
 from acestep.formats import AudioFormat, content_type, extension
+from acestep.lineage import lineage_of
 from acestep.plan import Plan
 from acestep.request import SongRequest
 from acestep.song import SAMPLE_RATE, SIDECARS, AudioFile, Sidecar, SidecarKind, Song, SongItem, TimedLine
@@ -129,14 +130,16 @@ def _finish_item(
     scores = lyric_scores(item.heard) if item.heard is not None and request.score else None
     samples = int(item.audio.shape[-1])
     facts: dict[str, Any] = {}
+    gain = item.source_gain
     if samples:
-        facts = _finish_audio(request, plan, rendered, item, maker, store, lines, encoders)
+        facts, level = _finish_audio(request, plan, rendered, item, maker, store, lines, encoders)
+        gain *= 10.0 ** (level.gain_db / 20.0)
     elif item.heard is not None:
         samples = round(item.heard.seconds * SAMPLE_RATE)
     if keep_latents and item.latents is not None:
         data = write_latents(
             item.latents, samples=samples, seed=item.seed, model=maker.model, model_hash=maker.model_hash,
-            vae=maker.vae,
+            vae=maker.vae, gain=gain,
         )  # fmt: skip
         store.add("latent", data)
     return SongItem(
@@ -160,8 +163,8 @@ def _finish_audio(
     store: _Sidecars,
     lines: tuple[TimedLine, ...],
     encoders: Executor,
-) -> dict[str, Any]:
-    """Audio files and manifest: those fields of a `SongItem` that tell of them."""
+) -> tuple[dict[str, Any], Loudness]:
+    """Audio files and manifest: those fields of a `SongItem` that tell of them, and its level."""
     if not bool(item.audio.any()):
         raise InvalidOutput(
             f"item {item.index}: every sample is zero. Try another seed; if it stays, the checkpoint or the precision is at fault.",
@@ -179,7 +182,15 @@ def _finish_audio(
     metadata = plan.metadata_of(item.index)
     caption = (metadata.caption if request.use_cot_caption else None) or request.prompt
     notice = maker.notice or plan.notice
-    tags = SongTags.titled(caption, seed=item.seed, model=maker.model, plan=metadata, notice=notice, lines=lines)
+    tags = SongTags.titled(
+        caption,
+        seed=item.seed,
+        model=maker.model,
+        plan=metadata,
+        notice=notice,
+        lineage=lineage_of(request),
+        lines=lines,
+    )
 
     def file(fmt: AudioFormat) -> AudioFile:
         data = encode(audio, rate, fmt, bitrate_kbps=request.bitrate_kbps, tags=tags)
@@ -193,7 +204,7 @@ def _finish_audio(
         request, plan, item=item.index, seed=item.seed, model=maker.model, model_hash=maker.model_hash, vae=maker.vae,
         device=maker.device, notice=notice, settings=rendered.settings, level=level, made_gain_db=item.made_gain_db,
     )  # fmt: skip
-    return {
+    told = {
         "samples": int(audio.shape[1]),
         "sample_rate": rate,
         "gain_db": round(level.gain_db, 3),
@@ -201,3 +212,4 @@ def _finish_audio(
         "files": files,
         "manifest": store.put("manifest.json", json.dumps(facts, indent=1, ensure_ascii=False).encode()),
     }
+    return told, level

@@ -1,4 +1,4 @@
-"""Latents of a finished song as a file: safetensors with one tensor `latents` `[frames, channels]`, and what they are in the metadata."""
+"""Latents of a finished song, as tensors: what is kept of them, and how they come back."""
 
 from __future__ import annotations
 
@@ -6,14 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
+from acestep.audio.latent_file import LatentFacts, LatentFile, read_latent_file, write_latent_file
 from acestep.errors import InvalidRequest
-from acestep.song import SAMPLES_PER_FRAME
-
-_KEY = "latents"
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +27,14 @@ def kept(latents: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def write_latents(
-    latents: Tensor, *, samples: int, seed: int, model: str, model_hash: str | None, vae: str = "official"
+    latents: Tensor,
+    *,
+    samples: int,
+    seed: int,
+    model: str,
+    model_hash: str | None,
+    vae: str = "official",
+    gain: float = 1.0,
 ) -> bytes:
     """The file's bytes.
 
@@ -39,23 +42,21 @@ def write_latents(
         samples: Length of the song that the checkpoint's VAE makes of them.
         model, model_hash: The checkpoint, its VAE included.
         vae: Name or folder of its VAE.
+        gain: What its output was multiplied by for the song's files.
     """
-    facts = {
-        "format": "pt", "model": model, "model_hash": model_hash or "", "vae": vae, "samples": str(samples),
-        "seed": str(seed),
-    }  # fmt: skip
-    return save({_KEY: latents.contiguous()}, facts)
+    frames, channels = latents.shape
+    facts = LatentFacts(frames, channels, samples, vae, model, model_hash or "", str(seed), gain)
+    return write_latent_file(LatentFile(facts, latents.numpy()))
 
 
 def read_latents(path: Path, channels: int) -> StoredLatents:
     """Raises `InvalidRequest` where these are not latents of `channels` channels that `write_latents` wrote."""
     try:
-        with safe_open(path, framework="pt") as file:
-            latents, samples = file.get_tensor(_KEY), int(file.metadata()["samples"])
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        file = read_latent_file(path.read_bytes(), "latents")
+    except OSError as error:
         raise InvalidRequest(f"latents: cannot be read: {error}", field="latents") from None
-    if latents.ndim != 2 or latents.shape != (-(-samples // SAMPLES_PER_FRAME), channels):
+    if file.facts.channels != channels:
         raise InvalidRequest(
-            f"latents: {tuple(latents.shape)} for {samples} samples are not this renderer's", field="latents"
+            f"latents: {file.latents.shape} for {file.facts.samples} samples are not this renderer's", field="latents"
         )
-    return StoredLatents(latents, samples)
+    return StoredLatents(torch.from_numpy(file.latents), file.facts.samples)

@@ -6,47 +6,41 @@ drop a cancelled one quickly. Where one waits for a file to be read, which anoth
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path as FilePath
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from acestep.adapters.cache import ActiveLora, LoraCache
 from acestep.adapters.files import FIELD, listed
 from acestep.adjust import fit_codes, refusal, unique
-from acestep.audio.reading import read_audio
 from acestep.checkpoints.published import VariantDefaults
 from acestep.condition_texts import MAX_LYRIC_TOKENS, MAX_TEXT_TOKENS, caption_text, lyrics_text
 from acestep.dit.admission import Admission
 from acestep.dit.attention_maps import Listener
 from acestep.dit.checks import check_files
-from acestep.dit.conditions import Conditions, reference_excerpt
+from acestep.dit.conditions import Conditions
 from acestep.dit.denoiser import Denoiser, Projected
 from acestep.dit.latents import StoredLatents, read_latents
 from acestep.dit.listening import Lyrics
 from acestep.dit.residency import Residency
 from acestep.dit.sampler import Path, Repaint
 from acestep.dit.sampling import Sampling, resolve
-from acestep.dit.vae import Vae
+from acestep.dit.sources import Source, Sources, Steps
+from acestep.dit.splice import Splice
 from acestep.dit.variants import retake
 from acestep.dit.variants.side import Side
-from acestep.dit.window import Splice, Window, window_of
+from acestep.dit.window import Span, keeps_source
 from acestep.dit.work import RenderWork
-from acestep.errors import InvalidOutput, OutOfMemory
+from acestep.errors import OutOfMemory
 from acestep.plan import CODES_PER_SECOND
 from acestep.request import Adjustment
 from acestep.song import SAMPLE_RATE, SAMPLES_PER_FRAME
 from acestep.tasks import RULES, follows_source, instruction
 
-T = TypeVar("T")
-Steps = Generator["Future[Any] | None", None, T]
-
 DEFAULT_SECONDS = 60.0
-_READERS = 2
 # How much of the source is held: what balances between both is 1 - `repaint_strength`. From it follow, as in ACE-Step, the share of
 # the steps and the crossfades, of which these are the longest.
 _HELD = {"conservative": 1.0, "aggressive": 0.0}
@@ -58,7 +52,8 @@ _CROSSFADE_S = 0.05
 class Item:
     """One song to be: its path to latents, its exact length, what is put back around it, and which lyrics to listen for.
 
-    `latents` are there where the song is made already, and only listened to.
+    `latents` are there where the song is made already, and only listened to. `gain` is what its sound is multiplied by: latents that it is
+    made from need not be as loud as their song.
     """
 
     index: int
@@ -68,6 +63,7 @@ class Item:
     splice: Splice | None
     lyrics: Lyrics | None = None
     latents: Tensor | None = None
+    gain: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,20 +75,13 @@ class Prepared:
     adjustments: tuple[Adjustment, ...]
 
 
-@dataclass(frozen=True, eq=False)
-class _Source:
-    audio: Tensor
-    latents: Tensor  # [L, C], float32
-    window: Window | None
-
-
 class Preparation:
     """Makes `Prepared` of works, on the engine thread."""
 
     def __init__(
         self,
         conditions: Conditions,
-        vae: Vae,
+        sources: Sources,
         denoiser: Denoiser,
         residency: Residency,
         loras: LoraCache,
@@ -101,7 +90,7 @@ class Preparation:
         device: torch.device,
     ) -> None:
         self._conditions = conditions
-        self._vae = vae
+        self.sources = sources
         self._denoiser = denoiser
         self._dtype = denoiser.dtype
         self._residency = residency
@@ -109,13 +98,12 @@ class Preparation:
         self._admission = admission
         self._defaults = defaults
         self._device = device
-        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="read-audio")
 
     def close(self) -> None:
-        self._readers.shutdown(wait=False, cancel_futures=True)
+        self.sources.close()
 
     def prepare(self, work: RenderWork) -> Steps[Prepared]:
-        """Raises the errors of `check_files`, `LoraCache.get`, `read` and `window_of`, for what only the files can tell."""
+        """Raises the errors of `check_files`, `LoraCache.get` and `Sources.source`, for what only the files can tell."""
         request = work.request
         check_files(request, work.src_audio, work.reference_audio)
         sampling, adjustments = resolve(request, self._defaults)
@@ -131,11 +119,11 @@ class Preparation:
                 reason = f"this renderer applies adapters to its DiT only; left out: {listed(list(left_out))}"
                 given = f"{len(adapter.layers)} of {len(adapter.layers) + len(left_out)} layers"
                 adjustments.append(Adjustment(field=FIELD, asked=adapter.name, given=given, reason=reason))
-        source = (yield from self._source(work)) if work.src_audio is not None else None
+        source = (yield from self.sources.source(request, work.src_audio)) if work.src_audio is not None else None
         references = []
         for path in work.reference_audio:
-            excerpt = reference_excerpt((yield from self.read(path, "reference_audio")))
-            references.append((yield from self.encode(excerpt, "reference_audio")))
+            reference = yield from self.sources.reference(path)
+            references.append(reference)
         # A file may change under its name, so its encoding is shared within this work only.
         reference_key = object() if references else None
 
@@ -145,6 +133,7 @@ class Preparation:
         encoded: dict[tuple[str, str], Tensor] = {}
         texts: dict[int, list[tuple[str, str]]] = {}
         origins: dict[int, tuple[str, str]] = {}
+        regional: dict[int, dict[tuple[str, str], list[Span]]] = {}
         lengths: dict[int, int] = {}
         for index in work.indices:
             codes = work_codes(work, index)
@@ -156,11 +145,12 @@ class Preparation:
             if request.flow_edit_morph:
                 texts[index] = texts[index][:1]
                 (origins[index], *_) = self._texts(_of_source(work), codes, samples / SAMPLE_RATE)
+            regional[index] = self._regional(work, source, samples / SAMPLE_RATE)
             self._residency.need("conditions")
             if (codes, frames) not in contexts:
                 contexts[codes, frames] = self._context(work, codes, frames, source)
                 yield None
-            for caption, lyrics in (*texts[index], *([origins[index]] if index in origins else [])):
+            for caption, lyrics in (*texts[index], *([origins[index]] if index in origins else []), *regional[index]):
                 if (caption, lyrics) not in encoded:
                     adjustments += self._cuts(caption, lyrics)
                     self._residency.need("conditions")
@@ -192,8 +182,11 @@ class Preparation:
             if index in origins:
                 origin = replace(sides[0], condition=projected[origins[index]])
                 item = replace(item, path=replace(item.path, origin=origin))
-            if retakes is not None:
-                item = replace(item, path=replace(item.path, retake=retakes[index]))
+            own = tuple(
+                (tuple(spans), replace(sides[0], condition=projected[pair])) for pair, spans in regional[index].items()
+            )
+            item = replace(item, path=replace(item.path, regional=own))
+            item = replace(item, path=replace(item.path, retakes=retakes[index]))
             items.append(replace(item, lyrics=self._lyrics(work, texts[index][0][1]), latents=_latents(stored, index)))
         if not follows_source(request, codes=bool(work_codes(work, 0))) and request.audio_cover_strength != 1.0:
             adjustments.append(
@@ -234,50 +227,12 @@ class Preparation:
         self._denoiser.set_precision(self._dtype)  # another song may be in float32 just now; this one must not notice
         return self._denoiser.project(tokens, lora)
 
-    def encode(self, audio: Tensor, field: str) -> Steps[Tensor]:
-        """Latents of PCM, tile by tile. Raises `InvalidOutput` where they are no numbers; `field` names the audio."""
-        self._residency.need("vae")
-        steps = self._vae.encode(audio)
-        while True:
-            try:
-                next(steps)
-            except StopIteration as done:
-                latents: Tensor = done.value
-                if not bool(torch.isfinite(latents).all()):
-                    raise InvalidOutput(
-                        f"{field}: the VAE gave latents that are not finite. The checkpoint or the precision is at fault.",
-                        field=field,
-                    ) from None
-                return latents
-            yield None
-            self._residency.need("vae")
-
-    def read(self, path: FilePath, field: str) -> Steps[Tensor]:
-        """PCM `[2, n]` at 48 kHz of an audio file. Raises `InvalidRequest` as `read_audio` does."""
-        reading = self._readers.submit(read_audio, path, field=field, beginning=field == "reference_audio")
-        yield reading
-        return torch.from_numpy(reading.result())
-
     def codes_of(self, latents: Tensor) -> tuple[int, ...]:
         """5 Hz codes of latents."""
         self._residency.need("conditions")
         return self._conditions.codes_of(latents.to(self._device))
 
-    def _source(self, work: RenderWork) -> Steps[_Source]:
-        assert work.src_audio is not None
-        audio = yield from self.read(work.src_audio, "src_audio")
-        if (seconds := work.request.source_s) is not None and audio.shape[
-            1
-        ] - seconds * SAMPLE_RATE > SAMPLES_PER_FRAME:
-            audio = audio[:, : round(seconds * SAMPLE_RATE)]  # cut to a limit; what was measured may differ by a little
-        window = None
-        if RULES[work.request.task].window:
-            window = window_of(work.request, audio.shape[1])
-            audio = nn.functional.pad(audio, (window.left, window.right))
-        latents = yield from self.encode(audio, "src_audio")
-        return _Source(audio, latents, window)
-
-    def _context(self, work: RenderWork, codes: tuple[int, ...] | None, frames: int, source: _Source | None) -> Tensor:
+    def _context(self, work: RenderWork, codes: tuple[int, ...] | None, frames: int, source: Source | None) -> Tensor:
         """Context channels `[L, 2C]`: what to follow, and where to make something."""
         request = work.request
         if codes:
@@ -289,14 +244,13 @@ class Preparation:
             return self._with_mask(self._conditions.through_codes(latents))
         if source.window is None:
             return self._with_mask(latents)
-        start, end = source.window.start, source.window.end
+        mask = torch.zeros_like(latents)
+        for start, end in source.window.spans:
+            mask[start:end] = 1.0
         if request.task == "repaint":
-            latents = latents.clone()
-            latents[start:end] = self._conditions.silence_of(frames)[start:end]
+            latents = torch.where(mask == 0.0, latents, self._conditions.silence_of(frames))
         if request.chunk_mask_mode == "auto":
             return self._with_mask(latents)
-        mask = torch.zeros_like(latents)
-        mask[start:end] = 1.0
         return torch.cat([latents, mask], dim=-1)
 
     def _silence(self, frames: int) -> Tensor:
@@ -316,6 +270,22 @@ class Preparation:
             texts.append((caption_text(request, metadata, RULES["text2music"].instruction, seconds), lyrics))
         return texts
 
+    def _regional(self, work: RenderWork, source: Source | None, seconds: float) -> dict[tuple[str, str], list[Span]]:
+        """The texts of regions that have words of their own, and where each of them holds."""
+        found: dict[tuple[str, str], list[Span]] = {}
+        if source is None or source.window is None:
+            return found
+        for region, span in zip(work.request.regions, source.window.parts, strict=False):
+            words: dict[str, Any] = {}
+            if region.prompt is not None:
+                words |= {"prompt": region.prompt, "use_cot_caption": False}
+            if region.lyrics is not None:
+                words["lyrics"] = region.lyrics
+            if words:
+                own = replace(work, request=work.request.model_copy(update=words))
+                found.setdefault(self._texts(own, None, seconds)[0], []).append(span)
+        return found
+
     def _cuts(self, caption: str, lyrics: str) -> list[Adjustment]:
         texts = self._conditions.tokenize(caption, lyrics)
         cuts = []
@@ -329,7 +299,7 @@ class Preparation:
         return cuts
 
     def _item(
-        self, work: RenderWork, index: int, samples: int, sampling: Sampling, sides: list[Side], source: _Source | None
+        self, work: RenderWork, index: int, samples: int, sampling: Sampling, sides: list[Side], source: Source | None
     ) -> Item:
         request = work.request
         window = source.window if source is not None else None
@@ -342,13 +312,13 @@ class Preparation:
             seconds = held * _CROSSFADE_S if seconds is None else seconds
             repaint = Repaint(
                 clean=source.latents.to(self._device),
-                start=window.start,
-                end=window.end,
+                spans=window.spans,
                 injection=held,
                 crossfade=0 if aggressive else frames,
                 known=window.known,
             )
-            if not aggressive:
+            if keeps_source(request, window):
+                assert source.audio is not None, "what is kept is there"
                 splice = Splice(source.audio, window, round(seconds * SAMPLE_RATE))
         noisy = source is not None and (request.cover_noise_strength > 0.0 or request.flow_edit_morph)
         seed = request.seeds[index]
@@ -366,7 +336,7 @@ class Preparation:
             source_strength=request.cover_noise_strength if noisy else 0.0,
             repaint=repaint,
         )
-        return Item(index, request.seeds[index], samples, path, splice)
+        return Item(index, request.seeds[index], samples, path, splice, gain=1.0 if source is None else source.gain)
 
 
 def _latents(stored: Mapping[int, StoredLatents], index: int) -> Tensor | None:
@@ -387,10 +357,10 @@ def _of_source(work: RenderWork) -> RenderWork:
     return replace(work, request=request.model_copy(update={**words, "use_cot_caption": False}))
 
 
-def song_samples(work: RenderWork, codes: tuple[int, ...] | None, source: _Source | None) -> int:
+def song_samples(work: RenderWork, codes: tuple[int, ...] | None, source: Source | None) -> int:
     """Length of an item in samples: the source's, else as asked, as planned, as coded, or a minute."""
     if source is not None:
-        return int(source.audio.shape[1])
+        return source.samples
     seconds = _asked_seconds(work)
     if seconds is None:
         seconds = len(codes) / CODES_PER_SECOND if codes else DEFAULT_SECONDS
@@ -402,7 +372,7 @@ def _asked_seconds(work: RenderWork) -> float | None:
 
 
 def _length_adjustments(
-    work: RenderWork, samples: int, source: _Source | None, codes: tuple[int, ...] | None
+    work: RenderWork, samples: int, source: Source | None, codes: tuple[int, ...] | None
 ) -> list[Adjustment]:
     if source is None:
         told: list[Adjustment] = []

@@ -26,6 +26,7 @@ from acestep.dit.denoiser import Denoiser
 from acestep.dit.engine import RenderEngine, Result, Work
 from acestep.dit.preparation import Preparation
 from acestep.dit.residency import Residency
+from acestep.dit.sources import Sources
 from acestep.dit.vae import Vae
 from acestep.dit.work import CodesWork, Rendered, RenderWork
 from acestep.errors import DeviceUnavailable, InvalidRequest, ModelMissing
@@ -49,6 +50,7 @@ class RendererInfo:
     attention: str
     defaults: VariantDefaults
     tasks: tuple[str, ...]
+    channels: int  # of its latents
     vae: str = "official"
 
 
@@ -97,7 +99,9 @@ class Renderer:
         budget = settings.max_batch_frames
         if budget is None:
             budget = batch_frames(device, name)
-        self._preparation = Preparation(conditions, vae, denoiser, residency, loras, admission, defaults, device)
+        channels = conditions.silence.shape[1]
+        sources = Sources(vae, residency, conditions.silence_of, channels, name, vae_name)
+        self._preparation = Preparation(conditions, sources, denoiser, residency, loras, admission, defaults, device)
         engine = RenderEngine(
             self._preparation,
             denoiser,
@@ -118,6 +122,7 @@ class Renderer:
             attention=denoiser.attention.backend,
             defaults=defaults,
             tasks=tuple(defaults.tasks),
+            channels=channels,
             vae=vae_name,
         )
         self._thread: EngineThread[Work, Result] = EngineThread(engine, name=f"render-{device}")

@@ -15,8 +15,9 @@ from acestep.dit.denoiser import Denoiser, Row
 from acestep.dit.latents import kept
 from acestep.dit.listening import listen
 from acestep.dit.lyrics import Heard
-from acestep.dit.preparation import Item, Prepared, Steps
+from acestep.dit.preparation import Item, Prepared
 from acestep.dit.sampler import Walker, reprojected
+from acestep.dit.sources import Steps
 from acestep.dit.vae import Vae
 from acestep.dit.work import RenderedItem
 from acestep.request import Adjustment
@@ -95,7 +96,7 @@ class ItemRun:
         """Take decoded PCM from sample `first` on into the song; returns it cut to the song."""
         part = self.audio[:, first : first + piece.shape[1]]
         part.copy_(piece[:, : part.shape[1]])
-        return part
+        return part if self.item.gain == 1.0 else part.mul_(self.item.gain)
 
     def heard(self, first: int, part: Tensor) -> Tensor:
         """A copy of what `keep` returned, spliced: a listener may do with it what it likes."""
@@ -103,11 +104,14 @@ class ItemRun:
 
     def rendered(self) -> RenderedItem:
         """The decoded song. What was made inside a source is turned down to ±1 before it is put there, and the source is not."""
-        plain = RenderedItem(self.item.index, self.item.seed, self.audio, latents=self.kept, heard=self._heard())
+        item = self.item
+        plain = RenderedItem(
+            item.index, item.seed, self.audio, latents=self.kept, heard=self._heard(), source_gain=item.gain
+        )
         if (splice := self.item.splice) is None or self.item.latents is not None:
             return plain
         window = splice.window
-        peak = float(self.audio[:, window.start_sample : window.end_sample].abs().max())
+        peak = max(float(self.audio[:, window.samples_of(span)].abs().max()) for span in window.spans)
         gain = 1.0 / max(peak, 1.0)
         for first in range(0, self.item.samples, _SPLICED_SAMPLES):
             part = self.audio[:, first : first + _SPLICED_SAMPLES]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,13 +12,15 @@ from acestep.adapters.cache import ActiveLora
 from acestep.dit.denoiser import Projected
 from acestep.dit.sampling import Sampling
 from acestep.dit.schedule import start_at_noise
+from acestep.dit.variants.guidance import Guidance
 from acestep.dit.variants.retake import Retake
 from acestep.dit.variants.side import Side, Walk, ask
+from acestep.dit.window import Span
 
 
 @dataclass(frozen=True, eq=False)
 class Repaint:
-    """What stays of a source: latents `clean` `[L, C]` outside frames `start` to `end`.
+    """What stays of a source: latents `clean` `[L, C]` outside `spans` of frames, from the first to before the last.
 
     Attributes:
         injection: Share of the steps after which the outside is put back to the source, at the noise level of the moment.
@@ -27,8 +29,7 @@ class Repaint:
     """
 
     clean: Tensor
-    start: int
-    end: int
+    spans: tuple[Span, ...]
     injection: float
     crossfade: int
     known: tuple[int, int]
@@ -44,7 +45,8 @@ class Path:
         main: Conditioning of the first `cover_strength` share of the steps, `after` that of the rest.
         source: Latents to start from at noise level `1 - source_strength`; None starts from noise. Of flow edit: what is edited.
         origin: Of flow edit: what the source is, where `main` is what it shall be.
-        retake: Other noise that is mixed into that of `seed`.
+        retakes: Other noise that is mixed into that of `seed`, one after another.
+        regional: Spans of frames that go by words of their own.
     """
 
     frames: int
@@ -58,13 +60,15 @@ class Path:
     source_strength: float = 0.0
     repaint: Repaint | None = None
     origin: Side | None = None
-    retake: Retake | None = None
+    retakes: tuple[Retake, ...] = ()
+    regional: tuple[tuple[tuple[Span, ...], Side], ...] = ()
 
 
 def reprojected(path: Path, project: Callable[[Tensor, ActiveLora | None], Projected]) -> Path:
     """`path` with its conditions projected anew."""
     after, origin = (None if side is None else side.reprojected(project) for side in (path.after, path.origin))
-    return replace(path, main=path.main.reprojected(project), after=after, origin=origin)
+    regional = tuple((spans, side.reprojected(project)) for spans, side in path.regional)
+    return replace(path, main=path.main.reprojected(project), after=after, origin=origin, regional=regional)
 
 
 class Walker:
@@ -113,18 +117,18 @@ class Walker:
         times = self._times.tolist()
         deltas = (self._times[1:] - self._times[:-1]).tolist()
         noise = draw()
-        if path.retake is not None:
-            noise = path.retake.mix(noise, self._noise(path.retake.seed)())
+        for retake in path.retakes:
+            noise = retake.mix(noise, self._noise(retake.seed)())
         x = noise
         if path.source is not None:
             x = times[0] * noise + (1.0 - times[0]) * path.source
         switch = self.total if path.after is None else int(self.total * path.cover_strength)
-        guidance = sampling.guidance()
+        guidances = [sampling.guidance() for _ in (None, *path.regional)]
         previous: Tensor | None = None
         for step, (t, delta) in enumerate(zip(times[:-1], deltas, strict=True)):
             side = path.main if step < switch or path.after is None else path.after
             after = times[step + 1]
-            first = v = rule.smooth((yield from ask(x, t, side, guidance, rule)), previous)
+            first = v = rule.smooth((yield from self._ask(x, t, side, guidances)), previous)
             before = x
             if sampling.stochastic:
                 if not sampling.distilled:  # as upstream: evenly, wherever the schedule goes
@@ -132,7 +136,7 @@ class Walker:
                 clean = x - t * v
                 x = clean if after == 0.0 else (1.0 - after) * clean + after * draw()
             elif sampling.heun and (after > 0.0 or not sampling.distilled):
-                v_ahead = yield from ask(x + delta * v, after, side, guidance, rule, corrector=True)
+                v_ahead = yield from self._ask(x + delta * v, after, side, guidances, corrector=True)
                 v = 0.5 * (v + rule.smooth(v_ahead, first))
                 x = x + delta * v
             else:
@@ -145,27 +149,45 @@ class Walker:
             self.done = step + 1
         return x if path.repaint is None else _keep_outside(x, path.repaint)
 
+    def _ask(self, x: Tensor, t: float, side: Side, guidances: Sequence[Guidance], corrector: bool = False) -> Walk:
+        """The velocity by the words of `side`, and where a region has its own by those: one evaluation after another."""
+        rule = self._path.sampling.velocity
+        v = yield from ask(x, t, side, guidances[0], rule, corrector)
+        for (spans, own), guidance in zip(self._path.regional, guidances[1:], strict=True):
+            theirs = yield from ask(x, t, own, guidance, rule, corrector)
+            v = v.clone()
+            for start, end in spans:
+                v[start:end] = theirs[start:end]
+        return v
+
+
+def finished(path: Path, latents: Tensor) -> Tensor:
+    """What a walk gave, shifted and rescaled as asked; what is kept of a source stays as it is."""
+    applied = path.sampling.latents.apply(latents)
+    return applied if path.repaint is None else _inject(applied, path.repaint, 0.0, torch.zeros_like(latents))
+
 
 def _inject(x: Tensor, repaint: Repaint, t: float, noise: Tensor) -> Tensor:
     outside = t * noise + (1.0 - t) * repaint.clean
     out = outside.clone()
-    out[repaint.start : repaint.end] = x[repaint.start : repaint.end]
+    for start, end in repaint.spans:
+        out[start:end] = x[start:end]
     return out
 
 
 def _keep_outside(x: Tensor, repaint: Repaint) -> Tensor:
     """The source outside the window, bit for bit, and a crossfade inside it where it borders on source."""
     out = repaint.clean.clone()
-    start, end = repaint.start, repaint.end
-    out[start:end] = x[start:end]
-    fade = min(repaint.crossfade, (end - start) // 2)
     first, last = repaint.known
-    if (rising := min(fade, last - start)) > 0 and start > first:
-        part = slice(start, start + rising)
-        out[part] = torch.lerp(repaint.clean[part], x[part], _ramp(rising, x))
-    if (falling := min(fade, end - first)) > 0 and end < last:
-        part = slice(end - falling, end)
-        out[part] = torch.lerp(repaint.clean[part], x[part], _ramp(falling, x).flip(0))
+    for start, end in repaint.spans:
+        out[start:end] = x[start:end]
+        fade = min(repaint.crossfade, (end - start) // 2)
+        if (rising := min(fade, last - start)) > 0 and start > first:
+            part = slice(start, start + rising)
+            out[part] = torch.lerp(repaint.clean[part], x[part], _ramp(rising, x))
+        if (falling := min(fade, end - first)) > 0 and end < last:
+            part = slice(end - falling, end)
+            out[part] = torch.lerp(repaint.clean[part], x[part], _ramp(falling, x).flip(0))
     return out
 
 

@@ -1,104 +1,103 @@
-"""Which part of a source is made anew (repaint, lego), in samples and in latent frames, and how the rest is kept."""
+"""Which parts of a source are made anew (repaint, lego), in samples and in latent frames."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from acestep.dit.checks import check_window
 from acestep.errors import InvalidRequest, LimitExceeded
 from acestep.request import MAX_DURATION_S, SongRequest
 from acestep.song import LATENT_FPS, SAMPLE_RATE, SAMPLES_PER_FRAME
+from acestep.tasks import made_parts
+
+Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Window:
-    """A window on a song that may reach past its source on both sides (outpainting).
+    """What is made anew of a song, which may reach past its source on both sides (outpainting).
 
     Attributes:
         left, right: Samples added before and after the source.
         samples: Length of the whole song.
-        start, end: The window in latent frames.
-        start_sample, end_sample: The same in samples.
+        parts: Each part that was asked for, in latent frames, in order.
         known: Frames that hold nothing but source.
     """
 
     left: int
     right: int
     samples: int
-    start: int
-    end: int
-    known: tuple[int, int]
+    parts: tuple[Span, ...]
+    known: Span
 
     @property
-    def start_sample(self) -> int:
-        return self.start * SAMPLES_PER_FRAME
+    def spans(self) -> tuple[Span, ...]:
+        """The parts, those that touch each other joined."""
+        joined: list[Span] = []
+        for start, end in self.parts:
+            if joined and joined[-1][1] == start:
+                start = joined.pop()[0]
+            joined.append((start, end))
+        return tuple(joined)
 
     @property
-    def end_sample(self) -> int:
-        return min(self.end * SAMPLES_PER_FRAME, self.samples)
+    def frames(self) -> int:
+        return -(-self.samples // SAMPLES_PER_FRAME)
 
     @property
     def is_everything(self) -> bool:
-        return self.start == 0 and self.end_sample == self.samples
+        return self.spans == ((0, self.frames),)
+
+    def samples_of(self, span: Span) -> slice:
+        """A span in samples."""
+        return slice(span[0] * SAMPLES_PER_FRAME, min(span[1] * SAMPLES_PER_FRAME, self.samples))
+
+
+def keeps_source(request: SongRequest, window: Window) -> bool:
+    """Whether samples of the source are put back around the window."""
+    return not window.is_everything and request.repaint_mode != "aggressive"
 
 
 def window_of(request: SongRequest, source_samples: int) -> Window:
     """The request's window on a source of `source_samples`.
 
+    A part that starts where the source ends (to within a frame: files are rarely as long as they say) goes on from there.
+
     Raises:
-        InvalidRequest: the window leaves a gap after the source, or holds no frame.
+        InvalidRequest: it leaves a gap after the source, or a part of it holds no frame.
         LimitExceeded: the song with its added parts is longer than the model can make.
     """
     source_s = source_samples / SAMPLE_RATE
-    start_s = request.repainting_start
-    end_s = source_s if request.repainting_end is None else request.repainting_end
-    check_window(request, source_s)
-    left = round(max(0.0, -start_s) * SAMPLE_RATE)
-    right = max(0, round(end_s * SAMPLE_RATE) - source_samples)
+    names = ("regions", "regions") if request.regions else ("repainting_start", "repainting_end")
+    parts = [(start, source_s if end is None else end) for start, end in made_parts(request)]
+    reach = source_s
+    for start_s, end_s in parts:
+        continues = end_s > reach and start_s < reach + 1 / LATENT_FPS
+        if start_s >= reach and start_s > 0 and not continues:
+            raise InvalidRequest(
+                f"{names[0]}: {start_s:g} s is past the end of the source audio, {source_s:.3f} s.",
+                field=names[0], asked=start_s, limit=source_s,
+            )  # fmt: skip
+        reach = max(reach, end_s)
+    left = round(max(0.0, -parts[0][0]) * SAMPLE_RATE)
+    right = max(0, round(max(end for _, end in parts) * SAMPLE_RATE) - source_samples)
     samples = left + source_samples + right
     if samples > MAX_DURATION_S * SAMPLE_RATE:
         raise LimitExceeded(
-            f"repainting_end: the song would be {samples / SAMPLE_RATE:.1f} s long; the model makes at most "
+            f"{names[1]}: the song would be {samples / SAMPLE_RATE:.1f} s long; the model makes at most "
             f"{MAX_DURATION_S:g} s.",
-            field="repainting_end", asked=samples / SAMPLE_RATE, limit=MAX_DURATION_S,
+            field=names[1], asked=samples / SAMPLE_RATE, limit=MAX_DURATION_S,
         )  # fmt: skip
-    frames = -(-samples // SAMPLES_PER_FRAME)
+    spans = tuple(_frames_of(start, end, left, samples) for start, end in parts)
+    if empty := next((part for part, span in zip(parts, spans, strict=True) if span[1] <= span[0]), None):
+        raise InvalidRequest(
+            f"{names[1]}: the window is shorter than one latent frame, 0.04 s.", field=names[1], asked=empty[1]
+        )
+    known = (-(-left // SAMPLES_PER_FRAME), (left + source_samples) // SAMPLES_PER_FRAME)
+    return Window(left, right, samples, spans, known)
+
+
+def _frames_of(start_s: float, end_s: float, left: int, samples: int) -> Span:
     shift = left / SAMPLE_RATE
     start = max(0, int((start_s + shift) * LATENT_FPS + 1e-6))
     last = round((end_s + shift) * SAMPLE_RATE)
-    end = frames if last >= samples else int((end_s + shift) * LATENT_FPS + 1e-6)
-    if end <= start:
-        raise InvalidRequest(
-            "repainting_end: the window is shorter than one latent frame, 0.04 s.", field="repainting_end", asked=end_s
-        )
-    known = (-(-left // SAMPLES_PER_FRAME), (left + source_samples) // SAMPLES_PER_FRAME)
-    return Window(left, right, samples, start, end, known)
-
-
-@dataclass(frozen=True, eq=False)
-class Splice:
-    """Puts the source's own samples back outside a window, with a linear crossfade inside it.
-
-    The VAE is lossy, so what was not to be touched would otherwise come back slightly changed.
-    """
-
-    source: Tensor
-    window: Window
-    fade: int
-
-    def __call__(self, first: int, audio: Tensor) -> Tensor:
-        """`audio` `[2, n]` from sample `first` on, spliced."""
-        at = torch.arange(first, first + audio.shape[1], dtype=torch.float64)
-        made = ((at >= self.window.start_sample) & (at < self.window.end_sample)).double()
-        window, known_end = self.window, self.window.samples - self.window.right
-        # Where there is no source inside the window beside an edge, there is nothing to blend with.
-        if (fade := min(self.fade, known_end - window.start_sample)) > 0 and window.start_sample > window.left:
-            made = torch.minimum(made, (at + 1 - window.start_sample).clamp(min=0) / fade)
-        if (fade := min(self.fade, window.end_sample - window.left)) > 0 and window.end_sample < known_end:
-            made = torch.minimum(made, (window.end_sample - at).clamp(min=0) / fade)
-        weight = made.clamp(max=1.0).to(audio.dtype)
-        source = self.source[:, first : first + audio.shape[1]]
-        return torch.where(weight == 0, source, weight * audio + (1.0 - weight) * source)
+    return start, -(-samples // SAMPLES_PER_FRAME) if last >= samples else int((end_s + shift) * LATENT_FPS + 1e-6)

@@ -53,7 +53,7 @@ class CodesWork:
 
 @dataclass(frozen=True)
 class RenderedItem:
-    """PCM of one item: float32 `[2, samples]` at 48 kHz on the CPU, as the VAE gave it (no loudness step).
+    """PCM of one item: float32 `[2, samples]` at 48 kHz on the CPU, as the VAE gave it times `source_gain` (no loudness step).
 
     Where `made_gain_db` is a number, samples of the source stand around a window, as they came, and all is within ±1: the window was
     turned down by this for it (0 or less). `latents` are what it was decoded from, on the CPU, as `acestep.dit.latents.kept` says;
@@ -66,6 +66,7 @@ class RenderedItem:
     made_gain_db: float | None = None
     latents: Tensor | None = field(default=None, repr=False)
     heard: Heard | None = field(default=None, repr=False)
+    source_gain: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -135,9 +135,10 @@ def forwards(request: SongRequest, model: str | None) -> float:
         first = min(int(steps * request.flow_edit_n_min), steps - 1)
         last = max(first, int(steps * request.flow_edit_n_max))
         return ((last - first) * 2.0 * request.flow_edit_n_avg + steps - last) * (1.0 + guided)
-    per_step = 1.0
+    own_words = {(r.prompt, r.lyrics) for r in request.regions if r.prompt is not None or r.lyrics is not None}
+    per_step = 1.0 + len(own_words)  # each is evaluated for itself
     if request.sampler == "heun" and request.infer_method == "ode":
-        per_step = 2.0 - 1.0 / steps if defaults.distilled else 2.0
+        per_step *= 2.0 - 1.0 / steps if defaults.distilled else 2.0
     return steps * per_step * (1.0 + guided)
 
 
@@ -281,7 +282,7 @@ def render_seconds(
     frames = duration * LATENT_FPS
     tokens = (len(request.prompt) + len(request.lyrics)) / CHARS_PER_TOKEN
     conditions = cost.conditions_s + tokens * cost.condition_token_s
-    if request.src_audio is not None:
+    if request.src_audio is not None and not request.source_latents:
         conditions += frames * cost.encode_frame_s
     conditions += len(request.reference_audio) * REFERENCE_FRAMES * cost.encode_frame_s
     if needs_codes(request) or request.audio_codes is not None or (request.plan is not None and request.plan.codes):

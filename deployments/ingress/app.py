@@ -15,7 +15,18 @@ from deployments.ingress.acestep import loras as compat_loras
 from deployments.ingress.acestep import models, tasks, texts
 from deployments.ingress.links import Prefix
 from deployments.ingress.middleware import BodyLimit, LostProxy, OptionalPrefix, Strangers, host_of
-from deployments.ingress.native import answers, cluster, files, health, library, loras, lyrics, song_files, webhooks
+from deployments.ingress.native import (
+    answers,
+    cluster,
+    edits,
+    files,
+    health,
+    library,
+    loras,
+    lyrics,
+    song_files,
+    webhooks,
+)
 from deployments.ingress.native import songs as native
 from deployments.ingress.native import texts as plans
 from deployments.ingress.openai import chat
@@ -82,6 +93,7 @@ def build_app(service: Service) -> FastAPI:
         library,
         song_files,
         lyrics,
+        edits,
         plans,
         files,
         webhooks,

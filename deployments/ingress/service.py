@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any
-from urllib.parse import parse_qs, urlsplit
 
 from fastapi import Depends, Request
 
@@ -22,12 +21,11 @@ from deployments.dispatch.questions import Questions
 from deployments.dispatch.routing import Routing
 from deployments.fleet.watch import Fleet
 from deployments.ingress.auth import Caller, Keyring, RateLimit, Waiting, environment_keys
-from deployments.ingress.errors import Forbidden
 from deployments.ingress.forecast import Forecast
-from deployments.ingress.links import audio_path, read_audio_path
 from deployments.ingress.middleware import made_here
+from deployments.ingress.own_songs import OwnSongs
 from deployments.ingress.signing import Signer
-from deployments.ingress.source_audio import Sources
+from deployments.ingress.source_audio import Admitted, Sources
 from deployments.jobs.blobs import Storage
 from deployments.jobs.limits import Rates
 from deployments.jobs.loras import LoraDefaults
@@ -35,7 +33,7 @@ from deployments.jobs.outbox import Outbox
 from deployments.jobs.retention import Retention
 from deployments.jobs.secrets import shared_secret
 from deployments.jobs.store import Busy, Job, JobStore
-from deployments.jobs.uploads import FileRecord, FileRecords
+from deployments.jobs.uploads import FileRecords
 
 QUESTIONS_AT_ONCE = 4  # of one router
 MAX_QUESTIONS = 32  # of one key, waiting ones included
@@ -72,9 +70,8 @@ class Service:
         self.rates = RateLimit(Rates(self.store.engine))
         self.waiting = Waiting(self.args.max_waiting)
         self.signer = Signer(shared_secret(self.store.engine, "url", "ACESTEP_URL_SECRET"), self.args.url_lifetime_s)
-        self.sources = Sources(
-            self.args, self.storage, FileRecords(self.store.engine), self._may_use, self._song_of_url
-        )
+        songs = OwnSongs(self.store, self.storage, self.signer, self.may_see)
+        self.sources = Sources(self.args, self.storage, FileRecords(self.store.engine), songs)
         self.retention = Retention(
             self.store, self.storage, self.sources.records,
             keep_jobs_s=self.args.keep_jobs_s, keep_uploads_s=self.args.keep_uploads_s,
@@ -89,7 +86,7 @@ class Service:
             public_url=self.args.public_url,
         )  # fmt: skip
 
-    async def source(self, value: str, caller: Caller, field: str, *, keep: bool = True) -> FileRecord:
+    async def source(self, value: str, caller: Caller, field: str, *, keep: bool = True) -> Admitted:
         """The stored copy of what a request calls its source; see `Sources.admit`."""
         return await self.sources.admit(value, caller, field=field, loopback=self.loopback, keep=keep)
 
@@ -126,29 +123,6 @@ class Service:
 
     def may_see(self, caller: Caller, job: Job) -> bool:
         return not self.keys.required or job.owner_key == caller.name
-
-    def _may_use(self, caller: Caller, job_id: str) -> bool:
-        job = self.store.get(job_id)
-        return job is not None and self.may_see(caller, job)
-
-    def _song_of_url(self, caller: Caller, url: str) -> str | None:
-        """The stored file of a song's URL, with whatever host and folder in front, that is the caller's or that its signature opens."""
-        try:
-            parts = urlsplit(url)
-        except ValueError:
-            return None
-        if (named := read_audio_path(parts.path)) is None or (job := self.store.get(named[0])) is None:
-            return None
-        given = {name: values[0] for name, values in parse_qs(parts.query).items()}
-        try:
-            self.signer.check(
-                audio_path(named[0], named[1], named[2] or ""), given.get("expires"), given.get("signature")
-            )
-        except Forbidden:
-            if not self.may_see(caller, job):
-                return None
-        files = [f for item in (job.result.items if job.result else ()) if item.index == named[1] for f in item.files]
-        return next((f.path for f in files if named[2] in (None, f.format)), None)
 
     async def mean_seconds(self) -> float:
         """How long a song took lately."""

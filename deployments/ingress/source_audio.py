@@ -14,18 +14,30 @@ import re
 import stat
 import tempfile
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
 
 from starlette.datastructures import UploadFile
 from starlette.requests import Request
 
-from acestep.audio.reading import ReadLimits, audio_seconds
+from acestep.audio.latent_file import (
+    HEAD_BYTES,
+    LatentFacts,
+    LatentFile,
+    holds_latents,
+    read_latent_facts,
+    read_latent_file,
+    write_latent_file,
+)
+from acestep.audio.reading import ReadLimits
+from acestep.audio.sources import measure
 from acestep.errors import InvalidRequest
+from acestep.source_fields import SongName
 from deployments.config.args import RouterArgs
 from deployments.ingress.auth import Caller
 from deployments.ingress.bodies import SPOOL_BYTES, spooled
+from deployments.ingress.own_songs import OwnSongs, unwrapped
 from deployments.jobs.blobs import Storage
 from deployments.jobs.retention import CLEAN_EVERY_S
 from deployments.jobs.threads import with_files
@@ -39,9 +51,25 @@ ELSEWHERE = (
 )
 AT_ONCE = 4  # files in memory, whole: at most so many times `max_upload_bytes`
 MAX_PATH = 4096
-MAX_WRAPS = 4
 _FILE_ID = re.compile(r"file-[0-9a-f]{32}")
-_SONG_FILE = re.compile(r"songs/([0-9A-Za-z-]{1,64})/[0-9A-Za-z.-]{1,64}")
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """A source that was taken in: its record, what its latents say where it holds any, and the song that it is a copy of."""
+
+    record: FileRecord
+    facts: LatentFacts | None = None
+    song: SongName | None = None
+
+    @property
+    def path(self) -> str:
+        """Its name in the file store."""
+        return self.record.path
+
+    @property
+    def seconds(self) -> float:
+        return self.record.duration
 
 
 class Sources:
@@ -51,28 +79,23 @@ class Sources:
         args: Limits and allowed folders.
         storage: Where copies go.
         records: Who uploaded what.
-        may_use: Whether a caller may use the songs of a job, by its id.
-        song_of_url: The file in the store that a song's URL is of; None where it is no such URL, or not the caller's and not signed.
+        songs: The server's own.
     """
 
-    def __init__(
-        self, args: RouterArgs, storage: Storage, records: FileRecords, may_use: Callable[[Caller, str], bool],
-        song_of_url: Callable[[Caller, str], str | None],
-    ) -> None:  # fmt: skip
+    def __init__(self, args: RouterArgs, storage: Storage, records: FileRecords, songs: OwnSongs) -> None:
         self.args = args
         self.storage = storage
         self.records = records
-        self.may_use = may_use
-        self.song_of_url = song_of_url
+        self.songs = songs
         self.limits = ReadLimits(max_bytes=args.max_upload_bytes)
         self._turn = asyncio.Semaphore(AT_ONCE)
         self._parsing = asyncio.Lock()  # what is parsed takes several times its size
 
     async def upload(self, file: UploadFile, name: str, caller: Caller, *, field: str = "file") -> FileRecord:
-        """Check that a file is audio and keep it.
+        """Check that a file is audio, or a song's latents, and keep it.
 
         Raises:
-            InvalidRequest: it is not, or is beyond a limit.
+            InvalidRequest: it is neither, or is beyond a limit.
             Busy: the caller's uploads take too much room already.
         """
         async with self._turn:  # until then a part of a form lies on the disk
@@ -94,8 +117,8 @@ class Sources:
         """`upload` for what is in memory already, inside `whole`."""
         return await with_files(self._keep, data, name, caller, field)
 
-    async def admit(self, value: str, caller: Caller, *, field: str, loopback: bool, keep: bool = True) -> FileRecord:
-        """The stored copy of what a request calls its source: a file id, a song's URL or path, or an allowed path.
+    async def admit(self, value: str, caller: Caller, *, field: str, loopback: bool, keep: bool = True) -> Admitted:
+        """The stored copy of what a request calls its source: a song by any of its names, a file id, or an allowed path.
 
         Args:
             loopback: The server can be reached from this machine only, so the temporary folder counts as allowed.
@@ -103,6 +126,7 @@ class Sources:
 
         Raises:
             InvalidRequest: unknown, not allowed, or no audio.
+            NotFound, Conflict: as `OwnSongs.named` does.
         """
         async with self._turn:
             return await with_files(self._admit, value, caller, field, loopback, keep)
@@ -114,28 +138,35 @@ class Sources:
             folders = (tempfile.gettempdir(),) if loopback else ()
         return [Path(os.path.realpath(folder)) for folder in folders]
 
-    def _admit(self, value: str, caller: Caller, field: str, loopback: bool, keep: bool) -> FileRecord:
-        value = _path_of_url(value.strip())
-        if named := self.song_of_url(caller, value):
-            value = named
-        elif re.match(r"https?://", value):
-            raise InvalidRequest(f"{field}: {ELSEWHERE}", field=field)
+    def _admit(self, value: str, caller: Caller, field: str, loopback: bool, keep: bool) -> Admitted:
+        value = unwrapped(value.strip())
         if not value or "\0" in value or len(value) > MAX_PATH:
             raise InvalidRequest(NOT_FOUND, field=field)
-        name = named or self._stored(value)
+        name = value
+        if (song := self.songs.named(caller, value, field)) is None:
+            if re.match(r"https?://", value):
+                raise InvalidRequest(f"{field}: {ELSEWHERE}", field=field)
+            name = self._stored(value)
+            song = self.songs.named(caller, name, field)
+        if song is not None:
+            shown = f"{song.name.job}-{song.name.item}"
+            return self._own(self.songs.copy(song, field), shown, caller, field, song.name, stored=keep)
         file_id = name.removeprefix(FOLDER)
         if _FILE_ID.fullmatch(file_id):
             record = self.records.get(file_id)
             if record is None or record.owner_key != caller.name or self.storage.size(record.path) is None:
                 raise InvalidRequest(f"{field}: there is no uploaded file {file_id}", field=field)
-            return record
-        if song := _SONG_FILE.fullmatch(name):
-            if not (named or self.may_use(caller, song.group(1))) or self.storage.size(name) is None:
-                raise InvalidRequest(NOT_FOUND, field=field)
-            data = self.storage.read(name)
-        else:
-            data = self._read(find_file(value, self.roots(loopback), field), field)
-        return self._keep(data, Path(value).name, caller, field, stored=keep)
+            facts = self.facts_of(record, field)
+            return Admitted(record, facts, facts.song if facts else None)
+        data = self._read(find_file(value, self.roots(loopback), field), field)
+        return self._checked(data, Path(value).name, caller, field, stored=keep)
+
+    def facts_of(self, record: FileRecord, field: str = "file") -> LatentFacts | None:
+        """What a stored file says of its latents; None of audio, and of what is there no more."""
+        if self.storage.size(record.path) is None:
+            return None
+        head = b"".join(self.storage.stream(record.path, 0, min(record.bytes, HEAD_BYTES)))
+        return read_latent_facts(head, field) if holds_latents(head) else None
 
     def _stored(self, value: str) -> str:
         """The name in the file store of what a path leads to, links resolved; empty where it leads elsewhere."""
@@ -157,9 +188,24 @@ class Sources:
                 raise InvalidRequest(NOT_FOUND, field=field)
             return file.read(self.limits.max_bytes + 1)
 
-    def _keep(self, data: bytes, name: str, caller: Caller, field: str, *, stored: bool = True) -> FileRecord:
+    def _keep(self, data: bytes, name: str, caller: Caller, field: str) -> FileRecord:
+        return self._checked(data, name, caller, field, stored=True).record
+
+    def _checked(self, data: bytes, name: str, caller: Caller, field: str, *, stored: bool) -> Admitted:
+        """A file from outside."""
         # Too long for a source may do as a reference: whoever uses it looks at its length.
-        seconds = audio_seconds(data, field=field, limits=self.limits, beginning=True)
+        measured = measure(data, field, self.limits)
+        if (facts := measured.facts) is not None:  # what only a copy of ours says is not believed
+            facts = replace(facts, song=None)
+            data = write_latent_file(LatentFile(facts, read_latent_file(data, field).latents))
+        return Admitted(self._put(data, name, caller, measured.seconds, stored=stored), facts)
+
+    def _own(self, data: bytes, name: str, caller: Caller, field: str, song: SongName, *, stored: bool) -> Admitted:
+        """A copy of a song."""
+        measured = measure(data, field, self.limits)
+        return Admitted(self._put(data, name, caller, measured.seconds, stored=stored), measured.facts, song)
+
+    def _put(self, data: bytes, name: str, caller: Caller, seconds: float, *, stored: bool) -> FileRecord:
         shown = "".join(c for c in os.path.basename(name.replace("\\", "/")) if c.isprintable())[-255:] or "audio"
         record = new_record(
             f"file-{uuid.uuid4().hex}",
@@ -197,16 +243,3 @@ def find_file(value: str, roots: Sequence[Path], field: str) -> Path:
     if absolute or re.match(r"[A-Za-z]:[\\/]|\\\\|~", value):  # also as other systems write one
         raise InvalidRequest(ABSOLUTE, field=field)
     raise InvalidRequest(TRAVERSAL if ".." in re.split(r"[\\/]", value) else NOT_FOUND, field=field)
-
-
-def _path_of_url(value: str) -> str:
-    """`/v1/audio?path=...` as results carry it, whatever host and folder stand in front, to the path in it; some clients wrap it again."""
-    for _ in range(MAX_WRAPS):
-        try:
-            parts = urlsplit(value)
-        except ValueError:
-            break
-        if not parts.path.endswith("/v1/audio") or not (path := parse_qs(parts.query).get("path")):
-            break
-        value = path[0].strip()
-    return value

@@ -7,22 +7,28 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from acestep.adjust import check_sources, over_plan
+from acestep.audio.latent_file import LatentFacts
 from acestep.dit import checks
+from acestep.dit.window import window_of
 from acestep.errors import InvalidRequest
 from acestep.request import Adjustment, SongRequest
 from acestep.sizing.cost import expected_duration
 from acestep.sizing.limits import unscored
+from acestep.song import SAMPLE_RATE
+from acestep.source_fields import Parent
+from acestep.tasks import RULES
 from deployments.dispatch.texts import question_of
 from deployments.ingress.auth import Caller
 from deployments.ingress.forecast import STAGED
 from deployments.ingress.service import Service, defaults_of, hash_of
+from deployments.ingress.source_audio import Admitted
 from deployments.jobs.limits import Caps
 from deployments.jobs.store import Busy, Job
-from deployments.jobs.uploads import FileRecord
 from deployments.scheduling.choose import Decision
 from deployments.scheduling.line import Place
 from deployments.telemetry.tracing import TRACE, here
@@ -66,6 +72,7 @@ async def submit(
     deadline: float | None = None,
     idempotency_key: str | None = None,
     body_hash: str | None = None,
+    parents: tuple[Parent, ...] = (),
 ) -> tuple[Job, bool]:
     """Take source audio in, clamp to what the fleet can do, draw the seeds, write the job down, wake the dispatcher.
 
@@ -75,6 +82,7 @@ async def submit(
         kind: `song`, `plan`, `codes` or `understand`: how far the job goes; `lyrics` listens to the request's latents.
         adjustments: What was changed before.
         extra: For the API that asks.
+        parents: Songs that it is made from, besides those that are its sources.
 
     Raises:
         InvalidRequest, LimitExceeded: nothing in this fleet can do it.
@@ -85,7 +93,7 @@ async def submit(
         known = await asyncio.to_thread(service.store.earlier, caller.name, idempotency_key, body_hash)
         if known is not None:
             return known, False
-    weighed = await _weigh(service, request, caller, kind, adjustments, extra)
+    weighed = await _weigh(service, request, caller, kind, adjustments, extra, parents=parents)
     extra = dict(extra or {})
     if weighed.decision is not None and weighed.decision.eta_s is not None:
         extra["eta_s"] = round(weighed.decision.eta_s, 3)
@@ -131,6 +139,7 @@ async def _weigh(
     adjustments: tuple[Adjustment, ...] = (),
     extra: dict[str, Any] | None = None,
     *,
+    parents: tuple[Parent, ...] = (),
     keep: bool = True,
 ) -> Weighed:
     """What a request becomes and takes.
@@ -139,13 +148,14 @@ async def _weigh(
         keep: Take its source audio into the file store; else it is only measured.
     """
     told: list[Adjustment] = []
+    latents: list[tuple[str, LatentFacts]] = []
     if kind != "lyrics":  # its sources came with the song that it listens to
-        request, told = await _with_sources(service, request, caller, keep)
+        request, told, latents = await _with_sources(service, request, caller, keep, parents)
     request, changed = over_plan(request)
     adjustments = (*told, *adjustments, *changed)
     if kind == "song":
-        if request.source_s is not None:
-            checks.check_window(request, request.source_s)
+        if request.source_s is not None and RULES[request.task].window:
+            window_of(request, round(request.source_s * SAMPLE_RATE))
         adjustments = (*adjustments, *checks.notes(request))
     if kind in STAGED:
         adjustments = (*adjustments, *unscored(request))
@@ -155,6 +165,7 @@ async def _weigh(
         request = decision.request
         if kind in ("song", "lyrics") and (pool := service.fleet.view.get(decision.renderer or "")) and pool.info:
             checks.check(request, defaults_of(pool.info), str(pool.info["model"]))
+            _check_latents(latents, pool.info)
         adjustments = (*adjustments, *decision.adjustments)
         columns = {
             "plan_pool": decision.planner, "est_plan_s": decision.est_plan_s,
@@ -198,27 +209,43 @@ def _check_wait(service: Service, wait_s: float) -> None:
         )
 
 
+def _check_latents(latents: list[tuple[str, LatentFacts]], info: Mapping[str, Any]) -> None:
+    """Refuse latents that the renderer of a pool cannot decode, as far as it has told what it can."""
+    for name, facts in latents:
+        if channels := info.get("latent_channels"):
+            facts.check_fits(name, channels=channels, vae=str(info.get("vae") or facts.vae), model=str(info["model"]))
+
+
 async def _with_sources(
-    service: Service, request: SongRequest, caller: Caller, keep: bool
-) -> tuple[SongRequest, list[Adjustment]]:
-    """The request with every source audio it names taken into the file store (`keep`), and measured; and what there is to say about it.
+    service: Service, request: SongRequest, caller: Caller, keep: bool, parents: tuple[Parent, ...]
+) -> tuple[SongRequest, list[Adjustment], list[tuple[str, LatentFacts]]]:
+    """The request with every source audio it names taken into the file store (`keep`), and measured; what there is to say about it; and
+    what its latents say of themselves, by field.
 
     Raises:
         InvalidRequest: it is not there, no audio, or too short or long.
     """
-    if request.source_s is not None:
-        raise InvalidRequest("source_s: is measured, not asked", field="source_s")
+    for name in ("source_s", "source_latents", "parents"):
+        if getattr(request, name) not in (None, False, ()):
+            raise InvalidRequest(f"{name}: is found out, not asked", field=name)
     if request.latents:
         raise InvalidRequest(
             "latents: are not asked for; POST /v1/jobs/{id}/lyrics finds a song's own", field="latents"
         )
     changes: dict[str, Any] = {}
-    files: list[FileRecord] = []
+    taken: list[tuple[str, Admitted]] = []
     if request.src_audio is not None:
-        record = await service.source(request.src_audio, caller, "src_audio", keep=keep)
-        changes |= {"source_s": record.duration, **({"src_audio": record.path} if keep else {})}
+        source = await service.source(request.src_audio, caller, "src_audio", keep=keep)
+        taken.append(("src_audio", source))
+        changes |= {"source_s": source.seconds, "source_latents": source.facts is not None}
+        changes |= {"src_audio": source.path} if keep else {}
     if request.reference_audio:
         files = [await service.source(name, caller, "reference_audio", keep=keep) for name in request.reference_audio]
+        taken += [("reference_audio", file) for file in files]
         changes |= {"reference_audio": tuple(file.path for file in files)} if keep else {}
-    told = check_sources(changes.get("source_s"), [file.duration for file in files], strict=request.strict)
-    return (request.model_copy(update=changes) if changes else request), told
+    named = [Parent(field=name, **file.song.model_dump()) for name, file in taken if file.song]
+    changes |= {"parents": (*parents, *named)}
+    references_s = [file.seconds for name, file in taken if name == "reference_audio"]
+    told = check_sources(changes.get("source_s"), references_s, strict=request.strict)
+    latents = [(name, file.facts) for name, file in taken if file.facts]
+    return request.model_copy(update=changes), told, latents

@@ -69,6 +69,7 @@ class RendererDeployment:
                 "notice": checkpoint.notice,
                 "tasks": self.renderer.info.tasks,
                 "vae": checkpoint.vae,
+                "latent_channels": self.renderer.info.channels,
                 "defaults": asdict(self.renderer.info.defaults),
             }
         # Clips of 20 s fill a step's frame budget; a CPU has none and renders one song after another.

@@ -33,6 +33,7 @@ class ReplicaInfo:
         together: Songs that a renderer may hold at once, so that short ones can share its denoising steps.
         limits: `acestep.gpu_config.Limits` as a dict.
         vae: Name or folder of a renderer's VAE.
+        latent_channels: Of what that VAE decodes.
         defaults: `acestep.checkpoints.VariantDefaults` of a renderer's checkpoint as a dict.
         disabled: Why this planner does not run, where the tier table or a setting switches it off.
         profile: Cost profile of its card.
@@ -51,6 +52,7 @@ class ReplicaInfo:
     together: int = 1
     tasks: tuple[str, ...] = ()
     vae: str | None = None
+    latent_channels: int | None = None
     defaults: dict[str, Any] = field(default_factory=dict)
     load_s: float = 0.0
     settings: dict[str, Any] = field(default_factory=dict)

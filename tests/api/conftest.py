@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 import uvicorn
 
+from acestep.audio.latent_file import LatentFacts, LatentFile, write_latent_file
 from acestep.gpu_config import get_gpu_config, get_limits
 from acestep.plan import Metadata, Plan, PlanTimings
 from acestep.sizing.profiles import find
-from acestep.song import AudioFile, RenderTimings, Sidecar, Song, SongItem
+from acestep.song import SAMPLES_PER_FRAME, AudioFile, RenderTimings, Sidecar, Song, SongItem
 from deployments.config.args import PlannerArgs, RendererArgs, RouterArgs
 from deployments.dispatch.dispatcher import Dispatcher
 from deployments.dispatch.routing import Routing
@@ -32,6 +34,13 @@ from deployments.jobs.blobs import Storage
 from deployments.jobs.store import Job, JobStore
 
 WAV = b"RIFF" + bytes(40)
+
+
+def latents_of(samples: int, channels: int = 64, **facts: Any) -> bytes:
+    """A latent file."""
+    frames = -(-samples // SAMPLES_PER_FRAME)
+    said = LatentFacts(frames, channels, samples, **{"model": "acestep-v15-turbo", **facts})
+    return write_latent_file(LatentFile(said, np.zeros((frames, channels), np.float16)))
 
 
 def fleet_view(model: str = "acestep-v15-turbo", **view: Any) -> FleetView:
@@ -94,9 +103,10 @@ class Site:
                 self.service.storage.put(path, data)
                 files.append(AudioFile(format=fmt, content_type=kind, path=path, bytes=len(data), sha256="0" * 64))
             path = f"songs/{job_id}/{index}-latent.safetensors"
-            self.service.storage.put(path, data)
+            latents = latents_of(1_440_000)
+            self.service.storage.put(path, latents)
             beside = Sidecar(
-                kind="latent", content_type="application/octet-stream", path=path, bytes=len(data), sha256="0" * 64
+                kind="latent", content_type="application/octet-stream", path=path, bytes=len(latents), sha256="0" * 64
             )
             items.append(
                 SongItem(

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from acestep.plan import Plan
-from deployments.ingress.native.songs import SongSubmission
+from deployments.ingress.native.submission import SongSubmission
 from deployments.ingress.native.texts import FormatQuestion, InspireQuestion, UnderstandQuestion
 from deployments.ingress.openai.messages import ChatRequest
 

@@ -10,6 +10,7 @@ from urllib.parse import quote
 
 import pytest
 
+from acestep.audio.latent_file import read_latent_file
 from tests.api.conftest import Build, Site
 
 KEYS = {"Authorization": "Bearer one"}
@@ -129,12 +130,12 @@ def ways(view: dict[str, Any], compat: str) -> list[str]:
     once = f"/v1/audio?path={quote(compat.partition('path=')[2], safe='%')}"
     return [
         url, f"http://server{url}", f"https://music.example:8443/some/where{url}", f"/api{url}", f" {url}\n", url.partition("?")[0],
-        compat, f"https://music.example/music{compat}", f"/v1/audio?path={quote(compat, safe='')}", once,
+        f"song:{view['id']}/0", compat, f"https://music.example/music{compat}", f"/v1/audio?path={quote(compat, safe='')}", once,
         f"http://server/v1/audio?path={quote(url, safe='')}", f"/v1/jobs/{view['id']}/audio/0",
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("number", range(12))
+@pytest.mark.parametrize("number", range(13))
 async def test_the_url_of_an_own_song_is_a_source_everywhere(guarded: Site, wav: bytes, number: int) -> None:
     view = await make(guarded, wav, **KEYS)
     asked = {"task_id_list": [view["id"]]}
@@ -148,7 +149,7 @@ async def test_the_url_of_an_own_song_is_a_source_everywhere(guarded: Site, wav:
     answer = await guarded.client.post("/release_task", json=compat, headers=KEYS)
     assert answer.status_code == 200, answer.text
     parts = [
-        {"type": "input_audio", "input_audio": {"data": url}},
+        {"type": "input_audio", "input_audio": {"data": audio_url(view) if url.startswith("song:") else url}},
         {"type": "audio_url", "audio_url": {"url": f"data:audio/wav;base64,{base64.b64encode(wav).decode()}"}},
     ]
     chat = {"messages": [{"role": "user", "content": parts}], "task_type": "cover", "stream": False}
@@ -158,7 +159,10 @@ async def test_the_url_of_an_own_song_is_a_source_everywhere(guarded: Site, wav:
     assert len(jobs) == before + 3
     for job in jobs[:3]:
         assert job.request.src_audio is not None
-        assert guarded.service.storage.read(job.request.src_audio) == wav
+        kept = read_latent_file(guarded.service.storage.read(job.request.src_audio), "src_audio")
+        assert (kept.audio, kept.facts.samples) == (wav, 1_440_000)
+        assert job.request.source_latents
+        assert (job.request.parents[0].job, job.request.parents[0].item) == (view["id"], 0)
 
 
 async def test_the_url_of_another_s_song_needs_its_signature(guarded: Site, wav: bytes) -> None:

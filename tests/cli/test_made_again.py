@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import soundfile
 
 from acestep.cli.local import Studio
 from acestep.request import MAX_SEED, SongRequest
@@ -28,6 +32,24 @@ def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
 def make(studio: Studio, **fields: Any) -> Any:
     made = studio.make(SongRequest.model_validate({**SONG, **fields}))
     return json.loads(json.dumps(made.view()))  # as a caller reads it
+
+
+def test_a_song_s_latents_are_a_source_here_too(studio: Studio, tmp_path: Path) -> None:
+    song = studio.make(SongRequest(**{**SONG, "thinking": False, "use_cot_metas": False, "formats": ("wav32",)}))
+    path = tmp_path / "latents"
+    path.write_bytes(song.files[0, "latent"])
+    asked = {
+        "task": "repaint",
+        "src_audio": str(path),
+        "repainting_start": 2,
+        "repainting_end": 3,
+        "formats": ("wav32",),
+    }
+    edit = studio.make(SongRequest(**{**SONG, "duration": None, **asked}))
+    was, now = [soundfile.read(io.BytesIO(made.files[0, "wav32"]))[0] for made in (song, edit)]
+    assert np.abs(was[: 2 * 48_000] - now[: 2 * 48_000]).max() < 1e-6
+    assert np.abs(was[3 * 48_000 :] - now[3 * 48_000 :]).max() < 1e-6
+    assert "source_latents" not in edit.view()["request"]
 
 
 @pytest.mark.parametrize(

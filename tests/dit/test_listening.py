@@ -75,7 +75,7 @@ def test_latents_of_another_kind_are_refused(renderers: dict[str, Renderer], tmp
     with pytest.raises(InvalidRequest, match="latents"):
         renderers["tiny"].submit(RenderWork(request_of(timestamps=True), latents={0: path})).result(60)
     path.write_bytes(b"no latents")
-    with pytest.raises(InvalidRequest, match="latents: cannot be read"):
+    with pytest.raises(InvalidRequest, match="latents: this is no latent file"):
         read_latents(path, 8)
 
 

@@ -75,9 +75,9 @@ class Company:
             cover_strength=rng.random(),
             source=clean if edit or rng.random() < 0.2 else None,
             source_strength=rng.random(),
-            repaint=Repaint(clean, 5, 15, rng.random(), 3, (0, frames)) if rng.random() < 0.3 else None,
+            repaint=Repaint(clean, ((5, 15),), rng.random(), 3, (0, frames)) if rng.random() < 0.3 else None,
             origin=side() if edit else None,
-            retake=Retake(rng.randrange(2**40), rng.random()) if rng.random() < 0.2 else None,
+            retakes=(Retake(rng.randrange(2**40), rng.random()),) if rng.random() < 0.2 else (),
         )
 
     def run(self, paths: list[Path], joins: list[int]) -> list[torch.Tensor]:

@@ -19,7 +19,8 @@ from acestep.dit.finish import Maker, finish
 from acestep.dit.preparation import Item
 from acestep.dit.renderer import Renderer
 from acestep.dit.sampler import Walker
-from acestep.dit.window import Splice, window_of
+from acestep.dit.splice import Splice
+from acestep.dit.window import window_of
 from acestep.dit.work import Rendered, RenderWork
 from acestep.errors import AceStepError, InvalidRequest, LimitExceeded
 from acestep.plan import Plan
@@ -513,22 +514,22 @@ class TestWindow:
 
     def test_in_frames(self) -> None:
         window = self.of(1.0, 2.02)
-        assert (window.start, window.end, window.left, window.right) == (25, 50, 0, 0)
+        assert (window.spans, window.left, window.right) == (((25, 50),), 0, 0)
         assert window.known == (0, 100)
 
     def test_to_the_end(self) -> None:
         window = self.of(1.0, None, source_s=4.01)
-        assert (window.end, window.end_sample, window.samples) == (101, 192_480, 192_480)
+        assert (window.spans, window.samples_of((25, 101)).stop, window.samples) == (((25, 101),), 192_480, 192_480)
 
     def test_added_parts(self) -> None:
         window = self.of(-1.01, 5.0)
         assert (window.left, window.right, window.samples) == (48_480, 48_000, 288_480)
-        assert (window.start, window.end) == (0, 151)
+        assert window.spans == ((0, 151),)
         assert window.known == (26, 125)
 
     def test_going_on_from_the_end(self) -> None:
         window = self.of(4.0, 6.0, source_s=3.997)  # as a player shows its length
-        assert (window.start, window.end, window.samples) == (100, 150, 6 * 48_000)
+        assert (window.spans, window.samples) == (((100, 150),), 6 * 48_000)
         assert window.known == (0, 99)
 
     def test_limits(self) -> None:

@@ -241,7 +241,7 @@ def test_a_retake_leads_from_one_song_to_the_other() -> None:
     first, other = (drive(Walker(Path(6, 2, seed, sampling, side()), CPU).walk(), field)[0] for seed in (3, 99))
 
     def with_share(share: float) -> Tensor:
-        return drive(Walker(Path(6, 2, 3, sampling, side(), retake=Retake(99, share)), CPU).walk(), field)[0]
+        return drive(Walker(Path(6, 2, 3, sampling, side(), retakes=(Retake(99, share),)), CPU).walk(), field)[0]
 
     assert torch.equal(with_share(0.0), first)
     assert torch.allclose(with_share(1.0), other, atol=1e-5)
@@ -251,15 +251,25 @@ def test_a_retake_leads_from_one_song_to_the_other() -> None:
 def test_seeds_of_a_retake() -> None:
     def seeds(**fields: Any) -> list[int] | None:
         found = retake.resolve(SongRequest(seed=1, batch_size=2, **fields).with_seeds(), [])
-        return None if found is None else [r.seed for r in found]
+        return [retakes[-1].seed for retakes in found] if any(found) else None
 
     assert seeds(retake_variance=0.2, retake_seed=7) == [7, 8]
     assert seeds(retake_variance=0.2, retake_seed="7, 9") == [7, 9]
     assert seeds(retake_variance=0.2, retake_seed=-1) != seeds(retake_variance=0.2)
     assert seeds(retake_seed=None) is None
     told: list[Any] = []
-    assert retake.resolve(SongRequest(seed=1, retake_seed=7), told) is None
+    assert retake.resolve(SongRequest(seed=1, retake_seed=7), told) == ((),)
     assert [a.field for a in told] == ["retake_seed"]
+
+
+def test_variations_of_variations() -> None:
+    earlier = [{"seed": 4, "variance": 0.3}, {"seed": 5, "variance": 0.2}]
+    request = SongRequest(seed=1, batch_size=2, retaken=earlier, retake_variance=0.1, retake_seed=6)
+    before = (Retake(4, 0.3), Retake(5, 0.2))
+    assert retake.resolve(request, []) == ((*before, Retake(6, 0.1)), (*before, Retake(7, 0.1)))
+    assert retake.resolve(request.model_copy(update={"retake_variance": 0.0}), []) == (before, before)
+    with pytest.raises(ValueError, match="at most 16"):
+        SongRequest(retaken=earlier * 9)
 
 
 # -- flow edit

@@ -23,15 +23,17 @@ class Retake:
         return math.cos(turn) * noise + math.sin(turn) * other
 
 
-def resolve(request: SongRequest, told: list[Adjustment]) -> tuple[Retake, ...] | None:
-    """One for each item of a request whose seeds are drawn; None is off."""
+def resolve(request: SongRequest, told: list[Adjustment]) -> tuple[tuple[Retake, ...], ...]:
+    """Of each item of a request whose seeds are drawn; those without a share are left out."""
+    items = range(request.batch_size)
     seeds = request.retake_seeds(request.batch_size)
+    before = () if request.flow_edit_morph else tuple(Retake(r.seed, r.variance) for r in request.retaken)
     if request.retakes and seeds is not None:
-        return tuple(Retake(seed, request.retake_variance) for seed in seeds)
+        return tuple((*before, Retake(seeds[i], request.retake_variance)) for i in items)
     if seeds is not None and not request.flow_edit_morph:
         told.append(
             Adjustment(
                 field="retake_seed", asked=list(seeds), given=None, reason="retake_variance is 0: it has no share"
             )
         )
-    return None
+    return tuple(before for _ in items)

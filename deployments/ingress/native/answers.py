@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, TypeAdapter, model_serializer
 
+from acestep.lineage import Lineage
 from acestep.lm.work import Sample
 from acestep.plan import Metadata, Plan, PlannerScores, PlanTimings
 from acestep.request import Adjustment, Text
@@ -175,6 +176,7 @@ class JobView(Answer):
     request: dict[str, Any] = Field(
         description="The request, as `POST /v1/music` takes it, with its seed drawn and what was changed; defaults are left out."
     )
+    lineage: Lineage | None = Field(None, description="The songs that it is made from; null where there are none.")
     seeds: list[int] = Field(description="The renderer's seed of each item.")
     warnings: list[Adjustment] = Field(description="What was changed of the request or has no effect, and why.")
     plan: Plan | None = Field(description="What the planner decided; may be edited and sent as `plan`. Null before.")
@@ -268,6 +270,7 @@ class FileView(Answer):
     """An uploaded file."""
 
     id: str = Field(description="For `src_audio` and `reference_audio`.")
+    kind: Literal["audio", "latent"] = Field(description="`latent`: a song's latents, as `files` of its job have them.")
     name: str = Field(description="As it was uploaded.")
     bytes: int = Field(description="Its size.")
     sha256: str = Field(description="Checksum of the file, in hexadecimal digits.")

@@ -26,6 +26,20 @@ SONGS: dict[str, Any] = {
     },
 }  # fmt: skip
 
+EXTEND: dict[str, Any] = {"after": {"summary": "Twenty seconds more", "value": {"after": 20}}}
+REPLACE: dict[str, Any] = {
+    "line": {"summary": "One part", "value": {"regions": [{"start": 8, "end": 12}]}},
+    "lines": {
+        "summary": "Two parts, each with words of its own",
+        "value": {"regions": [
+            {"start": 4, "end": 8, "prompt": "a guitar solo"}, {"start": 20, "end": 26, "lyrics": "[Verse]\nThe lights go out"},
+        ]},
+    },
+}  # fmt: skip
+COVER: dict[str, Any] = {"style": {"summary": "Another style", "value": {"prompt": "the same with strings"}}}
+VARY: dict[str, Any] = {"near": {"summary": "Near to it, twice", "value": {"strength": 0.3, "batch_size": 2}}}
+LAYER: dict[str, Any] = {"drums": {"summary": "Drums", "value": {"track_name": "drums", "prompt": "brushed drums"}}}
+STEM: dict[str, Any] = {"vocals": {"summary": "The voice", "value": {"track_name": "vocals"}}}
 LYRICS: dict[str, Any] = {"both": {"summary": "When, and how well", "value": {"timestamps": True, "score": True}}}
 INSPIRE: dict[str, Any] = {"wish": {"summary": "A wish", "value": {"query": "a song for a long drive home"}}}
 FORMAT: dict[str, Any] = {"sketch": {"summary": "A sketch", "value": {"caption": "sad piano song", "bpm": 72}}}
@@ -78,7 +92,7 @@ _HEARD: dict[str, Any] = {
     }]},
 }  # fmt: skip
 _FILE: dict[str, Any] = {
-    "id": "file-0123456789abcdef0123456789abcdef", "name": "guitar.wav", "bytes": 5760044, "sha256": "9f86d081884c7d65" * 4,
+    "id": "file-0123456789abcdef0123456789abcdef", "kind": "audio", "name": "guitar.wav", "bytes": 5760044, "sha256": "9f86d081884c7d65" * 4,
     "duration": 30.0, "created_at": 1790000000.0, "expires_at": 1790086400.0,
 }  # fmt: skip
 _WEBHOOK: dict[str, Any] = {

@@ -28,7 +28,9 @@ FileId = Annotated[str, Field(max_length=64, description="`id` of the file.")]
     form_limits={"max_files": 1, "max_fields": 16, "max_part_size": 4_096},
 )  # fmt: skip
 async def upload(
-    file: Annotated[UploadFile, File(description="Any common audio format; the content decides, not the name.")],
+    file: Annotated[
+        UploadFile, File(description="Any common audio format, or a song's latents; the content decides, not the name.")
+    ],
     response: Response,
     service: Svc,
     caller: Auth,
@@ -36,12 +38,12 @@ async def upload(
     """The `id` goes into `src_audio` or `reference_audio` of a song request."""
     record = await service.sources.upload(file, file.filename or "", caller)
     response.headers["Location"] = public(f"/v1/files/{record.id}")
-    return file_view(record, service.args.keep_uploads_s)
+    return await _view(service, record)
 
 
 @router.get("/files/{file_id}", summary="What is known of an uploaded file", responses={200: examples.FILE})
 async def get_file(file_id: FileId, service: Svc, caller: Auth) -> FileView:
-    return file_view(await _existing(service, file_id, caller.name), service.args.keep_uploads_s)
+    return await _view(service, await _existing(service, file_id, caller.name))
 
 
 @router.delete("/files/{file_id}", status_code=204, summary="Delete an uploaded file")
@@ -50,6 +52,11 @@ async def delete_file(file_id: FileId, service: Svc, caller: Auth) -> Response:
     await asyncio.to_thread(service.sources.records.delete, [record.id])
     await with_files(service.storage.delete, record.path)
     return Response(status_code=204)
+
+
+async def _view(service: Service, record: FileRecord) -> FileView:
+    facts = await with_files(service.sources.facts_of, record)
+    return file_view(record, service.args.keep_uploads_s, latents=facts is not None)
 
 
 async def _existing(service: Service, file_id: str, owner: str) -> FileRecord:

@@ -11,10 +11,11 @@ from acestep.request import SongRequest
 from deployments.ingress.auth import Auth
 from deployments.ingress.bodies import KeyFirst
 from deployments.ingress.errors import PROBLEMS, Conflict
+from deployments.ingress.made import why_nothing
 from deployments.ingress.native import examples
 from deployments.ingress.native.answers import JobView
-from deployments.ingress.native.song_files import why_nothing
-from deployments.ingress.native.songs import IdempotencyKey, JobId, JobOptions, Prefer, existing, submitted
+from deployments.ingress.native.songs import IdempotencyKey, JobId, Prefer, existing, submitted
+from deployments.ingress.native.submission import JobOptions
 from deployments.ingress.service import Service, Svc
 from deployments.jobs.store import SUCCEEDED, Job
 from deployments.jobs.threads import with_files

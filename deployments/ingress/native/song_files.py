@@ -8,16 +8,15 @@ from typing import Annotated
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
-from acestep.errors import error_from_dict
-from acestep.song import SIDECARS, SongItem
+from acestep.song import SIDECARS
 from deployments.ingress.bodies import KeyFirst
 from deployments.ingress.downloads import send_file
-from deployments.ingress.errors import PROBLEMS, Conflict, NotFound
+from deployments.ingress.errors import PROBLEMS, NotFound
 from deployments.ingress.links import audio_path, job_path, read_audio_path, sidecar_path
+from deployments.ingress.made import made_item
 from deployments.ingress.native import examples
 from deployments.ingress.native.songs import Expires, JobId, Signature, by_signature_or_key
 from deployments.ingress.service import Svc
-from deployments.jobs.store import CANCELLED, SUCCEEDED, Job
 from deployments.jobs.threads import with_files
 
 router = APIRouter(prefix="/v1", tags=["songs"], responses=PROBLEMS, route_class=KeyFirst)
@@ -67,33 +66,6 @@ async def get_audio(
         raise NotFound(f"the job was made as {', '.join(f.format for f in item.files) or 'no audio'}, not {format}")
     name = f"{job_id}-{index}.{stored.path.rpartition('.')[2]}"
     return await with_files(send_file, request, service.storage, stored.path, stored.content_type, name)
-
-
-def made_item(job: Job | None, job_id: str, index: int, what: str) -> SongItem:
-    """An item of a job that has succeeded.
-
-    Raises:
-        NotFound: there is no such job, or no such item.
-        Conflict: the job has no result, or not yet.
-    """
-    if job is None:
-        raise NotFound(f"there is no job {job_id[:64]!r}")
-    if job.state != SUCCEEDED or job.result is None:
-        raise Conflict(why_nothing(job, what), state=job.state)
-    item = next((i for i in job.result.items if i.index == index), None)
-    if item is None:
-        raise NotFound(f"the job has items 0 to {len(job.result.items) - 1}, not {index}")
-    return item
-
-
-def why_nothing(job: Job, what: str) -> str:
-    """Why a job has no `what`: it failed, is still at work, or is of another kind."""
-    if job.state == SUCCEEDED:
-        return f"the job is of kind {job.kind} and has no {what}"
-    if not job.ended:
-        return f"the job is {job.state}; its {what} {'are' if what.endswith('s') else 'is'} not there yet"
-    why = f": {error_from_dict(job.error).message}" if job.error else ""
-    return f"the job has {'been ' if job.state == CANCELLED else ''}{job.state} and has no {what}{why}"
 
 
 # Second routes: one operation with two methods would get the same name twice in the OpenAPI document.

@@ -10,10 +10,11 @@ from typing import Annotated
 
 from fastapi import APIRouter, Body, Header, Query, Request, Response
 from fastapi.responses import StreamingResponse
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from acestep.errors import InvalidRequest
 from acestep.request import SongRequest
+from acestep.source_fields import Parent
 from deployments.ingress.auth import Auth, Caller, HeldStream, caller_of
 from deployments.ingress.bodies import KeyFirst
 from deployments.ingress.errors import PROBLEMS, NotFound
@@ -21,6 +22,8 @@ from deployments.ingress.links import events_path, job_path, public
 from deployments.ingress.native import examples
 from deployments.ingress.native.answers import JobView, Quote
 from deployments.ingress.native.events import stream
+from deployments.ingress.native.origin import song_of
+from deployments.ingress.native.submission import JobOptions, SongSubmission
 from deployments.ingress.native.views import job_view, quote_view
 from deployments.ingress.native.waiting import wait_for_end
 from deployments.ingress.service import Service, Svc, check_idempotency_key, hash_of
@@ -61,21 +64,6 @@ async def by_signature_or_key(
     return None
 
 
-class JobOptions(BaseModel):
-    """How to deal with a job."""
-
-    webhook_url: str | None = Field(None, max_length=2048, description="Hears of the job's end, signed, with retries.")
-    deadline_s: float | None = Field(None, gt=0, le=86_400, description="Give up this many seconds from now.")
-
-
-class SongSubmission(JobOptions, SongRequest):
-    """A song request with how to deal with it."""
-
-    def song(self) -> SongRequest:
-        """The request alone."""
-        return SongRequest.model_validate(self.model_dump(exclude={"webhook_url", "deadline_s"}))
-
-
 def check_prompt(request: SongRequest) -> None:
     """Songs from nothing need a description; songs from audio, codes or a plan have something to go by."""
     given = request.src_audio or request.audio_codes or request.plan
@@ -95,16 +83,18 @@ async def accept(
     idempotency_key: str | None, prefer: str | None,
 ) -> JobView:  # fmt: skip
     """Submit and answer: 202 with the job, or 200 where it ended within the time that `Prefer` allows."""
-    request = submission.song()
+    request, parents = await song_of(service, caller, submission)
     check_prompt(request)
-    return await submitted(service, caller, request, submission, response, kind, idempotency_key, prefer)
+    return await submitted(
+        service, caller, request, submission, response, kind, idempotency_key, prefer, parents=parents
+    )
 
 
 async def submitted(
     service: Service, caller: Caller, request: SongRequest, asked: JobOptions, response: Response, kind: str,
-    idempotency_key: str | None, prefer: str | None, of: str | None = None,
+    idempotency_key: str | None, prefer: str | None, of: str | None = None, parents: tuple[Parent, ...] = (),
 ) -> JobView:  # fmt: skip
-    """Submit, for whoever says so in `asked`, and answer; `of` names the job that this one is about."""
+    """Submit, for whoever says so in `asked`, and answer; `of` names the job that this one is about, `parents` those it is made from."""
     if asked.webhook_url:
         check_url(asked.webhook_url, service.args.webhook_networks)
     extra = {name: value for name, value in (("webhook", asked.webhook_url), ("of", of)) if value}
@@ -114,6 +104,7 @@ async def submitted(
         job, created = await submit(
             service, request, caller, kind=kind, extra=extra, deadline=deadline, idempotency_key=check_idempotency_key(idempotency_key),
             body_hash=hash_of(kind, asked.model_dump(mode="json", exclude_defaults=True), *filter(None, [of])),
+            parents=parents,
         )  # fmt: skip
         response.headers["Location"] = public(job_path(job.id))
         if not created:
@@ -150,7 +141,7 @@ async def quote_song(
     submission: Annotated[SongSubmission, Body(openapi_examples=examples.SONGS)], service: Svc, caller: Auth
 ) -> Quote:
     """Answers and refuses as `POST /v1/music` would now; writes nothing and uses up no limit but the rate of requests."""
-    request = submission.song()
+    request, _ = await song_of(service, caller, submission)
     check_prompt(request)
     if submission.webhook_url:
         check_url(submission.webhook_url, service.args.webhook_networks)

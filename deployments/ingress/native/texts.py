@@ -21,16 +21,17 @@ from acestep.request import (
     Key,
     Language,
     Lyrics,
-    Text,
     TimeSignature,
 )
+from acestep.source_fields import Source
 from acestep.words import is_instrumental
 from deployments.ingress.auth import Auth
 from deployments.ingress.bodies import KeyFirst
 from deployments.ingress.errors import PROBLEMS
 from deployments.ingress.native import examples
 from deployments.ingress.native.answers import JobView
-from deployments.ingress.native.songs import IdempotencyKey, Prefer, SongSubmission, accept
+from deployments.ingress.native.songs import IdempotencyKey, Prefer, accept
+from deployments.ingress.native.submission import SongSubmission
 from deployments.ingress.service import Svc
 
 router = APIRouter(prefix="/v1", tags=["plans"], responses=PROBLEMS, route_class=KeyFirst)
@@ -93,7 +94,7 @@ class UnderstandQuestion(_Question):
     codes: tuple[Annotated[int, Field(ge=0, lt=NUM_CODES)], ...] | None = Field(
         None, min_length=1, max_length=3_000, description="Audio codes, 5 per second."
     )
-    src_audio: Text | None = Field(None, max_length=1024, description="Instead of codes: a file id or an allowed path.")
+    src_audio: Source | None = Field(None, description="Instead of codes: as `src_audio` of a song.")
 
     @model_validator(mode="after")
     def _one(self) -> UnderstandQuestion:
@@ -129,6 +130,6 @@ async def understand(
         codes = question.codes
         if codes is None:
             source = await service.source(question.src_audio or "", caller, "src_audio")
-            check_sources(source.duration)
+            check_sources(source.seconds)
             codes = await service.talk.codes(source.path)
         return await service.talk.understand(codes, **question.model_dump(exclude={"codes", "src_audio"}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from acestep.lineage import lineage_of
 from acestep.plan import Plan
 from acestep.request import SongRequest
 from acestep.song import SongItem
@@ -44,6 +45,7 @@ async def job_view(service: Service, job: Job, place: Place | None = None) -> Jo
         "attempts": job.attempts,
         "placement": {"planner": job.plan_pool, "renderer": job.render_pool},
         "request": request_view(job.request),
+        "lineage": lineage_of(job.request),
         "seeds": list(job.request.seeds),
         "warnings": list(job.adjustments),
         "plan": job.plan,
@@ -155,7 +157,9 @@ def usage(job: Job) -> dict[str, Any] | None:
 
 def request_view(request: SongRequest) -> dict[str, Any]:
     """A request as it can be sent again; stored source audio by its file id."""
-    shown = request.model_dump(mode="json", exclude_defaults=True, exclude={"source_s", "latents"})
+    shown = request.model_dump(
+        mode="json", exclude_defaults=True, exclude={"source_s", "source_latents", "parents", "latents"}
+    )
     if "src_audio" in shown:
         shown["src_audio"] = shown["src_audio"].removeprefix(FOLDER)
     if "reference_audio" in shown:
@@ -163,9 +167,10 @@ def request_view(request: SongRequest) -> dict[str, Any]:
     return shown
 
 
-def file_view(record: FileRecord, keep_s: float) -> FileView:
+def file_view(record: FileRecord, keep_s: float, *, latents: bool) -> FileView:
     return FileView(
         id=record.id,
+        kind="latent" if latents else "audio",
         name=record.name,
         bytes=record.bytes,
         sha256=record.sha256,

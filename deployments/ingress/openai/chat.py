@@ -164,7 +164,7 @@ async def _read(
         warnings.append(adjustment("input_audio", len(meaning.audio), len(roles), f"all that {chat.task_type} can use"))
     for role, data in zip(roles, meaning.audio, strict=False):
         if isinstance(data, str):
-            record = await service.source(data, caller, "input_audio")
+            record = (await service.source(data, caller, "input_audio")).record
         else:
             record = await service.sources.keep(data, "chat-audio", caller, field="input_audio")
         fields[role] = record.id
