@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import remove_weight_norm
 
-from acestep.checkpoints.modules import AutoencoderOobleck, Snake1d
+from acestep.checkpoints.modules import AutoencoderOobleck
 from acestep.dit.precision import in_float32
+from acestep.dit.vae_layers import FoldedSnake, fold, snake
 from acestep.errors import OutOfMemory
 from acestep.hardware import host
 from acestep.sizing.activations import SMALLEST_CORE_FRAMES, decode_bytes, encode_bytes
@@ -31,7 +31,7 @@ class Vae:
     """Tiled decoding and encoding.
 
     Args:
-        vae: Loaded; its weight norms are folded and its activations replaced in place by equal, cheaper ones.
+        vae: Loaded; its layers are replaced in place by equal, cheaper ones.
         tile: Frames per tile, overlap included.
         overlap: Frames on each side that only give context.
         compile: Fuse the activations, which move most of the memory, with `torch.compile`; `warm_up` does it ahead of the first song.
@@ -46,7 +46,7 @@ class Vae:
         self._device = device
         self._tile = tile
         self._overlap = overlap
-        fold(vae)
+        fold(vae, device)
         self._activate_with(torch.compile(snake, dynamic=True) if compile else snake)
         self.tiles = 0
 
@@ -167,37 +167,3 @@ class Vae:
     @property
     def _dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
-
-
-def snake(x: Tensor, alpha: Tensor, gain: Tensor) -> Tensor:
-    wave = (x * alpha).sin_()
-    return torch.addcmul(x, wave * gain, wave)
-
-
-class FoldedSnake(nn.Module):
-    """Snake activation x + sin²(αx) / β with its constants computed once: four passes over memory in place of six, compiled one."""
-
-    def __init__(self, original: Snake1d) -> None:
-        super().__init__()
-        alpha, beta = (
-            x.exp() if original.logscale else x for x in (original.alpha.data.float(), original.beta.data.float())
-        )
-        dtype = original.alpha.dtype
-        self.register_buffer("alpha", alpha.to(dtype))
-        self.register_buffer("gain", (beta + 1e-9).reciprocal().to(dtype))
-        self.alpha: Tensor
-        self.gain: Tensor
-        self.function: Callable[..., Tensor] = snake
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x, self.alpha, self.gain)
-
-
-def fold(vae: AutoencoderOobleck) -> None:
-    """Fold weight norms into the weights and constants into the activations. Does nothing the second time."""
-    for module in list(vae.modules()):
-        if hasattr(module, "weight_g"):
-            remove_weight_norm(module)
-        for name, child in module.named_children():
-            if isinstance(child, Snake1d):
-                setattr(module, name, FoldedSnake(child))

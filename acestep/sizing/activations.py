@@ -18,7 +18,7 @@ CODED_FRAMES = 2_500  # latent frames that are turned into codes, or made of the
 # Live copies of the widest activation, one of them the reordered input that convolution libraries make.
 _DECODE_WIDTHS = 6.0
 _ENCODE_WIDTHS = 6.5
-_LEAST_CHANNELS = 16  # blocked layouts round narrower activations up
+_LEAST_CHANNELS = 8  # convolution libraries pad narrower activations
 _EAGER_BLOCK = 512  # queries whose float32 scores the eager kernel holds at once
 
 

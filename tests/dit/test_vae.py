@@ -11,7 +11,8 @@ import torch
 from acestep.checkpoints.load import RendererComponents
 from acestep.checkpoints.modules import AutoencoderOobleck
 from acestep.checkpoints.tiny import LATENT_CHANNELS
-from acestep.dit.vae import FoldedSnake, Vae, fold
+from acestep.dit.vae import Vae
+from acestep.dit.vae_layers import FoldedSnake, fold
 from acestep.errors import OutOfMemory
 
 CPU = torch.device("cpu")
@@ -36,16 +37,43 @@ def latents_of(frames: int) -> torch.Tensor:
     return torch.randn(frames, LATENT_CHANNELS, generator=torch.Generator().manual_seed(frames), dtype=torch.float64)
 
 
-def test_folding_changes_nothing(fresh: Fresh, rel: Any) -> None:
+@pytest.mark.parametrize("device", ["cpu", "xpu"])  # in both layouts: only the layout depends on the device
+def test_folding_changes_nothing(fresh: Fresh, rel: Any, device: str) -> None:
     vae = fresh()
-    latents = latents_of(40).float().T[None]
+    latents, audio = latents_of(40).float().T[None], torch.randn(1, 2, 12 * 1920)
     with torch.no_grad():
-        before = vae.decode(latents).sample
-        fold(vae)
-        fold(vae)
+        before, encoded = vae.decode(latents).sample, vae.encode(audio).latent_dist.mode()
+        fold(vae, torch.device(device))
+        fold(vae, torch.device(device))
         assert rel(vae.decode(latents).sample, before) <= 1e-6
+        assert rel(vae.encode(audio).latent_dist.mode(), encoded) <= 1e-6
     assert not any(hasattr(module, "weight_g") for module in vae.modules())
     assert any(isinstance(module, FoldedSnake) for module in vae.modules())
+
+
+def test_channels_stay_together_through_the_whole_network(fresh: Fresh) -> None:
+    """No layer hands over another layout, which the next one would reorder; and none keeps its weights in another."""
+    vae = fresh()
+    fold(vae, CPU)
+    apart: list[str] = []
+
+    def look(name: str) -> Any:
+        def hook(module: Any, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            if not output.is_contiguous(memory_format=torch.channels_last):
+                apart.append(name)
+
+        return hook
+
+    layers = [(n, m) for n, m in vae.named_modules() if not [*m.children()]]
+    for name, module in layers:
+        module.register_forward_hook(look(name))
+    with torch.no_grad():
+        vae.encode(torch.randn(1, 2, 4 * 1920))
+        vae.decode(torch.randn(1, LATENT_CHANNELS, 6))
+    assert not apart
+    weights = [m.weight for _, m in layers if isinstance(m, torch.nn.Conv2d | torch.nn.ConvTranspose2d)]
+    assert weights
+    assert all(w.is_contiguous(memory_format=torch.channels_last) for w in weights)
 
 
 @pytest.mark.parametrize("tile", [60, 256])

@@ -23,7 +23,8 @@ from acestep.checkpoints.tiny_planner import write_tiny_planner
 from acestep.dit.conditions import Conditions
 from acestep.dit.denoiser import Denoiser, Row
 from acestep.dit.renderer import set_encoder_attention
-from acestep.dit.vae import Vae, fold
+from acestep.dit.vae import Vae
+from acestep.dit.vae_layers import fold
 from acestep.errors import OutOfMemory
 from acestep.lm.planner import Planner
 from acestep.sizing import activations, weights
@@ -143,7 +144,7 @@ def test_vae(channels: int, frames: int) -> None:
         "audio_channels": 2,
     }
     vae = AutoencoderOobleck(**config, sampling_rate=48_000).eval()
-    fold(vae)
+    fold(vae, CPU)
     with torch.inference_mode():
         decoded = peak_bytes(lambda: vae.decoder(torch.randn(1, 8, frames)))
         encoded = peak_bytes(lambda: vae.encode(torch.randn(1, 2, frames * 1920)))
