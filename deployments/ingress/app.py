@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastapi import FastAPI
-from fastapi.openapi.utils import get_openapi
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.gzip import DEFAULT_EXCLUDED_CONTENT_TYPES, GZipMiddleware
 
@@ -16,7 +13,6 @@ from deployments.ingress.acestep import models, tasks, texts
 from deployments.ingress.links import Prefix
 from deployments.ingress.middleware import BodyLimit, LostProxy, OptionalPrefix, Strangers, host_of
 from deployments.ingress.native import (
-    answers,
     cluster,
     edits,
     files,
@@ -29,7 +25,8 @@ from deployments.ingress.native import (
 )
 from deployments.ingress.native import songs as native
 from deployments.ingress.native import texts as plans
-from deployments.ingress.openai import chat
+from deployments.ingress.openai import audio, chat
+from deployments.ingress.openapi import describe
 from deployments.ingress.service import Service
 from deployments.ingress.studio import routes as studio
 
@@ -48,6 +45,7 @@ def build_app(service: Service) -> FastAPI:
         version=__version__,
         description="Songs as durable jobs, on a fleet of unequal cards.",
         redirect_slashes=False,
+        generate_unique_id_function=lambda route: route.name,  # short, as generated clients call them
     )
     app.state.service = service
     problems.install(app)
@@ -102,25 +100,8 @@ def build_app(service: Service) -> FastAPI:
         models,
         compat_loras,
         chat,
+        audio,
     ):
         app.include_router(module.router)
-    app.openapi = lambda: _document(app)  # type: ignore[method-assign]
+    app.openapi = lambda: describe(app)  # type: ignore[method-assign]
     return app
-
-
-def _document(app: FastAPI) -> dict[str, Any]:
-    """The OpenAPI document, with what FastAPI cannot know."""
-    if app.openapi_schema is None:
-        document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-        for operation in (o for path in document["paths"].values() for o in path.values()):
-            if "HTTPValidationError" in str(operation["responses"].get("422")):  # FastAPI's own, which nobody gets
-                operation["responses"]["422"] = problems.DETAIL
-        for name in ("HTTPValidationError", "ValidationError"):
-            document["components"]["schemas"].pop(name, None)
-        chat.add_schemas(document)
-        answers.add_schemas(document)
-        schemes = document["components"].setdefault("securitySchemes", {})
-        schemes["key"] = {"type": "http", "scheme": "bearer", "description": "Only where the server has keys."}
-        document["security"] = [{"key": []}, {}]
-        app.openapi_schema = document
-    return app.openapi_schema

@@ -5,13 +5,26 @@ from __future__ import annotations
 import hashlib
 import re
 from email.utils import formatdate, parsedate_to_datetime
+from typing import Any
 
 from fastapi import HTTPException, Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.datastructures import Headers
 
+from acestep.formats import FORMATS
 from deployments.ingress.errors import NotFound
 from deployments.jobs.blobs import Storage
+
+_ETAG: dict[str, Any] = {"description": "Names this version of the file.", "schema": {"type": "string"}}
+_BYTES: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
+# What a download may answer, for the OpenAPI document.
+DOWNLOADS: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The file", "headers": {"ETag": _ETAG}},
+    206: {"description": "The range that was asked for", "headers": {"ETag": _ETAG}},
+    304: {"description": "Not changed since: `If-None-Match`, `If-Modified-Since`"},
+}
+SOUND = dict.fromkeys(sorted({form.content_type for form in FORMATS.values()}), _BYTES)
+AUDIO = DOWNLOADS | {status: {**DOWNLOADS[status], "content": SOUND} for status in (200, 206)}
 
 _RANGE = re.compile(r"bytes\s*=\s*([0-9]{0,18})-([0-9]{0,18})", re.IGNORECASE)
 GONE = "the file is no longer kept"

@@ -12,7 +12,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -43,27 +43,50 @@ STATUS = {
     "invalid_output": 500,
     "internal": 500,
 }
-_SCHEMA = {
-    "type": "object",
-    "required": ["type", "title", "status", "detail"],
-    "properties": {
-        "type": {"type": "string", "description": f"urn:acestep: and one of {', '.join(STATUS)}"},
-        "title": {"type": "string", "description": "The type in words."},
-        "status": {"type": "integer", "description": "The HTTP status."},
-        "detail": {"type": "string", "description": "What is wrong and what to do."},
-        "errors": {
-            "type": "array",
-            "items": {"type": "object"},
-            "description": "The fields that are wrong, and their limits.",
-        },
-    },
+
+Limit = int | float | str
+
+
+class FieldProblem(BaseModel):
+    """One field that is wrong."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    field: str = Field(description="Name of the field, with dots between those inside others.", examples=["duration"])
+    message: str = Field(description="What is wrong with it.", examples=["must be at most 600"])
+    limit: Limit | dict[str, Limit] | None = Field(
+        None,
+        description="The limit it breaks, in the field's own unit, or several by name; left out where there is none.",
+        examples=[600.0],
+    )
+
+
+class Problem(BaseModel):
+    """Why a request was refused, as RFC 9457 has it. What belongs to its type (`limit`, `state`, ...) stands beside these."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    type: str = Field(
+        description=f"urn:acestep: and one of {', '.join(STATUS)}.", examples=["urn:acestep:limit_exceeded"]
+    )
+    title: str = Field(description="The type in words.", examples=["Limit exceeded"])
+    status: int = Field(description="The HTTP status.", ge=400, le=599, examples=[422])
+    detail: str = Field(description="What is wrong and what to do.", examples=["duration: must be at most 600"])
+    errors: list[FieldProblem] | None = Field(
+        None, description="The fields that are wrong, and their limits; left out where it is about none."
+    )
+    incident: str | None = Field(
+        None, description="Of `internal`: what to quote to the operator; left out elsewhere.", examples=["4f1c02a97d3e"]
+    )
+
+
+def _documented(text: str, **headers: Any) -> dict[str, Any]:
+    content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    return {"description": text, "content": content, **({"headers": headers} if headers else {})}
+
+
+RETRY_AFTER: dict[str, Any] = {
+    "description": "Whole seconds until another try makes sense.",
+    "schema": {"type": "integer", "minimum": 1},
 }
-
-
-def _documented(text: str) -> dict[str, Any]:
-    return {"description": text, "content": {"application/problem+json": {"schema": _SCHEMA}}}
-
-
 # What every native operation may answer, for the OpenAPI document.
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     400: _documented("Not understood"),
@@ -74,16 +97,16 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
     413: _documented("Too large"),
     415: _documented("The body is not JSON, by its Content-Type"),
     422: _documented("A field is wrong or beyond a limit; `errors` names it"),
-    429: _documented("Too much at once; Retry-After says when"),
-    503: _documented("No replica can answer now; Retry-After says when"),
+    429: _documented("Too much at once", **{"Retry-After": RETRY_AFTER}),
+    500: _documented("An error of the server; `incident` names it in its log"),
+    503: _documented("No replica can answer now", **{"Retry-After": RETRY_AFTER}),
+    504: _documented("Not done in time"),
 }
-# What the others answer.
-DETAIL: dict[str, Any] = {
-    "description": "A parameter is wrong",
-    "content": {"application/json": {"schema": {
-        "type": "object", "required": ["detail"], "properties": {"detail": {"description": "What is wrong."}},
-    }}},
-}  # fmt: skip
+# And besides, where it sends files.
+FILE_PROBLEMS: dict[int | str, dict[str, Any]] = {
+    412: _documented("Another file by now: `If-Match`, `If-Unmodified-Since`"),
+    416: _documented("The range is outside the file"),
+}
 _TITLES = {
     400: "Bad request",
     404: "Not found",
@@ -130,14 +153,10 @@ class AsciiJSONResponse(JSONResponse):
 
 def problem(status: int, type: str, detail: str, *, headers: dict[str, str] | None = None, **more: Any) -> JSONResponse:
     """A problem document. `type` is one of the stable error types; `more` are extension members."""
-    body = {
-        "type": f"urn:acestep:{type}",
-        "title": _TITLES.get(status, type.replace("_", " ").capitalize()),
-        "status": status,
-        "detail": detail,
-        **more,
-    }
-    return AsciiJSONResponse(body, status_code=status, headers=headers, media_type="application/problem+json")
+    title = _TITLES.get(status, type.replace("_", " ").capitalize())
+    body = Problem(type=f"urn:acestep:{type}", title=title, status=status, detail=detail, **more)
+    shown = body.model_dump(mode="json", exclude_unset=True)
+    return AsciiJSONResponse(shown, status_code=status, headers=headers, media_type="application/problem+json")
 
 
 def _not_json(request: Request, errors: Sequence[Any]) -> JSONResponse | None:

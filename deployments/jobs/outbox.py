@@ -11,18 +11,18 @@ import base64
 import hashlib
 import hmac
 import ipaddress
-import json
 import logging
 import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit, urlunsplit
 
 import httpx
 import sqlalchemy as sa
+from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.engine import Engine
 
 from acestep.errors import InvalidRequest
@@ -71,6 +71,29 @@ class Message:
     last_error: str | None
     created_at: float
     delivered_at: float | None
+
+
+class JobEndedData(BaseModel):
+    """Which job ended, and how."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    job_id: str = Field(description="The job.", examples=["3f7c3c1e-6f0e-4a53-9f0d-0f4a7a3f1b52"])
+    state: Literal["succeeded", "failed", "cancelled"] = Field(description="How it ended.", examples=["succeeded"])
+    url: str = Field(
+        description="The job's view: a path of this server, or a URL where it has a `public_url`. Needs the key.",
+        examples=["/v1/jobs/3f7c3c1e-6f0e-4a53-9f0d-0f4a7a3f1b52"],
+    )
+
+
+class JobEnded(BaseModel):
+    """What a webhook is sent."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    type: Literal["job.succeeded", "job.failed", "job.cancelled"] = Field(
+        description="What happened.", examples=["job.succeeded"]
+    )
+    timestamp: datetime = Field(description="When it happened, in UTC.", examples=["2026-01-31T12:00:00Z"])
+    data: JobEndedData = Field(description="To what.")
 
 
 class Refused(Exception):
@@ -297,15 +320,13 @@ class Outbox:
 
     async def _post(self, message: Message) -> tuple[int | None, str | None]:
         """(status, what went wrong): None for the second where the receiver answered 2xx."""
-        body = json.dumps(
-            {
-                "type": message.type,
-                "timestamp": datetime.fromtimestamp(message.created_at, UTC).isoformat().replace("+00:00", "Z"),
-                "data": {"job_id": message.job_id, "state": message.type.removeprefix("job."),
-                         "url": f"{self.public_url}/v1/jobs/{message.job_id}"},
-            },
-            separators=(",", ":"),
-        ).encode()  # fmt: skip
+        told = {
+            "type": message.type,
+            "timestamp": datetime.fromtimestamp(message.created_at, UTC),
+            "data": {"job_id": message.job_id, "state": message.type.removeprefix("job."),
+                     "url": f"{self.public_url}/v1/jobs/{message.job_id}"},
+        }  # fmt: skip
+        body = JobEnded.model_validate(told).model_dump_json().encode()
         now = int(time.time())
         parts = urlsplit(message.url)
         host = parts.hostname or ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import re
 from typing import Any
 
 import httpx
@@ -12,7 +13,7 @@ import openai
 import pytest
 
 from acestep.errors import AceStepError, Cancelled, InvalidRequest, LimitExceeded, OutOfMemory
-from deployments.ingress.openai import chat
+from deployments.ingress.openai import answers, chat
 from deployments.ingress.openai.messages import ChatRequest, looks_like_lyrics, read_messages
 
 from .conftest import Build, Site
@@ -72,13 +73,25 @@ async def test_the_openai_package_gets_a_whole_answer(site: Site, live: str) -> 
     assert answer.model == "acemusic/acestep-v15-turbo"
     message = answer.choices[0].message
     assert answer.choices[0].finish_reason == "stop"
-    assert message.content == (
-        "## Metadata\n**Caption:** calm piano\n**BPM:** 92\n**Duration:** 30s\n**Key:** A minor\n\n## Lyrics\nla la"
+    assert message.content is not None
+    facts, lyrics = message.content.split("\n\n")
+    assert facts.startswith(
+        "## Metadata\n**Caption:** calm piano\n**BPM:** 92\n**Duration:** 30s\n**Key:** A minor\n**Audio 1:** "
     )
+    assert lyrics == "## Lyrics\nla la"
+    links = re.findall(r"\*\*Audio \d:\*\* \[wav, 30 s\]\((\S+)\)", message.content)
+    async with httpx.AsyncClient() as browser:
+        played = [await browser.get(link) for link in links]
+    assert [(a.headers["content-type"], a.content) for a in played] == [("audio/wav", b"RIFFsong")] * 2
     urls = [part.audio_url["url"] for part in message.audio]  # type: ignore[union-attr, index]
     assert urls == [f"data:audio/wav;base64,{base64.b64encode(b'RIFFsong').decode()}"] * 2
-    assert answer.usage is not None
-    assert answer.usage.total_tokens == 0
+    usage = answer.usage
+    assert usage is not None
+    assert usage.completion_tokens_details is not None
+    # Two songs of 30 s, five codes a second; "calm piano" and "la la" are 15 characters.
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (4, 300, 304)
+    assert usage.completion_tokens_details.audio_tokens == 300
+    assert usage.model_extra == {"audio_seconds": 60.0}
     request = site.service.store.page()[0].request
     assert (request.seed, request.duration, request.formats, request.lm_cfg_scale) == ((5, 6), 20.0, ("wav",), 2.0)
     listed = await client.models.list()
@@ -257,7 +270,7 @@ async def test_open_chats_keep_the_limits_of_callers_without_a_key(
 
 
 async def test_audio_beyond_the_cap_comes_by_its_url(site: Site, live: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat, "MAX_INLINE_BYTES", 20)
+    monkeypatch.setattr(answers, "MAX_INLINE_BYTES", 20)
     for stream in (False, True):
         done = asyncio.create_task(finish(site, b"RIFF-twelve."))
         body = {"messages": [{"role": "user", "content": "x"}], "batch_size": 2, "stream": stream}
@@ -271,7 +284,29 @@ async def test_audio_beyond_the_cap_comes_by_its_url(site: Site, live: str, monk
                 parts = answer.json()["choices"][0]["message"]["audio"]
             urls = [part["audio_url"]["url"] for part in parts]
             assert urls[0] == f"data:audio/mpeg;base64,{base64.b64encode(b'RIFF-twelve.').decode()}"
-            assert (await client.get(f"{live}{urls[1]}")).content == b"RIFF-twelve."
+            assert urls[1].startswith(f"{live}/v1/jobs/")
+            assert (await client.get(urls[1])).content == b"RIFF-twelve."
+
+
+async def test_who_wants_only_text_gets_links_that_play_where_he_reached_the_server(build: Build) -> None:
+    for public_url, headers, start in (
+        (None, {}, "http://127.0.0.1:8000/v1/jobs/"),
+        (None, {"x-forwarded-proto": "https", "x-forwarded-host": "songs.example"}, "https://songs.example/v1/jobs/"),
+        (None, {"x-forwarded-host": "evil example)", "x-forwarded-prefix": "/m"}, "/m/v1/jobs/"),
+        ("https://example.org/music", {}, "https://example.org/music/v1/jobs/"),
+    ):
+        site = build(public_url=public_url)
+        done = asyncio.create_task(finish(site, b"RIFF-twelve."))
+        body = {"messages": [{"role": "user", "content": "x"}], "modalities": ["text"]}
+        answer = (await site.client.post("/v1/chat/completions", json=body, headers=headers)).json()
+        await done
+        message = answer["choices"][0]["message"]
+        url = message["audio"][0]["audio_url"]["url"]
+        assert url.startswith(start)
+        assert f"**Audio:** [mp3, 30 s]({url})" in message["content"]
+        assert "warnings" not in answer
+        path = url.partition("/v1/")[2]
+        assert (await site.client.get(f"/v1/{path}")).content == b"RIFF-twelve."
 
 
 async def test_a_chat_that_takes_too_long_ends_with_504(build: Build) -> None:

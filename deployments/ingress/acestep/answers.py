@@ -6,28 +6,80 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
-from pydantic import ValidationError
+from pydantic import ValidationError, create_model
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from acestep.errors import AceStepError
 from acestep.validation import validation_problems
 from deployments.ingress.acestep.bodies import Body, read_body
+from deployments.ingress.acestep.schemas import Detail, Envelope
 from deployments.ingress.acestep.values import BadField
 from deployments.ingress.auth import Caller, header_key
 from deployments.ingress.bodies import KEYLESS_BYTES, read_no_more_than
-from deployments.ingress.errors import STATUS, STORE_AWAY, AsciiJSONResponse, Unauthorized, in_one_line, retry_after
+from deployments.ingress.errors import (
+    RETRY_AFTER,
+    STATUS,
+    STORE_AWAY,
+    AsciiJSONResponse,
+    Unauthorized,
+    in_one_line,
+    retry_after,
+)
 from deployments.ingress.redact import redact
 from deployments.ingress.service import Service
 from deployments.jobs.store import UNREACHABLE
 
 log = logging.getLogger(__name__)
+
+
+_REFUSED = {
+    400: "Not understood, or a field is wrong",
+    401: "A key is needed",
+    403: "Not allowed",
+    404: "Not there",
+    409: "Not in this state",
+    413: "Too large",
+    412: "Another file by now: `If-Match`, `If-Unmodified-Since`",
+    415: "The body is of no kind that is read here",
+    416: "The range is outside the file",
+    422: "A parameter is wrong",
+    429: "Too much at once",
+    500: "An error of the server; the text names it in its log",
+    503: "No replica can answer now",
+    504: "Not done in time",
+}
+
+
+FILE_STATUSES = (412, 416)
+
+
+def refusals(model: type, *statuses: int) -> dict[int | str, dict[str, Any]]:
+    """What routes whose errors are of this shape may answer, for the OpenAPI document; without `statuses` all but those of files."""
+    found: dict[int | str, dict[str, Any]] = {}
+    for status, text in _REFUSED.items():
+        if status in (statuses or _REFUSED.keys() - FILE_STATUSES):
+            found[status] = {"model": model, "description": text}
+            if status in (429, 503):
+                found[status]["headers"] = {"Retry-After": RETRY_AFTER}
+    return found
+
+
+REFUSALS = refusals(Detail)
+
+
+def enveloped(data: Any) -> dict[str, Any]:
+    """Arguments of a route that answers with the envelope around `data`: the type that its answers are made by, with a name of its own."""
+    inner = next((part.__name__ for part in get_args(data)), None)
+    name = f"{inner or data.__name__}{'List' * (get_origin(data) is list)}Envelope"
+    model = create_model(name, __base__=Envelope[data], __doc__=Envelope.__doc__)
+    return {"response_model": model, "response_model_exclude_unset": True}
 
 
 def envelope(data: Any, code: int = 200, error: str | None = None) -> dict[str, Any]:

@@ -14,12 +14,20 @@ from fastapi import APIRouter, HTTPException, Request
 from pydantic import BaseModel, Field
 
 from acestep.errors import InvalidRequest
-from deployments.ingress.acestep.answers import CompatRoute, caller_by_header, envelope, soft_error
+from deployments.ingress.acestep.answers import (
+    REFUSALS,
+    CompatRoute,
+    caller_by_header,
+    envelope,
+    enveloped,
+    soft_error,
+)
+from deployments.ingress.acestep.model_schemas import LoraLoaded, LoraMessage, LoraScaled, LoraStatus, LoraToggled
 from deployments.ingress.auth import Caller
 from deployments.ingress.service import Service, Svc
 from deployments.jobs.loras import LoraDefault
 
-router = APIRouter(prefix="/v1/lora", tags=["ACE-Step's own API"], route_class=CompatRoute)
+router = APIRouter(prefix="/v1/lora", tags=["ACE-Step's own API"], responses=REFUSALS, route_class=CompatRoute)
 NOTHING_LOADED = "No LoRA adapter is loaded: POST /v1/lora/load loads one"
 _Name = Annotated[str, Field(min_length=1, max_length=128)]
 
@@ -40,8 +48,8 @@ class LoraScale(BaseModel):
     adapter_name: _Name | None = Field(None, description="Default: the active one.")
 
 
-@router.get("/status", summary="What is loaded for this key")
-async def status(request: Request, service: Svc) -> Any:
+@router.get("/status", summary="What is loaded for this key", **enveloped(LoraStatus))
+async def get_lora_status(request: Request, service: Svc) -> Any:
     caller = await caller_by_header(request, service)
     default = await asyncio.to_thread(service.loras.get, caller.name)
     active = default.adapters.get(default.active or "")
@@ -60,9 +68,10 @@ async def status(request: Request, service: Svc) -> Any:
 
 
 @router.post(
-    "/load", summary="Take an adapter for this key's requests that follow; the last one loaded is the active one"
-)
-async def load(request: Request, service: Svc, body: LoraLoad) -> Any:
+    "/load", summary="Take an adapter for this key's requests that follow; the last one loaded is the active one",
+    **enveloped(LoraLoaded),
+)  # fmt: skip
+async def load_lora(request: Request, service: Svc, body: LoraLoad) -> Any:
     caller = await caller_by_header(request, service)
     name = body.adapter_name or body.lora_path.rstrip("/").rpartition("/")[2].removesuffix(".safetensors") or "default"
     looked = await service.talk.loras(body.lora_path, whole=True)
@@ -77,15 +86,15 @@ async def load(request: Request, service: Svc, body: LoraLoad) -> Any:
     return envelope({"message": f"✅ LoRA loaded: {name}{unseen}", "lora_path": body.lora_path, **named})
 
 
-@router.post("/unload", summary="Forget all that was loaded for this key")
-async def unload(request: Request, service: Svc) -> Any:
+@router.post("/unload", summary="Forget all that was loaded for this key", **enveloped(LoraMessage))
+async def unload_lora(request: Request, service: Svc) -> Any:
     caller = await caller_by_header(request, service)
     await _change(service, caller, lambda default: LoraDefault())
     return envelope({"message": "✅ LoRA unloaded"})
 
 
-@router.post("/toggle", summary="Use what is loaded, or not")
-async def toggle(request: Request, service: Svc, body: LoraToggle) -> Any:
+@router.post("/toggle", summary="Use what is loaded, or not", **enveloped(LoraToggled))
+async def toggle_lora(request: Request, service: Svc, body: LoraToggle) -> Any:
     caller = await caller_by_header(request, service)
 
     def changed(default: LoraDefault) -> LoraDefault:
@@ -100,8 +109,8 @@ async def toggle(request: Request, service: Svc, body: LoraToggle) -> Any:
     return envelope({"message": f"✅ LoRA {'enabled' if body.use_lora else 'disabled'}", "use_lora": body.use_lora})
 
 
-@router.post("/scale", summary="How strong a loaded adapter is")
-async def scale(request: Request, service: Svc, body: LoraScale) -> Any:
+@router.post("/scale", summary="How strong a loaded adapter is", **enveloped(LoraScaled))
+async def scale_lora(request: Request, service: Svc, body: LoraScale) -> Any:
     caller = await caller_by_header(request, service)
 
     def changed(default: LoraDefault) -> LoraDefault:

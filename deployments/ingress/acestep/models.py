@@ -9,15 +9,30 @@ from typing import Annotated, Any
 from fastapi import APIRouter, HTTPException, Path, Request
 from pydantic import BaseModel, Field
 
-from deployments.ingress.acestep.answers import CompatRoute, caller_by_header, envelope, soft_error
+from deployments.ingress.acestep.answers import (
+    REFUSALS,
+    CompatRoute,
+    caller_by_header,
+    envelope,
+    enveloped,
+    soft_error,
+)
+from deployments.ingress.acestep.model_schemas import (
+    Initialized,
+    Inventory,
+    ListedModelAlone,
+    ModelList,
+    Reloaded,
+    Stats,
+)
 from deployments.ingress.service import Service, Svc
 
-router = APIRouter(tags=["ACE-Step's own API"], route_class=CompatRoute)
+router = APIRouter(tags=["ACE-Step's own API"], responses=REFUSALS, route_class=CompatRoute)
 MONTH_S = 30 * 86_400
 
 
-@router.get("/v1/stats", summary="Counts of jobs")
-async def stats(request: Request, service: Svc) -> Any:
+@router.get("/v1/stats", summary="Counts of jobs", **enveloped(Stats))
+async def get_stats(request: Request, service: Svc) -> Any:
     await caller_by_header(request, service)
     counts = await asyncio.to_thread(service.store.counts)
     return envelope(
@@ -37,15 +52,15 @@ async def stats(request: Request, service: Svc) -> Any:
     )
 
 
-@router.get("/v1/models", summary="Models, as OpenRouter lists them")
-async def models(request: Request, service: Svc) -> Any:
+@router.get("/v1/models", summary="Models, as OpenRouter lists them", response_model=ModelList)
+async def list_models(request: Request, service: Svc) -> Any:
     if not service.args.open_models_and_chat:
         await caller_by_header(request, service)
     return {"object": "list", "data": [_listed(entry["name"]) for entry in renderers(service)]}
 
 
-@router.get("/v1/models/{model:path}", summary="One model, as OpenRouter lists it")
-async def model(
+@router.get("/v1/models/{model:path}", summary="One model, as OpenRouter lists it", response_model=ListedModelAlone)
+async def get_model(
     request: Request, model: Annotated[str, Path(description="`id` out of the list.")], service: Svc
 ) -> Any:
     if not service.args.open_models_and_chat:
@@ -109,8 +124,8 @@ def inventory(service: Service) -> dict[str, Any]:
     }
 
 
-@router.get("/v1/model_inventory", summary="Models and what they can do")
-async def model_inventory(request: Request, service: Svc) -> Any:
+@router.get("/v1/model_inventory", summary="Models and what they can do", **enveloped(Inventory))
+async def get_inventory(request: Request, service: Svc) -> Any:
     await caller_by_header(request, service)
     return envelope(inventory(service))
 
@@ -122,8 +137,11 @@ class InitBody(BaseModel):
     lm_model_path: str | None = Field(None, max_length=1024, description="Planner checkpoint.")
 
 
-@router.post("/v1/init", summary="Check that a model is loaded; models are chosen when the service starts")
-async def init(request: Request, service: Svc, body: InitBody | None = None) -> Any:
+@router.post(
+    "/v1/init", summary="Check that a model is loaded; models are chosen when the service starts",
+    **enveloped(Initialized),
+)  # fmt: skip
+async def check_model(request: Request, service: Svc, body: InitBody | None = None) -> Any:
     await caller_by_header(request, service)
     asked = body or InitBody()
     stock = inventory(service)
@@ -161,7 +179,9 @@ async def init(request: Request, service: Svc, body: InitBody | None = None) -> 
     )
 
 
-@router.post("/v1/reinitialize", summary="Not needed here: unhealthy replicas are replaced by Ray Serve")
+@router.post(
+    "/v1/reinitialize", summary="Not needed here: unhealthy replicas are replaced by Ray Serve", **enveloped(Reloaded)
+)
 async def reinitialize(request: Request, service: Svc) -> Any:
     await caller_by_header(request, service)
     return soft_error(

@@ -8,6 +8,7 @@ from acestep.request import SongRequest
 from deployments.ingress.acestep.fields import FIELDS, Field
 
 _TYPES = {"str": "string", "text": "string", "bool": "boolean", "int": "integer", "float": "number"}
+SCHEMAS: dict[str, Any] = {}  # of all bodies, by name
 _FORMS = ("application/json", "application/x-www-form-urlencoded", "multipart/form-data")
 
 
@@ -31,12 +32,16 @@ def _schema(field: Field) -> dict[str, Any]:
 
 
 def _body(
-    properties: dict[str, Any], example: dict[str, Any], *, files: dict[str, Any] | None = None
+    name: str, properties: dict[str, Any], example: dict[str, Any], *, files: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    content = {}
+    """`openapi_extra` of a route that takes these fields in any encoding; `name` is their schema's."""
+    SCHEMAS[name] = {"type": "object", "title": name, "properties": properties}
+    if files:
+        SCHEMAS[f"{name}WithFiles"] = {"type": "object", "title": f"{name}WithFiles", "properties": properties | files}
+    content: dict[str, Any] = {}
     for kind in _FORMS:
-        shown = {**properties, **(files or {})} if kind.startswith("multipart") else properties
-        content[kind] = {"schema": {"type": "object", "properties": shown}}
+        shown = f"{name}WithFiles" if files and kind.startswith("multipart") else name
+        content[kind] = {"schema": {"$ref": f"#/components/schemas/{shown}"}}
     content["application/json"]["example"] = example
     return {"requestBody": {"content": content}}
 
@@ -47,6 +52,7 @@ _TOKEN = {"ai_token": {"type": "string", "description": "The API key, instead of
 def release_body() -> dict[str, Any]:
     part = {"type": "string", "format": "binary", "description": "Audio, instead of the field with a path."}
     return _body(
+        "ReleaseTaskBody",
         {name: _schema(field) for name, field in FIELDS.items()} | _TOKEN,
         {"prompt": "upbeat synth pop", "lyrics": "[Verse]\nLights go by", "audio_duration": 30, "thinking": True},
         files=dict.fromkeys(("src_audio", "ctx_audio", "reference_audio", "ref_audio"), part),
@@ -55,11 +61,14 @@ def release_body() -> dict[str, Any]:
 
 def query_body() -> dict[str, Any]:
     ids = {"description": "A list of ids, or the JSON text of one."}
-    return _body({"task_id_list": ids, **_TOKEN}, {"task_id_list": ["3f7c3c1e-6f0e-4a53-9f0d-0f4a7a3f1b52"]})
+    return _body(
+        "QueryResultBody", {"task_id_list": ids, **_TOKEN}, {"task_id_list": ["3f7c3c1e-6f0e-4a53-9f0d-0f4a7a3f1b52"]}
+    )
 
 
 def cancel_body() -> dict[str, Any]:
     return _body(
+        "CancelTaskBody",
         {"task_id": {"type": "string", "description": "As /release_task gave it."}, **_TOKEN},
         {"task_id": "3f7c3c1e-6f0e-4a53-9f0d-0f4a7a3f1b52"},
     )
@@ -67,6 +76,7 @@ def cancel_body() -> dict[str, Any]:
 
 def format_body() -> dict[str, Any]:
     return _body(
+        "FormatInputBody",
         {
             "prompt": {"type": "string", "description": "Description of the music."},
             "lyrics": {"type": "string", "description": "Lyrics."},
@@ -80,6 +90,7 @@ def format_body() -> dict[str, Any]:
 
 def sample_body() -> dict[str, Any]:
     return _body(
+        "CreateSampleBody",
         {
             "query": {"type": "string", "description": "A wish in everyday words."},
             "instrumental": {"type": "boolean", "default": False, "description": "Nobody sings."},
@@ -97,4 +108,4 @@ def sample_body() -> dict[str, Any]:
 
 def random_body() -> dict[str, Any]:
     kind = {"type": "string", "default": "simple_mode", "description": "simple_mode, or anything else for whole songs."}
-    return _body({"sample_type": kind, **_TOKEN}, {"sample_type": "simple_mode"})
+    return _body("RandomSampleBody", {"sample_type": kind, **_TOKEN}, {"sample_type": "simple_mode"})

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import json
 import time
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 from urllib.parse import quote
 
 from acestep.lm.work import Sample
-from acestep.plan import Metadata
+from acestep.plan import Adjustment, Metadata
 from acestep.song import Song, SongItem
 from deployments.dispatch.texts import ANSWER
+from deployments.ingress.acestep.schemas import (
+    AnalysisEntry,
+    AnalysisMetas,
+    CodesEntry,
+    DoneEntry,
+    FailedEntry,
+    NoMetas,
+    QueuedEntry,
+    RunningEntry,
+    SongEntry,
+    TaskEntry,
+    TaskState,
+)
 from deployments.ingress.links import public
 from deployments.ingress.redact import redact
 from deployments.ingress.service import Service
@@ -29,11 +43,11 @@ _WORDS = {
 }
 
 
-def item_of(service: Service, task_id: str, job: Job | None, position: int) -> dict[str, Any]:
+def item_of(service: Service, task_id: str, job: Job | None, position: int) -> TaskState:
     """One entry of the answer: `result` is JSON text of a list, `status` 0, 1 or 2."""
     if job is None:
         if service.args.unknown_task == "queued":
-            return {"task_id": task_id, "result": "[]", "status": 0}
+            return TaskState(task_id=task_id, result="[]", status=0)
         return _item(task_id, [_failed(int(time.time()), UNKNOWN_TASK)], 2, UNKNOWN_TASK, UNKNOWN_TASK)
     created = int(job.created_at)
     if job.state == SUCCEEDED:
@@ -42,12 +56,13 @@ def item_of(service: Service, task_id: str, job: Job | None, position: int) -> d
         error = error_text(job)
         return _item(job.id, [_failed(created, error)], 2, error, error)
     if job.state == QUEUED:
-        entry = {
-            **_entry(0, created), "prompt": "", "lyrics": "", "metas": {}, "progress": 0.0, "stage": "queued", "error": None
-        }  # fmt: skip
+        entry = QueuedEntry(
+            **_entry(0, created), prompt="", lyrics="", metas=NoMetas(), progress=0.0, stage="queued", error=None
+        )
         return _item(job.id, [entry], 0, f"Queued at position {position}")
     progress, stage, text = _progress(job)
-    return _item(job.id, [{**_entry(0, created), "progress": progress, "stage": stage}], 0, text)
+    running = RunningEntry.model_validate({**_entry(0, created), "progress": progress, "stage": stage})
+    return _item(job.id, [running], 0, text)
 
 
 def error_text(job: Job) -> str:
@@ -61,11 +76,10 @@ def error_text(job: Job) -> str:
     return f"Music generation failed: {message}"
 
 
-def warnings_of(job: Job) -> list[dict[str, Any]]:
+def warnings_of(job: Job) -> list[Adjustment]:
     """What of a request was changed or had no effect, at submit and while it ran."""
     later = job.result.adjustments if job.result is not None else ()
-    told = [*job.adjustments, *(a for a in later if a not in job.adjustments)]
-    return [a.model_dump(mode="json") for a in told]
+    return [*job.adjustments, *(a for a in later if a not in job.adjustments)]
 
 
 def audio_url(service: Service, path: str) -> str:
@@ -76,23 +90,20 @@ def audio_url(service: Service, path: str) -> str:
 
 
 def _item(
-    task_id: str, result: list[dict[str, Any]], status: int, text: str, error: str | None = None
-) -> dict[str, Any]:
-    item = {
-        "task_id": task_id,
-        "result": json.dumps(result, ensure_ascii=False),
-        "status": status,
-        "progress_text": text,
-    }
-    return item if error is None else {**item, "error": error}
+    task_id: str, result: Sequence[TaskEntry], status: Literal[0, 1, 2], text: str, error: str | None = None
+) -> TaskState:
+    shown = [entry.model_dump(mode="json", exclude_unset=True) for entry in result]
+    told = {} if error is None else {"error": error}
+    result_text = json.dumps(shown, ensure_ascii=False)
+    return TaskState(task_id=task_id, result=result_text, status=status, progress_text=text, **told)
 
 
 def _entry(status: int, created: int) -> dict[str, Any]:
     return {"file": "", "wave": "", "status": status, "create_time": created, "env": ENVIRONMENT}
 
 
-def _failed(created: int, error: str) -> dict[str, Any]:
-    return {**_entry(2, created), "progress": 0.0, "stage": "failed", "error": error}
+def _failed(created: int, error: str) -> FailedEntry:
+    return FailedEntry(**_entry(2, created), progress=0.0, stage="failed", error=error)
 
 
 def _progress(job: Job) -> tuple[float, str, str]:
@@ -108,53 +119,45 @@ def _progress(job: Job) -> tuple[float, str, str]:
     return round(min(0.99, low + (high - low) * min(1.0, share)), 4), job.progress.stage, text
 
 
-def _succeeded(service: Service, job: Job, created: int) -> list[dict[str, Any]]:
+def _succeeded(service: Service, job: Job, created: int) -> list[TaskEntry]:
     kind = job.extra.get("compat", {}).get("kind", job.kind)
     if kind == "codes":
-        return [{
-            "status_message": "Audio Codes Extraction Success", "audio_codes": code_text(job.extra[ANSWER]["codes"]),
-            "audio_paths": [], "raw_audio_paths": [], "first_audio_path": None, "metas": {},
-        }]  # fmt: skip
+        return [CodesEntry(
+            status_message="Audio Codes Extraction Success", audio_codes=code_text(job.extra[ANSWER]["codes"]),
+            audio_paths=[], raw_audio_paths=[], first_audio_path=None, metas=NoMetas(),
+        )]  # fmt: skip
     if kind == "understand":
         return [_analysis(job)]
     if kind == "plan":
         metadata = job.plan.metadata if job.plan else Metadata()
         model = (job.plan.model if job.plan else None) or ""
-        return [
-            {
-                **_entry(1, created),
-                **_texts(job, metadata),
-                "generation_info": "Analysis Only Mode Complete",
-                "seed_value": "",
-                "lm_model": model,
-                "dit_model": "None (Analysis Only)",
-                "progress": 1.0,
-                "stage": "succeeded",
-            }
-        ]
+        return [DoneEntry(
+            **_entry(1, created), **_texts(job, metadata), generation_info="Analysis Only Mode Complete", seed_value="",
+            lm_model=model, dit_model="None (Analysis Only)", progress=1.0, stage="succeeded",
+        )]  # fmt: skip
     assert job.result is not None, "a song that succeeded has a result"
     song = job.result
     seeds = ",".join(str(item.seed) for item in song.items)
-    warnings = warnings_of(job)
-    entries = []
+    told = {"warnings": warnings} if (warnings := warnings_of(job)) else {}
+    entries: list[TaskEntry] = []
     for item in song.items:
         url = audio_url(service, item.files[0].path) if item.files else ""  # one that was only listened to has none
-        entry = {
-            "file": url,
-            **{k: v for k, v in _entry(1, created).items() if k != "file"},
+        entry = SongEntry(
+            **{**_entry(1, created), "file": url},
             **_texts(job, song.plan.metadata_of(item.index)),
-            "generation_info": _info(song, item),
-            "seed_value": seeds,
-            "lm_model": song.plan.model or "",
-            "dit_model": song.renderer,
-            "progress": 1.0,
-            "stage": "succeeded",
-            "url": url,
-            "seed": item.seed,
-            "lm_seed": item.lm_seed,
-            "retake_seed": item.retake_seed,
-        }
-        entries.append({**entry, "warnings": warnings} if warnings else entry)
+            generation_info=_info(song, item),
+            seed_value=seeds,
+            lm_model=song.plan.model or "",
+            dit_model=song.renderer,
+            progress=1.0,
+            stage="succeeded",
+            url=url,
+            seed=item.seed,
+            lm_seed=item.lm_seed,
+            retake_seed=item.retake_seed,
+            **told,
+        )
+        entries.append(entry)
     return entries
 
 
@@ -195,26 +198,26 @@ def _info(song: Song, item: SongItem) -> str:
     return "\n".join(["## Generation", *lines, *([f"- {song.notice}"] if song.notice else [])])
 
 
-def _analysis(job: Job) -> dict[str, Any]:
+def _analysis(job: Job) -> AnalysisEntry:
     answer = job.extra[ANSWER]
     sample = Sample.model_validate(answer["sample"])
-    facts = {
-        "bpm": sample.bpm or NOT_KNOWN,
-        "keyscale": sample.keyscale or NOT_KNOWN,
-        "timesignature": sample.timesignature or NOT_KNOWN,
-        "duration": sample.duration or NOT_KNOWN,
-    }
-    return {
-        "status_message": "Full Hardware Analysis Success",
-        **facts,
-        "genre": NOT_KNOWN,
-        "prompt": sample.caption or "",
-        "lyrics": sample.lyrics,
-        "language": sample.language or "unknown",
-        "metas": facts,
-        "audio_paths": [],
-        "audio_codes": code_text(answer["codes"]),
-    }
+    metas = AnalysisMetas(
+        bpm=sample.bpm or NOT_KNOWN,
+        keyscale=sample.keyscale or NOT_KNOWN,
+        timesignature=sample.timesignature or NOT_KNOWN,
+        duration=sample.duration or NOT_KNOWN,
+    )
+    return AnalysisEntry(
+        **dict(metas),
+        status_message="Full Hardware Analysis Success",
+        genre=NOT_KNOWN,
+        prompt=sample.caption or "",
+        lyrics=sample.lyrics,
+        language=sample.language or "unknown",
+        metas=metas,
+        audio_paths=[],
+        audio_codes=code_text(answer["codes"]),
+    )
 
 
 def code_text(codes: list[int]) -> str:

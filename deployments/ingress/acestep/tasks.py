@@ -19,27 +19,34 @@ from acestep.errors import InvalidRequest
 from acestep.request import Adjustment
 from deployments.ingress import submit as door
 from deployments.ingress.acestep.answers import (
+    FILE_STATUSES,
+    REFUSALS,
     CompatRoute,
     caller_and_body,
     caller_by_header,
     detail,
     envelope,
+    enveloped,
+    refusals,
 )
 from deployments.ingress.acestep.bodies import Body
 from deployments.ingress.acestep.openapi import cancel_body, query_body, release_body
 from deployments.ingress.acestep.results import item_of
+from deployments.ingress.acestep.schemas import CancelledTask, Detail, ReleasedTask, TaskEntry, TaskState
 from deployments.ingress.acestep.submission import Served, build
 from deployments.ingress.acestep.values import Values, read_fields
 from deployments.ingress.auth import Caller
 from deployments.ingress.bodies import parse_json
-from deployments.ingress.downloads import send_file
+from deployments.ingress.downloads import AUDIO, send_file
 from deployments.ingress.errors import NotFound, retry_after
 from deployments.ingress.service import Service, Svc, check_idempotency_key, defaults_of, hash_of
 from deployments.jobs.store import Busy, Job
 from deployments.jobs.threads import with_files
 
-router = APIRouter(tags=["ACE-Step's own API"], route_class=CompatRoute)
+router = APIRouter(tags=["ACE-Step's own API"], responses=REFUSALS, route_class=CompatRoute)
 
+# What `result` of a state holds, as JSON text.
+SCHEMAS: dict[str, Any] = {"TaskEntry": TaskEntry}
 SOURCE_PARTS = ("ctx_audio", "src_audio")
 REFERENCE_PARTS = ("ref_audio", "reference_audio")
 MAX_IDS = 1_000
@@ -52,7 +59,7 @@ CONTENT_TYPES = {
 }  # fmt: skip
 
 
-@router.post("/release_task", summary="Submit a song", openapi_extra=release_body())
+@router.post("/release_task", summary="Submit a song", openapi_extra=release_body(), **enveloped(ReleasedTask))
 async def release_task(request: Request, service: Svc) -> Any:
     caller, body = await caller_and_body(request, service)
     key = check_idempotency_key(request.headers.get("idempotency-key"))
@@ -62,10 +69,8 @@ async def release_task(request: Request, service: Svc) -> Any:
         text = QUEUE_FULL if error.details.get("limit") == service.args.max_queue else error.message
         return detail(429, text, {"Retry-After": retry_after(error.details.get("retry_after", 1))})
     place = (await service.forecast.places([job]))[job.id]
-    data: dict[str, Any] = {"task_id": job.id, "status": "queued", "queue_position": max(1, place.position)}
-    if job.adjustments:
-        data["warnings"] = [a.model_dump(mode="json") for a in job.adjustments]
-    return envelope(data)
+    told = {"warnings": list(job.adjustments)} if job.adjustments else {}
+    return envelope(ReleasedTask(task_id=job.id, status="queued", queue_position=max(1, place.position), **told))
 
 
 async def submit(
@@ -139,7 +144,9 @@ def _part(body: Body, names: tuple[str, ...]) -> UploadFile | None:
     return next((part for name in names if (part := body.files.get(name)) and (part.filename or part.size)), None)
 
 
-@router.post("/query_result", summary="States and results of jobs", openapi_extra=query_body())
+@router.post(
+    "/query_result", summary="States and results of jobs", openapi_extra=query_body(), **enveloped(list[TaskState])
+)
 async def query_result(request: Request, service: Svc) -> Any:
     caller, body = await caller_and_body(request, service, optional=True)
     ids = task_ids(body.fields.get("task_id_list"))
@@ -172,8 +179,13 @@ def task_ids(value: Any) -> list[str]:
     return [str(entry)[:64] for entry in value if isinstance(entry, (str, int))]
 
 
-@router.get("/v1/audio", summary="A song's file", response_class=Response)
-async def audio(
+@router.get(
+    "/v1/audio",
+    summary="A song's file",
+    response_class=Response,
+    responses=AUDIO | refusals(Detail, *FILE_STATUSES),
+)
+async def get_audio_by_path(
     request: Request,
     service: Svc,
     path: Annotated[str, Query(max_length=4096, description="As a result's `file` has it.")],
@@ -190,7 +202,7 @@ async def audio(
         raise HTTPException(404, AUDIO_NOT_FOUND) from None
 
 
-router.add_api_route("/v1/audio", audio, methods=["HEAD"], response_class=Response, include_in_schema=False)
+router.add_api_route("/v1/audio", get_audio_by_path, methods=["HEAD"], response_class=Response, include_in_schema=False)
 
 
 def stored_name(service: Service, path: str) -> str:
@@ -216,8 +228,8 @@ def stored_name(service: Service, path: str) -> str:
     return name
 
 
-@router.post("/v1/cancel", summary="Cancel a job", openapi_extra=cancel_body())
-async def cancel(request: Request, service: Svc) -> Any:
+@router.post("/v1/cancel", summary="Cancel a job", openapi_extra=cancel_body(), **enveloped(CancelledTask))
+async def cancel_task(request: Request, service: Svc) -> Any:
     caller, body = await caller_and_body(request, service)
     task_id = body.fields.get("task_id")
     if not isinstance(task_id, str) or not task_id:
@@ -225,7 +237,7 @@ async def cancel(request: Request, service: Svc) -> Any:
     return await _cancel(service, caller, task_id)
 
 
-@router.delete("/v1/tasks/{task_id}", summary="Cancel a job")
+@router.delete("/v1/tasks/{task_id}", summary="Cancel a job", **enveloped(CancelledTask))
 async def delete_task(
     request: Request, task_id: Annotated[str, Field(description="As /release_task gave it.")], service: Svc
 ) -> Any:
@@ -237,4 +249,4 @@ async def _cancel(service: Service, caller: Caller, task_id: str) -> Any:
         raise HTTPException(404, "unknown task_id")
     job = await service.dispatcher.cancel(task_id)
     state = job.state if job is not None and job.ended else "cancelling"
-    return envelope({"task_id": task_id, "status": state})
+    return envelope(CancelledTask.model_validate({"task_id": task_id, "status": state}))

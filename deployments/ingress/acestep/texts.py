@@ -24,10 +24,11 @@ from acestep.request import (
     NO_USER_INPUT,
     Adjustment,
 )
-from deployments.ingress.acestep.answers import CompatRoute, caller_and_body, envelope, soft_error
+from deployments.ingress.acestep.answers import REFUSALS, CompatRoute, caller_and_body, envelope, enveloped, soft_error
 from deployments.ingress.acestep.bodies import Body
 from deployments.ingress.acestep.fields import FIELDS
 from deployments.ingress.acestep.openapi import format_body, random_body, sample_body
+from deployments.ingress.acestep.schemas import CreatedSample, FormattedSong, RandomSample
 from deployments.ingress.acestep.values import (
     adjustment,
     as_object,
@@ -42,7 +43,7 @@ from deployments.ingress.service import Svc
 from deployments.jobs.store import Busy
 
 log = logging.getLogger(__name__)
-router = APIRouter(tags=["ACE-Step's own API"], route_class=CompatRoute)
+router = APIRouter(tags=["ACE-Step's own API"], responses=REFUSALS, route_class=CompatRoute)
 _NAMES = {
     name: (name, *FIELDS[name].aliases)
     for name in ("audio_duration", "bpm", "key_scale", "time_signature", "vocal_language")
@@ -54,7 +55,9 @@ MAX_TEMPERATURE = 2.0
 NO_PLANNER = "LLM not initialized. Set ACESTEP_INIT_LLM=true in .env to enable."
 
 
-@router.post("/format_input", summary="Rewrite caption and lyrics", openapi_extra=format_body())
+@router.post(
+    "/format_input", summary="Rewrite caption and lyrics", openapi_extra=format_body(), **enveloped(FormattedSong)
+)
 async def format_input(request: Request, service: Svc) -> Any:
     caller, body = await caller_and_body(request, service, optional=True)
     caption, lyrics = _text(body, "prompt", MAX_PROMPT_CHARS), _text(body, "lyrics", MAX_LYRICS_CHARS, "\n")
@@ -86,20 +89,23 @@ async def format_input(request: Request, service: Svc) -> Any:
             400 if STATUS.get(error.type) == 422 else 500, f"format_sample failed: {redact(error.message)}"
         )
     return envelope(
-        {
-            "caption": sample.caption or caption,
-            "lyrics": sample.lyrics or lyrics,
-            "bpm": sample.bpm,
-            "key_scale": sample.keyscale or key or "",
-            "time_signature": sample.timesignature or time or "",
-            "duration": sample.duration,
-            "vocal_language": sample.language or "unknown",
+        FormattedSong(
+            caption=sample.caption or caption,
+            lyrics=sample.lyrics or lyrics,
+            bpm=sample.bpm,
+            key_scale=sample.keyscale or key or "",
+            time_signature=sample.timesignature or time or "",
+            duration=sample.duration,
+            vocal_language=sample.language or "unknown",
             **said.warnings(),
-        }
+        )
     )
 
 
-@router.post("/v1/create_sample", summary="Write a song description for a wish", openapi_extra=sample_body())
+@router.post(
+    "/v1/create_sample", summary="Write a song description for a wish", openapi_extra=sample_body(),
+    **enveloped(CreatedSample),
+)  # fmt: skip
 async def create_sample(request: Request, service: Svc) -> Any:
     caller, body = await caller_and_body(request, service, optional=True)
     said = _Said(unknown_fields(body.fields, SAMPLE_FIELDS))
@@ -122,20 +128,23 @@ async def create_sample(request: Request, service: Svc) -> Any:
             400 if STATUS.get(error.type) == 422 else 500, f"create_sample error: {redact(error.message)}"
         )
     return envelope(
-        {
-            "caption": sample.caption or "",
-            "lyrics": INSTRUMENTAL if sample.instrumental else sample.lyrics,
-            "bpm": sample.bpm,
-            "keyscale": sample.keyscale or "",
-            "duration": sample.duration,
-            "timesignature": sample.timesignature or "",
-            "vocal_language": sample.language or "unknown",
+        CreatedSample(
+            caption=sample.caption or "",
+            lyrics=INSTRUMENTAL if sample.instrumental else sample.lyrics,
+            bpm=sample.bpm,
+            keyscale=sample.keyscale or "",
+            duration=sample.duration,
+            timesignature=sample.timesignature or "",
+            vocal_language=sample.language or "unknown",
             **said.warnings(),
-        }
+        )
     )
 
 
-@router.post("/create_random_sample", summary="One of the shipped examples", openapi_extra=random_body())
+@router.post(
+    "/create_random_sample", summary="One of the shipped examples", openapi_extra=random_body(),
+    **enveloped(RandomSample),
+)  # fmt: skip
 async def create_random_sample(request: Request, service: Svc) -> Any:
     _, body = await caller_and_body(request, service, optional=True)
     kind = str(body.fields.get("sample_type") or "simple_mode")
@@ -198,7 +207,7 @@ class _Said:
         return read
 
     def warnings(self) -> dict[str, Any]:
-        return {"warnings": [a.model_dump(mode="json") for a in self._told]} if self._told else {}
+        return {"warnings": self._told} if self._told else {}
 
 
 def _no_planner(error: Unavailable) -> JSONResponse:

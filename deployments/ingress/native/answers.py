@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, TypeAdapter, model_serializer
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from acestep.lineage import Lineage
 from acestep.lm.work import Sample
@@ -387,11 +387,5 @@ JobEvent = Annotated[
 ]
 
 
-def add_schemas(document: dict[str, Any]) -> None:
-    """Put the schemas of events and of the file `lyrics`, which no route has as its answer, into the OpenAPI document."""
-    schemas = document.setdefault("components", {}).setdefault("schemas", {})
-    kinds: tuple[tuple[str, Any], ...] = (("JobEvent", JobEvent), ("TimedLyrics", TimedLyrics))
-    for title, kind in kinds:
-        schema = TypeAdapter(kind).json_schema(ref_template="#/components/schemas/{model}", mode="serialization")
-        for name, part in {**schema.pop("$defs", {}), title: schema}.items():
-            schemas.setdefault(name, part)
+# What no route has as its answer: events, and the file `lyrics`.
+SCHEMAS: dict[str, Any] = {"JobEvent": JobEvent, "TimedLyrics": TimedLyrics}

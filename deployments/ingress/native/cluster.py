@@ -104,7 +104,7 @@ class Cluster(Answer):
     "/cluster", summary="Nodes, cards, pools, replicas and load; what is missing, and the label it needs",
     response_model=Cluster, response_model_exclude_unset=True,
 )  # fmt: skip
-async def cluster(service: Annotated[Service, Depends(service_of)]) -> dict[str, Any]:
+async def get_cluster(service: Annotated[Service, Depends(service_of)]) -> dict[str, Any]:
     view = service.fleet.view
     backlogs = service.routing.backlogs
     ready, why = readiness(view)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from deployments.ingress.downloads import DOWNLOADS
 from deployments.ingress.native.answers import JobView
 
 SONGS: dict[str, Any] = {
@@ -131,15 +132,8 @@ EVENTS = (
     'event: progress\ndata: {"job_id": "3f7c3c1e-6f0e-4a53-9f0d-0f4a7a3f1b52", "at": 1790000002.0, '
     '"stage": "planning", "done": 40, "total": 150}\n\n'
 )
-AUDIO: dict[int | str, dict[str, Any]] = {
-    200: {"description": "The file", "content": {"audio/*": {"schema": {"type": "string", "format": "binary"}}}},
-    206: {"description": "The range that was asked for"},
-    304: {"description": "Not changed since: `If-None-Match`, `If-Modified-Since`"},
-    412: {"description": "Another file by now: `If-Match`, `If-Unmodified-Since`"},
-    416: {"description": "The range is outside the file"},
-}
 FILES: dict[int | str, dict[str, Any]] = {
-    **AUDIO,
+    **DOWNLOADS,
     200: {
         "description": "The file",
         "content": {

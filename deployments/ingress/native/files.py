@@ -27,7 +27,7 @@ FileId = Annotated[str, Field(max_length=64, description="`id` of the file.")]
     "/files", status_code=201, summary="Upload source audio", responses={201: examples.FILE},
     form_limits={"max_files": 1, "max_fields": 16, "max_part_size": 4_096},
 )  # fmt: skip
-async def upload(
+async def upload_file(
     file: Annotated[
         UploadFile, File(description="Any common audio format, or a song's latents; the content decides, not the name.")
     ],
@@ -42,12 +42,12 @@ async def upload(
 
 
 @router.get("/files/{file_id}", summary="What is known of an uploaded file", responses={200: examples.FILE})
-async def get_file(file_id: FileId, service: Svc, caller: Auth) -> FileView:
+async def get_upload(file_id: FileId, service: Svc, caller: Auth) -> FileView:
     return await _view(service, await _existing(service, file_id, caller.name))
 
 
 @router.delete("/files/{file_id}", status_code=204, summary="Delete an uploaded file")
-async def delete_file(file_id: FileId, service: Svc, caller: Auth) -> Response:
+async def delete_upload(file_id: FileId, service: Svc, caller: Auth) -> Response:
     record = await _existing(service, file_id, caller.name)
     await asyncio.to_thread(service.sources.records.delete, [record.id])
     await with_files(service.storage.delete, record.path)

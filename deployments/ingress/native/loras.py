@@ -42,7 +42,7 @@ class Loras(Answer):
 
 
 @router.get("/loras", summary="Adapters that requests may name", response_model=Loras)
-async def loras(service: Svc) -> Any:
+async def list_loras(service: Svc) -> Any:
     looked = await service.talk.loras()
     found: dict[str, dict[str, Any]] = {}
     for model, entries in looked.found:

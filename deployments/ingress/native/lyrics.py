@@ -41,7 +41,7 @@ class LyricsSubmission(JobOptions):
     "/jobs/{job_id}/lyrics", status_code=202, summary="Tell when the words of a finished song are sung, and how well they are heard",
     responses={202: examples.LYRICS_202, 200: {**examples.LYRICS_200, "model": JobView}},
 )  # fmt: skip
-async def listen(
+async def time_lyrics(
     job_id: JobId, asked: Annotated[LyricsSubmission, Body(openapi_examples=examples.LYRICS)], response: Response, service: Svc, caller: Auth,
     idempotency_key: IdempotencyKey = None, prefer: Prefer = None,
 ) -> JobView:  # fmt: skip

@@ -10,8 +10,8 @@ from pydantic import Field
 
 from acestep.song import SIDECARS
 from deployments.ingress.bodies import KeyFirst
-from deployments.ingress.downloads import send_file
-from deployments.ingress.errors import PROBLEMS, NotFound
+from deployments.ingress.downloads import AUDIO, send_file
+from deployments.ingress.errors import FILE_PROBLEMS, PROBLEMS, NotFound
 from deployments.ingress.links import audio_path, job_path, read_audio_path, sidecar_path
 from deployments.ingress.made import made_item
 from deployments.ingress.native import examples
@@ -24,9 +24,9 @@ router = APIRouter(prefix="/v1", tags=["songs"], responses=PROBLEMS, route_class
 
 @router.get(
     "/jobs/{job_id}/files/{file}", summary="What lies beside a song: latents, timed lyrics", response_class=Response,
-    responses=examples.FILES,
+    responses=examples.FILES | FILE_PROBLEMS,
 )  # fmt: skip
-async def get_file(
+async def get_song_file(
     request: Request, job_id: JobId, file: Annotated[str, Field(max_length=16, description="`{index}.{kind}`, such as 0.lrc.")], service: Svc,
     expires: Expires = None, signature: Signature = None,
 ) -> Response:  # fmt: skip
@@ -47,7 +47,10 @@ async def get_file(
 
 
 @router.get(
-    "/jobs/{job_id}/audio/{file}", summary="One song as a file", response_class=Response, responses=examples.AUDIO
+    "/jobs/{job_id}/audio/{file}",
+    summary="One song as a file",
+    response_class=Response,
+    responses=AUDIO | FILE_PROBLEMS,
 )
 async def get_audio(
     request: Request, job_id: JobId, file: Annotated[str, Field(max_length=16, description="`{index}.{format}`, such as 0.wav.")], service: Svc,
@@ -69,7 +72,7 @@ async def get_audio(
 
 
 # Second routes: one operation with two methods would get the same name twice in the OpenAPI document.
-for path, answer in (("audio", get_audio), ("files", get_file)):
+for path, answer in (("audio", get_audio), ("files", get_song_file)):
     router.add_api_route(
         f"/jobs/{{job_id}}/{path}/{{file}}", answer, methods=["HEAD"], response_class=Response, include_in_schema=False
     )

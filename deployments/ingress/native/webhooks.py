@@ -54,5 +54,5 @@ async def retry_webhook(
 @router.get(
     "/webhooks/secret", summary="Your signing secret, for a Standard Webhooks library", responses={200: examples.SECRET}
 )
-async def webhook_secret(service: Svc, caller: Auth) -> Secret:
+async def get_webhook_secret(service: Svc, caller: Auth) -> Secret:
     return Secret(secret=shown_secret(derived_secret(service.webhook_secret, caller.name)))

@@ -31,7 +31,7 @@ _BULLET = re.compile(r"(?:[-*•·–—+>]|\d{1,2}[.)])\s{1,4}\S")
 _TEMPO = re.compile(r"\d ?bpm\b", re.IGNORECASE)
 # Fields of OpenAI's that mean nothing to a song.
 NOT_OURS = frozenset((
-    "modalities", "max_completion_tokens", "stop", "tools", "tool_choice", "functions", "function_call", "parallel_tool_calls",
+    "max_completion_tokens", "stop", "tools", "tool_choice", "functions", "function_call", "parallel_tool_calls",
     "response_format", "user", "store", "metadata", "logprobs", "top_logprobs", "logit_bias", "frequency_penalty", "presence_penalty",
     "service_tier", "reasoning_effort", "prediction", "verbosity", "web_search_options", "safety_identifier", "prompt_cache_key",
 ))  # fmt: skip
@@ -39,7 +39,9 @@ _SONG_URL = re.compile(r"\s*(?:https?:/|)/\S{0,200}?(?<=/)(?:v1/audio\?|v1/jobs/
 NOTHING = "No valid prompt, lyrics, sample query, or input audio found in request"
 
 
-class _Open(BaseModel):
+class OpenBody(BaseModel):
+    """A body that may hold more than what is known here."""
+
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
     @model_validator(mode="before")
@@ -52,32 +54,32 @@ class _Open(BaseModel):
 Said = Annotated[str, Field(max_length=1 << 20)]  # what is too long to mean anything is warned of, not refused
 
 
-class InputAudio(_Open):
+class InputAudio(OpenBody):
     data: str = Field(description="Base64, or a data URL.")  # as long as the body may be
     format: Said = Field("mp3", description="Of the data; what it really is decides.")
 
 
-class AudioUrl(_Open):
+class AudioUrl(OpenBody):
     """As answers have it."""
 
     url: str = Field(description="Data URL, or URL of an own song.")
 
 
-class Part(_Open):
+class Part(OpenBody):
     type: Said = Field(description="text, input_audio or audio_url.")
     text: Said | None = Field(None, description="Of type text.")
     input_audio: InputAudio | None = Field(None, description="Of type input_audio.")
     audio_url: AudioUrl | None = Field(None, description="Of type audio_url.")
 
 
-class Message(_Open):
+class Message(OpenBody):
     role: Literal["system", "user", "assistant", "developer", "tool", "function"] = Field(
         description="The last of user counts."
     )
     content: Said | Annotated[list[Part], Field(max_length=1000)] | None = Field(None, description="Text, or parts.")
 
 
-class AudioConfig(_Open):
+class AudioConfig(OpenBody):
     model_config = ConfigDict(coerce_numbers_to_str=True)
     duration: float | Said | None = Field(None, description="Seconds, also as '3:30'; left out: the planner decides.")
     format: Said | None = Field(None, description="Such as mp3, which it is by default, wav, flac.")
@@ -88,17 +90,17 @@ class AudioConfig(_Open):
     instrumental: bool | None = Field(None, description="Nobody sings.")
 
 
-class OutputAudio(_Open):
+class OutputAudio(OpenBody):
     """OpenAI's way to ask for a format. Its `voice` means nothing to a song."""
 
     format: Said | None = Field(None, description="As in audio_config.")
 
 
-class StreamOptions(_Open):
+class StreamOptions(OpenBody):
     include_usage: bool = Field(False, description="End the stream with its usage.")
 
 
-class ChatRequest(_Open):
+class ChatRequest(OpenBody):
     """The body of a chat completion. Every field of `/release_task` is one of a chat, too; fields that other models have are accepted, and the
     answer says that they mean nothing here."""
 
@@ -106,6 +108,10 @@ class ChatRequest(_Open):
     messages: list[Message] = Field(min_length=1, max_length=1000, description="The last one of the user is the song.")
     audio_config: AudioConfig | None = Field(None, description="Metadata and format of the song.")
     audio: OutputAudio | None = Field(None, description="A format, as OpenAI has it.")
+    modalities: list[Said] | None = Field(
+        None, max_length=10,
+        description="Without `audio` in it songs come as links alone; left out: as data up to 16 MiB, beyond it as links.",
+    )  # fmt: skip
     n: int | None = Field(None, ge=1, description="As batch_size.")
     stream_options: StreamOptions | None = Field(None, description="What a stream holds.")
     temperature: float | None = Field(None, ge=0, le=2, description="Of the planner's sampling.")
@@ -147,6 +153,11 @@ class ChatRequest(_Open):
     use_cot_metas: bool = Field(True, description="The planner decides metadata that are not given.")
     enable_normalization: bool | None = Field(None, description="As `normalize` of /v1/music.")
     normalization_db: float | None = Field(None, description="dBFS of the highest sample.")
+
+    @property
+    def wants_data(self) -> bool:
+        """Whether songs may come within the answer."""
+        return self.modalities is None or "audio" in self.modalities
 
     @model_validator(mode="before")
     @classmethod
@@ -194,7 +205,6 @@ def read_messages(chat: ChatRequest) -> Meaning:
     text = "\n".join(p.text for p in parts if p.type == "text" and p.text).strip()
     if len(text) > MAX_TEXT_CHARS:  # before any pattern looks at it
         raise ValueError(f"messages: a text of {len(text)} characters; at most {MAX_TEXT_CHARS} make a song")
-    text = words.read_text(text).strip()
     audio = tuple(
         decode_audio(data)
         for p in parts
@@ -203,16 +213,11 @@ def read_messages(chat: ChatRequest) -> Meaning:
             else [p.audio_url.url] if p.type == "audio_url" and p.audio_url else []
         )
     )  # fmt: skip
-    caption, rest = _take(text, "prompt")
-    lyrics, rest = _take(rest, "lyrics")
-    query = guessed = ""
-    if chat.lyrics.strip():
-        lyrics = chat.lyrics
-    elif chat.sample_mode:
-        caption, lyrics, query = "", "", text
-    elif caption is None and lyrics is None:
-        caption, lyrics, guessed = guess(text)
-    caption, lyrics = (rest if caption is None else caption), lyrics or ""
+    query = ""
+    if chat.sample_mode and not chat.lyrics.strip():
+        caption, lyrics, query, guessed = "", "", words.read_text(text).strip(), ""
+    else:
+        caption, lyrics, guessed = split_text(text, chat.lyrics)
     if chat.audio_config and chat.audio_config.instrumental and not lyrics.strip():
         lyrics = "[inst]"
     found = caption.strip() or query or audio or chat.audio_codes or chat.sample_mode
@@ -221,11 +226,25 @@ def read_messages(chat: ChatRequest) -> Meaning:
     return Meaning(caption.strip(), lyrics.strip(), query, audio, guessed)
 
 
+def split_text(text: str, lyrics: str = "") -> tuple[str, str, str]:
+    """Description, lyrics, and why where that had to be guessed: by its tags, else by its looks.
+
+    Args:
+        lyrics: Where they come beside the text, which then is a description.
+    """
+    text = words.read_text(text).strip()
+    caption, rest = _take(text, "prompt")
+    tagged, rest = _take(rest, "lyrics")
+    if not lyrics.strip() and caption is None and tagged is None:
+        return guess(text)
+    return (rest if caption is None else caption), (lyrics if lyrics.strip() else tagged or ""), ""
+
+
 def unused(chat: ChatRequest, meaning: Meaning) -> list[Adjustment]:
     """What of a chat means nothing to its song, and what had to be guessed."""
     no_effect = "no effect on a song"
     theirs = {name: value for name, value in (chat.model_extra or {}).items() if name in NOT_OURS}
-    found = unknown_fields({**theirs, "max_tokens": chat.max_tokens}, ("modalities",), no_effect)
+    found = unknown_fields({**theirs, "max_tokens": chat.max_tokens}, (), no_effect)
     for part in (chat.audio_config, chat.audio, chat.stream_options):
         found += unknown_fields((part and part.model_extra) or {}, (), no_effect)
     if other := {p.type for p in _parts(chat) if p.type not in ("text", "input_audio", "audio_url")}:
