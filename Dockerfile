@@ -13,9 +13,10 @@ RUN python -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH
 WORKDIR /src
 # Dependencies first: they change less often than the code.
-COPY pyproject.toml constraints.txt README.md ./
-RUN mkdir acestep deployments \
- && touch acestep/__init__.py deployments/__init__.py \
+COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY acestep/__init__.py acestep/__init__.py
+RUN mkdir deployments \
+ && touch deployments/__init__.py \
  && case "$VARIANT" in \
       cuda) pip install --constraint constraints.txt ".[gpu,postgres,s3,wavelets]" ;; \
       cpu) pip install --constraint constraints.txt --extra-index-url https://download.pytorch.org/whl/cpu ".[postgres,s3,wavelets]" ;; \
@@ -23,6 +24,7 @@ RUN mkdir acestep deployments \
     esac
 COPY acestep acestep
 COPY deployments deployments
+COPY serve_config.yaml ./
 RUN pip install --no-deps --force-reinstall .
 
 FROM python:${PYTHON}

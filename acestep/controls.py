@@ -111,33 +111,45 @@ class SamplingControls(BaseModel):
     """Part of `SongRequest`."""
 
     dcw_enabled: bool | None = Field(
-        None, description="Correct each step in the wavelet domain (DCW). Null: on turbo checkpoints, not on others."
+        default=None,
+        description="Correct each step in the wavelet domain (DCW). Null: on turbo checkpoints, not on others.",
     )
     dcw_mode: DcwMode = Field(
-        "double", description="Which band is corrected: low, high, both (double), or all of it without wavelets (pix)."
+        default="double",
+        description="Which band is corrected: low, high, both (double), or all of it without wavelets (pix).",
     )
-    dcw_scaler: float = Field(0.05, ge=0.0, le=1.0, description="Of the low band, or the only one; up to 0.1 is usual.")
-    dcw_high_scaler: float = Field(0.02, ge=0.0, le=1.0, description="Of the high band in mode double.")
+    dcw_scaler: float = Field(
+        default=0.05, ge=0.0, le=1.0, description="Of the low band, or the only one; up to 0.1 is usual."
+    )
+    dcw_high_scaler: float = Field(default=0.02, ge=0.0, le=1.0, description="Of the high band in mode double.")
     dcw_wavelet: Annotated[str, AfterValidator(_wavelet)] = Field(
-        "haar", max_length=16, description="Name as PyWavelets has it: haar, db4, sym8, ..."
+        default="haar", max_length=16, description="Name as PyWavelets has it: haar, db4, sym8, ..."
     )
 
     velocity_norm_threshold: float = Field(
-        0.0, ge=0.0, le=100.0, description="Longest velocity, in lengths of the latents; 1.5 to 3 is usual, 0 is off."
+        default=0.0,
+        ge=0.0,
+        le=100.0,
+        description="Longest velocity, in lengths of the latents; 1.5 to 3 is usual, 0 is off.",
     )
     velocity_ema_factor: float = Field(
-        0.0, ge=0.0, le=0.99, description="Share of the last step's velocity in each; 0.05 to 0.2 is usual, 0 is off."
+        default=0.0,
+        ge=0.0,
+        le=0.99,
+        description="Share of the last step's velocity in each; 0.05 to 0.2 is usual, 0 is off.",
     )
 
-    use_adg: bool = Field(False, description="The same as `guidance_variant` adg; for base and sft checkpoints.")
+    use_adg: bool = Field(
+        default=False, description="The same as `guidance_variant` adg; for base and sft checkpoints."
+    )
     guidance_variant: GuidanceVariant = Field(
-        "apg_classic", description="How guidance is computed; for base and sft checkpoints."
+        default="apg_classic", description="How guidance is computed; for base and sft checkpoints."
     )
     guidance_params: Annotated[
         Annotated[dict[Annotated[str, Field(max_length=32)], float], Field(max_length=8)] | None,
         BeforeValidator(_params),
     ] = Field(
-        None,
+        default=None,
         description="Numbers of the variant; left out ones are the defaults. "
         + "; ".join(
             f"{name}: " + ", ".join(f"{key} {p.default:g} ({p.low:g} to {p.high:g})" for key, p in params.items())
@@ -147,40 +159,45 @@ class SamplingControls(BaseModel):
     )
 
     retake_variance: Probability = Field(
-        0.0, description="Share of other noise in the first: 0 is the song of `seed`, 1 that of `retake_seed`."
+        default=0.0, description="Share of other noise in the first: 0 is the song of `seed`, 1 that of `retake_seed`."
     )
     retake_seed: Annotated[
         int | Annotated[tuple[int, ...], Field(max_length=MAX_BATCH)] | None, BeforeValidator(_seeds)
     ] = Field(
-        None, description="Of the other noise: one (item i uses it + i), one per item, or null / -1 for a random one."
+        default=None,
+        description="Of the other noise: one (item i uses it + i), one per item, or null / -1 for a random one.",
     )
 
     retaken: Annotated[tuple[Retaken, ...], Field(max_length=MAX_RETAKEN)] = Field(
-        (),
+        default=(),
         description="Other noise that goes in before that of `retake_seed`, one after another: variations of variations.",
     )
 
-    latent_shift: float = Field(0.0, ge=-10.0, le=10.0, description="Added to the latents before they become sound.")
-    latent_rescale: float = Field(1.0, ge=0.01, le=10.0, description="Multiplies the latents before that.")
+    latent_shift: float = Field(
+        default=0.0, ge=-10.0, le=10.0, description="Added to the latents before they become sound."
+    )
+    latent_rescale: float = Field(default=1.0, ge=0.01, le=10.0, description="Multiplies the latents before that.")
 
     flow_edit_morph: bool = Field(
-        False,
+        default=False,
         description="Move `src_audio` from what `flow_edit_source_caption` and `flow_edit_source_lyrics` say to what `prompt` and "
         "`lyrics` say; for text2music, cover and cover-nofsq.",
     )
     flow_edit_source_caption: Caption = Field(
-        "", max_length=MAX_PROMPT_CHARS, description="Of flow edit: the source's music."
+        default="", max_length=MAX_PROMPT_CHARS, description="Of flow edit: the source's music."
     )
     flow_edit_source_lyrics: Lyrics = Field(
-        "", max_length=MAX_LYRICS_CHARS, description="Of flow edit: the source's words."
+        default="", max_length=MAX_LYRICS_CHARS, description="Of flow edit: the source's words."
     )
     flow_edit_n_min: float = Field(
-        0.0, ge=0.0, le=0.99, description="Of flow edit: share of the steps that are left out, from the first."
+        default=0.0, ge=0.0, le=0.99, description="Of flow edit: share of the steps that are left out, from the first."
     )
     flow_edit_n_max: Probability = Field(
-        1.0, description="Of flow edit: from this share of the steps on only `prompt` and `lyrics` lead."
+        default=1.0, description="Of flow edit: from this share of the steps on only `prompt` and `lyrics` lead."
     )
-    flow_edit_n_avg: int = Field(1, ge=1, le=16, description="Of flow edit: draws of noise that each step averages.")
+    flow_edit_n_avg: int = Field(
+        default=1, ge=1, le=16, description="Of flow edit: draws of noise that each step averages."
+    )
 
     @model_validator(mode="after")
     def _check_controls(self) -> SamplingControls:

@@ -17,7 +17,7 @@ class Lora(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     path: Text = Field(min_length=1, max_length=1024, description="Folder or file, under one of `lora_roots`.")
-    scale: float = Field(1.0, ge=0.0, le=4.0, description="Multiplies what the adapter changes.")
+    scale: float = Field(default=1.0, ge=0.0, le=4.0, description="Multiplies what the adapter changes.")
 
 
 def _several(value: Any) -> Any:

@@ -37,18 +37,20 @@ class Metadata(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     bpm: Annotated[Annotated[int, Field(ge=30, le=300)] | None, BeforeValidator(words.read_bpm)] = Field(
-        None, description="Beats per minute."
+        default=None, description="Beats per minute."
     )
-    caption: str | None = Field(None, max_length=8_192, description="The music, in the planner's words.")
+    caption: str | None = Field(default=None, max_length=8_192, description="The music, in the planner's words.")
     duration: Annotated[Annotated[float, Field(gt=0.0, le=600.0)] | None, BeforeValidator(words.read_duration)] = Field(
-        None, description="Seconds."
+        default=None, description="Seconds."
     )
-    keyscale: Annotated[Word | None, BeforeValidator(words.read_key)] = Field(None, description="Such as 'F# minor'.")
+    keyscale: Annotated[Word | None, BeforeValidator(words.read_key)] = Field(
+        default=None, description="Such as 'F# minor'."
+    )
     language: Annotated[Word | None, BeforeValidator(_language)] = Field(
-        None, description="Code of the lyrics' language, or `unknown`."
+        default=None, description="Code of the lyrics' language, or `unknown`."
     )
     timesignature: Annotated[Word | None, BeforeValidator(words.read_time_signature)] = Field(
-        None, description="2, 3, 4 or 6."
+        default=None, description="2, 3, 4 or 6."
     )
 
 
@@ -56,13 +58,17 @@ class PlannerScores(BaseModel):
     """How much a song's audio codes tell the planner of what the song was to be; each 0 to 1, null where there was nothing to look for."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-    caption: float | None = Field(None, description="Whether the codes make the caption likelier; 0.5: not at all.")
-    lyrics: float | None = Field(None, description="Whether they make the lyrics likelier; 0.5: not at all.")
-    bpm: float | None = Field(None, description="How far up this value is among the planner's guesses; 1: the first.")
-    duration: float | None = Field(None, description="As of `bpm`.")
-    keyscale: float | None = Field(None, description="As of `bpm`.")
-    language: float | None = Field(None, description="As of `bpm`.")
-    timesignature: float | None = Field(None, description="As of `bpm`.")
+    caption: float | None = Field(
+        default=None, description="Whether the codes make the caption likelier; 0.5: not at all."
+    )
+    lyrics: float | None = Field(default=None, description="Whether they make the lyrics likelier; 0.5: not at all.")
+    bpm: float | None = Field(
+        default=None, description="How far up this value is among the planner's guesses; 1: the first."
+    )
+    duration: float | None = Field(default=None, description="As of `bpm`.")
+    keyscale: float | None = Field(default=None, description="As of `bpm`.")
+    language: float | None = Field(default=None, description="As of `bpm`.")
+    timesignature: float | None = Field(default=None, description="As of `bpm`.")
     total: float = Field(
         description="0.5 caption + 0.3 lyrics + 0.2 mean of the others, shared out among those there are."
     )
@@ -72,11 +78,11 @@ class PlanTimings(BaseModel):
     """Wall seconds inside the planner."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-    queued_s: float = Field(0.0, description="Before it had a place in the planner's batch.")
-    metadata_s: float = Field(0.0, description="Writing metadata or texts.")
-    codes_s: float = Field(0.0, description="Writing audio codes.")
-    scores_s: float = Field(0.0, description="Scoring the codes.")
-    steps: int = Field(0, ge=0, lt=2**63, description="Decoder forwards that this request took part in.")
+    queued_s: float = Field(default=0.0, description="Before it had a place in the planner's batch.")
+    metadata_s: float = Field(default=0.0, description="Writing metadata or texts.")
+    codes_s: float = Field(default=0.0, description="Writing audio codes.")
+    scores_s: float = Field(default=0.0, description="Scoring the codes.")
+    steps: int = Field(default=0, ge=0, lt=2**63, description="Decoder forwards that this request took part in.")
 
     @property
     def work_s(self) -> float:
@@ -98,31 +104,37 @@ class Plan(BaseModel):
     """Metadata and, where the planner was asked to think, one list of audio codes per item (5 per second)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-    metadata: Metadata = Field(Metadata(), description="What all items share.")
+    metadata: Metadata = Field(default=Metadata(), description="What all items share.")
     item_metadata: tuple[Metadata, ...] = Field(
-        (), max_length=8, description="One per item where the items do not share `metadata` (lm_share_cot off)."
+        default=(), max_length=8, description="One per item where the items do not share `metadata` (lm_share_cot off)."
     )
     codes: tuple[Codes, ...] | None = Field(
-        None, max_length=8, description="Audio codes, 5 per second: one list per item, or one for all; null: none."
+        default=None,
+        max_length=8,
+        description="Audio codes, 5 per second: one list per item, or one for all; null: none.",
     )
     lm_seeds: tuple[Annotated[int, Field(ge=0, lt=2**63)], ...] = Field(
-        (), max_length=8, description="The planner's seed of each item; empty where none ran."
+        default=(), max_length=8, description="The planner's seed of each item; empty where none ran."
     )
-    model: str | None = Field(None, max_length=256, description="Planner checkpoint; null where none ran.")
-    model_hash: str | None = Field(None, max_length=128, description="Checksum of its weights, where it is known.")
-    notice: str | None = Field(None, max_length=256, description="What is to be known of the checkpoint.")
-    lm_lora: tuple[UsedLora, ...] = Field((), max_length=8, description="The adapters that the planner ran with.")
+    model: str | None = Field(default=None, max_length=256, description="Planner checkpoint; null where none ran.")
+    model_hash: str | None = Field(
+        default=None, max_length=128, description="Checksum of its weights, where it is known."
+    )
+    notice: str | None = Field(default=None, max_length=256, description="What is to be known of the checkpoint.")
+    lm_lora: tuple[UsedLora, ...] = Field(
+        default=(), max_length=8, description="The adapters that the planner ran with."
+    )
     adjustments: tuple[Adjustment, ...] = Field(
-        (),
+        default=(),
         max_length=8,
         description="What the planner wrote and is not used, and why; not read in a plan that is sent.",
     )
     scores: tuple[PlannerScores | None, ...] = Field(
-        (),
+        default=(),
         max_length=8,
         description="With `score`: one per item, null where it could not be had; not read in a plan that is sent.",
     )
-    timings: PlanTimings = Field(PlanTimings(), description="How long planning took.")
+    timings: PlanTimings = Field(default=PlanTimings(), description="How long planning took.")
 
     def metadata_of(self, item: int) -> Metadata:
         """Metadata of batch item `item`."""

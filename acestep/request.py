@@ -93,40 +93,44 @@ class SongRequest(SourceFields):
     )
 
     # What to make
-    prompt: Caption = Field("", max_length=MAX_PROMPT_CHARS, description="Description of the music.")
-    lyrics: Lyrics = Field("", max_length=MAX_LYRICS_CHARS, description="Lyrics; empty means instrumental.")
+    prompt: Caption = Field(default="", max_length=MAX_PROMPT_CHARS, description="Description of the music.")
+    lyrics: Lyrics = Field(default="", max_length=MAX_LYRICS_CHARS, description="Lyrics; empty means instrumental.")
     duration: Duration = Field(
-        None, description="Seconds, also as '3:30' or '90s'; null, 0 or -1: the planner decides."
+        default=None, description="Seconds, also as '3:30' or '90s'; null, 0 or -1: the planner decides."
     )
-    bpm: Bpm = Field(None, description="Also as '120 BPM'; null or 0: the planner decides.")
-    key_scale: Key = Field(None, description="Such as 'F# minor', 'Am', 'A flat minor'.")
-    time_signature: TimeSignature = Field(None, description="2, 3, 4 or 6; also as '6/8'.")
-    vocal_language: Language = Field(None, description="Code or name, such as en, zh-CN, Deutsch.")
-    batch_size: int = Field(1, ge=1, le=MAX_BATCH, description="Number of variants.")
+    bpm: Bpm = Field(default=None, description="Also as '120 BPM'; null or 0: the planner decides.")
+    key_scale: Key = Field(default=None, description="Such as 'F# minor', 'Am', 'A flat minor'.")
+    time_signature: TimeSignature = Field(default=None, description="2, 3, 4 or 6; also as '6/8'.")
+    vocal_language: Language = Field(default=None, description="Code or name, such as en, zh-CN, Deutsch.")
+    batch_size: int = Field(default=1, ge=1, le=MAX_BATCH, description="Number of variants.")
     seed: Annotated[
         int | Annotated[tuple[int, ...], Field(max_length=MAX_BATCH)] | None, BeforeValidator(seed_or_none)
-    ] = Field(None, description="One seed (item i uses seed + i), one per item, or null / -1 for a random one.")
+    ] = Field(default=None, description="One seed (item i uses seed + i), one per item, or null / -1 for a random one.")
 
     # Planner
-    thinking: bool = Field(True, description="The planner writes audio codes for the renderer.")
-    use_cot_metas: bool = Field(True, description="The planner decides bpm, key and other metadata that are not given.")
-    use_cot_caption: bool = Field(True, description="The renderer reads the planner's description instead of `prompt`.")
-    use_cot_language: bool = Field(True, description="The planner decides the language where none is given.")
-    constrained_decoding: bool = Field(True, description="Hold the planner to the form of its metadata.")
-    lm_temperature: float = Field(
-        0.85, ge=0.0, le=2.0, description="Of the planner's sampling; 0 always takes the likeliest."
+    thinking: bool = Field(default=True, description="The planner writes audio codes for the renderer.")
+    use_cot_metas: bool = Field(
+        default=True, description="The planner decides bpm, key and other metadata that are not given."
     )
-    lm_cfg_scale: float = Field(2.0, ge=1.0, le=20.0, description="1 switches guidance off.")
-    lm_top_k: int = Field(0, ge=0, le=1_000_000, description="0 switches it off.")
-    lm_top_p: float = Field(0.9, gt=0.0, le=1.0, description="1 switches it off.")
+    use_cot_caption: bool = Field(
+        default=True, description="The renderer reads the planner's description instead of `prompt`."
+    )
+    use_cot_language: bool = Field(default=True, description="The planner decides the language where none is given.")
+    constrained_decoding: bool = Field(default=True, description="Hold the planner to the form of its metadata.")
+    lm_temperature: float = Field(
+        default=0.85, ge=0.0, le=2.0, description="Of the planner's sampling; 0 always takes the likeliest."
+    )
+    lm_cfg_scale: float = Field(default=2.0, ge=1.0, le=20.0, description="1 switches guidance off.")
+    lm_top_k: int = Field(default=0, ge=0, le=1_000_000, description="0 switches it off.")
+    lm_top_p: float = Field(default=0.9, gt=0.0, le=1.0, description="1 switches it off.")
     lm_repetition_penalty: float = Field(
-        1.0, ge=0.1, le=10.0, description="Above 1 the planner repeats itself less; 1 switches it off."
+        default=1.0, ge=0.1, le=10.0, description="Above 1 the planner repeats itself less; 1 switches it off."
     )
     lm_negative_prompt: Caption = Field(
-        NO_USER_INPUT, max_length=MAX_PROMPT_CHARS, description="What the planner's guidance leads away from."
+        default=NO_USER_INPUT, max_length=MAX_PROMPT_CHARS, description="What the planner's guidance leads away from."
     )
     lm_seed: int | None = Field(
-        None,
+        default=None,
         ge=-1,
         le=MAX_SEED,
         description=(
@@ -135,100 +139,120 @@ class SongRequest(SourceFields):
         ),
     )
     lm_lora: Loras = Field(
-        (),
+        default=(),
         max_length=MAX_LORAS,
         description="Adapters of the planner for this song, named as `lora` names the renderer's; null: none.",
     )
-    lm_share_cot: bool = Field(True, description="All items of a batch share one set of metadata.")
+    lm_share_cot: bool = Field(default=True, description="All items of a batch share one set of metadata.")
     plan: Annotated[Plan | None, AfterValidator(_as_given)] = Field(
-        None, description="A plan made (and perhaps edited) earlier: skips the planner."
+        default=None, description="A plan made (and perhaps edited) earlier: skips the planner."
     )
     audio_codes: tuple[Annotated[int, Field(ge=0, le=63_999)], ...] | None = Field(
-        None, min_length=1, max_length=int(MAX_DURATION_S) * 5, description="Codes for every item: skips code planning."
+        default=None,
+        min_length=1,
+        max_length=int(MAX_DURATION_S) * 5,
+        description="Codes for every item: skips code planning.",
     )
 
     # Renderer
-    model: Text | None = Field(None, max_length=128, description="Renderer checkpoint; null means the pool's default.")
+    model: Text | None = Field(
+        default=None, max_length=128, description="Renderer checkpoint; null means the pool's default."
+    )
     task: Task = Field(
-        "text2music",
+        default="text2music",
         description="All but text2music work on `src_audio`; extract, lego and complete need a base checkpoint.",
     )
-    instruction: Text | None = Field(None, max_length=512, description="Overrides the task's own instruction.")
-    track_name: Track = Field(None, description=f"The models learned {', '.join(TRACKS)}.")
+    instruction: Text | None = Field(default=None, max_length=512, description="Overrides the task's own instruction.")
+    track_name: Track = Field(default=None, description=f"The models learned {', '.join(TRACKS)}.")
     track_classes: Annotated[tuple[Word, ...] | None, BeforeValidator(_tracks)] = Field(
-        None, max_length=32, description="Tracks that `complete` adds; names as `track_name` has them."
+        default=None, max_length=32, description="Tracks that `complete` adds; names as `track_name` has them."
     )
     global_caption: Caption = Field(
-        "", max_length=MAX_PROMPT_CHARS, description="Of `lego`: the whole song, where `prompt` describes the track."
+        default="",
+        max_length=MAX_PROMPT_CHARS,
+        description="Of `lego`: the whole song, where `prompt` describes the track.",
     )
-    steps: int | None = Field(None, ge=1, le=200, description="Null means the checkpoint's default.")
-    guidance_scale: float | None = Field(None, ge=1.0, le=30.0, description="Null means the checkpoint's default.")
-    shift: float | None = Field(None, ge=0.1, le=10.0, description="Null means the checkpoint's default.")
+    steps: int | None = Field(default=None, ge=1, le=200, description="Null means the checkpoint's default.")
+    guidance_scale: float | None = Field(
+        default=None, ge=1.0, le=30.0, description="Null means the checkpoint's default."
+    )
+    shift: float | None = Field(default=None, ge=0.1, le=10.0, description="Null means the checkpoint's default.")
     timesteps: tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...] | None = Field(
-        None, min_length=1, max_length=200, description="Own schedule, falling from 1; overrides steps and shift."
+        default=None,
+        min_length=1,
+        max_length=200,
+        description="Own schedule, falling from 1; overrides steps and shift.",
     )
-    infer_method: Literal["ode", "sde"] = Field("ode", description="sde: fresh noise in every step.")
+    infer_method: Literal["ode", "sde"] = Field(default="ode", description="sde: fresh noise in every step.")
     sampler: Literal["euler", "heun"] = Field(
-        "euler",
+        default="euler",
         description="heun: two forwards a step, more exact. `sampler_mode` is the same.",
         validation_alias=AliasChoices("sampler", "sampler_mode"),
     )
-    cfg_interval_start: Probability = Field(0.0, description="Guidance is on from this time, 1 being noise, ...")
-    cfg_interval_end: Probability = Field(1.0, description="... to this one.")
+    cfg_interval_start: Probability = Field(
+        default=0.0, description="Guidance is on from this time, 1 being noise, ..."
+    )
+    cfg_interval_end: Probability = Field(default=1.0, description="... to this one.")
     lora: Loras = Field(
-        (),
+        default=(),
         max_length=MAX_LORAS,
         description="Adapters for this song, one or several, whose changes add up in any order; null: none.",
     )
 
     # Output
     formats: Annotated[tuple[AudioFormat, ...], BeforeValidator(_formats)] = Field(
-        DEFAULT_FORMATS,
+        default=DEFAULT_FORMATS,
         min_length=1,
         max_length=7,
         description="Every song comes in each of these. Also: format, audio_format.",
         validation_alias=AliasChoices("formats", "format", "audio_format"),
     )
     bitrate_kbps: Annotated[Annotated[int, Field(ge=32, le=512)] | None, BeforeValidator(words.read_bitrate)] = Field(
-        None,
+        default=None,
         description="For mp3, opus and aac; also as '128k'. `mp3_bitrate` is the same.",
         validation_alias=AliasChoices("bitrate_kbps", "mp3_bitrate"),
     )
     sample_rate: Literal[48000, 44100] = Field(
-        48000,
+        default=48000,
         description="Of the files, in Hz; opus has 48000 only. `mp3_sample_rate` is the same.",
         validation_alias=AliasChoices("sample_rate", "mp3_sample_rate"),
     )
-    fade_in_duration: float = Field(0.0, ge=0.0, le=60.0, description="Seconds from silence at the beginning.")
-    fade_out_duration: float = Field(0.0, ge=0.0, le=60.0, description="Seconds to silence at the end.")
+    fade_in_duration: float = Field(default=0.0, ge=0.0, le=60.0, description="Seconds from silence at the beginning.")
+    fade_out_duration: float = Field(default=0.0, ge=0.0, le=60.0, description="Seconds to silence at the end.")
     normalize: bool | None = Field(
-        None,
+        default=None,
         validation_alias=AliasChoices("normalize", "enable_normalization"),
         description="Peak at `normalization_db`. Without it a song is only turned down where it would clip. Null: yes, but not for "
         "repaint, lego, extract and complete, which keep their source's level. `enable_normalization` is the same.",
     )
     normalization_db: float | None = Field(
-        None, ge=-60.0, le=0.0, description="dBFS of the highest sample, -1 if null; a number switches `normalize` on."
+        default=None,
+        ge=-60.0,
+        le=0.0,
+        description="dBFS of the highest sample, -1 if null; a number switches `normalize` on.",
     )
-    loudness_lufs: float | None = Field(None, ge=-40.0, le=-5.0, description="Integrated loudness target instead.")
+    loudness_lufs: float | None = Field(
+        default=None, ge=-40.0, le=-5.0, description="Integrated loudness target instead."
+    )
 
     timestamps: bool = Field(
-        False,
+        default=False,
         description="Also tell when each line and word is sung: files `lrc` and `lyrics`, and lyrics in the audio's tags.",
     )
     score: bool = Field(
-        False,
+        default=False,
         description="Also judge how well the lyrics can be heard, and what the planner makes of its codes: `scores` and `planner_scores` of each item.",
     )
     ranked: bool = Field(
-        False, description="The items of the result by `dit_score`, best first; with `score`. `best_of` asks for both."
+        default=False,
+        description="The items of the result by `dit_score`, best first; with `score`. `best_of` asks for both.",
     )
     latents: SkipJsonSchema[tuple[Annotated[Text, Field(max_length=1024)], ...]] = Field(
-        (), max_length=MAX_BATCH, description="Stored latents of songs that are made already; set, not asked."
+        default=(), max_length=MAX_BATCH, description="Stored latents of songs that are made already; set, not asked."
     )
 
     # Service
-    strict: bool = Field(False, description="Refuse (422) instead of clamping to what the hardware can do.")
+    strict: bool = Field(default=False, description="Refuse (422) instead of clamping to what the hardware can do.")
 
     @model_validator(mode="before")
     @classmethod

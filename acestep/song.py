@@ -30,9 +30,9 @@ class Progress(BaseModel):
 
     model_config = ConfigDict(frozen=True)
     stage: StageName = Field(description="The stage that is at work.")
-    done: int = Field(0, description="Units that are done.")
-    total: int = Field(0, description="Units that there are; 0 where that is unknown.")
-    item: int | None = Field(None, description="Of the batch, where it is about one.")
+    done: int = Field(default=0, description="Units that are done.")
+    total: int = Field(default=0, description="Units that there are; 0 where that is unknown.")
+    item: int | None = Field(default=None, description="Of the batch, where it is about one.")
 
 
 class AudioFile(BaseModel):
@@ -81,7 +81,9 @@ class TimedWord(BaseModel):
 class TimedLine(TimedWord):
     """A line of the lyrics. Section tags such as `[Verse]` are lines as they stand."""
 
-    words: tuple[TimedWord, ...] = Field((), description="Its words; where a script has no blanks, its characters.")
+    words: tuple[TimedWord, ...] = Field(
+        default=(), description="Its words; where a script has no blanks, its characters."
+    )
 
 
 class TimedLyrics(BaseModel):
@@ -109,34 +111,34 @@ class SongItem(BaseModel):
     index: int
     seed: int
     lm_seed: int | None = Field(
-        None,
+        default=None,
         description="With `seed` and the same request, what makes this item again alone; null where no planner ran.",
     )
-    retake_seed: int | None = Field(None, description="Of this item's other noise; null where there was none.")
+    retake_seed: int | None = Field(default=None, description="Of this item's other noise; null where there was none.")
     duration: float = Field(description="Seconds, exact: samples / sample_rate.")
     samples: int
     sample_rate: int = SAMPLE_RATE
     channels: int = CHANNELS
-    gain_db: float | None = Field(None, description="What the whole song was turned up by after it was made.")
+    gain_db: float | None = Field(default=None, description="What the whole song was turned up by after it was made.")
     made_gain_db: float | None = Field(
-        None,
+        default=None,
         description="Where source audio is kept around a window: what the window alone was turned up by, so as not to clip.",
     )
-    files: tuple[AudioFile, ...] = Field((), description="The audio.")
+    files: tuple[AudioFile, ...] = Field(default=(), description="The audio.")
     sidecars: tuple[Sidecar, ...] = ()
     scores: LyricScores | None = None
-    manifest: str | None = Field(None, description="Path of manifest.json beside the files.")
+    manifest: str | None = Field(default=None, description="Path of manifest.json beside the files.")
 
 
 class RenderTimings(BaseModel):
     """Wall seconds inside the renderer."""
 
     model_config = ConfigDict(frozen=True)
-    queued_s: float = Field(0.0, description="Before the card was free.")
-    conditions_s: float = Field(0.0, description="Reading texts, codes and source audio.")
-    denoise_s: float = Field(0.0, description="The steps.")
-    decode_s: float = Field(0.0, description="From latents to sound.")
-    encode_s: float = Field(0.0, description="Writing the files.")
+    queued_s: float = Field(default=0.0, description="Before the card was free.")
+    conditions_s: float = Field(default=0.0, description="Reading texts, codes and source audio.")
+    denoise_s: float = Field(default=0.0, description="The steps.")
+    decode_s: float = Field(default=0.0, description="From latents to sound.")
+    encode_s: float = Field(default=0.0, description="Writing the files.")
 
 
 class Song(BaseModel):
@@ -151,7 +153,9 @@ class Song(BaseModel):
     notice: str | None = None
     timings: RenderTimings = RenderTimings()
     settings: dict[str, Any] = Field(default_factory=dict, description="Steps, shift, guidance as used.")
-    adjustments: tuple[Adjustment, ...] = Field((), description="What the renderer changed of the request, and why.")
+    adjustments: tuple[Adjustment, ...] = Field(
+        default=(), description="What the renderer changed of the request, and why."
+    )
 
     def shown(self, *, ranked: bool) -> tuple[SongItem, ...]:
         """The items as a caller sees them: by number, or the best first."""

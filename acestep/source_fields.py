@@ -32,7 +32,7 @@ class SongName(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     job: str = Field(max_length=64, pattern=r"^[0-9A-Za-z-]+$", description="`id` of the job.")
-    item: int = Field(0, ge=0, lt=MAX_BATCH, description="Which of its songs, from 0.")
+    item: int = Field(default=0, ge=0, lt=MAX_BATCH, description="Which of its songs, from 0.")
 
     def __str__(self) -> str:
         return f"song:{self.job}/{self.item}"
@@ -97,9 +97,13 @@ class Region(BaseModel):
     start: Seconds = Field(ge=-MAX_DURATION_S, le=MAX_DURATION_S, description="Seconds; < 0 outpaints.")
     end: Annotated[
         Annotated[float, Field(ge=0.0, le=2 * MAX_DURATION_S)] | None, BeforeValidator(words.read_seconds)
-    ] = Field(None, description="Seconds; null = to the end, beyond it outpaints.")
-    prompt: Caption | None = Field(None, max_length=MAX_PROMPT_CHARS, description="Of this part; null: the song's.")
-    lyrics: Lyrics | None = Field(None, max_length=MAX_LYRICS_CHARS, description="Of this part; null: the song's.")
+    ] = Field(default=None, description="Seconds; null = to the end, beyond it outpaints.")
+    prompt: Caption | None = Field(
+        default=None, max_length=MAX_PROMPT_CHARS, description="Of this part; null: the song's."
+    )
+    lyrics: Lyrics | None = Field(
+        default=None, max_length=MAX_LYRICS_CHARS, description="Of this part; null: the song's."
+    )
 
     def __str__(self) -> str:
         return f"{self.start:g} to {'the end' if self.end is None else f'{self.end:g} s'}"
@@ -128,59 +132,61 @@ class SourceFields(SamplingControls):
 
     # Songs, ids of uploaded files or allow-listed paths, resolved by the API before a stage sees them.
     src_audio: Source | None = Field(
-        None,
+        default=None,
         description='What the task works on: an own song as `{"job": ID, "item": 0}`, `song:ID/0` or its URL, id of an upload, or an allowed path.',
     )
     source_s: SkipJsonSchema[float | None] = Field(
-        None, ge=0.0, description="Seconds of src_audio; measured, not asked."
+        default=None, ge=0.0, description="Seconds of src_audio; measured, not asked."
     )
     source_latents: SkipJsonSchema[bool] = Field(
-        False, description="src_audio holds latents, so that it need not be encoded; found out, not asked."
+        default=False, description="src_audio holds latents, so that it need not be encoded; found out, not asked."
     )
     parents: SkipJsonSchema[tuple[Parent, ...]] = Field(
-        (), max_length=8, description="The songs that it is made from; found out, not asked."
+        default=(), max_length=8, description="The songs that it is made from; found out, not asked."
     )
     reference_audio: tuple[Source, ...] = Field(
-        (), max_length=4, description="Examples of style, named as `src_audio` is."
+        default=(), max_length=4, description="Examples of style, named as `src_audio` is."
     )
     repainting_start: Seconds = Field(
-        0.0, ge=-MAX_DURATION_S, le=MAX_DURATION_S, description="Seconds; < 0 outpaints.",
+        default=0.0, ge=-MAX_DURATION_S, le=MAX_DURATION_S, description="Seconds; < 0 outpaints.",
         validation_alias=AliasChoices(*words.WINDOW_START),
     )  # fmt: skip
     repainting_end: End = Field(
-        None, description="Seconds; null or -1 = to the end.",
+        default=None, description="Seconds; null or -1 = to the end.",
         validation_alias=AliasChoices(*words.WINDOW_END),
     )  # fmt: skip
     regions: Annotated[tuple[Region, ...], AfterValidator(_in_order)] = Field(
-        (),
+        default=(),
         max_length=MAX_REGIONS,
         description="Of `repaint`: several parts at once in place of `repainting_start` and `repainting_end`, each with words of its own if wanted.",
     )
     repaint_mode: Literal["conservative", "balanced", "aggressive"] = Field(
-        "balanced",
+        default="balanced",
         description="How much of the source the window keeps; aggressive: nothing, and nothing outside as it was read.",
     )
-    repaint_strength: Probability = Field(0.5, description="Of `balanced`: 0 keeps more of the source, 1 nothing.")
+    repaint_strength: Probability = Field(
+        default=0.5, description="Of `balanced`: 0 keeps more of the source, 1 nothing."
+    )
     repaint_latent_crossfade_frames: int | None = Field(
-        None,
+        default=None,
         ge=0,
         le=250,
         description="Inside each edge of the window; null follows repaint_mode and repaint_strength.",
     )
     repaint_wav_crossfade_sec: float | None = Field(
-        None,
+        default=None,
         ge=0.0,
         le=10.0,
         description="Inside each edge of the window; null follows repaint_mode and repaint_strength.",
     )
     chunk_mask_mode: Literal["explicit", "auto"] = Field(
-        "explicit", description="explicit: the model is told where the window is; auto: the whole song."
+        default="explicit", description="explicit: the model is told where the window is; auto: the whole song."
     )
     audio_cover_strength: Probability = Field(
-        1.0, description="Of `cover`: the share of steps, from the first, that follow the source."
+        default=1.0, description="Of `cover`: the share of steps, from the first, that follow the source."
     )
     cover_noise_strength: Probability = Field(
-        0.0, description="Of `cover`: begin from the source instead of noise, the more so the higher."
+        default=0.0, description="Of `cover`: begin from the source instead of noise, the more so the higher."
     )
 
     @model_validator(mode="after")

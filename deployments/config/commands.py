@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 from collections.abc import Iterator, Mapping
+from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,9 +47,22 @@ def _config() -> None:
     """Check and write Serve config files."""
 
 
+ConfigFile = Annotated[
+    Path | None,
+    typer.Argument(help="A Serve config file; left out: serve_config.yaml here, else the one that comes with this."),
+]
+
+
+def default_config() -> Path:
+    """`serve_config.yaml` in this folder; where there is none, the one that the package holds."""
+    here = Path("serve_config.yaml")
+    return here if here.exists() else Path(str(resources.files(__package__).joinpath(here.name)))
+
+
 @config.command()
-def validate(path: Annotated[Path, typer.Argument(help="A Serve config file.")] = Path("serve_config.yaml")) -> None:
+def validate(path: ConfigFile = None) -> None:
     """Refuse unknown keys and wrong args, which Serve itself would ignore."""
+    path = path or default_config()
     checked(path)
     typer.echo(f"{path}: ok")
 
@@ -134,11 +148,9 @@ def _cluster_nodes() -> list[dict[str, Any]]:
 
 
 @prepare.command("prepare")
-def prepare_command(
-    path: Annotated[Path, typer.Argument(help="A Serve config file.")] = Path("serve_config.yaml"),
-) -> None:
+def prepare_command(path: ConfigFile = None) -> None:
     """Make sure that `serve run PATH` can work here: config, folders, checkpoints (downloads them), port."""
-    for name, told in prepared(checked(path), os.environ | ray_env()):
+    for name, told in prepared(checked(path or default_config()), os.environ | ray_env()):
         typer.echo(f"{name}: {told}")
 
 

@@ -19,7 +19,7 @@ import yaml
 from acestep.errors import AceStepError, Unavailable
 from acestep.paths import home
 from acestep.ray_env import TEMPORARY, ray_env
-from deployments.config.commands import checked, prepared
+from deployments.config.commands import ConfigFile, checked, default_config, prepared
 from deployments.launch.flags import changed, with_settings
 from deployments.launch.process import ServeRun, in_words
 from deployments.launch.screen import KEY, Progress, Screen, local_url, say_where
@@ -32,7 +32,7 @@ app = typer.Typer(add_completion=False)
 @app.command("serve")
 @with_settings
 def serve(
-    config: Annotated[Path, typer.Argument(help="A Serve config file.")] = Path("serve_config.yaml"),
+    config: ConfigFile = None,
     host: Annotated[
         str | None, typer.Option("--host", "--server-name", "--server_name", help="Address to listen on.")
     ] = None,
@@ -45,6 +45,7 @@ def serve(
     **settings: str | None,
 ) -> None:
     """Start the server: checkpoints, Ray, planner, renderer; Ctrl-C ends it. As `serve run CONFIG`, with a screen."""
+    config = config or default_config()
     screen = Screen(time.monotonic())
     given = {name: value for name, value in settings.items() if value is not None}
     with _stopped_by_signals() as stop:

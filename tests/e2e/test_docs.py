@@ -25,6 +25,7 @@ def test_the_examples_of_the_api_page_work(server: Server, tmp_path: Path) -> No
     done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     assert (tmp_path / "song.wav").read_bytes()[:4] == b"RIFF"
+    assert (tmp_path / "song.mp3").read_bytes()[:3] == b"ID3"
     assert done.stdout.count("succeeded") >= 3
     assert "/v1/audio?path=" in done.stdout
     assert "## Metadata" in done.stdout
