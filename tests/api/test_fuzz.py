@@ -127,6 +127,27 @@ def test_the_document_is_complete_and_walked(server: Server) -> None:
     assert _walk(server, 8) >= 200
 
 
+@pytest.mark.parametrize(
+    ("said", "wrong"),
+    [
+        ({"204": {"description": "Nothing"}}, "Undocumented status code"),
+        ({"200": {"description": "x", "content": {"text/csv": {}}}}, "(?i)content.type"),
+        (
+            {"200": {"description": "x", "content": {"application/json": {"schema": {"required": ["x"]}}}}},
+            "(?i)schema",
+        ),
+    ],
+    ids=["status", "type", "body"],
+)
+def test_what_the_document_does_not_say_is_noticed(server: Server, said: dict[str, Any], wrong: str) -> None:
+    document = httpx.get(f"{server.url}/openapi.json", timeout=60).json()
+    document["paths"]["/livez"]["get"]["responses"] = said
+    case = schemathesis.openapi.from_dict(document)["/livez"]["GET"].Case()
+    answer = case.call(base_url=server.url)
+    with pytest.raises(BaseException, match=wrong):  # pytest's own, of several failures
+        case.validate_response(answer, checks=DOCUMENTED)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_ten_thousand_requests(server: Server) -> None:
