@@ -100,6 +100,10 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     venv.create(home, symlinks=True)
     site = Path(sysconfig.get_path("purelib", "venv", {"base": str(home), "platbase": str(home)}))
     (site / "lent.pth").write_text(sysconfig.get_path("purelib"))
+    for command in ("ray", "serve"):
+        script = Path(sys.executable).with_name(command).read_text().partition("\n")[2]
+        (home / "bin" / command).write_text(f"#!{home}/bin/python\n{script}")
+        (home / "bin" / command).chmod(0o755)
     python = home / "bin" / "python"
     run(
         sys.executable,
