@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from acestep.checkpoints.modules import AceStepAttnProcessor2_0, apply_rotary_emb
+from acestep.hardware.upload import upload
 from acestep.stage_settings import AttentionBackend
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ def key_mask(lengths: Sequence[int], width: int, device: torch.device, dtype: to
     """Additive mask `[B, 1, 1, width]` that hides keys at and past each row's length; None where nothing is padded."""
     if all(length == width for length in lengths):
         return None
-    valid = torch.arange(width, device=device) < torch.tensor(lengths, device=device)[:, None]
+    valid = torch.arange(width, device=device) < upload(lengths, torch.long, device)[:, None]
     return additive(valid[:, None, None, :], dtype)
 
 
@@ -70,14 +71,14 @@ def window_layout(
         at = torch.arange(width, device=device)
         allowed = ((at[:, None] - at[None, :]).abs() <= window)[None, None]
         if padded:
-            allowed = allowed & (at < torch.tensor(lengths, device=device)[:, None])[:, None, None, :]
+            allowed = allowed & (at < upload(lengths, torch.long, device)[:, None])[:, None, None, :]
         return WindowLayout(window, width, 1, additive(allowed, dtype))
     blocks = -(-width // block)
     query = torch.arange(block, device=device)
     key = torch.arange(block + 2 * window, device=device) - window
     band = (query[:, None] - key[None, :]).abs() <= window
     position = torch.arange(blocks, device=device)[:, None] * block + key[None, :]  # [blocks, keys]
-    rows = torch.tensor(lengths if padded else [width], device=device)
+    rows = upload(lengths if padded else [width], torch.long, device)
     inside = (position >= 0) & (position < rows[:, None, None])  # [B or 1, blocks, keys]
     allowed = band & inside[:, :, None, :]
     mask = additive(allowed, dtype).expand(len(lengths), -1, -1, -1)

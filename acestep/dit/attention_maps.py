@@ -42,7 +42,8 @@ class AttentionMaps:
         self._listener, self._frames, self._tokens = listener, frames, tokens
         self._seen = 0
         self._sum = self._energy = torch.empty(0)
-        self._total = self._squares = 0.0
+        # Of each map and of its squares; read at the end, so that a card is waited for once.
+        self._sums: list[Tensor] = []
 
     def take(self, layer: int, q: Tensor, k: Tensor) -> None:
         """Queries `[H, S, D]` and keys `[H_kv, E, D]` of this row in one layer."""
@@ -59,14 +60,14 @@ class AttentionMaps:
         together.square_()
         self._sum = self._sum + together if self._seen else together
         self._energy = self._energy + probabilities if self._seen else probabilities
-        self._total += float(together.sum())
-        self._squares += float(together.square().sum())
+        self._sums.append(torch.stack([together.sum(), together.square().sum()]))
         self._seen += 1
 
     def result(self) -> Tensor:
         values = self._seen * self._sum.numel()
-        mean = self._total / values
-        deviation = max(0.0, self._squares / values - mean**2) ** 0.5
+        total, squares = map(sum, zip(*torch.stack(self._sums).tolist(), strict=True))
+        mean = total / values
+        deviation = max(0.0, squares / values - mean**2) ** 0.5
         return torch.stack([(self._sum / self._seen - mean) / (deviation + 1e-9), self._energy / self._seen])
 
 

@@ -20,6 +20,7 @@ from acestep.checkpoints.modules import AceStepTransformer1DModel, rotary_freqs
 from acestep.dit.attention import Attention, WindowLayout, key_mask, window_layout
 from acestep.dit.attention_maps import AttentionMaps, Listener
 from acestep.dit.layer import Layer, compiled_layer
+from acestep.hardware.upload import upload
 from acestep.stage_settings import AttentionBackend
 
 _KEPT_BATCHES = 2  # the one at work and the one it took over from
@@ -159,7 +160,7 @@ class Denoiser:
         latents = batch.context.new_zeros((len(rows), batch.context.shape[1], rows[0].x.shape[1]))
         for i, row in enumerate(rows):
             latents[i, : len(row.x)] = row.x
-        times = torch.tensor([row.t for row in rows], dtype=torch.float32, device=self.device)
+        times = upload([row.t for row in rows], torch.float32, self.device)
         loras = [row.lora for row in rows]
         # The hooks of an adapter, or another precision, would each compile all over again.
         layer = Layer() if any(loras) or self.dtype != self._own_dtype else self._layer

@@ -1,17 +1,49 @@
 """Which parts of the renderer are on the device now.
 
 With stage offload a part waits in host memory until it is needed, and leaves when another offloaded part is. The numbers do not
-depend on it: parts are moved, never converted.
+depend on it: parts are copied in, never converted. Nothing is copied back: weights do not change on the device, so the host keeps them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 HOST = torch.device("cpu")
+
+
+@dataclass(frozen=True, eq=False)
+class _Kept:
+    """A parameter or buffer `value` in the `table` of its module, and its numbers on the host."""
+
+    table: dict[str, Any]
+    name: str
+    value: Tensor
+    host: Tensor
+
+    def restore(self) -> None:
+        if not isinstance(self.value, nn.Parameter):
+            self.table[self.name] = self.host
+        elif type(self.value.data) is Tensor:
+            self.value.data = self.host
+            self.table[self.name] = self.value
+        else:  # quantized: such tensors do not take other data
+            self.table[self.name] = nn.Parameter(self.host, requires_grad=False)
+
+
+def _kept(modules: Sequence[nn.Module]) -> list[_Kept]:
+    parts = [part for module in modules for part in module.modules()]
+    tables: list[dict[str, Any]] = [table for part in parts for table in (part._parameters, part._buffers)]
+    return [
+        _Kept(table, name, value, value.data if isinstance(value, nn.Parameter) else value)
+        for table in tables
+        for name, value in table.items()
+        if value is not None
+    ]
 
 
 class Residency:
@@ -29,6 +61,7 @@ class Residency:
         self._device = device
         self._offloaded = offloaded
         self._visiting: str | None = None
+        self._left: list[_Kept] = []  # what the visiting group left on the host
         self.moves = 0
         for name, modules in groups.items():
             target = HOST if name in offloaded else device
@@ -45,6 +78,7 @@ class Residency:
             return
         self.leave()
         self._visiting = name
+        self._left = _kept(self._groups[name])
         try:
             for module in self._groups[name]:
                 module.to(self._device)
@@ -54,11 +88,15 @@ class Residency:
         self.moves += 1
 
     def leave(self) -> None:
-        """Send the visiting group back to the host."""
+        """Have the visiting group on the host only."""
         if self._visiting is None:
             return
-        for module in self._groups[self._visiting]:
-            module.to(HOST)
-        self._visiting = None
+        if all(kept.table[kept.name].dtype == kept.host.dtype for kept in self._left):
+            for kept in self._left:
+                kept.restore()
+        else:  # converted meanwhile, as for a song that is denoised again in float32
+            for module in self._groups[self._visiting]:
+                module.to(HOST)
+        self._visiting, self._left = None, []
         if self._device.type == "cuda":
             torch.cuda.empty_cache()

@@ -16,6 +16,7 @@ from acestep.dit.variants.guidance import Guidance
 from acestep.dit.variants.retake import Retake
 from acestep.dit.variants.side import Side, Walk, ask
 from acestep.dit.window import Span
+from acestep.hardware.upload import send
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +96,7 @@ class Walker:
         def draw() -> Tensor:
             # On the CPU in float32 always: a seed means the same noise on every device and in every precision.
             noise = torch.randn((1, path.frames, path.channels), generator=generator, dtype=torch.float32)
-            return noise[0].to(self._device)
+            return send(noise[0], self._device)
 
         return draw
 

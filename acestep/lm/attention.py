@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
+from acestep.hardware.upload import upload
 from acestep.lm.cache import Arena, Span
 from acestep.lm.model import ModelConfig
 
@@ -42,7 +43,7 @@ class RowAttention:
         self._tokens = tokens
         device = arena.keys[0].device
         places = [range(s.span.start + s.past, s.span.start + s.past + s.length) for s in segments]
-        self._places = torch.tensor([p for places_ in places for p in places_], device=device)
+        self._places = upload([p for places_ in places for p in places_], torch.long, device)
         self._masks = {(s.past, s.length): _mask(s, device) for s in segments if s.length > 1 and s.past}
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from acestep.errors import InvalidOutput, OutOfMemory
+from acestep.hardware.upload import upload
 from acestep.lm.attention import DecodeKernel
 from acestep.lm.cache import Arena
 from acestep.lm.constants import constant
@@ -221,13 +222,14 @@ class Decoder:
             penalised = output.params.repetition_penalty != 1.0
             groups.setdefault((output.choice.kind, output.choice.end, penalised), []).append(output)
         drawn = [(outputs, self._sample(outputs, hidden)) for outputs in groups.values()]
-        sound = hidden.isfinite().all(-1)  # asked after the draw, so that a GPU is not waited for twice
-        if not bool(sound.all()):
+        sound = hidden.isfinite().all(-1)
+        # Read in one piece: each reading waits for the device.
+        *found, all_sound = torch.cat([*(indices for _, indices in drawn), sound.all().long()[None]]).tolist()
+        if not all_sound:
             self._give_up(sound.tolist())
-        for outputs, indices in drawn:
-            for output, index in zip(outputs, indices.tolist(), strict=True):
-                if not output.done:
-                    self._advance(output, self.heads.token(output.choice, index))
+        for output, index in zip((o for outputs, _ in drawn for o in outputs), found, strict=True):
+            if not output.done:
+                self._advance(output, self.heads.token(output.choice, index))
         self.drawn_total += len(due)
 
     def _give_up(self, sound: list[bool]) -> None:
@@ -251,7 +253,7 @@ class Decoder:
         return sample(
             self._logits(outputs, hidden),
             constant(tuple(o.seed for o in outputs), torch.long, device),
-            torch.tensor([o.drawn for o in outputs], device=device),
+            upload([o.drawn for o in outputs], torch.long, device),
             constant(tuple(p.top_k for p in params), torch.long, _CPU),
             constant(tuple(p.top_p for p in params), torch.float32, _CPU),
             constant(tuple(o.greedy for o in outputs), torch.bool, _CPU),
@@ -273,7 +275,7 @@ class Decoder:
         logits, base = self._product(cond, choices), self._product(uncond, choices)
         for row, output in enumerate(outputs):
             used = {at for token in output.written if (at := self.heads.index(output.choice, token)) is not None}
-            places = torch.tensor(sorted(used), device=device, dtype=torch.long)
+            places = upload(sorted(used), torch.long, device)
             penalise(logits[row], places, output.params.repetition_penalty)
         return torch.where(logits.isfinite(), base + scale * (logits - base), -torch.inf) / heat
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional as F
 
+from acestep.lm.constants import constant
 from acestep.lm.grammar import Choice, Grammar
 from acestep.lm.model import PlannerModel
 
@@ -45,7 +46,8 @@ class Heads:
             width = max(len(c.ids) for c in choices)
             logits = torch.full((rows, width), -torch.inf, device=hidden.device)
             for i, choice in enumerate(choices):
-                logits[i, : len(choice.ids)] = self._product(hidden[i : i + 1], self._head[list(choice.ids)])[0]
+                allowed = self._head[constant(choice.ids, torch.long, hidden.device)]
+                logits[i, : len(choice.ids)] = self._product(hidden[i : i + 1], allowed)[0]
             return logits
         if kind == "any":
             return self._product(hidden, self._head)[:rows].masked_fill_(self._never, -torch.inf)

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from acestep.hardware.upload import upload
 from acestep.lm.adapters import RowAdapters
 from acestep.lm.attention import DecodeKernel, RowAttention, Segment, SpanAttention
 from acestep.lm.cache import Arena, Span
@@ -66,12 +67,12 @@ class FlatReader:
         padding = [0] * max(0, self._min_rows - len(ids))
         device = self._model.device
         hidden = self._model.forward(
-            torch.tensor(ids + padding, device=device),
-            torch.tensor(positions + padding, device=device),
+            upload(ids + padding, torch.long, device),
+            upload(positions + padding, torch.long, device),
             RowAttention(self._arena, segments, len(ids) + len(padding)),
             _adapt(adapted) if adapted else None,
         )
-        return hidden[torch.tensor(last, device=device)]
+        return hidden[upload(last, torch.long, device)]
 
 
 def _adapt(adapted: list[tuple[slice, RowAdapters]]) -> Adapt:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from acestep.hardware.upload import send
+
 BLOCK = 256  # 64 000 codes are 250 blocks
 COLDEST = 1e-5  # temperature below which the best token is as good as certain, and a division by it may overflow
 
@@ -109,7 +111,7 @@ def sample(
     limited = (top_p < 1.0) & ~greedy
     if bool(limited.any()):
         _redraw_outside_nucleus(probabilities, key, drawn, limited.nonzero()[:, 0], top_p)
-    return drawn if best is None else torch.where(greedy.to(drawn.device), best, drawn)
+    return drawn if best is None else torch.where(send(greedy, drawn.device), best, drawn)
 
 
 def _keep_top_k(logits: torch.Tensor, top_k: torch.Tensor) -> None:
@@ -139,8 +141,8 @@ def _mass(p: torch.Tensor) -> torch.Tensor:
 def _redraw_outside_nucleus(
     probabilities: torch.Tensor, key: torch.Tensor, drawn: torch.Tensor, rows: torch.Tensor, top_p: torch.Tensor
 ) -> None:
-    rows = rows.to(drawn.device)
-    limits = top_p.to(drawn.device)[rows]
+    limits = send(top_p[rows], drawn.device)
+    rows = send(rows, drawn.device)
     p = probabilities if len(rows) == len(drawn) else probabilities[rows]
     key = key[rows]
     while True:
