@@ -113,7 +113,7 @@ def _follow(run: ServeRun, screen: Screen, stop: _Stop, url: str, key: str) -> N
                 if progress.ready:
                     shown = True
                     screen.rest()
-                    say_where(screen, url, progress.page(), bool(key))
+                    say_where(screen, url, bool(key))
             time.sleep(LOOK_S)
     finally:
         progress.close()

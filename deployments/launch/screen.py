@@ -114,14 +114,6 @@ class Progress:
             return f"off: {found['disabled']}"
         return " on ".join(found[k] for k in ("model", "device") if found.get(k))
 
-    def page(self) -> bool:
-        """Whether there is something for a browser at `/`."""
-        try:
-            answer = self._http.get("/", headers={"Accept": "text/html"})
-        except httpx.HTTPError:
-            return False
-        return answer.is_success and answer.headers.get("content-type", "").startswith("text/html")
-
     def close(self) -> None:
         self._http.close()
 
@@ -136,14 +128,14 @@ def local_url(config: Mapping[str, Any]) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}{prefix}"
 
 
-def say_where(screen: Screen, url: str, page: bool, key: bool) -> None:
-    """The last lines: where it is, and what to try."""
+def say_where(screen: Screen, url: str, key: bool) -> None:
+    """The last lines: what to try, and alone at the end, for people and scripts, where it is."""
     at = "" if url == DEFAULT_URL else f" --url {url}"
     screen.text("")
-    if page:
-        screen.text(f"page   {url}/")
     screen.text(f"API    {url}/docs")
     screen.text(f"try    {f'{KEY}=... ' if key else ''}{_program()} {COMMAND}{at}")
+    screen.text("")
+    screen.text(f"{url}/")
 
 
 def _program() -> str:

@@ -121,7 +121,8 @@ def test_a_start_a_song_and_ctrl_c(folder: Path, port: int) -> None:
     url = f"http://127.0.0.1:{port}"
     terminal = serve(folder, "--port", str(port), "--api-key", "sesame", "--init_llm", "true", "--device", "cpu")
     try:
-        shown = terminal.read_until("generate ")
+        shown = terminal.read_until(f"\n{url}/\n")  # alone on its line
+        assert shown.endswith(f"\n{url}/\n")
         assert "Traceback" not in shown
         assert "(ServeController" not in shown  # Serve's own lines are in the log
         for what in ("checkpoints", "Ray", "planner", "renderer"):
@@ -171,7 +172,7 @@ def test_sigterm_hands_running_jobs_back_and_they_go_on_at_the_next_start(folder
     try:
         readme = re.search(r"```\n(checkpoints .*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
         assert readme
-        assert skeleton(terminal.read_until("-o song.wav --url")) == skeleton(readme[1])
+        assert skeleton(terminal.read_until(f"\n{url}/\n")) == skeleton(readme[1])
         with Client(url) as client:
             ids = [client.submit({"prompt": "long", "duration": 240, "seed": n})["id"] for n in range(4)]
         terminal.process.send_signal(signal.SIGTERM)
@@ -182,7 +183,7 @@ def test_sigterm_hands_running_jobs_back_and_they_go_on_at_the_next_start(folder
         terminal.kill()
     again = serve(folder, "--port", str(port))
     try:
-        again.read_until("generate ")
+        again.read_until(f"\n{url}/\n")
         with Client(url) as client:
             assert {client.wait(job_id)["state"] for job_id in ids} == {"succeeded"}
         again.press(CTRL_C)
