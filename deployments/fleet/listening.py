@@ -36,6 +36,12 @@ def token_needed() -> bool:
     return bool(is_token_auth_enabled())
 
 
+def dashboard_url() -> str | None:
+    """Where Ray's dashboard answers, as its own machine reaches it or as `RAY_OVERRIDE_DASHBOARD_URL` says; None where there is none."""
+    address: str | None = get_dashboard_url() if ray.is_initialized() else None  # type: ignore[no-untyped-call]
+    return f"http://{address}" if address else None
+
+
 def listeners(http: str, key_needed: bool) -> Iterator[str]:
     """A line for each kind of port.
 
@@ -48,7 +54,7 @@ def listeners(http: str, key_needed: bool) -> Iterator[str]:
     needs = "the token" if token_needed() else "NO TOKEN"
     own: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
     where = own if is_loopback(own) else "all addresses"  # Ray keeps to loopback where its node is there, and only then
-    if dashboard := get_dashboard_url():  # type: ignore[no-untyped-call]
+    if dashboard := dashboard_url():
         yield f"Ray's dashboard on {dashboard}: needs {needs}"
     yield f"Ray's GCS on {where}, port {ray.get_runtime_context().gcs_address.rpartition(':')[2]}: needs {needs}"
     yield f"Ray's raylets and workers on {where}, ports of their own: need {needs}"

@@ -22,6 +22,7 @@ from ray.serve.handle import DeploymentHandle
 from acestep.errors import InvalidRequest
 from deployments.config.args import ARGS_OF_ROLE, ROLE_OF_DEPLOYMENT, PoolArgs, Role, parse_args, role_of
 from deployments.config.options import label_selector, node_labels
+from deployments.fleet.listening import dashboard_url
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ class Node:
     labels: Mapping[str, str]
     gpus: float
     cpus: float
+    metrics: str | None = None  # URL of its exporter for Prometheus
 
 
 Capacity = tuple[tuple[str, int], ...]
@@ -75,6 +77,7 @@ class FleetView:
     dead_nodes: frozenset[str] = frozenset()  # Ray's ids of those that died; none of them comes back
     http_host: str | None = None  # what the proxies listen on; None until Serve has said so
     http_port: int | None = None
+    dashboard: str | None = None  # URL of Ray's, where there is one
     leaving: bool = False  # the replica that looks is being stopped
     app_leaves: bool = False  # so is its whole application: nothing comes after it
 
@@ -246,7 +249,7 @@ class Fleet:
 
     async def refresh(self) -> None:
         details, (nodes, dead) = await asyncio.to_thread(_serve_details), await asyncio.to_thread(_nodes)
-        view = replace(parse_details(details, dead, self.own), nodes=nodes, dead_nodes=dead)
+        view = replace(parse_details(details, dead, self.own), nodes=nodes, dead_nodes=dead, dashboard=dashboard_url())
         await asyncio.to_thread(_release, self._unplaced_leavers(details, view, time.monotonic()))
         for pool in view.pools:
             if pool.running:
@@ -345,8 +348,14 @@ def _nodes() -> tuple[tuple[Node, ...], frozenset[str]]:
             labels=node.get("Labels") or {},
             gpus=float((node.get("Resources") or {}).get("GPU", 0.0)),
             cpus=float((node.get("Resources") or {}).get("CPU", 0.0)),
+            metrics=_exporter(node),
         )
         for node in known
         if node.get("Alive")
     )
     return live, frozenset(str(node["NodeID"]) for node in known if not node.get("Alive"))
+
+
+def _exporter(node: Mapping[str, Any]) -> str | None:
+    host, port = node.get("NodeManagerAddress"), node.get("MetricsExportPort")
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}/metrics" if host and port else None

@@ -208,7 +208,15 @@ async def test_events_are_as_documented(site: Site, document: Document) -> None:
 
 
 async def test_the_rest_is_as_documented(site: Site, document: Document, wav: bytes) -> None:
-    for path in ("/livez", "/readyz", "/health", "/v1/cluster", "/v1/webhooks", "/v1/webhooks/secret"):
+    for path in (
+        "/livez",
+        "/readyz",
+        "/health",
+        "/v1/cluster",
+        "/v1/cluster/throughput",
+        "/v1/webhooks",
+        "/v1/webhooks/secret",
+    ):
         document.answers((await site.client.get(path)).json(), f"get {path}")
     job = await site.client.post("/v1/music", json={**SONG, "webhook_url": "https://example.com/hook"})
     await site.client.delete(f"/v1/jobs/{job.json()['id']}")

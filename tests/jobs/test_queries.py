@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from acestep.request import SongRequest
 from deployments.jobs.schema import ACTIVE, jobs
 from deployments.jobs.store import Busy, Caps, JobStore
+from deployments.jobs.throughput import read_throughput
 from deployments.jobs.uploads import FileRecords, new_record
 from deployments.jobs.waiting import read_backlogs, read_usage, read_waiting, read_working
 
@@ -62,6 +63,7 @@ HOT: dict[str, Callable[[JobStore], Any]] = {
     "claims": lambda store: store.claim("new0", "me", fits=lambda working: True),
     "backlogs": lambda store: read_backlogs(store.url),
     "counts": lambda store: store.counts(ACTIVE),
+    "the last hour": lambda store: read_throughput(store.engine, time.time()),
     "mean time of a song": lambda store: store.mean_seconds(),
     "deadlines": lambda store: store.expire(),
     "heartbeat": lambda store: store.beat("me", 5.0),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends
@@ -14,6 +16,7 @@ from deployments.ingress.native.answers import Answer
 from deployments.ingress.native.health import readiness
 from deployments.ingress.redact import redact
 from deployments.ingress.service import Service, service_of
+from deployments.jobs.throughput import read_throughput
 from deployments.jobs.waiting import Backlog
 
 router = APIRouter(prefix="/v1", tags=["fleet"], dependencies=[Depends(caller_of)])
@@ -24,6 +27,7 @@ _SHOWN = (
     "device",
     "memory_gib",
     "limits",
+    "tasks",
     "settings",
     "warnings",
     "disabled",
@@ -73,6 +77,7 @@ class PoolView(Answer):
     device: str | None = Field(None, description="The card.")
     memory_gib: float | None = Field(None, description="Memory that counts for the tier, in GiB.")
     limits: dict[str, Any] | None = Field(None, description="What it can do: durations, batches, modes, by name.")
+    tasks: list[str] | None = Field(None, description="Tasks that a renderer's checkpoint can do.")
     settings: dict[str, Any] | None = Field(None, description="Its settings by name, as resolved.")
     warnings: list[str] | None = Field(None, description="What was wrong with its settings.")
     disabled: str | None = Field(None, description="Why a planner does not plan here.")
@@ -88,6 +93,7 @@ class NodeView(Answer):
     gpus: float = Field(description="Cards.")
     cpus: float = Field(description="Cores.")
     labels: dict[str, str] = Field(description="Its labels, without Ray's own.")
+    metrics: str | None = Field(description="URL of its exporter for Prometheus, as machines of the cluster reach it.")
 
 
 class Cluster(Answer):
@@ -98,6 +104,31 @@ class Cluster(Answer):
     jobs: dict[str, int] = Field(description="Number of jobs by state.")
     pools: list[PoolView] = Field(description="Planners and renderers.")
     nodes: list[NodeView] = Field(description="Machines that live.")
+    dashboard: str | None = Field(description="URL of Ray's dashboard, as its own machine reaches it.")
+
+
+class Minute(Answer):
+    """What ended in one minute."""
+
+    at: float = Field(description="When it began, in unix seconds.")
+    succeeded: int = Field(description="Jobs that succeeded.")
+    failed: int = Field(description="Jobs that failed.")
+    cancelled: int = Field(description="Jobs that were cancelled.")
+    audio_s: float = Field(description="Seconds of audio of the songs made, as foretold when they were submitted.")
+
+
+class ErrorCount(Answer):
+    """How often a type of error ended a job."""
+
+    type: str = Field(description="As in the `error` of a job.")
+    count: int = Field(description="Jobs that failed with it.")
+
+
+class Throughput(Answer):
+    """What became of jobs in the last hour."""
+
+    minutes: list[Minute] = Field(description="The last 60 minutes, oldest first; the last one goes on.")
+    errors: list[ErrorCount] = Field(description="Why jobs failed in them, most frequent first.")
 
 
 @router.get(
@@ -128,10 +159,21 @@ async def get_cluster(service: Annotated[Service, Depends(service_of)]) -> dict[
                 "gpus": node.gpus,
                 "cpus": node.cpus,
                 "labels": {k: v for k, v in node.labels.items() if not k.startswith("ray.io/")},
+                "metrics": node.metrics,
             }
             for node in view.nodes
         ],
+        "dashboard": view.dashboard,
     }
+
+
+@router.get("/cluster/throughput", summary="What was made in each minute of the last hour, and why jobs failed")
+async def throughput(service: Annotated[Service, Depends(service_of)]) -> Throughput:
+    minutes, errors = await asyncio.to_thread(read_throughput, service.store.engine, time.time())
+    return Throughput(
+        minutes=[Minute(**asdict(minute)) for minute in minutes],
+        errors=[ErrorCount(type=kind, count=count) for kind, count in errors.most_common()],
+    )
 
 
 def pool_view(pool: Pool, backlog: Backlog, correction: float, reason: str | None) -> dict[str, Any]:
