@@ -118,6 +118,14 @@ class Site:
         return self.job(job_id)
 
 
+def service_of(args: RouterArgs, view: FleetView) -> Service:
+    """A router's parts over a fleet that is described."""
+    store, fleet, routing = JobStore(args.database_url), Fleet(), Routing()
+    fleet.view = view
+    dispatcher = Dispatcher(store, fleet, routing, lease_s=args.lease_s)
+    return Service(args, store, Storage(args.files_url), fleet, routing, dispatcher)
+
+
 Build = Callable[..., Site]
 
 
@@ -129,11 +137,7 @@ async def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
     sites: list[Site] = []
 
     def make(view: FleetView | None = None, **args: Any) -> Site:
-        parsed = RouterArgs(**args)
-        store, fleet, routing = JobStore(parsed.database_url), Fleet(), Routing()
-        fleet.view = fleet_view() if view is None else view
-        dispatcher = Dispatcher(store, fleet, routing, lease_s=parsed.lease_s)
-        service = Service(parsed, store, Storage(parsed.files_url), fleet, routing, dispatcher)
+        service = service_of(RouterArgs(**args), fleet_view() if view is None else view)
         transport = httpx.ASGITransport(build_app(service), raise_app_exceptions=False)
         sites.append(Site(service, httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000")))
         return sites[-1]

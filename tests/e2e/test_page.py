@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,69 +16,14 @@ import httpx
 import pytest
 
 from acestep.song import TINY_NOTICE
-from tests.server import Server
+from tests.e2e.browser import WAIT_MS, card, length, made, wish
+from tests.server import ROOT, Server
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-Page, expect = playwright.Page, playwright.expect
+expect = playwright.expect
 pytestmark = [pytest.mark.e2e, pytest.mark.browser]
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium")
-WAIT_MS = 60_000
 KEY = "the page's own key"
 EVIL = '"><img src=x onerror="window.broken=1"><script>window.broken=1</script>\u202etxt.exe javascript:window.broken=1'
-
-
-@pytest.fixture(scope="module")  # no longer: while it lives, its event loop runs in this process
-def chromium() -> Iterator[Any]:
-    if CHROMIUM is None:
-        pytest.skip("no chromium here: apt-get install chromium")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(
-            executable_path=CHROMIUM, args=["--no-sandbox", "--autoplay-policy=no-user-gesture-required"]
-        )
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def visit(chromium: Any) -> Iterator[Callable[..., Any]]:
-    """Opens the page as somebody new would. At the end: no script failed, and nothing went against the page's own policy."""
-    contexts, troubles = [], list[str]()
-
-    def open_page(url: str, **options: Any) -> Any:
-        context = chromium.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(WAIT_MS)
-        page.on("pageerror", lambda error: troubles.append(str(error)))
-        page.on("console", lambda m: troubles.append(m.text) if "Content Security Policy" in m.text else None)
-        page.goto(url)
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert troubles == []
-
-
-def wish(page: Any, text: str) -> None:
-    page.get_by_label("Describe the song").fill(text)
-    page.keyboard.press("Enter")
-
-
-def card(page: Any, text: str) -> Any:
-    return page.locator("article.song", has_text=text).first
-
-
-def made(page: Any, text: str) -> Any:
-    song = card(page, text)
-    expect(song).to_have_attribute("data-state", "succeeded", timeout=WAIT_MS)
-    return song
-
-
-def length(page: Any, seconds: str, versions: int = 1) -> None:
-    page.get_by_text("Lyrics, length and more").click()
-    page.get_by_label("Length", exact=True).fill(seconds)
-    page.get_by_label("Versions", exact=True).fill(str(versions))
 
 
 def test_a_song_from_the_first_visit_with_nothing_but_typing_and_enter(server: Server, visit: Any) -> None:
@@ -178,23 +122,6 @@ def test_write_it_out_fills_the_form(server: Server, visit: Any) -> None:
     expect(page.get_by_label("Describe the song")).not_to_have_value("a song for a long drive home")
 
 
-def test_a_part_of_a_song_is_replaced(server: Server, visit: Any) -> None:
-    page = visit(server.url)
-    length(page, "20")
-    wish(page, "to be mended")
-    made(page, "to be mended").locator("a.title").click()
-    page.get_by_role("button", name="Choose a part").click()
-    box = page.locator(".hear song-wave").bounding_box()
-    page.mouse.move(box["x"] + box["width"] * 0.25, box["y"] + 20)
-    page.mouse.down()
-    page.mouse.move(box["x"] + box["width"] * 0.75, box["y"] + 20)
-    page.mouse.up()
-    page.get_by_role("button", name="Replace 0:0").click()
-    wish(page, "mended in the middle")
-    made(page, "mended in the middle").locator("a.title").click()
-    expect(page.locator("dl.facts")).to_contain_text("repaint")
-
-
 def test_lyrics_follow_the_song_where_it_was_asked_for(server: Server, visit: Any) -> None:
     page = visit(server.url)
     length(page, "20")
@@ -235,11 +162,20 @@ def test_text_stays_text(server: Server, visit: Any) -> None:
 
 
 def test_the_fleet_is_shown_with_its_settings(server: Server, visit: Any) -> None:
+    song = {"prompt": "for the fleet's last hour", "duration": 10}
+    httpx.post(f"{server.url}/v1/music", json=song, headers={"Prefer": "wait=60"}, timeout=90).raise_for_status()
     page = visit(f"{server.url}/#/fleet")
     expect(page.get_by_text("both stages can serve")).to_be_visible()
     expect(page.locator("article.pool")).to_have_count(2)
     page.get_by_text("Settings and limits").first.click()
     expect(page.locator("article.pool table").first).to_contain_text("float32")
+    page.wait_for_timeout(2500)  # the next look at the fleet
+    expect(page.locator("article.pool details").first).to_have_attribute("open", "")
+    expect(page.get_by_role("img", name="Jobs that ended")).to_have_accessible_name(re.compile(r"[1-9]\d* made"))
+    links = page.get_by_role("link", name="metrics", exact=True)
+    assert "ray_" in httpx.get(str(links.first.get_attribute("href"))).text
+    dashboard = str(page.get_by_role("link", name="Dashboard").get_attribute("href"))
+    assert httpx.get(dashboard, headers=server.ray_headers).status_code == 200
 
 
 def answering(status: int, headers: dict[str, str], body: str) -> Callable[[Any], None]:
@@ -295,8 +231,9 @@ def test_the_page_is_small_and_sent_once(server: Server) -> None:
     page = httpx.get(server.url, headers={"Accept": "text/html"})
     assert page.headers["content-type"].startswith("text/html")
     assert "unsafe" not in page.headers["content-security-policy"]
-    names = ["style.css", "app.js", "api.js", "dom.js", "fleet.js", "make.js", "player.js", "song.js", "songs.js", "wave.js", "icon.svg"]  # fmt: skip
-    files = [page, *(httpx.get(f"{server.url}/studio/{name}") for name in names)]
+    names = [file.name for file in (ROOT / "deployments/ingress/studio/static").iterdir() if file.name != "index.html"]
+    assert {"app.js", "style.css", "icon.svg"} <= set(names)
+    files = [page, *(httpx.get(f"{server.url}/studio/{name}") for name in sorted(names))]
     assert sum(len(f.content) for f in files) < 150_000
     for file in files:
         assert file.status_code == 200

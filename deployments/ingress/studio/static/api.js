@@ -2,7 +2,10 @@
 
 /** @typedef {{id: string, kind: string, state: string, stage: string, progress: any, position: number, eta_s: number | null, cost: any, usage: any,
  *   created_at: number, started_at: number | null, finished_at: number | null, cancel_requested: boolean, attempts: number, placement: any,
- *   request: Record<string, any>, seeds: number[], warnings: any[], plan: any, error: any, result: any, links: {self: string, events: string}, notice: string | null}} Job */
+ *   request: Record<string, any>, seeds: number[], warnings: any[], plan: any, error: any, result: any, links: {self: string, events: string}, notice: string | null,
+ *   lineage?: {verb: Verb | null, parents: {job: string, item: number, field: string}[], regions: {start: number, end: number}[]} | null}} Job */
+
+/** @typedef {"replace" | "extend" | "vary" | "cover" | "layer" | "stem"} Verb what can be made of a song */
 
 /** A job in few words, as lists have it; what is empty is left out. `whole`: all of it, where it was asked for.
  * @typedef {{id: string, kind: string, state: string, stage?: string, progress?: any, position?: number, eta_s?: number, title?: string, favourite?: boolean,
@@ -107,7 +110,7 @@ const once = () => `page-${Array.from(crypto.getRandomValues(new Uint8Array(12))
 
 /**
  * Submit, and again where no answer came: the same key gives the same job.
- * @param {"v1/music" | "v1/plans"} path
+ * @param {string} path
  * @param {any} body
  * @returns {Promise<Job>}
  */
@@ -122,6 +125,9 @@ export async function submit(path, body) {
     }
   }
 }
+
+/** Make something of a song. @param {string} id @param {Verb} verb @param {any} body */
+export const edit = (id, verb, body) => submit(`v1/jobs/${encodeURIComponent(id)}/${verb}`, body);
 
 /** @param {string} id @returns {Promise<Job>} */
 export const getJob = (id) => call(`v1/jobs/${encodeURIComponent(id)}`);

@@ -76,6 +76,7 @@ function askKey(why) {
 onTrouble((what) => {
   if (what === "key") askKey(hasKey() ? "The server does not know this key." : undefined);
   keyButton.hidden = what !== "key" && !hasKey();
+  if (what === "away" || what === "back") health.hidden = what === "away";
   if (what === "away") { banner.textContent = "The server does not answer. What you made is safe there; this page goes on as soon as it is back."; banner.hidden = false; void comeBack(); }
   if (what === "back") { banner.hidden = true; toast("The server is back."); void library.poll(); }
 });
@@ -94,7 +95,7 @@ async function look() {
     const cluster = await call("v1/cluster");
     maker.learn(cluster);
     const notes = [...new Set(cluster.pools.map((/** @type {any} */ p) => p.notice).filter(Boolean))];
-    fill(health, cluster.ready ? h("span.dot.good", { title: "Ready" }) : h("a.warn", { href: "#/fleet" }, "Starting: see the fleet"), notes.length > 0 && h("span.notice", { title: notes.join(" ") }, "noise, not music: tiny checkpoint"));
+    fill(health, cluster.ready ? h("span.ready", {}, h("span.dot", {}), "ready") : h("a.warn", { href: "#/fleet" }, "Starting: see the fleet"), notes.length > 0 && h("span.notice", { title: notes.join(" ") }, "noise, not music: tiny checkpoint"));
     if (hasKey()) keyButton.hidden = false;
     setTimeout(look, cluster.ready ? 30000 : 3000);
   } catch {

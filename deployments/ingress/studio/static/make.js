@@ -1,5 +1,6 @@
 // The form: a wish is enough; everything else is there for those who want it, with the server's own words and limits.
 
+import { Advanced, OWN } from "./advanced.js";
 import { Refused, call, getJob, short, submit } from "./api.js";
 import { about, bytes, clock, field, fill, h, markWrong, toast } from "./dom.js";
 import { titleOf } from "./player.js";
@@ -10,17 +11,6 @@ import { said } from "./song.js";
 const TAGS = ["Intro", "Verse", "Pre-Chorus", "Chorus", "Bridge", "Solo", "Outro", "Instrumental"];
 const FORMATS = [["mp3", "MP3"], ["wav", "WAV"], ["flac", "FLAC"], ["opus", "Opus"], ["aac", "AAC"]];
 const TASKS = [["cover", "Cover: the same song, anew"], ["repaint", "Replace a part of it"], ["lego", "Add a layer"], ["extract", "Take a stem out"], ["complete", "Complete it"], ["text2music", "Only by its text"]];
-/** Fields that have a place of their own in the form; the rest of the schema is under Advanced. */
-const OWN = ["prompt", "lyrics", "instrumental", "duration", "batch_size", "formats", "vocal_language", "bpm", "key_scale", "time_signature", "src_audio", "task", "reference_audio", "repainting_start", "repainting_end", "plan", "webhook_url", "audio_codes", "timesteps"];
-/** @type {[string, (name: string) => boolean][]} */
-const GROUPS = [
-  ["Seeds", (n) => /seed/.test(n)],
-  ["Planner", (n) => /^(lm_|use_cot|thinking|constrained)/.test(n)],
-  ["Edits of source audio", (n) => /^(repaint|audio_cover|cover_|chunk_mask|track_|global_caption|instruction|flow_edit|retake)/.test(n)],
-  ["Sound file", (n) => /^(bitrate|normal|loudness|fade|mp3|sample_rate|cover_art)/.test(n)],
-  ["Renderer", (n) => /^(model|steps|guidance|shift|infer|sampler|use_adg|cfg_|lora|dcw|velocity|latent)/.test(n)],
-  ["Other", () => true],
-];
 
 export class Maker {
   /** @param {import("./songs.js").Library} library */
@@ -28,12 +18,7 @@ export class Maker {
     this.library = library;
     /** What is sent besides the fields that are shown. @type {Record<string, any>} */
     this.kept = {};
-    /** @type {Record<string, any>} */
-    this.advanced = {};
-    /** @type {any} */
-    this.schema = null;
-    /** @type {Promise<any> | null} */
-    this.asking = null;
+    this.advanced = new Advanced(() => this.changed());
     this.limits = { duration: 600, batch: 8 };
     this.build();
     document.addEventListener("remake", (event) => void this.remake(/** @type {CustomEvent} */ (event).detail));
@@ -59,7 +44,6 @@ export class Maker {
     this.problem = h("p.error", { role: "alert", hidden: true });
     this.material = h("div.material", {});
     this.planBox = h("div.plan", { hidden: true });
-    this.more = h("details", { ontoggle: () => { if (this.more.open) void this.fillAdvanced(); } }, h("summary", {}, "Advanced"), h("div.groups", {}, "…"));
     this.send = h("button.primary", { type: "submit" }, "Make a song");
     this.write = h("button", { type: "button", onclick: () => void this.writeOut() }, "Write it out");
     this.planFirst = h("button", { type: "button", onclick: () => void this.make("plan") }, "Plan first");
@@ -71,7 +55,7 @@ export class Maker {
       h("div.grid", {}, field("Length", this.duration, "seconds or 3:30", "duration"), field("Versions", this.batch, undefined, "batch_size"), field("Format", this.format, undefined, "formats"), field("Language", this.language, undefined, "vocal_language"),
         field("Tempo", this.bpm, "bpm", "bpm"), field("Key", this.keyScale, undefined, "key_scale"), field("Meter", this.meter, undefined, "time_signature")),
       h("div.field", { data: { field: "src_audio" } }, h("label.drop", {}, h("span", {}, "Drop an audio file here, or choose one: as source or as an example of style"), drop), h("em.wrong", { role: "alert", hidden: true })),
-      this.more);
+      this.advanced.element);
     this.form = h("form.make", { novalidate: true, onsubmit: (/** @type {Event} */ e) => { e.preventDefault(); void this.make(); } },
       h("h1", {}, "What shall it be?"), field("Describe the song", this.wish, undefined, "prompt"), this.material, this.planBox,
       h("div.row", {}, this.send, this.write, this.planFirst, h("button.quiet", { type: "button", onclick: () => this.clear() }, "Clear")),
@@ -98,7 +82,7 @@ export class Maker {
   /** The request as the form has it. */
   request() {
     /** @type {Record<string, any>} */
-    const body = { ...this.kept, ...this.advanced, formats: [this.format.value] };
+    const body = { ...this.kept, ...this.advanced.values, formats: [this.format.value] };
     const text = { prompt: this.wish.value.trim(), vocal_language: this.language.value.trim(), duration: this.duration.value.trim(), bpm: this.bpm.value.trim(), key_scale: this.keyScale.value.trim(), time_signature: this.meter.value };
     for (const [name, value] of Object.entries(text)) if (value) body[name] = value; else delete body[name];
     if (this.instrumental.checked) body.instrumental = true;
@@ -280,20 +264,19 @@ export class Maker {
     this.batch.value = "1";
     this.instrumental.checked = this.lyrics.disabled = false;
     this.kept = {};
-    this.advanced = {};
+    this.advanced.set({});
     fill(this.material);
     this.noPlan();
-    this.drawAdvanced();
     this.say("");
     markWrong(this.form, []);
     this.count();
   }
 
   /**
-   * Something of a song: the same again, changed, or worked on.
-   * @param {{job: Job, how: string, item?: number, changes?: Record<string, any>}} asked
+   * Something of a song: the same again, changed, or with it.
+   * @param {{job: Job, how: string, item?: number}} asked
    */
-  async remake({ job, how, item = 0, changes = {} }) {
+  async remake({ job, how, item = 0 }) {
     const request = job.request;
     if (how === "same" || how === "again") {
       const body = { ...request };
@@ -310,11 +293,9 @@ export class Maker {
     }
     this.clear();
     location.hash = "#/";
-    if (how === "edit" || how === "work") this.load(how === "edit" ? request : { ...request, ...changes });
+    if (how === "edit") this.load(request);
     if (how === "plan") { this.load(request); this.usePlan(job); }
-    const url = job.result?.items?.[item]?.audio?.[0]?.url;
-    if (how === "work") this.useAudio(changes.src_audio, titleOf(short(job)), "source");
-    if (how === "source" || how === "reference") this.useAudio(url, titleOf(short(job)), how);
+    if (how === "source" || how === "reference") this.useAudio(`song:${job.id}/${item}`, titleOf(short(job)), how);
     this.wish.focus();
     this.form.scrollIntoView({ block: "start" });
   }
@@ -334,11 +315,10 @@ export class Maker {
     this.keyScale.value = r.key_scale || "";
     this.meter.value = r.time_signature ? String(r.time_signature) : "";
     const rest = Object.fromEntries(Object.entries(r).filter(([name]) => !OWN.includes(name) && name !== "seed"));
-    this.advanced = rest;
+    this.advanced.set(rest);
     this.kept = Object.fromEntries(Object.entries(r).filter(([name]) => ["src_audio", "task", "reference_audio", "repainting_start", "repainting_end", "plan", "audio_codes", "timesteps"].includes(name)));
     if (Object.keys(rest).length || this.lyrics.value) this.details.open = true;
     if (this.kept.src_audio) this.useAudio(this.kept.src_audio, "its source", "source");
-    this.drawAdvanced();
     this.count();
     this.changed();
   }
@@ -364,55 +344,6 @@ export class Maker {
       this.quote.textContent = "";
       if (error.status === 422 || error.status === 400) { const at = document.activeElement; this.refused(error); if (at instanceof HTMLElement) at.focus(); }
     }
-  }
-
-  // -- advanced, from the schema
-
-  async fillAdvanced() {
-    if (this.schema) return;
-    this.asking = this.asking || call("openapi.json");
-    try {
-      this.schema = (await this.asking).components.schemas;
-      this.drawAdvanced();
-    } catch (error) {
-      this.asking = null;
-      fill(this.more.lastElementChild, error instanceof Error ? error.message : String(error));
-    }
-  }
-
-  drawAdvanced() {
-    if (!this.schema) return;
-    const properties = Object.entries(this.schema.SongSubmission.properties).filter(([name]) => !OWN.includes(name));
-    const left = new Set(properties.map(([name]) => name));
-    fill(this.more.lastElementChild, GROUPS.map(([title, belongs]) => {
-      const mine = properties.filter(([name]) => left.has(name) && belongs(name));
-      mine.forEach(([name]) => left.delete(name));
-      return mine.length ? h("fieldset", {}, h("legend", {}, title), h("div.grid", {}, mine.map(([name, facts]) => this.control(name, facts)))) : null;
-    }));
-  }
-
-  /** One field of the schema. @param {string} name @param {any} facts */
-  control(name, facts) {
-    const kinds = [facts, ...(facts.anyOf || []), ...(facts.anyOf || []).flatMap((/** @type {any} */ k) => k.anyOf || [])].map((k) => (k.$ref ? this.schema[k.$ref.split("/").pop()] : k));
-    const of = (/** @type {string} */ type) => kinds.find((k) => k.type === type);
-    const choices = kinds.find((k) => k.enum)?.enum;
-    const label = facts.title || name;
-    const set = (/** @type {any} */ value) => { if (value === undefined) delete this.advanced[name]; else this.advanced[name] = value; this.changed(); };
-    const now = this.advanced[name];
-    const preset = facts.default === null || facts.default === undefined ? "checkpoint's own" : String(facts.default);
-    let control;
-    if (choices || of("boolean")) {
-      const values = choices || [true, false];
-      control = h("select", { onchange: (/** @type {any} */ e) => set(e.target.value === "" ? undefined : choices ? e.target.value : e.target.value === "true") }, h("option", { value: "" }, `default (${preset})`), values.map((/** @type {any} */ v) => h("option", { value: String(v), selected: now === v }, typeof v === "boolean" ? (v ? "yes" : "no") : v)));
-    } else if ((of("number") || of("integer")) && !of("array")) {
-      const n = of("integer") || of("number");
-      const least = n.minimum ?? n.exclusiveMinimum;
-      control = h("input", { type: "number", min: least, max: n.maximum, step: n.type === "integer" ? 1 : "any", placeholder: preset, value: now ?? "", onchange: (/** @type {any} */ e) => set(e.target.value === "" ? undefined : Number(e.target.value)) });
-    } else {
-      const structured = of("array") || of("object");
-      control = h("input", { type: "text", placeholder: structured ? "JSON" : preset, value: now === undefined ? "" : structured ? JSON.stringify(now) : now, onchange: (/** @type {any} */ e) => { const text = e.target.value; if (!text) { set(undefined); return; } try { set(structured ? JSON.parse(text) : text); } catch { set(text); } } });
-    }
-    return field(label, control, facts.description, name);
   }
 }
 

@@ -51,8 +51,8 @@ class Player {
     p.volume = h("input.volume", { type: "range", min: 0, max: 1, step: 0.02, value: String(volume()), "aria-label": "Volume", oninput: () => this.setVolume() });
     p.next = h("button.quiet", { type: "button", title: "Next song", onclick: () => this.next() }, "Next");
     this.wave.addEventListener("seek", (e) => { this.audio.currentTime = /** @type {CustomEvent} */ (e).detail.time; this.tick(); });
-    this.wave.addEventListener("region", (e) => {
-      this.loop = /** @type {CustomEvent} */ (e).detail.region;
+    this.wave.addEventListener("region", () => {
+      this.loop = this.wave.regions[0] || null;
       if (this.loop) this.audio.currentTime = this.loop.start;
     });
     fill(bar, p.play, h("div.now", {}, p.title, p.versions), this.wave, p.time, p.loop, p.next, p.volume);
@@ -75,14 +75,20 @@ class Player {
    * @param {number} [index]
    */
   async play(job, index = 0) {
-    const url = playable(job, index);
-    if (!url) return;
     const same = this.job?.id === job.id;
     if (same && index === this.item && this.audio.src) { this.toggle(); return; }
-    const time = same ? this.audio.currentTime : 0;
+    const url = playable(job, index);
+    if (!url) return;
+    if (!same) { this.loop = null; this.wave.regions = []; }
     this.job = job;
     this.item = index;
-    if (!same) this.loop = this.wave.region = null;
+    await this.start(url, same ? this.audio.currentTime : 0, true);
+  }
+
+  /** @param {string} url @param {number} time @param {boolean} on */
+  async start(url, time, on) {
+    const job = /** @type {Short} */ (this.job);
+    const item = this.item;
     this.audio.src = at(url);
     if (time) this.audio.currentTime = time;
     /** @type {HTMLElement} */ (this.bar).hidden = false;
@@ -90,11 +96,10 @@ class Player {
     this.wave.peaks = null;
     this.wave.show(time, job.duration);
     this.show();
-    const playing = this.audio.play().catch((error) => { if (error.name === "NotAllowedError") toast("Press play: the browser wants to be asked first."); });
-    void peaksOf(job.id, index).then((found) => {
-      if (this.job?.id === job.id && this.item === index) { this.wave.peaks = found; this.wave.draw(); }
+    void peaksOf(job.id, item).then((found) => {
+      if (this.job?.id === job.id && this.item === item) { this.wave.peaks = found; this.wave.draw(); }
     });
-    await playing;
+    if (on) await this.audio.play().catch((error) => { if (error.name === "NotAllowedError") toast("Press play: the browser wants to be asked first."); });
   }
 
   /** @param {boolean} [on] */
@@ -113,8 +118,8 @@ class Player {
 
   /** @param {boolean} on */
   setLooping(on) {
-    this.wave.choosing = on;
-    if (!on) this.loop = this.wave.region = null;
+    this.wave.choosing = on ? "one" : "";
+    if (!on) { this.loop = null; this.wave.regions = []; }
     this.parts.loop.setAttribute("aria-pressed", String(on));
     this.wave.draw();
   }
@@ -151,7 +156,7 @@ class Player {
     if (!job) return;
     const p = this.parts;
     const on = !this.audio.paused;
-    p.play.textContent = on ? "❚❚" : "▶";
+    p.play.classList.toggle("on", on);
     p.play.setAttribute("aria-label", on ? "Pause" : "Play");
     p.title.textContent = titleOf(job);
     p.title.href = `#/song/${job.id}`;

@@ -1,12 +1,15 @@
 // One song: hear it, see what was made and why, and make something of it.
 
 import { ACTIVE, Refused, at, call, getJob, purgeJob, short } from "./api.js";
-import { bytes, clock, field, fill, h, moment, toast } from "./dom.js";
-import { player, playable, titleOf } from "./player.js";
+import { bytes, clock, fill, h, moment, toast } from "./dom.js";
+import { Edits } from "./edits.js";
+import { player, titleOf, versionsOf } from "./player.js";
 import { describe } from "./songs.js";
 import { Wave, peaksOf } from "./wave.js";
 
 /** @typedef {import("./api.js").Job} Job */
+
+const DONE = { extend: "An extension", replace: "Parts replaced", cover: "A cover", vary: "A variation", layer: "A layer added", stem: "A stem" };
 
 /**
  * @param {HTMLElement} main
@@ -43,7 +46,6 @@ class SongView {
     this.key = JSON.stringify([job.state, job.stage, /** @type {any} */ (job).title, short(job).cancel_requested]);
     this.line = h("p.muted", {});
     this.wave.addEventListener("seek", (event) => void this.seek(/** @type {CustomEvent} */ (event).detail.time));
-    this.wave.addEventListener("region", () => this.verbs());
     this.draw();
   }
 
@@ -62,36 +64,37 @@ class SongView {
     const items = job.result?.items || [];
     const meta = job.plan?.metadata || {};
     const request = job.request;
+    const active = ACTIVE.includes(job.state);
     const made = job.state === "succeeded" && items.length > 0;
-    this.play = h("button.play", { type: "button", onclick: () => void player.play(short(job), this.item) });
+    const few = short(job);
+    if (made && !this.edits) this.edits = new Edits(job, this.wave, () => this.item, this.library);
+    this.play = h("button.play", { type: "button", onclick: () => void player.play(few, this.item) });
     this.versions = h("span.versions", {});
-    this.verbBox = h("div.verbs", {});
     const lyrics = request.lyrics || "";
     this.lyrics = h("pre.lyrics", { dir: "auto" }, lyrics);
-    const few = short(job);
     this.line.textContent = describe(few);
+    const act = (/** @type {string} */ text, /** @type {() => any} */ onclick) => h("button.quiet", { type: "button", onclick }, text);
+    const named = (/** @type {string} */ name, /** @type {any[]} */ ...acts) => h("div.group", { role: "group", "aria-label": name }, h("span.muted", {}, name), h("div.row", {}, acts));
     fill(
       this.main,
       h("p", {}, h("a", { href: "#/" }, "‹ Songs")),
-      h("h1", { dir: "auto" }, titleOf(few)),
-      this.line,
+      h("div.top", {},
+        h("div", {}, h("h1", { dir: "auto" }, titleOf(few)), this.line),
+        h("div.row", {},
+          active && h("button", { type: "button", disabled: job.cancel_requested, onclick: () => void this.library.cancel(job) }, job.cancel_requested ? "Stopping …" : "Cancel"),
+          act("Rename", () => this.rename()),
+          made && h("button.quiet.heart", { type: "button", "aria-pressed": String(!!few.favourite), onclick: () => void this.like() }, few.favourite ? "♥\ufe0e Favourite" : "♡\ufe0e Favourite"))),
+      job.lineage && this.madeFrom(job.lineage),
       job.notice && h("p.notice", {}, job.notice),
       job.error && h("p.error", { role: "alert" }, job.error.message),
       job.warnings.length > 0 && h("ul.warnings", { "aria-label": "What was changed" }, job.warnings.map((w) => h("li", {}, said(w)))),
-      ACTIVE.includes(job.state) && h("p", {}, h("button", { type: "button", disabled: job.cancel_requested, onclick: () => void this.library.cancel(job) }, job.cancel_requested ? "Stopping …" : "Cancel")),
-      made && h("section.hear", { "aria-label": "Listen" }, h("div.row", {}, this.play, this.versions), this.wave, h("p.muted.small", {}, "Drag across the waveform after pressing ", h("em", {}, "Choose a part"), " to work on that part alone.")),
-      h("div.row.acts", {},
-        h("button", { type: "button", onclick: () => this.remake("again") }, "Again, another seed"),
-        !ACTIVE.includes(job.state) && h("button.quiet", { type: "button", onclick: () => this.remake("same") }, made ? "Exact replay" : "Try again"),
-        h("button.quiet", { type: "button", onclick: () => this.remake("edit") }, "Change and make"),
-        made && h("button.quiet", { type: "button", onclick: () => this.remake("source") }, "Use as source"),
-        made && h("button.quiet", { type: "button", onclick: () => this.remake("reference") }, "Use as reference"),
-        job.plan && h("button.quiet", { type: "button", onclick: () => this.remake("plan") }, "Edit its plan"),
-        h("button.quiet", { type: "button", onclick: () => this.rename() }, "Rename"),
-        made && h("button.quiet.heart", { type: "button", "aria-pressed": String(!!few.favourite), onclick: () => void this.like() }, few.favourite ? "♥ Favourite" : "♡ Favourite")),
-      this.verbBox,
-      made && h("section", {}, h("h2", {}, "Files"), h("ul.files", {}, items.map((/** @type {any} */ item, /** @type {number} */ i) => item.audio.map((/** @type {any} */ file) =>
-        h("li", {}, items.length > 1 && `Version ${i + 1}: `, h("a", { href: at(file.url), download: `${fileName(job)}-${i + 1}.${file.format.replace(/\d+$/, "")}` }, file.format.toUpperCase()), ` ${bytes(file.bytes)} `,
+      made && h("section.hear", { "aria-label": "Listen" }, h("div.row", {}, this.play, this.versions), this.wave),
+      h("section.doing", { "aria-label": "Make something of it" },
+        this.edits && [h("div.group", { role: "group", "aria-label": "Work on it" }, h("span.muted", {}, "Work on it"), this.edits.row), this.edits.form],
+        named("Once more", act("Again, another seed", () => this.remake("again")), !active && act(made ? "Exact replay" : "Try again", () => this.remake("same")), act("Change and make", () => this.remake("edit")), job.plan && act("Edit its plan", () => this.remake("plan"))),
+        made && named("For another", act("Use as source", () => this.remake("source")), act("Use as reference", () => this.remake("reference"))),
+        made && named("Files", items.map((/** @type {any} */ item, /** @type {number} */ i) => item.audio.map((/** @type {any} */ file) => h("span.file", {},
+          items.length > 1 && `${i + 1}: `, h("a", { href: at(file.url), download: `${fileName(job)}-${i + 1}.${file.format.replace(/\d+$/, "")}` }, file.format.toUpperCase()), h("small", {}, bytes(file.bytes)),
           h("button.quiet.small", { type: "button", onclick: () => void copy(at(file.url)) }, "Copy link")))))),
       h("div.columns", {},
         lyrics && h("section", {}, h("h2", {}, "Lyrics"), this.lyrics),
@@ -102,11 +105,24 @@ class SongView {
           fact("Card", job.result?.device), fact("Asked", moment(job.created_at)), fact("Took", job.usage && `${job.usage.total_s.toFixed(1)} s, of it planner ${job.usage.device_s.plan} s and renderer ${job.usage.device_s.render} s`),
           fact("Begun", job.attempts > 1 ? `${job.attempts} times` : "")))),
       h("details", {}, h("summary", {}, "Everything the server says of it (JSON)"), h("pre.json", {}, JSON.stringify(job, null, 2))),
-      h("p", {}, !ACTIVE.includes(job.state) && h("button.danger", { type: "button", onclick: () => void this.remove() }, "Delete song and audio")),
+      h("p", {}, !active && h("button.danger", { type: "button", onclick: () => void this.remove() }, "Delete song and audio")),
     );
     if (made) this.load();
     this.buttons();
-    this.verbs();
+  }
+
+  /** Where the song comes from. @param {NonNullable<Job["lineage"]>} lineage */
+  madeFrom({ verb, parents, regions }) {
+    const link = (/** @type {{job: string, item: number, field: string}} */ parent) => {
+      const a = h("a", { href: `#/song/${parent.job}`, dir: "auto" }, "a song");
+      const known = this.library.jobs.get(parent.job);
+      const name = (/** @type {import("./api.js").Short} */ song) => { a.textContent = titleOf(song) + (versionsOf(song).length > 1 ? `, version ${parent.item + 1}` : ""); };
+      if (known) name(known);
+      else getJob(parent.job).then((whole) => name(short(whole)), () => a.replaceWith("a song that is gone"));
+      return [parent.field === "reference_audio" ? " in the style of " : " of ", a];
+    };
+    const where = regions.map(({ start, end }) => `${start < 0 ? `${clock(-start)} before` : clock(start)} to ${clock(end)}`).join(", ");
+    return h("p.lineage", {}, verb ? DONE[verb] : "Made", parents.map(link), where && `: ${where}`);
   }
 
   load() {
@@ -141,10 +157,10 @@ class SongView {
   buttons() {
     if (!this.play) return;
     const on = player.plays(this.job.id);
-    this.play.textContent = on ? "❚❚" : "▶";
+    this.play.classList.toggle("on", on);
     this.play.setAttribute("aria-label", on ? "Pause" : "Play");
     const items = this.job.result?.items || [];
-    if (player.job?.id === this.job.id && player.item !== this.item) { this.item = player.item; this.load(); }
+    if (player.job?.id === this.job.id && player.item !== this.item) { this.item = player.item; if (items.length) this.load(); }
     fill(this.versions, items.length > 1 && items.map((/** @type {any} */ item, /** @type {number} */ i) => h("button.version", { type: "button", "aria-pressed": String(i === this.item), onclick: () => { this.item = i; this.load(); void player.play(short(this.job), i); } }, `${i + 1} · ${item.seed}`)));
   }
 
@@ -163,38 +179,6 @@ class SongView {
       const sung = now.time >= line.at && now.time < line.end;
       if (sung !== line.element.hasAttribute("aria-current")) line.element.toggleAttribute("aria-current", sung);
     }
-  }
-
-  /** What can be made of this song, by region where one is drawn. */
-  verbs() {
-    const { job, wave } = this;
-    const item = job.result?.items?.[this.item];
-    if (job.state !== "succeeded" || !item) return;
-    const region = wave.region;
-    const source = { src_audio: playable(short(job), this.item) };
-    const where = region ? `${clock(region.start)} to ${clock(region.end)}` : "";
-    const choose = h("button.quiet", { type: "button", "aria-pressed": String(wave.choosing), onclick: () => { wave.choosing = !wave.choosing; if (!wave.choosing) wave.region = null; wave.draw(); this.verbs(); } }, wave.choosing ? "Forget the part" : "Choose a part");
-    const start = h("input", { type: "number", min: 0, max: item.duration, step: 0.1, value: region ? region.start.toFixed(1) : "", onchange: () => this.typed(start, end) });
-    const end = h("input", { type: "number", min: 0, max: item.duration, step: 0.1, value: region ? region.end.toFixed(1) : "", onchange: () => this.typed(start, end) });
-    fill(this.verbBox, h("h2", {}, "Make something of it"),
-      h("div.row", {}, choose, wave.choosing && field("From, seconds", start), wave.choosing && field("to", end)),
-      h("div.row", {},
-        verb(region ? `Replace ${where}` : "Replace a part", region ? "" : "choose a part first", () => this.work({ ...source, task: "repaint", repainting_start: region?.start, repainting_end: region?.end })),
-        verb("Extend by 30 s", "", () => this.work({ ...source, task: "repaint", repainting_start: item.duration, repainting_end: item.duration + 30 })),
-        verb("30 s before", "", () => this.work({ ...source, task: "repaint", repainting_start: -30, repainting_end: 0 })),
-        verb("Cover", "", () => this.work({ ...source, task: "cover" })),
-      ));
-  }
-
-  /** @param {HTMLInputElement} start @param {HTMLInputElement} end */
-  typed(start, end) {
-    const [from, to] = [Number(start.value), Number(end.value)];
-    if (start.value && end.value && to > from) { this.wave.region = { start: from, end: to }; this.wave.draw(); this.verbs(); }
-  }
-
-  /** @param {Record<string, any>} changes */
-  work(changes) {
-    document.dispatchEvent(new CustomEvent("remake", { detail: { job: this.job, how: "work", changes } }));
   }
 
   /** @param {string} how */
@@ -233,8 +217,6 @@ class SongView {
   }
 }
 
-/** @param {string} name @param {string} why greyed, where there is a reason @param {() => void} act */
-const verb = (name, why, act) => h("button.quiet", { type: "button", disabled: !!why, title: why || null, onclick: act }, name);
 /** @param {string} name @param {any} value */
 const fact = (name, value) => (value ? h("div", {}, h("dt", {}, name), h("dd", { dir: "auto" }, value)) : null);
 

@@ -2,14 +2,16 @@
 
 import { ACTIVE, Refused, cancelJob, changeJob, follow, getJob, listJobs, short } from "./api.js";
 import { about, clock, fill, h, moment, toast } from "./dom.js";
+import { Feed } from "./feed.js";
 import { player, titleOf, versionsOf } from "./player.js";
+import { Sketch } from "./wave.js";
 
 /** @typedef {import("./api.js").Job} Job */
 /** @typedef {import("./api.js").Short} Short */
 
 const STREAMS = 3; // a browser holds six connections to a server
 const POLL_MS = 2500;
-const STAGES = /** @type {Record<string, string>} */ ({ queued: "waits", planning: "is planned", planned: "is planned, waits for a renderer", rendering: "is rendered", decoding: "is decoded", encoding: "is encoded" });
+const STAGES = /** @type {Record<string, string>} */ ({ queued: "waits", planning: "planning", planned: "planned, waits for a renderer", rendering: "rendering", decoding: "decoding", encoding: "encoding" });
 /** What the list can be cut down to. @type {[string, string, Record<string, string>, (job: Short) => boolean][]} */
 const FILTERS = [
   ["all", "All", {}, () => true],
@@ -23,7 +25,7 @@ export class Library {
   constructor() {
     /** @type {Map<string, Short>} */
     this.jobs = new Map();
-    /** @type {Map<string, HTMLElement>} */
+    /** Those that stand in the page. @type {Map<string, HTMLElement>} */
     this.cards = new Map();
     /** @type {Map<string, () => void>} */
     this.streams = new Map();
@@ -35,7 +37,7 @@ export class Library {
     this.asked = 0;
     this.q = "";
     this.filter = FILTERS[0];
-    this.list = h("div.songs", { role: "feed", "aria-label": "Songs" });
+    this.feed = new Feed("Songs", (id) => this.card(/** @type {Short} */ (this.jobs.get(id))));
     this.foot = h("p.muted.foot", {});
     this.end = new IntersectionObserver((seen) => { if (seen.some((e) => e.isIntersecting)) void this.more(); }, { rootMargin: "600px" });
     player.queue = () => this.shown();
@@ -56,7 +58,6 @@ export class Library {
     this.streams.clear();
     this.jobs.clear();
     this.cards.clear();
-    this.list.replaceChildren();
     this.search();
   }
 
@@ -80,7 +81,7 @@ export class Library {
     } });
     search.id = "search";
     const select = h("select", { "aria-label": "Which songs", onchange: (/** @type {any} */ e) => { this.filter = FILTERS.find(([name]) => name === e.target.value) || FILTERS[0]; this.search(); } }, FILTERS.map((f) => h("option", { value: f[0], selected: f === this.filter }, f[1])));
-    fill(place, h("div.bar", {}, h("h2", {}, "Your songs"), search, select), this.list, this.foot);
+    fill(place, h("div.bar", {}, h("h2", {}, "Your songs"), search, select), this.feed.list, this.foot);
     this.end.disconnect();
     this.end.observe(this.foot);
     this.draw();
@@ -180,9 +181,8 @@ export class Library {
 
   draw() {
     const jobs = this.shown();
-    const wanted = jobs.map((job) => this.card(job));
-    wanted.forEach((card, i) => { if (this.list.children[i] !== card) this.list.insertBefore(card, this.list.children[i] || null); });
-    while (this.list.children.length > wanted.length) this.list.lastElementChild?.remove();
+    for (const [id, card] of this.cards) if (!card.isConnected) this.cards.delete(id);
+    this.feed.show(jobs.map((job) => job.id), this.done);
     if (!this.loading) this.foot.textContent = jobs.length ? (this.done ? "" : "Scroll for more") : !this.done ? "Looking …" : this.q || this.filter !== FILTERS[0] ? "Nothing matches." : "No songs yet. Write a wish and press Enter.";
   }
 
@@ -210,24 +210,28 @@ export class Library {
     fill(
       card,
       made
-        ? h("button.play", { type: "button", data: { act: "play" }, "aria-label": `${player.plays(job.id) ? "Pause" : "Play"} ${titleOf(job)}`, onclick: () => void player.play(job, player.job?.id === job.id ? player.item : versions[0]) }, player.plays(job.id) ? "❚❚" : "▶")
+        ? h(`button.play${player.plays(job.id) ? ".on" : ""}`, { type: "button", data: { act: "play" }, "aria-label": `${player.plays(job.id) ? "Pause" : "Play"} ${titleOf(job)}`, onclick: () => void player.play(job, player.job?.id === job.id ? player.item : versions[0]) })
         : h("span.state", { "aria-hidden": "true" }, job.state === "failed" ? "!" : job.state === "cancelled" ? "×" : job.kind === "plan" ? "≡" : "…"),
       h("div.about", {},
         h("a.title", { href: `#/song/${job.id}`, dir: "auto", data: { act: "title" } }, titleOf(job)),
         h("p.muted", {}, describe(job)),
-        ACTIVE.includes(job.state) && progress(job),
+        job.state === "running" && progress(job),
         job.error && h("p.error", {}, job.error)),
+      made && new Sketch(job.id, versions[0]),
       h("div.acts", {},
         versions.length > 1 && versions.map((i) => h("button.version", { type: "button", data: { act: `v${i}` }, "aria-pressed": String(player.plays(job.id, i)), "aria-label": `Play version ${i + 1}`, onclick: () => void player.play(job, i) }, String(i + 1))),
         ACTIVE.includes(job.state) && h("button.quiet", { type: "button", data: { act: "cancel" }, disabled: job.cancel_requested, onclick: () => void this.cancel(job) }, job.cancel_requested ? "Stopping …" : "Cancel"),
         (job.state === "failed" || job.state === "cancelled") && h("button.quiet", { type: "button", data: { act: "again" }, onclick: () => void this.again(job.id) }, "Try again"),
-        made && h("button.quiet.heart", { type: "button", data: { act: "like" }, "aria-pressed": String(!!job.favourite), "aria-label": "Favourite", onclick: () => void this.change(job.id, { favourite: !job.favourite }) }, job.favourite ? "♥" : "♡")),
+        made && h("button.quiet.heart", { type: "button", data: { act: "like" }, "aria-pressed": String(!!job.favourite), "aria-label": "Favourite", onclick: () => void this.change(job.id, { favourite: !job.favourite }) }, job.favourite ? "♥\ufe0e" : "♡\ufe0e")),
     );
     if (focus) /** @type {HTMLElement | null} */ (card.querySelector(`[data-act="${focus}"]`))?.focus();
   }
 
   mark() {
-    for (const job of this.jobs.values()) if (job.audio?.length && this.cards.get(job.id)?.isConnected) this.redraw(job);
+    for (const id of this.cards.keys()) {
+      const job = this.jobs.get(id);
+      if (job) this.redraw(job);
+    }
   }
 
   /** @param {string} id */
@@ -262,13 +266,11 @@ export class Library {
 
   /** Keyboard: arrows walk the list. @param {KeyboardEvent} event */
   walk(event) {
-    const cards = [...this.list.children];
-    const here = cards.findIndex((card) => card.contains(document.activeElement));
-    const next = /** @type {HTMLElement | undefined} */ (cards[Math.max(0, here + (event.key === "ArrowDown" ? 1 : -1))]);
+    const next = this.feed.beside(document.activeElement, event.key === "ArrowDown" ? 1 : -1);
     if (!next) return;
     event.preventDefault();
-    /** @type {HTMLElement | null} */ (next.querySelector("a.title"))?.focus();
-    next.scrollIntoView({ block: "nearest" });
+    /** @type {HTMLElement | null} */ (next.querySelector("a.title"))?.focus({ preventScroll: true });
+    next.scrollIntoView({ block: "nearest", behavior: "instant" });
   }
 }
 
@@ -276,14 +278,14 @@ export class Library {
 export function describe(job) {
   if (job.state === "queued" && job.stage !== "planned") {
     const place = job.position ? `${job.position === 1 ? "next" : `number ${job.position}`} in the queue` : "waits";
-    return job.eta_s ? `${place}, done in about ${about(job.eta_s)}` : place;
+    return job.eta_s ? `${place} · done in about ${about(job.eta_s)}` : place;
   }
   if (ACTIVE.includes(job.state)) {
     const p = job.progress;
     const stage = job.stage || "queued";
     const unit = /** @type {Record<string, string>} */ ({ planning: "codes", rendering: "steps" })[stage] || "parts";
-    const how = p && p.total && p.stage === stage ? ` (${p.done} of ${p.total} ${unit})` : "";
-    return `${STAGES[stage] || stage}${how}${job.eta_s ? `, done in about ${about(job.eta_s)}` : ""}`;
+    const how = p && p.total && p.stage === stage ? `, ${p.done} of ${p.total} ${unit}` : "";
+    return `${STAGES[stage] || stage}${how}${job.eta_s ? ` · done in about ${about(job.eta_s)}` : ""}`;
   }
   if (job.state === "cancelled") return `cancelled ${moment(job.finished_at || job.created_at)}`;
   if (job.state === "failed") return `failed ${moment(job.finished_at || job.created_at)}`;

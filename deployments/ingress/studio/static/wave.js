@@ -3,7 +3,7 @@
 import { call } from "./api.js";
 import { h, clock } from "./dom.js";
 
-/** @typedef {{start: number, end: number}} Region seconds */
+/** A part of a song, in seconds, and what shall be there. @typedef {{start: number, end: number, prompt?: string, lyrics?: string}} Region */
 
 export class Wave extends HTMLElement {
   constructor() {
@@ -12,11 +12,12 @@ export class Wave extends HTMLElement {
     this.peaks = null;
     this.duration = 0;
     this.time = 0;
-    /** @type {Region | null} */
-    this.region = null;
+    /** In order, beside each other. @type {Region[]} */
+    this.regions = [];
     /** @type {{at: number, label: string}[]} */
     this.marks = [];
-    this.choosing = false;
+    /** Whether dragging chooses parts instead of seeking, and how many. @type {"" | "one" | "many"} */
+    this.choosing = "";
     this.canvas = h("canvas", {});
     this.shape = new ResizeObserver(() => this.draw());
   }
@@ -43,11 +44,12 @@ export class Wave extends HTMLElement {
     this.focus();
     const from = this.second(down);
     if (!this.choosing) { this.emit("seek", { time: from }); }
+    const kept = this.choosing === "many" ? this.regions : [];
     /** @param {PointerEvent} move */
     const move = (move) => {
       const to = this.second(move);
       if (this.choosing) {
-        this.region = { start: Math.min(from, to), end: Math.max(from, to) };
+        this.regions = joined(kept, { start: Math.min(from, to), end: Math.max(from, to) });
         this.draw();
       } else this.emit("seek", { time: to });
     };
@@ -55,9 +57,9 @@ export class Wave extends HTMLElement {
       window.removeEventListener("pointermove", move);
       window.removeEventListener("pointerup", up);
       if (!this.choosing) return;
-      if (this.region && this.region.end - this.region.start < 0.25) this.region = null;
+      this.regions = this.regions.filter(({ start, end }) => end - start >= 0.25);
       this.draw();
-      this.emit("region", { region: this.region });
+      this.emit("region", {});
     };
     window.addEventListener("pointermove", move);
     window.addEventListener("pointerup", up);
@@ -96,44 +98,96 @@ export class Wave extends HTMLElement {
   }
 
   draw() {
+    const pen = penOf(this, this.canvas);
+    if (!pen) return;
     const { clientWidth: width, clientHeight: height } = this;
-    if (!width || !height) return;
-    const scale = window.devicePixelRatio || 1;
-    if (this.canvas.width !== Math.round(width * scale) || this.canvas.height !== Math.round(height * scale)) {
-      this.canvas.width = Math.round(width * scale);
-      this.canvas.height = Math.round(height * scale);
-    }
-    const pen = this.canvas.getContext("2d");
-    const style = getComputedStyle(this);
-    const [done, rest, mark] = ["--accent", "--wave", "--mark"].map((name) => style.getPropertyValue(name).trim() || "gray");
-    pen.setTransform(scale, 0, 0, scale, 0, 0);
-    pen.clearRect(0, 0, width, height);
+    const [done, rest, mark] = colours(this);
     const x = this.duration ? (this.time / this.duration) * width : 0;
-    if (this.region && this.duration) {
-      pen.fillStyle = mark;
-      pen.globalAlpha = 0.3;
-      const left = (this.region.start / this.duration) * width;
-      pen.fillRect(left, 0, Math.max(2, ((this.region.end - this.region.start) / this.duration) * width), height);
-      pen.globalAlpha = 1;
-    }
-    const bar = 3;
-    const bars = Math.max(1, Math.floor(width / bar));
-    for (let i = 0; i < bars; i++) {
-      let peak = 0.04;
-      if (this.peaks?.length) {
-        const from = Math.floor((i * this.peaks.length) / bars);
-        const to = Math.max(from + 1, Math.floor(((i + 1) * this.peaks.length) / bars));
-        for (let k = from; k < to; k++) peak = Math.max(peak, this.peaks[k]);
-      }
-      const tall = Math.max(2, Math.min(1, peak) * (height - 2));
-      pen.fillStyle = i * bar < x ? done : rest;
-      pen.fillRect(i * bar, (height - tall) / 2, bar - 1, tall);
-    }
+    pen.fillStyle = mark;
+    pen.globalAlpha = 0.3;
+    for (const { start, end } of this.duration ? this.regions : []) pen.fillRect((start / this.duration) * width, 0, Math.max(2, ((end - start) / this.duration) * width), height);
+    pen.globalAlpha = 1;
+    bars(pen, this.peaks, width, height, (at) => (at < x ? done : rest));
     pen.fillStyle = mark;
     for (const { at } of this.marks) if (this.duration) pen.fillRect((at / this.duration) * width, 0, 1, height);
   }
 }
 customElements.define("song-wave", Wave);
+
+/** The shape of a song in a list: only to look at, and asked for once it is seen. */
+export class Sketch extends HTMLElement {
+  /** @param {string} id @param {number} item */
+  constructor(id = "", item = 0) {
+    super();
+    this.song = { id, item };
+    this.canvas = h("canvas", {});
+    this.setAttribute("aria-hidden", "true");
+  }
+
+  connectedCallback() {
+    this.append(this.canvas);
+    seen.observe(this);
+  }
+
+  disconnectedCallback() { seen.unobserve(this); }
+
+  async draw() {
+    const peaks = await peaksOf(this.song.id, this.song.item);
+    const pen = peaks && penOf(this, this.canvas);
+    if (pen) bars(pen, peaks, this.clientWidth, this.clientHeight, () => colours(this)[1]);
+  }
+}
+customElements.define("song-sketch", Sketch);
+const seen = new IntersectionObserver((entries) => {
+  for (const { target, isIntersecting } of entries) if (isIntersecting) { seen.unobserve(target); void /** @type {Sketch} */ (target).draw(); }
+});
+
+/** What draws on an element's canvas, in its pixels; null while it has no size. @param {HTMLElement} element @param {HTMLCanvasElement} canvas */
+function penOf(element, canvas) {
+  const { clientWidth: width, clientHeight: height } = element;
+  if (!width || !height) return null;
+  const scale = window.devicePixelRatio || 1;
+  if (canvas.width !== Math.round(width * scale) || canvas.height !== Math.round(height * scale)) {
+    canvas.width = Math.round(width * scale);
+    canvas.height = Math.round(height * scale);
+  }
+  const pen = /** @type {CanvasRenderingContext2D} */ (canvas.getContext("2d"));
+  pen.setTransform(scale, 0, 0, scale, 0, 0);
+  pen.clearRect(0, 0, width, height);
+  return pen;
+}
+
+/** Of what was played, of the rest, of marks. @param {HTMLElement} element */
+function colours(element) {
+  const style = getComputedStyle(element);
+  return ["--accent", "--wave", "--mark"].map((name) => style.getPropertyValue(name).trim() || "gray");
+}
+
+const BAR_PX = 3;
+
+/** @param {CanvasRenderingContext2D} pen @param {Float32Array | null} peaks @param {number} width @param {number} height @param {(x: number) => string} colour */
+function bars(pen, peaks, width, height, colour) {
+  const count = Math.max(1, Math.floor(width / BAR_PX));
+  for (let i = 0; i < count; i++) {
+    let peak = 0.04;
+    if (peaks?.length) {
+      const from = Math.floor((i * peaks.length) / count);
+      const to = Math.max(from + 1, Math.floor(((i + 1) * peaks.length) / count));
+      for (let k = from; k < to; k++) peak = Math.max(peak, peaks[k]);
+    }
+    const tall = Math.max(2, Math.min(1, peak) * (height - 2));
+    pen.fillStyle = colour(i * BAR_PX);
+    pen.fillRect(i * BAR_PX, (height - tall) / 2, BAR_PX - 1, tall);
+  }
+}
+
+/** Parts with one more, which takes in those that it overlaps. @param {Region[]} regions @param {Region} one */
+function joined(regions, one) {
+  const apart = regions.filter(({ start, end }) => end < one.start || start > one.end);
+  const over = regions.filter((region) => !apart.includes(region));
+  const all = { ...over[0], start: Math.min(one.start, ...over.map(({ start }) => start)), end: Math.max(one.end, ...over.map(({ end }) => end)) };
+  return [...apart, all].sort((a, b) => a.start - b.start);
+}
 
 /** @type {Map<string, Promise<Float32Array | null>>} */
 const known = new Map();
