@@ -82,13 +82,11 @@ class Site:
         assert job is not None, "the job cannot be claimed"
         return job
 
-    def succeed(self, job_id: str, data: bytes = WAV) -> Job:
+    def succeed(self, job_id: str, data: bytes = WAV, caption: str = "a caption of the planner") -> Job:
         """Carry a job to its end, with files in the store."""
         job = self.job(job_id) if self.job(job_id).state == "running" else self.run(job_id)
         store, request = self.service.store, job.request
-        metadata = Metadata(
-            bpm=92, caption="a caption of the planner", duration=30.0, keyscale="A minor", language="en"
-        )
+        metadata = Metadata(bpm=92, caption=caption, duration=30.0, keyscale="A minor", language="en")
         plan = Plan(metadata=metadata, model="tiny-lm", timings=PlanTimings(metadata_s=1.0, codes_s=2.0))
         store.save_plan(job_id, "test", plan)
         items = []

@@ -448,6 +448,14 @@ async def test_a_verb_is_a_short_way_to_say_a_task(
     assert short.prompt == (body.get("prompt") or ("p" if verb == "vary" else "a caption of the planner"))
 
 
+async def test_a_planner_s_caption_may_be_longer_than_a_description(site: Site) -> None:
+    job_id = (await site.client.post("/v1/music", json={**SONG, "duration": 30})).json()["id"]
+    site.succeed(job_id, caption="words " * 1_000)
+    answer = await site.client.post(f"/v1/jobs/{job_id}/extend", json={"after": 5})
+    assert answer.status_code == 202, answer.text
+    assert site.job(answer.json()["id"]).request.prompt == ("words " * 1_000)[:2_048]
+
+
 async def test_only_the_server_says_where_a_song_comes_from(site: Site) -> None:
     for field, value in (
         ("parents", [{"job": "x", "item": 0, "field": "from"}]),

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from acestep.errors import InvalidRequest
-from acestep.request import SongRequest
+from acestep.request import MAX_PROMPT_CHARS, SongRequest
 from acestep.song import Song, SongItem
 from acestep.source_fields import Parent, SongName
 from acestep.validation import validation_problems
@@ -76,7 +76,7 @@ def _words(job: Job, song: Song, item: SongItem) -> dict[str, Any]:
         "vocal_language": None if metadata.language == "unknown" else metadata.language,
     }  # fmt: skip
     return {
-        **kept, "prompt": caption or request.prompt, "lyrics": request.lyrics,
+        **kept, "prompt": (caption or request.prompt)[:MAX_PROMPT_CHARS], "lyrics": request.lyrics,
         **{name: value for name, value in planned.items() if value is not None},
     }  # fmt: skip
 
