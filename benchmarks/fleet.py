@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import fleet_plans
 from benchmarks.fleet_policies import RequestCount
 from deployments.capacity.pools import PoolSpec, Scaler
 from deployments.capacity.result import Result, quantile
@@ -206,6 +207,7 @@ def table(results: dict[str, Any]) -> str:
     for fleet, errors in results["eta"].items():
         for which, e in errors.items():
             lines.append(f"  {fleet:10} {which:24} p50 {e['p50']:.1%}  p90 {e['p90']:.1%}")
+    lines += ["", "Planned fleets", fleet_plans.text(results["plans"])]
     dealt = results["routing"]
     lines += ["", f"Routing: {dealt['jobs']} jobs on {dealt['cards']} cards that are always on"]
     for name in ("cost", "round_robin"):
@@ -225,6 +227,7 @@ def run(*, quick: bool) -> dict[str, Any]:
         "eta": eta(jobs, max(1, scale // 4), hours=hours),
         "routing": routing(jobs, max(1, scale // 4), hours=hours),
     }
+    results["plans"] = fleet_plans.marks(quick=quick)
     results["wall_s"] = round(time.perf_counter() - began, 1)
     return results
 

@@ -19,7 +19,7 @@ from deployments.capacity.pools import Pool, PoolSpec, Replica, Scaler, Song, Us
 from deployments.capacity.result import Result
 from deployments.capacity.traffic import Arrival
 from deployments.scheduling.choose import Decision, FleetState, Promise, choose
-from deployments.scheduling.fairness import Waiting, next_jobs, patience_of
+from deployments.scheduling.fairness import PATIENCE_FACTOR, Waiting, next_jobs, patience_of
 
 CANDIDATES = 256  # how many waiting jobs a dispatcher looks at, as the job store hands them out
 
@@ -320,7 +320,10 @@ class Simulator:
         if not pool.queue:
             return 0.0
         deadline = arrival.at + arrival.deadline_s if self._holds(arrival) else None
-        mine = Waiting("mine", arrival.key, 0.0, arrival.at, deadline=deadline, patience_s=self._patience(arrival))
+        patience_s = self._patience(arrival)
+        mine = Waiting(
+            "mine", arrival.key, patience_s / PATIENCE_FACTOR, arrival.at, deadline=deadline, patience_s=patience_s
+        )
         order = next_jobs([*self._candidates(pool), mine], self.usage.at(self.now), self.now)
         before = sum(job.work_s for job in itertools.takewhile(lambda job: job is not mine, order))
         seen = list(itertools.islice(pool.queue.values(), CANDIDATES))

@@ -69,10 +69,6 @@ class _Pool:
     model: str
     work: Mapping[int, Work]  # by class
 
-    @property
-    def name(self) -> str:
-        return f"{'lm' if self.role == 'plan' else 'dit'}-{self.offer.tier}"
-
 
 @dataclass
 class _Rows:
@@ -239,7 +235,10 @@ def _most(pool: _Pool, demand: Demand, headroom: float) -> int:
 
 def _candidates(demand: Demand, choice: Choice) -> list[_Pool]:
     """Pools that are worth looking at, with what each class takes there. Raises InvalidRequest where a class has none."""
-    models = sorted({job.typical.request.model or choice.model for job in demand.classes})
+    asked = {job.typical.request.model or choice.model for job in demand.classes}
+    models = sorted(
+        asked, key=lambda m: (m != choice.model, m)
+    )  # the first pool's model is that of jobs that name none
     plans = {
         o.card: {c: w for c, j in enumerate(demand.classes) if j.planned and (w := plan_work(j, o, choice.planner))}
         for o in choice.offers
@@ -256,7 +255,7 @@ def _candidates(demand: Demand, choice: Choice) -> list[_Pool]:
     for c, job in enumerate(demand.classes):
         _in_time(c, job.typical.deadline_s, job.planned, plans, renders, choice)
     pools = [_Pool("plan", o, choice.planner, plans[o.card]) for o in choice.offers if plans[o.card]]
-    pools += [_Pool("render", o, m, renders[o.card, m]) for o in choice.offers for m in models if renders[o.card, m]]
+    pools += [_Pool("render", o, m, renders[o.card, m]) for m in models for o in choice.offers if renders[o.card, m]]
     return [p for p in pools if not any(_beats(q, p, choice) for q in pools if q is not p)]
 
 

@@ -54,9 +54,17 @@ class Routing:
         )
         return FleetState(tuple(p for p in known if p is not None))
 
-    def newcomer(self, view: FleetView, request: SongRequest, owner: str, *, only_plan: bool = False) -> Waiting:
+    def newcomer(
+        self,
+        view: FleetView,
+        request: SongRequest,
+        owner: str,
+        *,
+        only_plan: bool = False,
+        deadline: float | None = None,
+    ) -> Waiting:
         """A job that is about to be written down, as the fair order will see it."""
-        return Waiting("", owner, _work_s(request, self.pools(view), only_plan), time.time())
+        return Waiting("", owner, _work_s(request, self.pools(view), only_plan), time.time(), deadline=deadline)
 
     def admit(
         self, view: FleetView, request: SongRequest, me: Waiting, place: Place, working: Sequence[Row],
@@ -67,7 +75,7 @@ class Routing:
         A pool that has never told its abilities counts as not there, unless nothing else of its kind is known.
 
         Args:
-            me, place: The job in the fair order, and what goes before it there.
+            me, place: The job in the fair order, its deadline too, and what goes before it there.
             working: What stages work on.
 
         Raises:
@@ -77,7 +85,8 @@ class Routing:
         state = as_found_by(me, place, self.pools(view), working)
         if not state.of("render") or (needs_planner(request) and not state.of("plan") and _unknown(view, "plan")):
             return None
-        decision = _say_why_off(view, choose(request, state, only_plan=only_plan))
+        left_s = None if me.deadline is None else me.deadline - me.submitted
+        decision = _say_why_off(view, choose(request, state, only_plan=only_plan, deadline_in_s=left_s))
         if decision.outcome == "never":
             if _unknown(view, "render"):
                 return None

@@ -6,6 +6,7 @@ A quote goes the same way and stops before the job is written.
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ from acestep.adjust import check_sources, over_plan
 from acestep.audio.latent_file import LatentFacts
 from acestep.dit import checks
 from acestep.dit.window import window_of
-from acestep.errors import InvalidRequest
+from acestep.errors import InvalidRequest, LimitExceeded
 from acestep.request import Adjustment, SongRequest
 from acestep.sizing.cost import expected_duration
 from acestep.sizing.limits import unscored
@@ -83,9 +84,10 @@ async def submit(
         adjustments: What was changed before.
         extra: For the API that asks.
         parents: Songs that it is made from, besides those that are its sources.
+        deadline: Unix seconds by which it must be done.
 
     Raises:
-        InvalidRequest, LimitExceeded: nothing in this fleet can do it.
+        InvalidRequest, LimitExceeded: nothing in this fleet can do it, or not by its deadline.
         Busy: a limit of the server or of the caller; nothing was written.
     """
     body_hash = body_hash or hash_of(request.model_dump(mode="json", exclude_defaults=True), kind, extra)
@@ -93,7 +95,7 @@ async def submit(
         known = await asyncio.to_thread(service.store.earlier, caller.name, idempotency_key, body_hash)
         if known is not None:
             return known, False
-    weighed = await _weigh(service, request, caller, kind, adjustments, extra, parents=parents)
+    weighed = await _weigh(service, request, caller, kind, adjustments, extra, parents=parents, deadline=deadline)
     extra = dict(extra or {})
     if weighed.decision is not None and weighed.decision.eta_s is not None:
         extra["eta_s"] = round(weighed.decision.eta_s, 3)
@@ -112,12 +114,14 @@ async def submit(
     return job, created
 
 
-async def quote(service: Service, request: SongRequest, caller: Caller, *, kind: str = "song") -> Weighed:
+async def quote(
+    service: Service, request: SongRequest, caller: Caller, *, kind: str = "song", deadline: float | None = None
+) -> Weighed:
     """What `submit` would make of a request, and when. Nothing is written and no limit is used up.
 
     Raises: as `submit` does.
     """
-    weighed = await _weigh(service, request, caller, kind, keep=False)
+    weighed = await _weigh(service, request, caller, kind, deadline=deadline, keep=False)
     try:
         await asyncio.to_thread(service.store.check, weighed.caps, caller.name, weighed.audio_s, weighed.work_s)
     except Busy as error:
@@ -140,6 +144,7 @@ async def _weigh(
     extra: dict[str, Any] | None = None,
     *,
     parents: tuple[Parent, ...] = (),
+    deadline: float | None = None,
     keep: bool = True,
 ) -> Weighed:
     """What a request becomes and takes.
@@ -160,7 +165,7 @@ async def _weigh(
     if kind in STAGED:
         adjustments = (*adjustments, *unscored(request))
     columns: dict[str, Any] = {}
-    place, decision = await _admit(service, request, caller, kind)
+    place, decision = await _admit(service, request, caller, kind, deadline)
     if decision is not None:
         request = decision.request
         if kind in ("song", "lyrics") and (pool := service.fleet.view.get(decision.renderer or "")) and pool.info:
@@ -173,6 +178,8 @@ async def _weigh(
         }  # fmt: skip
         if decision.eta_s is not None:
             _check_wait(service, decision.wait_s)
+            if deadline is not None:
+                _check_deadline(deadline - time.time(), decision.eta_s)
     if (asked := question_of(kind, request, extra)) and not (decision and decision.planner):
         columns |= service.routing.question(service.fleet.view, asked)
     replicas = sum(p.running for p in service.fleet.view.of("render"))
@@ -188,13 +195,13 @@ async def _weigh(
 
 
 async def _admit(
-    service: Service, request: SongRequest, caller: Caller, kind: str
+    service: Service, request: SongRequest, caller: Caller, kind: str, deadline: float | None
 ) -> tuple[Place | None, Decision | None]:
     """Where a new song or plan would go, and when: behind what the fair order serves before this caller, not behind everybody."""
     if kind not in STAGED:
         return None, None
     only_plan = kind == "plan"
-    me = service.routing.newcomer(service.fleet.view, request, caller.name, only_plan=only_plan)
+    me = service.routing.newcomer(service.fleet.view, request, caller.name, only_plan=only_plan, deadline=deadline)
     place, working = await service.forecast.newcomer(me)
     return place, service.routing.admit(service.fleet.view, request, me, place, working, only_plan=only_plan)
 
@@ -214,6 +221,14 @@ def _check_latents(latents: list[tuple[str, LatentFacts]], info: Mapping[str, An
     for name, facts in latents:
         if channels := info.get("latent_channels"):
             facts.check_fits(name, channels=channels, vae=str(info.get("vae") or facts.vae), model=str(info["model"]))
+
+
+def _check_deadline(left_s: float, eta_s: float) -> None:
+    if eta_s > left_s:
+        raise LimitExceeded(
+            f"deadline_s: this would be there in about {eta_s:.1f} s at the earliest; ask for no less, or for less music",
+            field="deadline_s", asked=round(left_s, 1), limit=round(eta_s, 1),
+        )  # fmt: skip
 
 
 async def _with_sources(

@@ -32,7 +32,7 @@ class Waiting:
         key: Whose job it is.
         work_s: Seconds of work, all stages.
         priority: Lower goes first; each unit counts as a minute of urgency.
-        patience_s: Within what time it should be done where no deadline says so; None: by its work.
+        patience_s: What its work needs with some waiting; None: by its work.
     """
 
     id: str
@@ -45,9 +45,10 @@ class Waiting:
 
     @property
     def due(self) -> float:
-        """When it should be done: its deadline, or its patience's end if that comes first."""
-        patience = self.submitted + (patience_of(self.work_s) if self.patience_s is None else self.patience_s)
-        return (patience if self.deadline is None else min(self.deadline, patience)) + self.priority * PRIORITY_S
+        """When its turn should have come: its patience's end, or that much before its deadline."""
+        patience = patience_of(self.work_s) if self.patience_s is None else self.patience_s
+        due = self.submitted + patience if self.deadline is None else self.deadline - patience
+        return due + self.priority * PRIORITY_S
 
 
 def patience_of(work_s: float) -> float:
@@ -71,9 +72,12 @@ def next_jobs(candidates: Iterable[Waiting], usage: Mapping[str, float], now: fl
 
     while queues:
         shares = {key: share(key) for key in queues}
-        bar = min(shares.values()) + SLACK_S
+        least = min(shares, key=lambda k: (shares[k], k))
+        # A caller's first job waits for no more of another's work than it is itself.
+        bar = shares[least] + min(SLACK_S, queues[least][0].work_s)
         key = min(
-            (k for k, s in shares.items() if s <= bar), key=lambda k: (queues[k][0].due, queues[k][0].submitted, k)
+            (k for k, s in shares.items() if s < bar or s == shares[least]),
+            key=lambda k: (queues[k][0].due, queues[k][0].submitted, k),
         )
         job = queues[key].popleft()
         had[key] += job.work_s

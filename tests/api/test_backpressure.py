@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import uuid
+from dataclasses import replace
 from typing import Any
+
+import pytest
 
 from acestep.request import SongRequest
 from deployments.jobs.schema import jobs
 from deployments.scheduling.fairness import patience_of
-from tests.api.conftest import Build, Site
+from tests.api.conftest import Build, Site, fleet_view
 
 from .test_limits import key
 
@@ -94,3 +97,32 @@ async def test_a_full_queue_has_room_for_who_has_less_than_a_share_of_it(build: 
     assert statuses == [202] * 4 + [429]
     statuses = [(await site.client.post("/v1/plans", json=SONG, headers=one)).status_code for _ in range(3)]
     assert statuses == [202, 202, 429]
+
+
+async def test_what_cannot_make_its_deadline_is_refused_with_the_earliest_time(build: Build) -> None:
+    site = build()
+    eta = (await site.client.post("/v1/quote", json=SONG)).json()["eta_s"]
+    for path in ("/v1/quote", "/v1/music"):
+        refused = await site.client.post(path, json={**SONG, "deadline_s": eta / 2})
+        assert refused.status_code == 422, refused.text
+        (error,) = refused.json()["errors"]
+        assert error["field"] == "deadline_s"
+        assert error["limit"] == pytest.approx(eta, rel=0.2)
+    assert site.service.store.counts()["queued"] == 0
+    assert (await site.client.post("/v1/music", json={**SONG, "deadline_s": eta + 60})).status_code == 202
+    queued(site, 1_000.0)
+    assert (await site.client.post("/v1/music", json={**SONG, "deadline_s": eta + 60})).status_code == 422
+    # No deadline, no refusal.
+    assert (await site.client.post("/v1/music", json=SONG)).status_code == 202
+
+
+async def test_a_deadline_that_a_missing_card_decides_on_is_taken(build: Build) -> None:
+    view = fleet_view()
+    away = tuple(
+        replace(pool, running=0, status="DEPLOYING", args=pool.args.model_copy(update={"tiers": ("tier6",)}))
+        for pool in view.pools
+    )
+    site = build(view=replace(view, pools=away))
+    answer = await site.client.post("/v1/music", json={**SONG, "deadline_s": 30})
+    assert answer.status_code == 202, answer.text
+    assert answer.json()["eta_s"] is None

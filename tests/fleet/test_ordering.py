@@ -146,3 +146,21 @@ def test_even_usage_that_never_fades_is_outwaited() -> None:
 def test_usage_is_forgotten_by_half_lives() -> None:
     usage = usage_of([("a", USAGE_HALF_LIFE_S, 80.0), ("a", 0.0, 10.0), ("b", 2 * USAGE_HALF_LIFE_S, 80.0)])
     assert usage == {"a": 50.0, "b": 20.0}
+
+
+def test_of_jobs_with_deadlines_the_earliest_goes_first_and_the_rest_gets_its_turn() -> None:
+    late, soon, none = job("late", deadline=NOW + 600), job("soon", deadline=NOW + 60, age=-5.0), job("none")
+    assert [j.id for j in next_jobs([late, none, soon], {}, NOW)] == ["soon", "none", "late"]
+    # A caller who sends deadlines without end does not keep another's plain job waiting for ever.
+    for second in range(0, 600, 5):
+        urgent = job(f"u{second}", deadline=NOW + second + 5, age=-float(second))
+        if next(iter(next_jobs([none, urgent], {}, NOW + second))).id == "none":
+            break
+    assert second <= 2 * 40.0 + 5
+
+
+@pytest.mark.parametrize("work", [1.0, 10.0, 29.0])
+def test_a_first_job_waits_for_no_more_of_another_s_work_than_it_is_itself(work: float) -> None:
+    flood = [job(f"flood{i}", "flood", work, age=20.0) for i in range(1000)]
+    order = [j.id for j in next_jobs([*flood, job("one", "other", work)], {}, NOW)]
+    assert order.index("one") <= 1

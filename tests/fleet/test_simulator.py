@@ -68,6 +68,7 @@ def test_table_plot_and_json_hold_every_row(tmp_path: Path) -> None:
     results = {
         "autoscaling": scaling, "replicas": {"songs_per_hour": {"1": 1}, "speedup": 4.0},
         "eta": {"fixed": {"all": {"p50": 0.1, "p90": 0.2}}},
+        "plans": {"mixes": {}, "spot": {"jobs": 1, **{n: {"lost": 0, "redone": 0.0} for n in ("notice of 30 s", "no notice")}}},
         "routing": {"jobs": 1, "cards": 1, **{n: {"late": 0, "p50_s": 1, "p95_s": 1, "p99_s": 1, "price_of_busy_time": 1} for n in ("cost", "round_robin")}},
     }  # fmt: skip
     text = fleet.table(json.loads(json.dumps(results)))

@@ -145,7 +145,8 @@ async def quote_song(
     check_prompt(request)
     if submission.webhook_url:
         check_url(submission.webhook_url, service.args.webhook_networks)
-    return quote_view(await quote(service, request, caller))
+    deadline = time.time() + submission.deadline_s if submission.deadline_s else None
+    return quote_view(await quote(service, request, caller, deadline=deadline))
 
 
 @router.get("/jobs/{job_id}", summary="State, progress, plan and result of a job", responses={200: examples.JOB_200})

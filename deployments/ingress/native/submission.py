@@ -17,7 +17,12 @@ class JobOptions(BaseModel):
     """How to deal with a job."""
 
     webhook_url: str | None = Field(None, max_length=2048, description="Hears of the job's end, signed, with retries.")
-    deadline_s: float | None = Field(None, gt=0, le=86_400, description="Give up this many seconds from now.")
+    deadline_s: float | None = Field(
+        None,
+        gt=0,
+        le=86_400,
+        description="Refused at once where it cannot be there within so many seconds, by the cost model; given up once they are over.",
+    )
 
 
 def _with_from(schema: dict[str, Any]) -> None:
