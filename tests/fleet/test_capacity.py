@@ -333,4 +333,6 @@ def test_each_model_has_pools_of_its_own_and_the_default_s_come_first() -> None:
     assert len({n for n, _ in renderers}) == len(renderers)
     trial, result = try_out(found.specs, jobs, 0.5)
     assert trial.kept > 0.9
-    assert {s.decision.renderer for s in result.songs if s.arrival.request.model} <= {n for n, m in renderers if m != DIT}
+    assert {s.decision.renderer for s in result.songs if s.arrival.request.model} <= {
+        n for n, m in renderers if m != DIT
+    }
