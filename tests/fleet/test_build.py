@@ -16,7 +16,7 @@ from acestep.gpu_config import TIERS, get_gpu_config, get_limits
 from acestep.request import SongRequest
 from acestep.sizing.cost import render_seconds
 from acestep.sizing.profiles import find
-from deployments.config.args import PlannerArgs, PoolArgs, RendererArgs
+from deployments.config.args import PlannerArgs, PoolArgs, RendererArgs, parse_args
 from deployments.config.build import CPU, Cards, as_text, build_config, cards_of_nodes, parse_tiers
 from deployments.config.commands import _folders_writable, _prepare_pool
 from deployments.config.options import deployment_options, gpu_share, label_selector, settled
@@ -122,6 +122,18 @@ def test_a_renderers_comment_tells_its_limits() -> None:
 def test_wrong_tiers_are_refused(text: str) -> None:
     with pytest.raises(InvalidRequest):
         parse_tiers(text)
+
+
+@pytest.mark.parametrize("size", [0, 1, 3])
+def test_a_fixed_size_is_an_equal_minimum_and_maximum(size: int) -> None:
+    said = parse_args(RendererArgs, {"num_replicas": size, "min_replicas": 1, "max_replicas": 9}, "dit")
+    assert (said.min_replicas, said.max_replicas, said.scales) == (size, size, False)
+    assert deployment_options(said)["num_replicas"] == size
+    assert parse_args(RendererArgs, said.model_dump(mode="json"), "dit") == said
+    ranged = {"pool": "dit", "min_replicas": 0, "max_replicas": size + 1}
+    assert "autoscaling_config" in deployment_options(parse_args(RendererArgs, ranged, "dit"))
+    with pytest.raises(InvalidRequest, match=r"args.num_replicas: .*0"):
+        parse_args(RendererArgs, {"num_replicas": -1 - size}, "dit")
 
 
 def test_a_leaving_replica_has_time_for_its_songs() -> None:
