@@ -18,6 +18,7 @@ class FormatSpec:
     Attributes:
         subtype: libsndfile's name of the sample type, for the lossless formats.
         container, codec: FFmpeg's names, for the lossy ones.
+        live: Every byte is final when it is written, so a file can be sent while it is made.
         bitrates_kbps: What the encoder takes: a list, or a (lowest, highest) range where `any_bitrate`. Empty: lossless.
     """
 
@@ -29,6 +30,7 @@ class FormatSpec:
     default_kbps: int | None = None
     bitrates_kbps: tuple[int, ...] = ()
     any_bitrate: bool = False
+    live: bool = False
 
     @property
     def lossless(self) -> bool:
@@ -44,12 +46,12 @@ class FormatSpec:
 _MP3_KBPS = (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)
 
 FORMATS: dict[AudioFormat, FormatSpec] = {
-    "wav": FormatSpec("wav", "audio/wav", subtype="PCM_16"),
+    "wav": FormatSpec("wav", "audio/wav", subtype="PCM_16", live=True),
     "wav24": FormatSpec("wav", "audio/wav", subtype="PCM_24"),
     "wav32": FormatSpec("wav", "audio/wav", subtype="FLOAT"),
     "flac": FormatSpec("flac", "audio/flac", subtype="PCM_24"),
     "mp3": FormatSpec(
-        "mp3", "audio/mpeg", container="mp3", codec="libmp3lame", default_kbps=192, bitrates_kbps=_MP3_KBPS
+        "mp3", "audio/mpeg", container="mp3", codec="libmp3lame", default_kbps=192, bitrates_kbps=_MP3_KBPS, live=True
     ),
     "opus": FormatSpec(
         "opus",
@@ -59,6 +61,7 @@ FORMATS: dict[AudioFormat, FormatSpec] = {
         default_kbps=128,
         bitrates_kbps=(32, 512),
         any_bitrate=True,
+        live=True,
     ),
     # In an MP4 container: bare ADTS frames carry neither tags nor a length to seek by.
     "aac": FormatSpec(

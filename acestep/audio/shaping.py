@@ -18,10 +18,20 @@ def resampled(audio: Samples, rate: int, to: int) -> Samples:
 def faded(audio: Samples, rate: int, in_s: float, out_s: float) -> Samples:
     """Straight ramps from and to silence over the first and last seconds; a song shorter than a ramp has all of it."""
     samples = audio.shape[1]
-    for seconds, order in ((in_s, 1), (out_s, -1)):
-        length = min(round(seconds * rate), samples)
-        if length:
-            gain = np.ones(samples, dtype=np.float32)
-            gain[:length] = np.arange(length, dtype=np.float32) / length
-            audio = audio * gain[::order]
-    return audio
+    gain = ramp(0, samples, samples, rate, in_s, out_s)
+    return audio if gain is None else audio * gain
+
+
+def ramp(first: int, end: int, samples: int, rate: int, in_s: float, out_s: float) -> Samples | None:
+    """The gain of `faded` for samples `[first, end)` of a song of so many; None where it is 1."""
+    fade_in, fade_out = (min(round(seconds * rate), samples) for seconds in (in_s, out_s))
+    if first >= fade_in and end <= samples - fade_out:
+        return None
+    gain = np.ones(end - first, dtype=np.float32)
+    if first < fade_in:
+        inside = min(end, fade_in)
+        gain[: inside - first] = np.arange(first, inside, dtype=np.float32) / fade_in
+    if end > samples - fade_out:
+        inside = max(first, samples - fade_out)
+        gain[inside - first :] *= np.arange(samples - 1 - inside, samples - 1 - end, -1, dtype=np.float32) / fade_out
+    return gain

@@ -14,7 +14,6 @@ from typing import Any
 from mutagen.flac import FLAC
 from mutagen.id3 import COMM, ID3, SYLT, TIT2, TSSE, TXXX, USLT, Encoding
 from mutagen.mp4 import MP4, AtomDataType, MP4FreeForm
-from mutagen.oggopus import OggOpus
 from mutagen.wave import WAVE
 
 from acestep.formats import AudioFormat
@@ -95,26 +94,12 @@ def write_tags(data: bytes, fmt: AudioFormat, tags: SongTags) -> bytes:
         wave.add_tags()
         _fill_id3(wave.tags, tags)
         wave.save(buffer)
-    elif fmt == "mp3":
-        id3 = ID3()
-        _fill_id3(id3, tags)
-        if tags.lines:
-            utf8 = Encoding.UTF8
-            timed = [(line.text, round(line.start * 1000)) for line in tags.lines]
-            id3.add(SYLT(encoding=utf8, lang="XXX", format=_MILLISECONDS, type=_LYRICS, desc="", text=timed))
-            id3.add(USLT(encoding=utf8, lang="XXX", desc="", text="\n".join(line.text for line in tags.lines)))
-        id3.save(buffer)
-    elif fmt in ("flac", "opus"):
-        vorbis = FLAC(buffer) if fmt == "flac" else OggOpus(buffer)
-        vorbis["TITLE"] = tags.title
-        vorbis["COMMENT"] = tags.comment()
-        for name, value in tags.fields().items():
-            vorbis[name] = value
-        if tags.lines:
-            vorbis["LYRICS"] = lrc(tags.lines)
+    elif fmt == "flac":
+        vorbis = FLAC(buffer)
+        vorbis.update(vorbis_of(tags))
         buffer.seek(0)
         vorbis.save(buffer)
-    else:
+    elif fmt == "aac":
         mp4 = MP4(buffer)
         mp4["\xa9nam"] = tags.title
         mp4["\xa9cmt"] = tags.comment()
@@ -125,7 +110,27 @@ def write_tags(data: bytes, fmt: AudioFormat, tags: SongTags) -> bytes:
             mp4["\xa9lyr"] = lrc(tags.lines)
         buffer.seek(0)
         mp4.save(buffer)
+    else:
+        raise ValueError(f"{fmt} has its tags in front, where the encoder writes them")
     return buffer.getvalue()
+
+
+def id3_of(tags: SongTags) -> bytes:
+    """ID3 as it stands in front of an MP3."""
+    id3, buffer, utf8 = ID3(), io.BytesIO(), Encoding.UTF8
+    _fill_id3(id3, tags)
+    if tags.lines:
+        timed = [(line.text, round(line.start * 1000)) for line in tags.lines]
+        id3.add(SYLT(encoding=utf8, lang="XXX", format=_MILLISECONDS, type=_LYRICS, desc="", text=timed))
+        id3.add(USLT(encoding=utf8, lang="XXX", desc="", text="\n".join(line.text for line in tags.lines)))
+    id3.save(buffer)
+    return buffer.getvalue()
+
+
+def vorbis_of(tags: SongTags) -> dict[str, str]:
+    """Vorbis comments, of FLAC and Opus."""
+    lyrics = {"LYRICS": lrc(tags.lines)} if tags.lines else {}
+    return {"TITLE": tags.title, "COMMENT": tags.comment(), **tags.fields(), **lyrics}
 
 
 def _fill_id3(id3: Any, tags: SongTags) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from typing import Any
 
 import av
@@ -10,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import soundfile
 
+from acestep.audio.encoder import encoder, integers
 from acestep.audio.tags import SOFTWARE, SongTags, write_tags
 from acestep.errors import InvalidOutput
 from acestep.formats import FORMATS, AudioFormat, FormatSpec, check_formats, content_type, extension
@@ -26,6 +28,7 @@ def encode(
     *,
     bitrate_kbps: int | None = None,
     tags: SongTags | None = None,
+    ready: Callable[[bytes], None] | None = None,
 ) -> bytes:
     """Encode one song.
 
@@ -35,6 +38,7 @@ def encode(
         fmt: Output format. wav, wav24, wav32 and flac keep the exact number of samples.
         bitrate_kbps: For mp3, opus and aac; None means the format's default.
         tags: Written into the file.
+        ready: Called with the file's bytes piece by piece, as soon as they are final.
 
     Raises:
         InvalidOutput: the samples are empty or not finite.
@@ -42,12 +46,18 @@ def encode(
     """
     samples = _samples(audio)
     spec = FORMATS[fmt]
+    if not spec.lossless:
+        check_formats((fmt,), bitrate_kbps)
+    if spec.live:
+        return _piece_by_piece(samples, sample_rate, fmt, bitrate_kbps, tags, ready)
     if spec.lossless:
         data = _lossless(samples, sample_rate, spec, tags)
     else:
-        check_formats((fmt,), bitrate_kbps)
         data = _lossy(samples, sample_rate, spec, bitrate_kbps or spec.default_kbps or 0)
-    return data if tags is None else write_tags(data, fmt, tags)
+    data = data if tags is None else write_tags(data, fmt, tags)
+    if ready is not None:
+        ready(data)
+    return data
 
 
 def _samples(audio: Any) -> npt.NDArray[np.float32]:
@@ -61,6 +71,25 @@ def _samples(audio: Any) -> npt.NDArray[np.float32]:
     return np.clip(samples, -1.0, 1.0)
 
 
+def _piece_by_piece(
+    samples: npt.NDArray[np.float32], rate: int, fmt: AudioFormat, kbps: int | None, tags: SongTags | None,
+    ready: Callable[[bytes], None] | None,
+) -> bytes:  # fmt: skip
+    into = encoder(fmt, rate, samples.shape[0], samples.shape[1], kbps=kbps, tags=tags)
+    pieces: list[bytes] = []
+
+    def add(piece: bytes) -> None:
+        pieces.append(piece)
+        if ready is not None and piece:
+            ready(piece)
+
+    step = int(rate * _CHUNK_S)
+    for start in range(0, samples.shape[1], step):
+        add(into.write(samples[:, start : start + step]))
+    add(into.close())
+    return b"".join(pieces)
+
+
 def _lossless(samples: npt.NDArray[np.float32], rate: int, spec: FormatSpec, tags: SongTags | None) -> bytes:
     buffer = io.BytesIO()
     container = "FLAC" if spec.extension == "flac" else "WAV"
@@ -71,17 +100,8 @@ def _lossless(samples: npt.NDArray[np.float32], rate: int, spec: FormatSpec, tag
             file.title = tags.title
             file.comment = tags.comment()
             file.software = SOFTWARE
-        file.write(_integers(samples, spec.subtype).T)
+        file.write(integers(samples, spec.subtype).T)
     return _without_time(buffer.getvalue())
-
-
-def _integers(samples: npt.NDArray[np.float32], subtype: str | None) -> npt.NDArray[Any]:
-    """The nearest integers, so that samples read from a file of this type are written as they were; libsndfile's own scale is another."""
-    if subtype == "PCM_16":
-        return np.clip(np.rint(samples * np.float32(2**15)), -(2**15), 2**15 - 1).astype(np.int16)
-    if subtype == "PCM_24":  # in the upper three of four bytes
-        return np.clip(np.rint(samples * np.float32(2**23)), -(2**23), 2**23 - 1).astype(np.int32) << 8
-    return samples
 
 
 def _without_time(data: bytes) -> bytes:

@@ -10,7 +10,7 @@ import concurrent.futures
 import itertools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -310,33 +310,45 @@ class RenderEngine:
             self._end(song, run)
 
     def _end(self, song: SongRun, run: ItemRun) -> None:
-        run.decoded = True
+        item, on_item = run.finish(), song.ticket.work.on_item
+        if on_item is not None:
+            self._tell(song, lambda: on_item(item, self._settings(song)))
         if all(other.decoded for other in song.runs):
             self._close(song, result=self._rendered(song))
 
     def _hand_out(self, song: SongRun, run: ItemRun, first: int, part: Tensor) -> None:
-        work = song.ticket.work
-        if work.on_audio is None or song.ticket.cancelled:
+        on_audio = song.ticket.work.on_audio
+        if on_audio is not None:
+            self._tell(song, lambda: on_audio(run.item.index, first, run.item.samples, run.heard(first, part)))
+
+    @staticmethod
+    def _tell(song: SongRun, listener: Callable[[], None]) -> None:
+        if song.ticket.cancelled:
             return
         try:
-            work.on_audio(run.item.index, first, run.heard(first, part))
+            listener()
         except Exception:  # a listener's defect must not stop other callers' work
-            log.exception("audio listener of %s failed", song.ticket.id)
+            log.exception("a listener of %s failed", song.ticket.id)
 
     def _rendered(self, song: SongRun) -> Rendered:
         assert song.prepared is not None
-        request = song.ticket.work.request
         return Rendered(
-            items=tuple(run.rendered() for run in song.runs),
+            items=tuple(run.rendered for run in song.runs if run.rendered is not None),
             timings=RenderTimings(queued_s=song.ticket.queued_s, **song.seconds),
-            settings={
-                "task": request.task,
-                **song.prepared.sampling.as_settings(),
-                "retake_variance": request.retake_variance if request.retakes else 0.0,
-                "lora": song.prepared.lora.as_settings() if song.prepared.lora else None,
-            },
+            settings=self._settings(song),
             adjustments=(*song.prepared.adjustments, *song.told),
         )
+
+    @staticmethod
+    def _settings(song: SongRun) -> dict[str, Any]:
+        assert song.prepared is not None
+        request = song.ticket.work.request
+        return {
+            "task": request.task,
+            **song.prepared.sampling.as_settings(),
+            "retake_variance": request.retake_variance if request.retakes else 0.0,
+            "lora": song.prepared.lora.as_settings() if song.prepared.lora else None,
+        }
 
     # -- shared
 

@@ -6,11 +6,12 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from acestep.audio.live import LiveItem
 from acestep.audio.loudness import PEAK_DBFS, Loudness, master
 from acestep.audio.manifest import manifest
 from acestep.audio.peaks import peaks_json
@@ -52,36 +53,85 @@ def finish(
     *,
     keep_latents: bool = True,
 ) -> Song:
-    """Encode all items in all asked formats, as many at once as this process has cores. Items that were only listened to get no audio.
-
-    Args:
-        put: Stores one file under a name such as `<prefix>0-wav.wav`; called for every file and manifest, from several threads.
-        keep_latents: Store what each song was decoded from, too.
+    """A rendered song as files; see `Finish`.
 
     Raises:
         InvalidOutput: the audio is not finite, or nothing but zeros.
     """
-    began = time.monotonic()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with Finish(request, plan, maker, put, prefix, keep_latents=keep_latents) as finishing:
+        return finishing.song(rendered)
 
-    def one(item: RenderedItem) -> SongItem:
-        files = _Sidecars(put, f"{prefix}{item.index}-")
-        return _finish_item(request, plan, rendered, item, maker, files, keep_latents, encoders)
 
-    # Codecs let go of the interpreter while they work. Two pools, since who waits for encoders must not hold their places.
-    with ThreadPoolExecutor(cores, "encode") as encoders, ThreadPoolExecutor(cores, "finish") as finishers:
-        items = tuple(finishers.map(one, rendered.items))
-    return Song(
-        items=items,
-        plan=plan,
-        renderer=maker.model,
-        renderer_hash=maker.model_hash,
-        device=maker.device,
-        notice=maker.notice or plan.notice,
-        timings=rendered.timings.model_copy(update={"encode_s": time.monotonic() - began}),
-        settings=rendered.settings,
-        adjustments=rendered.adjustments,
-    )
+class Finish:
+    """Encodes the items of a song in all asked formats, each as soon as it comes, as many at once as this process has cores.
+
+    Items that were only listened to get no audio. Leaving the context waits for what is under way.
+
+    Args:
+        put: Stores one file under a name such as `<prefix>0-wav.wav`; called for every file and manifest, from several threads.
+        keep_latents: Store what each song was decoded from, too.
+        live: Who listens to an item while it is encoded, by its index.
+    """
+
+    def __init__(
+        self, request: SongRequest, plan: Plan, maker: Maker, put: Callable[[str, bytes], None], prefix: str = "",
+        *, keep_latents: bool = True, live: Mapping[int, LiveItem] | None = None,
+    ) -> None:  # fmt: skip
+        self._request, self._plan, self._maker, self._live = request, plan, maker, live or {}
+        self._put, self._prefix, self._keep_latents = put, prefix, keep_latents
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        # Codecs let go of the interpreter while they work. Two pools, since who waits for encoders must not hold their places.
+        self._encoders = ThreadPoolExecutor(cores, "encode")
+        self._finishers = ThreadPoolExecutor(cores, "finish")
+        self._items: dict[int, Future[SongItem]] = {}
+        self._left = False
+
+    def __enter__(self) -> Finish:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._left = True
+        self._finishers.shutdown(cancel_futures=True)
+        self._encoders.shutdown()
+
+    def add(self, item: RenderedItem, settings: dict[str, Any]) -> None:
+        """Begin with an item, while others are still rendered. Once the context is left, none is taken.
+
+        Args:
+            settings: As in `Rendered`.
+        """
+        if self._left:
+            return
+        self._items[item.index] = self._finishers.submit(self._finished, item, settings)
+
+    def song(self, rendered: Rendered) -> Song:
+        """Wait for all items; those that have not come yet begin now.
+
+        Raises:
+            InvalidOutput: the audio of one is not finite, or nothing but zeros.
+        """
+        began = time.monotonic()
+        for item in rendered.items:
+            if item.index not in self._items:
+                self.add(item, rendered.settings)
+        return Song(
+            items=tuple(self._items[item.index].result() for item in rendered.items),
+            plan=self._plan,
+            renderer=self._maker.model,
+            renderer_hash=self._maker.model_hash,
+            device=self._maker.device,
+            notice=self._maker.notice or self._plan.notice,
+            timings=rendered.timings.model_copy(update={"encode_s": time.monotonic() - began}),
+            settings=rendered.settings,
+            adjustments=rendered.adjustments,
+        )
+
+    def _finished(self, item: RenderedItem, settings: dict[str, Any]) -> SongItem:
+        files = _Sidecars(self._put, f"{self._prefix}{item.index}-")
+        return _finish_item(
+            self._request, self._plan, settings, item, self._maker, files, self._keep_latents, self._encoders,
+            self._live.get(item.index),
+        )  # fmt: skip
 
 
 class _Sidecars:
@@ -114,12 +164,13 @@ class _Sidecars:
 def _finish_item(
     request: SongRequest,
     plan: Plan,
-    rendered: Rendered,
+    settings: dict[str, Any],
     item: RenderedItem,
     maker: Maker,
     store: _Sidecars,
     keep_latents: bool,
     encoders: Executor,
+    live: LiveItem | None,
 ) -> SongItem:
     lines: tuple[TimedLine, ...] = ()
     if item.heard is not None and request.timestamps:
@@ -132,7 +183,7 @@ def _finish_item(
     facts: dict[str, Any] = {}
     gain = item.source_gain
     if samples:
-        facts, level = _finish_audio(request, plan, rendered, item, maker, store, lines, encoders)
+        facts, level = _finish_audio(request, plan, settings, item, maker, store, lines, encoders, live)
         gain *= 10.0 ** (level.gain_db / 20.0)
     elif item.heard is not None:
         samples = round(item.heard.seconds * SAMPLE_RATE)
@@ -157,12 +208,13 @@ def _finish_item(
 def _finish_audio(
     request: SongRequest,
     plan: Plan,
-    rendered: Rendered,
+    settings: dict[str, Any],
     item: RenderedItem,
     maker: Maker,
     store: _Sidecars,
     lines: tuple[TimedLine, ...],
     encoders: Executor,
+    live: LiveItem | None,
 ) -> tuple[dict[str, Any], Loudness]:
     """Audio files and manifest: those fields of a `SongItem` that tell of them, and its level."""
     if not bool(item.audio.any()):
@@ -191,10 +243,15 @@ def _finish_audio(
         lineage=lineage_of(request),
         lines=lines,
     )
+    if live is not None:
+        live.final(audio, rate, tags)
 
     def file(fmt: AudioFormat) -> AudioFile:
-        data = encode(audio, rate, fmt, bitrate_kbps=request.bitrate_kbps, tags=tags)
+        ready = None if live is None else live.file(fmt)
+        data = encode(audio, rate, fmt, bitrate_kbps=request.bitrate_kbps, tags=tags, ready=ready)
         name = store.put(f"{fmt}.{extension(fmt)}", data)
+        if live is not None:
+            live.stored(fmt, name)
         digest = hashlib.sha256(data).hexdigest()
         return AudioFile(format=fmt, content_type=content_type(fmt), path=name, bytes=len(data), sha256=digest)
 
@@ -202,7 +259,7 @@ def _finish_audio(
     store.add("peaks", peaks_json(audio, rate))
     facts = manifest(
         request, plan, item=item.index, seed=item.seed, model=maker.model, model_hash=maker.model_hash, vae=maker.vae,
-        device=maker.device, notice=notice, settings=rendered.settings, level=level, made_gain_db=item.made_gain_db,
+        device=maker.device, notice=notice, settings=settings, level=level, made_gain_db=item.made_gain_db,
     )  # fmt: skip
     told = {
         "samples": int(audio.shape[1]),

@@ -45,6 +45,7 @@ class ItemRun:
         self.maps: list[Tensor] | None = None
         self.audio = torch.empty((CHANNELS, 0))
         self.decoded = False
+        self.rendered: RenderedItem | None = None
         self.start()
 
     def start(self) -> None:
@@ -99,10 +100,16 @@ class ItemRun:
         return part if self.item.gain == 1.0 else part.mul_(self.item.gain)
 
     def heard(self, first: int, part: Tensor) -> Tensor:
-        """A copy of what `keep` returned, spliced: a listener may do with it what it likes."""
-        return part.clone() if self.item.splice is None else self.item.splice(first, part)
+        """What `keep` returned, spliced, for listeners to read."""
+        return part if self.item.splice is None else self.item.splice(first, part)
 
-    def rendered(self) -> RenderedItem:
+    def finish(self) -> RenderedItem:
+        """Nothing is left to do: what was made of it, which is `rendered` from then on."""
+        self.decoded = True
+        self.rendered = self._finished()
+        return self.rendered
+
+    def _finished(self) -> RenderedItem:
         """The decoded song. What was made inside a source is turned down to ±1 before it is put there, and the source is not."""
         item = self.item
         plain = RenderedItem(

@@ -14,7 +14,8 @@ from acestep.plan import Plan
 from acestep.request import Adjustment, SongRequest
 from acestep.song import RenderTimings
 
-OnAudio = Callable[[int, int, Tensor], None]
+OnAudio = Callable[[int, int, int, Tensor], None]
+OnItem = Callable[["RenderedItem", dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,9 @@ class RenderWork:
         plan: What the planner decided; `Plan()` where none ran.
         items: Indices of the batch to render here; None means all.
         src_audio, reference_audio: Local files, resolved and allowed by the caller.
-        on_audio: Called on the engine thread with (item, first sample, float32 `[2, n]` on the CPU) as soon as a piece is decoded,
-            before any loudness step. The pieces come in order and join without overlap.
+        on_audio: Called on the engine thread with (item, first sample, samples of the whole item, float32 `[2, n]` on the CPU) as soon as
+            a piece is decoded, before any loudness step. The pieces come in order and join without overlap; they are only to be read.
+        on_item: Called on the engine thread with (item, settings as used) as soon as an item is done, while others are not.
         latents: Files of finished latents by item. Such items are only listened to, for their lyrics; they come without audio.
     """
 
@@ -37,6 +39,7 @@ class RenderWork:
     src_audio: Path | None = None
     reference_audio: tuple[Path, ...] = ()
     on_audio: OnAudio | None = None
+    on_item: OnItem | None = None
     latents: Mapping[int, Path] = field(default_factory=dict)
 
     @property

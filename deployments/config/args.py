@@ -124,6 +124,12 @@ class RendererArgs(PoolArgs):
         True,
         description="Store what each song was decoded from beside its audio: lyrics can be timed later. 12 MB per hour of audio.",
     )
+    live_patience_s: float = Field(
+        1.0,
+        ge=0,
+        description="Who listens to a song while it is made hears it at its final level where it is decoded within this time after its first "
+        "piece; else from then on at a provisional one.",
+    )
 
 
 ARGS_OF_ROLE: dict[Role, type[PoolArgs]] = {"plan": PlannerArgs, "render": RendererArgs}

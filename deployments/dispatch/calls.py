@@ -100,6 +100,21 @@ class Calls:
             else:
                 call.stream.cancel()  # type: ignore[no-untyped-call]
 
+    async def ask(self, handle: DeploymentHandle[Any], method: str, *arguments: Any, replica: str) -> Any:
+        """What a method of one replica answers at once or soon. Another one answers where it is gone.
+
+        Raises:
+            ReplicaGone, and others of `REPLICA_LOST`.
+        """
+        response = getattr(handle.options(_by_reference=not self._by_grpc), method).remote(*arguments)
+        sent.aim(response.request_id, replica)
+        try:
+            return await response
+        except grpc.aio.AioRpcError as error:
+            raise ReplicaGone(f"{error.code().name}: {error.details()}") from error
+        finally:
+            sent.over(response.request_id)
+
     def _to_end(self, stream: DeploymentResponseGenerator[Any]) -> None:
         """Read what is left of a stream: one that is dropped before its end is cancelled."""
 

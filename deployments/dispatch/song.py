@@ -150,14 +150,16 @@ class Stages:
         return Made() if only_plan else None
 
     async def _render(self, job: Job, step: Step, plan: Plan) -> Song:
-        working = dict(enumerate(step.places))
+        places = list(step.places)
 
         async def done(place: int) -> None:
+            replica, share = places[place]
             if (
-                working.pop(place, None) is not None
-            ):  # its replica can begin with the next, though files are still stored
+                share
+            ):  # its replica can begin with the next, though files are still stored, and it is named for who listens
+                places[place] = (replica, 0.0)
                 with contextlib.suppress(Exception):  # else it is free when the job has ended
-                    await asyncio.to_thread(self.store.free, job.id, self.owner, tuple(working.values()))
+                    await asyncio.to_thread(self.store.free, job.id, self.owner, tuple(places))
                 self._freed()
 
         # Songs of their own are rendered each by its own metadata.

@@ -18,6 +18,7 @@ from deployments.ingress.native import (
     files,
     health,
     library,
+    live_audio,
     loras,
     lyrics,
     song_files,
@@ -27,12 +28,13 @@ from deployments.ingress.native import songs as native
 from deployments.ingress.native import texts as plans
 from deployments.ingress.openai import audio, chat
 from deployments.ingress.openapi import describe
+from deployments.ingress.relay import Relay
 from deployments.ingress.service import Service
 from deployments.ingress.studio import routes as studio
 
 # Headers of answers that pages may read, besides those that they always may.
 EXPOSED = (
-    "Accept-Ranges", "Content-Disposition", "Content-Length", "Content-Range", "ETag", "Idempotent-Replayed", "Location",
+    "Accept-Ranges", "Audio-Level", "Content-Disposition", "Content-Length", "Content-Range", "ETag", "Idempotent-Replayed", "Location",
     "Preference-Applied", "Retry-After", "X-Request-Id",
 )  # fmt: skip
 FORM_PATHS, JSON_PATHS = ("/v1/files", "/release_task"), ("/v1/chat/completions",)  # where source audio may come
@@ -49,6 +51,7 @@ def build_app(service: Service) -> FastAPI:
     )
     app.state.service = service
     problems.install(app)
+    app.add_middleware(Relay)
     app.add_middleware(
         GZipMiddleware,
         minimum_size=1000,
@@ -90,6 +93,7 @@ def build_app(service: Service) -> FastAPI:
         native,
         library,
         song_files,
+        live_audio,
         lyrics,
         edits,
         plans,

@@ -31,6 +31,11 @@ def audio_path(job_id: str, index: int, format: str) -> str:
     return f"{job_path(job_id)}/audio/{index}.{format}"
 
 
+def live_path(job_id: str, index: int) -> str:
+    """Path of one item's sound while it is made; what its URL signs."""
+    return f"{job_path(job_id)}/audio/{index}/live"
+
+
 def sidecar_path(job_id: str, index: int, kind: str) -> str:
     """Path of one file beside the audio; what its URL signs."""
     return f"{job_path(job_id)}/files/{index}.{kind}"

@@ -1,4 +1,5 @@
-"""Runs in Serve's proxy, before any router does: `/livez` and `/readyz` answer as soon as the port is open.
+"""Runs in Serve's proxy. Before any router does, `/livez` and `/readyz` answer as soon as the port is open; live audio goes out at each
+listener's pace (`relay.py`).
 
 Serve's proxy opens its port seconds before it knows a route, and then answers 404; once it knows one, requests wait until a router runs. A
 probe that asks meanwhile is told what is waited for. With a router's first answer this is over. Ray loads it by the variable that
@@ -14,6 +15,8 @@ from typing import Any
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from deployments.ingress.relay import Relay
+
 ROUTER_S = 1.0  # as long as a router is waited for
 STARTING = "the router is starting"
 ANSWERS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -24,7 +27,7 @@ ANSWERS: dict[str, tuple[int, dict[str, Any]]] = {
 
 def middlewares() -> list[Middleware]:
     """What Serve puts around its proxy."""
-    return [Middleware(WhileStarting)]
+    return [Middleware(WhileStarting), Middleware(Relay)]
 
 
 class WhileStarting:

@@ -22,6 +22,7 @@ from deployments.dispatch.routing import Routing
 from deployments.fleet.watch import Fleet
 from deployments.ingress.auth import Caller, Keyring, RateLimit, Waiting, environment_keys
 from deployments.ingress.forecast import Forecast
+from deployments.ingress.live import LiveAudio
 from deployments.ingress.middleware import made_here
 from deployments.ingress.own_songs import OwnSongs
 from deployments.ingress.signing import Signer
@@ -62,6 +63,7 @@ class Service:
     retention: Retention = field(init=False)
     forecast: Forecast = field(init=False)
     loras: LoraDefaults = field(init=False)
+    live: LiveAudio = field(init=False)
     _asking: Counter[str] = field(init=False, default_factory=Counter)  # questions by caller
     _turn: asyncio.Semaphore = field(init=False, default_factory=lambda: asyncio.Semaphore(QUESTIONS_AT_ONCE))
 
@@ -78,6 +80,7 @@ class Service:
         )  # fmt: skip
         self.forecast = Forecast(self.store, self.fleet, self.routing, lambda: self.dispatcher.news)
         self.loras = LoraDefaults(self.store.engine)
+        self.live = LiveAudio(self.store, self.fleet, self.dispatcher.calls, lambda: self.dispatcher.notices)
         self.talk = Questions(self.fleet, self.routing)
         self.webhook_secret = shared_secret(self.store.engine, "webhook", "ACESTEP_WEBHOOK_SECRET")
         self.outbox = Outbox(

@@ -148,7 +148,7 @@ class Leases:
             db.execute(jobs.update().where(jobs.c.id == job_id, jobs.c.state == QUEUED).values(**columns))
 
     def free(self, job_id: str, owner: str, places: Places) -> None:
-        """A stage needs only these of its replicas any more; what is left to do is not theirs."""
+        """A stage takes no more than this of its replicas from now on: nothing of those that are done but for their files."""
         with self._passing.begin() as db:
             self._fenced(db, job_id, owner, places=[list(place) for place in places])
 

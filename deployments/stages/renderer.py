@@ -10,7 +10,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from deployments.jobs import retry
 from deployments.jobs.blobs import Storage
 from deployments.stages.adapters import adapter_roots, entry, find, listing, with_adapters
 from deployments.stages.inputs import local_files
+from deployments.stages.live import LiveSongs
 from deployments.stages.messages import ProgressMailbox, failure, follow, ticket_id
 from deployments.stages.simulated import NOTICE, SimulatedRenderer
 from deployments.stages.start import start_replica
@@ -32,8 +33,9 @@ from deployments.telemetry.replica_metrics import ReplicaMeter
 from deployments.telemetry.tracing import parts, span
 
 if TYPE_CHECKING:
+    from acestep.audio.live import LiveItem
+    from acestep.dit.finish import Finish
     from acestep.dit.renderer import Renderer
-    from acestep.dit.work import Rendered
 
 log = logging.getLogger(__name__)
 MAX_TOGETHER = 4  # more would keep songs from replicas that are free sooner
@@ -49,6 +51,7 @@ class RendererDeployment:
         self._leaving = False  # told to go while it started, Serve still looks at its health, and logs a trace
         self.args = parse_args(RendererArgs, args, "dit")
         self.storage = Storage(self.args.files_url)
+        self.live_songs = LiveSongs(self.storage, self.args.live_patience_s)
         self.lora_roots = adapter_roots(self.args.lora_roots)
         start = start_replica("render", self.args)
         self.renderer: Renderer | SimulatedRenderer
@@ -98,17 +101,22 @@ class RendererDeployment:
             parsed, made = SongRequest.model_validate(request), Plan.model_validate(plan)
             parsed = with_adapters(parsed, self.lora_roots)
             names = [*filter(None, [parsed.src_audio]), *parsed.reference_audio]
+            indices = tuple(items) if items is not None else tuple(range(parsed.batch_size))
             async with (
                 local_files(self.storage, names) as paths,
                 local_files(self.storage, parsed.latents, "latents") as latents,
+                self.live_songs.open(job_id, parsed, () if latents else indices) as live,
+                self._finishing(job_id, parsed, made, live) as finishing,
             ):
                 source = paths.pop(0) if parsed.src_audio else None
                 work = RenderWork(
                     parsed,
                     made,
-                    tuple(items) if items is not None else None,
+                    indices,
                     src_audio=source,
                     reference_audio=tuple(paths),
+                    on_audio=lambda index, first, samples, pcm: live[index].piece(samples, pcm),
+                    on_item=finishing.add,
                     latents=dict(enumerate(latents)),
                 )
                 ticket = self.renderer.submit(
@@ -121,10 +129,10 @@ class RendererDeployment:
                     took = item.timings
                     engine = {"conditions": took.conditions_s, "denoise": took.denoise_s, "decode": took.decode_s}
                     parts(engine, job_id=job_id)
-                    async with self._storing(job_id, parsed, made, item) as storing:
-                        # Said at once: the router sends the next song for the device, which is free from here on.
-                        yield {"progress": Progress(stage="encoding", total=len(item.items)).model_dump()}
-                        song = await asyncio.shield(storing)
+                    # Said at once: the router sends the next song for the device, which is free from here on.
+                    yield {"progress": Progress(stage="encoding", total=len(item.items)).model_dump()}
+                    with span("encode", job_id=job_id, items=len(item.items)):
+                        song: Song = await asyncio.to_thread(finishing.song, item)
                     log.info(
                         "job %s: %d item(s) rendered in %.2f s after %.2f s in the queue, encoded in %.2f s",
                         job_id,
@@ -164,11 +172,19 @@ class RendererDeployment:
         except AceStepError as error:
             return failure(error)
 
+    async def live(
+        self, job_id: str, index: int, fmt: str, at: int, extra: bool | None = None, wait_s: float = 0.0
+    ) -> dict[str, Any]:
+        """A piece of what there is of a song that is made here; see `LiveSongs.read`."""
+        return await self.live_songs.read(job_id, index, fmt, at, extra, wait_s)
+
     @contextlib.asynccontextmanager
-    async def _storing(
-        self, job_id: str, request: SongRequest, plan: Plan, rendered: Rendered
-    ) -> AsyncIterator[asyncio.Future[Song]]:
-        """Encode and store in a thread, which is over with the context: whoever leaves early stops it before its next file."""
+    async def _finishing(
+        self, job_id: str, request: SongRequest, plan: Plan, live: Mapping[int, LiveItem]
+    ) -> AsyncIterator[Finish]:
+        """Encodes and stores in threads, which are over with the context: whoever leaves early stops them before their next file."""
+        from acestep.dit.finish import Finish, Maker
+
         left = threading.Event()
 
         def put(name: str, data: bytes) -> None:
@@ -176,34 +192,18 @@ class RendererDeployment:
                 raise Cancelled("nobody waits for it any more")
             retry.patiently(retry.FILES, f"storing {name}", lambda: self.storage.put(name, data), given_up=left.is_set)
 
-        storing = asyncio.ensure_future(self._store(job_id, request, plan, rendered, put))
-        try:
-            yield storing
-        finally:
-            left.set()
-            await asyncio.wait({storing})
-            if not storing.cancelled():
-                storing.exception()  # retrieved, also where nobody waits for it any more
-
-    async def _store(
-        self, job_id: str, request: SongRequest, plan: Plan, rendered: Rendered, put: Callable[[str, bytes], None]
-    ) -> Song:
-        from acestep.dit.finish import Maker, finish
-
         maker = Maker(
             self.info.model, self.info.model_hash, self.info.device, self.info.notice, self.info.vae or "official"
         )
-        with span("encode", job_id=job_id, items=len(rendered.items)):
-            return await asyncio.to_thread(
-                finish,
-                request,
-                plan,
-                rendered,
-                maker,
-                put,
-                prefix=f"songs/{job_id}/",
-                keep_latents=self.args.keep_latents,
-            )
+        finishing = Finish(
+            request, plan, maker, put, f"songs/{job_id}/", keep_latents=self.args.keep_latents, live=live
+        )
+        try:
+            yield finishing
+        finally:
+            left.set()
+            closing = asyncio.ensure_future(asyncio.to_thread(finishing.__exit__))
+            await asyncio.wait({closing})
 
     async def describe(self) -> dict[str, Any]:
         return {**self.info.to_dict(), "stats": self.renderer.stats()}

@@ -34,7 +34,7 @@ async def test_probes_answer_before_there_is_a_router_and_are_its_own_afterwards
 ) -> None:
     monkeypatch.setattr(proxy, "ROUTER_S", 0.05)
     inner = Proxy()
-    (made,) = proxy.middlewares()
+    made = proxy.middlewares()[0]
     app = made.cls(inner, *made.args, **made.kwargs)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as http:
         for inner.state in ("no route", "waits", "waits"):

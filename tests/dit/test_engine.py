@@ -85,7 +85,7 @@ def test_a_song_cancelled_while_decoding_stops_within_one_tile(make_renderer: Ma
     gate = Gate(renderer)
     pieces: list[int] = []
     work = work_of(duration=60)
-    work = RenderWork(work.request, on_audio=lambda item, first, chunk: pieces.append(first))
+    work = RenderWork(work.request, on_audio=lambda item, first, samples, chunk: pieces.append(first))
     ticket = renderer.submit(work)
     while len(pieces) < 2:
         gate.let()
@@ -313,7 +313,7 @@ def test_pieces_join_to_the_whole(make_renderer: Make) -> None:
     renderer = make_renderer("tiny", vae_tile_frames=100)
     pieces: dict[int, list[tuple[int, Tensor]]] = {0: [], 1: []}
     work = work_of(duration=10.01, batch_size=2)
-    work = RenderWork(work.request, on_audio=lambda item, first, chunk: pieces[item].append((first, chunk)))
+    work = RenderWork(work.request, on_audio=lambda item, first, samples, chunk: pieces[item].append((first, chunk)))
     for item in renderer.submit(work).result(60).items:
         at = 0
         for first, chunk in pieces[item.index]:

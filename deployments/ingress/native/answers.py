@@ -139,6 +139,10 @@ class Links(Answer):
 
     self: str = Field(description="This view. Needs the key.")
     events: str = Field(description="Its events, signed: works without a key until it expires.")
+    live: list[str] = Field(
+        default_factory=list,
+        description="Its songs' sound while they are made, signed, by index; `&format=` mp3 (the default), opus or wav. Empty where there is none to be.",
+    )
 
 
 class JobView(Answer):

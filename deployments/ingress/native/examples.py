@@ -57,7 +57,8 @@ _JOB: dict[str, Any] = {
     "placement": {"planner": "lm", "renderer": "dit"},
     "request": {"prompt": "warm lo-fi piano, rain on the window, slow", "duration": 30.0, "seed": 1234}, "seeds": [1234],
     "warnings": [], "plan": None, "error": None, "result": None,
-    "links": {"self": f"/v1/jobs/{_ID}", "events": f"/v1/jobs/{_ID}/events"}, "notice": None,
+    "links": {"self": f"/v1/jobs/{_ID}", "events": f"/v1/jobs/{_ID}/events",
+              "live": [f"/v1/jobs/{_ID}/audio/0/live"]}, "notice": None,
 }  # fmt: skip
 _PLAN: dict[str, Any] = {
     "metadata": {"bpm": 72, "caption": "Warm lo-fi piano over steady rain", "duration": 30.0, "keyscale": "D minor",
@@ -132,6 +133,17 @@ EVENTS = (
     'event: progress\ndata: {"job_id": "3f7c3c1e-6f0e-4a53-9f0d-0f4a7a3f1b52", "at": 1790000002.0, '
     '"stage": "planning", "done": 40, "total": 150}\n\n'
 )
+_SOUND = {"schema": {"type": "string", "format": "binary"}}
+LIVE: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The sound, until the song's end; `Audio-Level` says `final` or `provisional` where it had begun",
+        "content": dict.fromkeys(("audio/mpeg", "audio/ogg", "audio/wav"), _SOUND),
+    },
+    204: {"description": "Asked for by `Range`: nothing of it yet, or no more (then with `Content-Range`)"},
+    206: {"description": "What there is of the range that was asked for"},
+    412: {"description": "The song is made anew: listen again from the start"},
+    416: {"description": "The song is not as far"},
+}
 FILES: dict[int | str, dict[str, Any]] = {
     **DOWNLOADS,
     200: {

@@ -9,7 +9,7 @@ from acestep.plan import Plan
 from acestep.request import SongRequest
 from acestep.song import SongItem
 from deployments.dispatch.texts import ANSWER
-from deployments.ingress.links import audio_path, events_path, job_path, public, sidecar_path
+from deployments.ingress.links import audio_path, events_path, job_path, live_path, public, sidecar_path
 from deployments.ingress.native.answers import Cost, FileView, JobShort, JobView, Placement, Quote, ShortAudio
 from deployments.ingress.redact import public_error
 from deployments.ingress.service import Service
@@ -50,7 +50,11 @@ async def job_view(service: Service, job: Job, place: Place | None = None) -> Jo
         "warnings": list(job.adjustments),
         "plan": job.plan,
         "error": public_error(job.error) if job.ended else None,
-        "links": {"self": public(job_path(job.id)), "events": public(service.signer.sign(events_path(job.id)))},
+        "links": {
+            "self": public(job_path(job.id)),
+            "events": public(service.signer.sign(events_path(job.id))),
+            "live": _live(service, job),
+        },
     }
     if song := job.result:
         items = [_item(service, job.id, item, song.plan) for item in song.shown(ranked=job.request.ranked)]
@@ -67,6 +71,11 @@ async def job_view(service: Service, job: Job, place: Place | None = None) -> Jo
     else:
         view["result"] = job.extra.get(ANSWER)
     return JobView.model_validate(view)
+
+
+def _live(service: Service, job: Job) -> list[str]:
+    items = job.request.batch_size if job.kind == "song" and (not job.ended or job.result) else 0
+    return [public(service.signer.sign(live_path(job.id, index))) for index in range(items)]
 
 
 def _item(service: Service, job_id: str, item: SongItem, plan: Plan) -> dict[str, Any]:

@@ -1,0 +1,162 @@
+"""One long answer out of many short ones, in front of live audio.
+
+Nothing between a router and the socket holds a fast answer up for a slow listener: Serve would take all of it into memory. So a listener's
+request becomes requests for pieces, the next one made when the last one has gone out. It runs in Serve's proxies, where a listener's pace is
+known, and in the router for whoever comes without one. A router that is replaced, or busy, is asked again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import time
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+LIVE = re.compile(r"/v1/jobs/[^/]{1,64}/audio/[^/]{1,8}/live")
+PIECE_BYTES = 256 << 10
+AGAIN_S = 0.5  # between questions that were answered at once, with nothing
+PATIENCE_S = 60.0  # with routers that do not answer
+_MAY_PASS = (429, 500, 502, 503, 504)
+_OF_THE_PIECE = (b"content-length", b"content-range", b"content-location", b"etag", b"accept-ranges")
+_NOT_FOR_PIECES = (b"range", b"if-range", b"accept-encoding", b"prefer")
+_PART = re.compile(rb"bytes=([0-9]{1,18})-([0-9]{0,18})")
+_CONTENT_RANGE = re.compile(rb"bytes (?:[0-9]+-[0-9]+|\*)/([0-9]+|\*)")
+
+
+class Relay:
+    """Turns a request for all of a live song into requests for its pieces. All others pass."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = str(scope.get("path", ""))
+        whole = scope["type"] == "http" and scope["method"] == "GET" and not _of_a_part(scope)
+        if not whole or not LIVE.fullmatch(path[max(0, path.rfind("/v1/jobs/")) :]):
+            await self._app(scope, receive, send)
+            return
+        left = asyncio.Event()
+        watching = asyncio.create_task(_watch(receive, left))
+        try:
+            await _Listener(self._app, scope, left, send).run()
+        finally:
+            watching.cancel()
+
+
+async def _watch(receive: Receive, left: asyncio.Event) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    left.set()
+
+
+@dataclass
+class _Answer:
+    """What a router says to a question for a piece."""
+
+    status: int = 0
+    headers: list[tuple[bytes, bytes]] = field(default_factory=list)
+    body: bytes = b""
+
+    def get(self, name: bytes) -> bytes:
+        return next((value for key, value in self.headers if key.lower() == name), b"")
+
+    @property
+    def total(self) -> int | None:
+        """Bytes of the whole file, once that is known."""
+        match = _CONTENT_RANGE.fullmatch(self.get(b"content-range"))
+        return int(match[1]) if match and match[1] != b"*" else None
+
+
+class _Listener:
+    """One listener's way through a song."""
+
+    def __init__(self, app: ASGIApp, scope: Scope, left: asyncio.Event, send: Send) -> None:
+        self._app, self._scope, self._left, self._send = app, scope, left, send
+        self._headers = [(k, v) for k, v in scope["headers"] if k.lower() not in _NOT_FOR_PIECES]
+        self._at, self._started, self._mark = 0, False, b""
+
+    async def run(self) -> None:
+        """Returns without an end of the answer where the song cannot be sent to its end: the connection is broken off."""
+        failing: float | None = None
+        wait = b"wait=0"  # at first: whether there is such a song is told at once
+        while not self._left.is_set():
+            asked = time.monotonic()
+            answer = await self._ask(wait)
+            if answer.status in (204, 206):
+                failing = None
+                if not await self._take(answer):
+                    return
+                if answer.status == 204 and wait != b"wait=0" and time.monotonic() - asked < AGAIN_S:
+                    await self._pause(AGAIN_S)
+                wait = b"wait=10"
+            elif answer.status in _MAY_PASS and self._started:
+                failing = failing or asked
+                if asked - failing > PATIENCE_S:
+                    return
+                await self._pause(AGAIN_S)
+            elif self._started:
+                return
+            else:
+                await self._send({"type": "http.response.start", "status": answer.status, "headers": answer.headers})
+                await self._send({"type": "http.response.body", "body": answer.body})
+                return
+
+    async def _take(self, answer: _Answer) -> bool:
+        """Send a piece on; False where that was the last."""
+        if not self._started:
+            self._started = True
+            headers = [(k, v) for k, v in answer.headers if k.lower() not in _OF_THE_PIECE]
+            headers.append((b"accept-ranges", b"none"))
+            if answer.total is not None:
+                headers.append((b"content-length", str(answer.total).encode()))
+            await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+            self._headers = [(k, v) for k, v in self._headers if not k.lower().startswith(b"if-")]
+        self._mark = answer.get(b"etag") or self._mark
+        if location := answer.get(b"content-location"):
+            # Signed: no key is asked for again, nor counted.
+            self._scope = {**self._scope, "query_string": urlsplit(location.decode()).query.encode()}
+            self._headers = [(k, v) for k, v in self._headers if k.lower() != b"authorization"]
+        self._at += len(answer.body)
+        last = answer.total is not None and self._at >= answer.total
+        if answer.body or last:
+            await self._send({"type": "http.response.body", "body": answer.body, "more_body": not last})
+        return not last
+
+    async def _ask(self, wait: bytes) -> _Answer:
+        asked = f"bytes={self._at}-{self._at + PIECE_BYTES - 1}".encode()
+        headers = [*self._headers, (b"range", asked), (b"prefer", wait)]
+        if self._mark:
+            headers.append((b"if-match", self._mark))
+        answer, parts = _Answer(), []
+        body: list[Message] = [{"type": "http.request", "body": b"", "more_body": False}]
+
+        async def receive() -> Message:
+            if body:
+                return body.pop()
+            await self._left.wait()
+            return {"type": "http.disconnect"}
+
+        async def note(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                answer.status, answer.headers = message["status"], list(message.get("headers", ()))
+            elif message["type"] == "http.response.body":
+                parts.append(message.get("body", b""))
+
+        await self._app({**self._scope, "headers": headers}, receive, note)
+        answer.body = b"".join(parts)
+        return answer
+
+    async def _pause(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._left.wait(), seconds)
+
+
+def _of_a_part(scope: Scope) -> bool:
+    """Whether it asks for bytes from a certain one on. What else `Range` may say is answered with all of it, as RFC 9110 allows."""
+    asked = next((value for key, value in scope["headers"] if key.lower() == b"range"), b"").replace(b" ", b"")
+    match = _PART.fullmatch(asked)
+    return match is not None and asked != b"bytes=0-" and int(match[1]) <= int(match[2] or match[1])
