@@ -125,7 +125,7 @@ class _Ogg:
         # bitexact: no encoder version, no time and no random serial number in the file.
         # The muxer holds two pages back: short ones, so that sound is soon there.
         options = {"fflags": "+bitexact+flush_packets", "page_duration": "200000"}
-        self._container = av.open(self._sink, "w", format=spec.container, options=options)
+        self._container: Any = av.open(self._sink, "w", format=spec.container, options=options)
         self._container.metadata.update({} if tags is None else vorbis_of(tags))
         self._stream: Any = self._container.add_stream(str(spec.codec), rate=rate, layout=_layout(channels))
         self._stream.bit_rate = kbps * 1000

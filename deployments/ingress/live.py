@@ -110,7 +110,7 @@ class LiveAudio:
             here = False
             for replica in self._replicas(job, mark):
                 left_s = max(0.0, until - loop.time()) if latest else 0.0
-                told = await self._ask(job, replica, index, fmt, at, mark and mark.extra, left_s)
+                told = await self._ask(job, replica, index, fmt, at, mark.extra if mark else None, left_s)
                 if "data" in told:
                     of = Mark(job.attempts, job.tries.failed, told["extra"], replica if told["extra"] else "")
                     return Piece(of, told["data"], told["final"], told["length"], told["closed"])

@@ -37,7 +37,7 @@ async def test_it_answers_with_the_job_and_ends_with_the_file(site: Site) -> Non
     assert len(job["links"]["live"]) == 2
     async with served(site.service) as url:
         began = [asyncio.Event() for _ in range(3)]
-        ranges = ({}, {"Range": "bytes=0-"}, {"Range": "bytes=-5"})
+        ranges: tuple[dict[str, str], ...] = ({}, {"Range": "bytes=0-"}, {"Range": "bytes=-5"})
         listening = [
             asyncio.create_task(heard(url + job["links"]["live"][1], event, headers=headers))
             for event, headers in zip(began, ranges, strict=True)

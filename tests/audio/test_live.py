@@ -6,6 +6,7 @@ import io
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import av
 import numpy as np
@@ -35,7 +36,7 @@ def pieces(item: LiveItem, audio: torch.Tensor, seconds: float = 2.0) -> None:
         item.piece(audio.shape[1], audio[:, first : first + round(seconds * RATE)])
 
 
-def whole(sound: Sound, *, closed: Callable[[], bool] = lambda: True) -> bytes:
+def whole(sound: Sound) -> bytes:
     """All of it, once it is whole, in pieces as a listener reads it."""
     for _ in range(6_000):
         if sound.closed:
@@ -50,7 +51,7 @@ def whole(sound: Sound, *, closed: Callable[[], bool] = lambda: True) -> bytes:
 
 
 def decoded(data: bytes) -> np.ndarray:
-    with av.open(io.BytesIO(data)) as container:
+    with av.open(io.BytesIO(data), "r") as container:
         stream = container.streams.audio[0]
         to = av.AudioResampler(format="fltp", layout="stereo", rate=stream.rate)
         return np.concatenate(
@@ -74,16 +75,22 @@ def test_what_a_listener_hears_of_a_decoded_song_is_its_file(fmt: AudioFormat, m
     other = SongRequest(prompt="x", seed=3, formats=("flac",), **more)
     audio = song(5.3)
     heard: list[bytes] = []
-    item = LiveItem(request, 600.0, lambda: None)
+
+    class Noted(LiveItem):
+        """Notes what a listener could have heard, before the file is stored."""
+
+        def file(self, fmt: AudioFormat) -> Callable[[bytes], None] | None:
+            told = super().file(fmt)
+
+            def ready(data: bytes) -> None:
+                assert told is not None
+                told(data)
+                heard.append(data)
+
+            return ready
+
+    item = Noted(request, 600.0, lambda: None)
     pieces(item, audio)
-    ready = item.file
-
-    def listened(kind: AudioFormat) -> Callable[[bytes], None] | None:
-        told = ready(kind)
-        assert told is not None
-        return lambda data: (told(data), heard.append(data))[0]
-
-    item.file = listened  # type: ignore[method-assign]
     files = finished(request, audio, item)
     sound = item.sound(fmt)
     assert sound is not None
@@ -92,11 +99,16 @@ def test_what_a_listener_hears_of_a_decoded_song_is_its_file(fmt: AudioFormat, m
     assert b"".join(heard) == files[name]
     assert len(heard) > 4
     # not a file of the song: from the same samples, with the same settings
-    extra = LiveItem(other, 600.0, lambda: None)
     asked: list[Sound | None] = []
-    final = extra.final
-    extra.final = lambda *made: (final(*made), asked.append(extra.sound(fmt)))[0]  # type: ignore[method-assign]
-    finished(other, audio, extra)
+
+    class Asked(LiveItem):
+        """A listener asks as soon as the level is known."""
+
+        def final(self, *made: Any) -> None:
+            super().final(*made)
+            asked.append(self.sound(fmt))
+
+    finished(other, audio, Asked(other, 600.0, lambda: None))
     assert asked[0] is not None
     assert whole(asked[0]) == files[name]
 
@@ -181,7 +193,8 @@ def test_the_limiter_keeps_peaks_down_and_leaves_the_rest() -> None:
     audio = (0.1 * rng.standard_normal((2, 5 * RATE))).astype(np.float32)
     audio[:, 100_000:101_000] *= 40
     for step in (1, 7_777, 5 * RATE):
-        limiter, parts = Limiter(0.5, RATE), []
+        limiter = Limiter(0.5, RATE)
+        parts: list[np.ndarray] = []
         firsts = range(0, audio.shape[1] if step > 1 else 300, step)
         parts.extend(limiter.write(audio[:, first : first + step]) for first in firsts)
         parts.append(limiter.close())

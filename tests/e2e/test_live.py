@@ -1,0 +1,139 @@
+"""Listening while a song is made, through the front door: at its final level, at a provisional one, late, for a moment, and in vain."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import av
+import httpx
+import numpy as np
+import pytest
+
+from acestep.cli.client import Client
+from tests.server import Server
+
+pytestmark = pytest.mark.e2e
+LIVE = ("mp3", "opus", "wav")
+
+
+def edit(config: dict[str, Any]) -> None:
+    """Two routers, and a renderer of each kind: `tiny` waits until the level is known, `tiny-base` never does."""
+    dit = next(app for app in config["applications"] if app["name"] == "dit")
+    dit["args"] = {**dit.get("args", {}), "live_patience_s": 600}
+    other = {**dit, "name": "dit-base", "route_prefix": None}
+    other["args"] = {**dit["args"], "model": "tiny-base", "live_patience_s": 0}
+    config["applications"].append(other)
+    router = next(app for app in config["applications"] if app["name"] == "router")
+    router["args"] = {**router.get("args", {}), "num_replicas": 2}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with Server(edit) as running:
+        yield running
+
+
+def submit(server: Server, **fields: Any) -> dict[str, Any]:
+    answer = httpx.post(
+        f"{server.url}/v1/music",
+        json={"prompt": "calm piano", "duration": 10, "thinking": False, "seed": 1, **fields},
+        timeout=60,
+    )
+    assert answer.status_code == 202, answer.text
+    job: dict[str, Any] = answer.json()
+    return job
+
+
+def listen(server: Server, url: str, fmt: str) -> tuple[httpx.Headers, bytes]:
+    with httpx.stream("GET", f"{server.url}{url}&format={fmt}", timeout=240) as answer:
+        assert answer.status_code == 200
+        return answer.headers, b"".join(answer.iter_raw())
+
+
+def decoded(data: bytes) -> np.ndarray:
+    with av.open(io.BytesIO(data), "r") as container:
+        stream = container.streams.audio[0]
+        to = av.AudioResampler(format="fltp", layout="stereo", rate=stream.rate)
+        return np.concatenate(
+            [out.to_ndarray() for frame in container.decode(stream) for out in to.resample(frame)], axis=1
+        )
+
+
+def test_the_song_is_heard_from_the_start_and_is_its_file(server: Server) -> None:
+    job = submit(server, formats=["mp3", "wav", "flac"], batch_size=2, model="tiny")
+    one, two = job["links"]["live"]
+    with ThreadPoolExecutor(8) as pool:
+        heard = {fmt: pool.submit(listen, server, one, fmt) for fmt in LIVE}
+        second = pool.submit(listen, server, two, "mp3")
+        with httpx.stream("GET", f"{server.url}{one}", timeout=60) as left:  # one who leaves disturbs nobody
+            assert left.status_code == 200
+        with Client(server.url) as client:
+            done = client.wait(job["id"])
+            late = listen(server, one, "mp3")
+            files = {
+                (item["index"], audio["format"]): client.file(audio["url"])
+                for item in done["result"]["items"]
+                for audio in item["audio"]
+            }
+        sounds = {fmt: future.result()[1] for fmt, future in heard.items()}
+        assert second.result()[1] == files[1, "mp3"]
+    assert sounds["mp3"] == late[1] == files[0, "mp3"]
+    assert sounds["wav"] == files[0, "wav"]
+    assert late[0]["audio-level"] == "final"
+    for data in sounds.values():
+        samples = decoded(data)
+        assert samples.shape[1] == 480_000
+        assert np.abs(samples).max() > 0.1
+
+
+def test_where_decoding_takes_long_it_begins_at_a_provisional_level(server: Server) -> None:
+    job = submit(server, duration=60, formats=["wav"], model="tiny-base", steps=30)
+    live = job["links"]["live"][0]
+    with ThreadPoolExecutor(4) as pool:
+        heard = [pool.submit(listen, server, live, fmt) for fmt in ("mp3", "mp3", "opus")]
+        with Client(server.url) as client:
+            done = client.wait(job["id"])
+            file = client.file(done["result"]["items"][0]["audio"][0]["url"])
+        first, again, opus = [future.result()[1] for future in heard]
+    assert first == again
+    song = decoded(file)
+    for data in (first, opus):
+        samples = decoded(data)
+        assert abs(samples.shape[1] - song.shape[1]) < 2
+        alike = np.corrcoef(samples[0, : song.shape[1]], song[0, : samples.shape[1]])[0, 1]
+        assert alike > 0.5  # the same song, at another level and through a codec
+    assert (
+        httpx.head(f"{server.url}{live}", timeout=60).headers["audio-level"] == "final"
+    )  # and from now on it is the file
+
+
+def test_a_song_that_is_cancelled_ends_for_its_listeners(server: Server) -> None:
+    job = submit(server, duration=120, model="tiny-base", steps=60)
+    with httpx.stream("GET", f"{server.url}{job['links']['live'][0]}", timeout=120) as answer:
+        assert answer.status_code == 200
+        httpx.delete(f"{server.url}/v1/jobs/{job['id']}", timeout=60)
+        with contextlib.suppress(httpx.RemoteProtocolError):
+            data = b"".join(answer.iter_raw())
+            raise AssertionError(f"it ended as if the song were whole, after {len(data)} bytes")
+    refused = httpx.get(f"{server.url}{job['links']['live'][0]}", timeout=60)
+    assert refused.status_code == 409
+    assert "cancelled" in refused.json()["detail"]
+
+
+def test_a_slow_listener_holds_nobody_up(server: Server) -> None:
+    job = submit(server, duration=60, formats=["wav"], model="tiny")
+    live = job["links"]["live"][0]
+    with httpx.stream("GET", f"{server.url}{live}&format=wav", timeout=240) as slow:
+        bytes_ = slow.iter_raw(1)
+        assert next(bytes_)
+        began = time.monotonic()
+        _, data = listen(server, live, "wav")
+        assert len(data) > 11_000_000
+        assert next(bytes_)
+        assert time.monotonic() - began < 240
+    assert submit(server)["state"] == "queued"
