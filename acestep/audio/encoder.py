@@ -127,8 +127,9 @@ class _Ogg:
         options = {"fflags": "+bitexact+flush_packets", "page_duration": "200000"}
         self._container: Any = av.open(self._sink, "w", format=spec.container, options=options)
         self._container.metadata.update({} if tags is None else vorbis_of(tags))
-        self._stream: Any = self._container.add_stream(str(spec.codec), rate=rate, layout=_layout(channels))
-        self._stream.bit_rate = kbps * 1000
+        stream: Any = self._container.add_stream(str(spec.codec), rate=rate, layout=_layout(channels))
+        stream.bit_rate = kbps * 1000
+        self._stream = stream
         self._frames = _Frames(rate, channels)
 
     def write(self, audio: Samples) -> bytes:

@@ -14,8 +14,8 @@ from deployments.ingress.downloads import send_file
 from deployments.ingress.errors import PROBLEMS, Conflict, NotFound
 from deployments.ingress.links import live_path, public
 from deployments.ingress.live import WAIT_S, Anew, Mark, Piece, read_mark
+from deployments.ingress.made import made_item
 from deployments.ingress.native import examples
-from deployments.ingress.native.song_files import made_item
 from deployments.ingress.native.songs import Expires, JobId, Prefer, Signature, by_signature_or_key, wait_seconds
 from deployments.ingress.service import Service, Svc
 from deployments.jobs.store import Job
