@@ -54,7 +54,7 @@ def of_mix(name: str, *, quick: bool) -> dict[str, Any]:
     return {
         "fleet": describe(plan.best.specs), "cost": round(plan.best.cost, 3), "kept": round(plan.best.kept, 4), "gap": round(plan.gap, 4),
         "per_1000_songs": round(1000 * plan.best.per_song, 2), "planning_s": round(planning_s, 1),
-        "single": single_card, "single_cost": round(single.best.cost, 3), "cost_ratio": round(plan.best.cost / single.best.cost, 3), **takes,
+        "single_card": single_card, "single_cost": round(single.best.cost, 3), "cost_ratio": round(plan.best.cost / single.best.cost, 3), **takes,
     }  # fmt: skip
 
 
@@ -206,7 +206,7 @@ def text(found: dict[str, Any]) -> str:
         lines += [
             f"{name}: {m['fleet']}",
             f"  ${m['cost']} an hour, ${m['per_1000_songs']} for 1,000 songs, {m['kept']:.1%} in time, {m['gap']:+.1%} from the solver's bound, planned in {m['planning_s']} s",
-            f"  {m['cost_ratio']} of the best single kind of card ({m['single']}, ${m['single_cost']}); mark 0.6",
+            f"  {m['cost_ratio']} of the best single kind of card ({m['single_card']}, ${m['single_cost']}); mark 0.6",
             f"  at 90 % in time and ${m['budget']} an hour, jobs an hour: "
             + ", ".join(f"{f} {m[f]['rate']}" for f in ("planned", "single", "round robin", "monolith"))
             + f" ({m['monolith_of']}): {m['rate_over_monolith']}x the monolith; mark 2.5x",

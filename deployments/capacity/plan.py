@@ -197,10 +197,12 @@ def _leaner(
     while going:
         going = False
         for number, spec in _by_price(best.specs):
-            for change in _changes(spec):
+            alone = sum(s.role == spec.role for s in best.specs) == 1
+            for change in _changes(spec, alone):
                 if len(tried) >= MOST_TRIALS:
                     return best
-                trial = attempt([*best.specs[:number], change, *best.specs[number + 1 :]])
+                kept = [] if change is None else [change]
+                trial = attempt([*best.specs[:number], *kept, *best.specs[number + 1 :]])
                 if goal.holds(trial) and trial.cost < best.cost:
                     best, going = trial, True
                     break
@@ -213,7 +215,10 @@ def _by_price(specs: Sequence[PoolSpec]) -> list[tuple[int, PoolSpec]]:
     return sorted(enumerate(specs), key=lambda pair: -(pair[1].price or 0.0) * pair[1].max_replicas)
 
 
-def _changes(spec: PoolSpec) -> Iterator[PoolSpec]:
+def _changes(spec: PoolSpec, alone: bool) -> Iterator[PoolSpec | None]:
+    """Cheaper pools in its place; None: no pool."""
+    if spec.min_replicas == 1 and not alone:
+        yield None
     if spec.max_replicas > spec.min_replicas and spec.drain_s < MOST_DRAIN_S:
         yield replace(spec, drain_s=2 * spec.drain_s)
     if spec.min_replicas > 1:
