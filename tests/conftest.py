@@ -21,6 +21,9 @@ os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
+# Tiny products on few cores: a second thread would only wait, and keep a core from another worker meanwhile.
+os.environ |= {"OMP_NUM_THREADS": "1", "ACESTEP_THREADS": "1"}
+
 signal.signal(signal.SIGTERM, signal.default_int_handler)  # who is told to end puts away what it has started, too
 
 hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no fault of the code

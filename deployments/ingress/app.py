@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from fastapi import FastAPI
+from functools import cache
+
+from fastapi import APIRouter, FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.gzip import DEFAULT_EXCLUDED_CONTENT_TYPES, GZipMiddleware
+from starlette.routing import BaseRoute
 
 from acestep import __version__
 from deployments.ingress import errors as problems
@@ -47,7 +50,6 @@ def build_app(service: Service) -> FastAPI:
         version=__version__,
         description="Songs as durable jobs, on a fleet of unequal cards.",
         redirect_slashes=False,
-        generate_unique_id_function=lambda route: route.name,  # short, as generated clients call them
     )
     app.state.service = service
     problems.install(app)
@@ -85,27 +87,18 @@ def build_app(service: Service) -> FastAPI:
     app.add_middleware(OptionalPrefix)
     app.add_middleware(Prefix, public_url=service.args.public_url)
     app.add_middleware(LostProxy)
-    for module in (
-        studio,
-        health,
-        cluster,
-        loras,
-        native,
-        library,
-        song_files,
-        live_audio,
-        lyrics,
-        edits,
-        plans,
-        files,
-        webhooks,
-        tasks,
-        texts,
-        models,
-        compat_loras,
-        chat,
-        audio,
-    ):
-        app.include_router(module.router)
+    app.router.routes.extend(_routes())
     app.openapi = lambda: describe(app)  # type: ignore[method-assign]
     return app
+
+
+@cache
+def _routes() -> tuple[BaseRoute, ...]:
+    """The rooms' routes. Once for all applications of a process: at the first request FastAPI reads the signatures of what it includes."""
+    api = APIRouter(generate_unique_id_function=lambda route: route.name)  # short, as generated clients call them
+    for room in (
+        studio, health, cluster, loras, native, library, song_files, live_audio, lyrics, edits, plans, files, webhooks, tasks,
+        texts, models, compat_loras, chat, audio,
+    ):  # fmt: skip
+        api.include_router(room.router)
+    return tuple(api.routes)

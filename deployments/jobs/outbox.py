@@ -13,10 +13,12 @@ import hmac
 import ipaddress
 import logging
 import socket
+import ssl
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from typing import Any, Literal
 from urllib.parse import urlsplit, urlunsplit
 
@@ -229,9 +231,11 @@ class Outbox:
         self.networks = tuple(networks)
         self.timeout_s = timeout_s
         self.public_url = (public_url or "").rstrip("/")
-        self._tls = (
-            httpx.create_ssl_context()
-        )  # once: reading the authorities takes a while (SSL_CERT_FILE names others)
+
+    @cached_property
+    def _tls(self) -> ssl.SSLContext:
+        """Made once, and only where it is needed: reading the authorities takes a while (SSL_CERT_FILE names others)."""
+        return httpx.create_ssl_context()
 
     async def run(self) -> None:
         """Send until cancelled."""
@@ -341,7 +345,8 @@ class Outbox:
         }
         # No proxy and no redirect: both would choose another address than the one that was checked.
         options: dict[str, Any] = {
-            "trust_env": False, "follow_redirects": False, "verify": self._tls, "timeout": self.timeout_s
+            "trust_env": False, "follow_redirects": False, "timeout": self.timeout_s,
+            "verify": await asyncio.to_thread(lambda: self._tls),
         }  # fmt: skip
         try:
             async with asyncio.timeout(self.timeout_s), httpx.AsyncClient(**options) as client:

@@ -30,8 +30,10 @@ from deployments.dispatch.routing import Routing
 from deployments.fleet.watch import Fleet, FleetView, Pool
 from deployments.ingress.app import build_app
 from deployments.ingress.service import Service
+from deployments.jobs import store as job_store
 from deployments.jobs.blobs import Storage
 from deployments.jobs.store import Job, JobStore
+from tests.engines import Engines
 
 WAV = b"RIFF" + bytes(40)
 
@@ -127,8 +129,13 @@ def service_of(args: RouterArgs, view: FleetView) -> Service:
 Build = Callable[..., Site]
 
 
+@pytest.fixture(scope="session")
+def engines(tmp_path_factory: pytest.TempPathFactory) -> Engines:
+    return Engines(tmp_path_factory.mktemp("engines"))
+
+
 @pytest.fixture
-async def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Build]:
+async def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engines: Engines) -> AsyncIterator[Build]:
     """Makes sites: `build(view=..., **router_args)`."""
     monkeypatch.setenv("ACESTEP_HOME", str(tmp_path))
     monkeypatch.delenv("ACESTEP_API_KEY", raising=False)
@@ -140,10 +147,12 @@ async def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
         sites.append(Site(service, httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000")))
         return sites[-1]
 
-    yield make
-    for site in sites:
-        await site.client.aclose()
-        site.service.store.close()
+    with engines.lend() as opened:
+        monkeypatch.setattr(job_store, "open_database", opened)
+        yield make
+        for site in sites:
+            await site.client.aclose()
+            site.service.store.close()
 
 
 @pytest.fixture
