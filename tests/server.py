@@ -27,6 +27,13 @@ from acestep.ray_env import ALONE, PROXY, PROXY_ANSWERS
 
 ROOT = Path(__file__).resolve().parents[1]
 START_TIMEOUT_S = 240.0  # several servers may start at once on two cores
+for part in (
+    "connect",
+    "read",
+    "write",
+    "pool",
+):  # a busy machine is no fault of the code: where a test says nothing, it is patient
+    setattr(httpx._config.DEFAULT_TIMEOUT_CONFIG, part, 60.0)
 
 
 # Below the range from which the system serves whoever asks for any port, as Ray does dozens of times before Serve opens the one it was given.
@@ -84,6 +91,7 @@ class Server:
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_DISABLE_DOCKER_CPU_WARNING": "1",
             "HF_HUB_OFFLINE": "1",
+            "ACESTEP_THREADS": "1",  # tiny products: a second thread only waits, and keeps others from its core
             **(env or {}),
         }
         if not self.home.exists():  # as `make run` does before it starts the server

@@ -113,5 +113,5 @@ async def test_many_who_wait_ask_the_store_once(site: Site, monkeypatch: pytest.
     await asyncio.sleep(0.1)
     store.request_cancel(job_id)
     store.delete(job_id)
-    assert (await asyncio.wait_for(listening, 5)).status_code == 200
+    assert (await asyncio.wait_for(listening, 60)).status_code == 200
     assert get(job_id) is None

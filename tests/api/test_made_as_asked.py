@@ -326,7 +326,7 @@ async def test_who_leaves_while_a_song_is_stored_ends_its_writing(
     def put(name: str, data: bytes) -> None:
         written.append(name)
         loop.call_soon_threadsafe(begun.set)
-        assert go.wait(10)
+        assert go.wait(60)
 
     monkeypatch.setattr(storage, "put", put)
     path, body = WAYS["native, nothing planned"]

@@ -32,7 +32,7 @@ def work_of(**fields: Any) -> RenderWork:
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < end, "did not happen"
         time.sleep(0.002)
@@ -73,7 +73,7 @@ def test_a_cancelled_song_is_gone_within_one_step(make_renderer: Make) -> None:
     renderer.cancel(ticket)
     gate.open()
     with pytest.raises(Cancelled):
-        ticket.result(5)
+        ticket.result(60)
     assert len(seen) <= 2
     assert all(p.stage == "rendering" for p in seen)  # nothing was decoded for it
     wait_until(lambda: renderer.stats()["songs"] == 0)
@@ -92,14 +92,14 @@ def test_a_song_cancelled_while_decoding_stops_within_one_tile(make_renderer: Ma
     renderer.cancel(ticket)
     gate.open()
     with pytest.raises(Cancelled):
-        ticket.result(5)
+        ticket.result(60)
     assert len(pieces) <= 3
 
 
 def test_a_deadline_ends_a_song(make_renderer: Make) -> None:
     renderer = make_renderer("tiny")
     with pytest.raises(DeadlineExceeded):
-        renderer.submit(work_of(duration=600), deadline=time.monotonic() + 0.1).result(30)
+        renderer.submit(work_of(duration=600), deadline=time.monotonic() + 0.1).result(60)
 
 
 def test_a_more_urgent_song_overtakes_between_steps(make_renderer: Make) -> None:

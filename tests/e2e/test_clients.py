@@ -25,7 +25,7 @@ def poll(server: Server, task_id: str, timeout_s: float = 240.0) -> dict[str, An
     """As many clients do: the list of ids as JSON text."""
     until = time.monotonic() + timeout_s
     while time.monotonic() < until:
-        answer = httpx.post(f"{server.url}/query_result", json={"task_id_list": json.dumps([task_id])}, timeout=10)
+        answer = httpx.post(f"{server.url}/query_result", json={"task_id_list": json.dumps([task_id])})
         item: dict[str, Any] = answer.json()["data"][0]
         if item["status"]:
             return item

@@ -35,7 +35,7 @@ def until(cluster: Cluster, true: Callable[[dict[str, Any]], bool], timeout_s: f
     """Poll /v1/cluster until something holds."""
     end = time.monotonic() + timeout_s
     while time.monotonic() < end:
-        seen = httpx.get(cluster.url + "/v1/cluster", timeout=10).json()
+        seen = httpx.get(cluster.url + "/v1/cluster").json()
         if true(seen):
             return seen
         time.sleep(0.5)

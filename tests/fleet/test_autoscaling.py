@@ -85,7 +85,7 @@ def store_with(url: str, seconds: float, jobs: int = 3) -> JobStore:
 
 
 def until_read(policy: BacklogPolicy, ctx: Any) -> int:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while policy._read is None and time.monotonic() < deadline:
         policy(ctx)
         time.sleep(0.01)

@@ -179,7 +179,7 @@ async def test_receivers_that_hang_hold_up_nobody(
     for _ in range(20):
         ended_job(store, f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/")
     ended_job(store, receiver.url)
-    async with asyncio.timeout(4), sending(outbox(store), monkeypatch):
+    async with asyncio.timeout(30), sending(outbox(store, timeout_s=60.0), monkeypatch):
         while not receiver.seen:
             await asyncio.sleep(0.02)
     server.close()
