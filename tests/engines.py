@@ -12,6 +12,8 @@ import sqlalchemy as sa
 
 from deployments.jobs import database
 
+REST = 4  # engines that are left alone a while: a thread of a test that has ended may still ask the last ones something
+
 
 class Engines:
     """Opens job databases as `database.open_database` does.
@@ -37,9 +39,10 @@ class Engines:
             if not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(self._empty, path)
-            lent.append(self._idle.pop() if self._idle else self._new(url))
+            lent.append(self._idle.pop(0) if len(self._idle) > REST else self._new(url))
             engine, opens = lent[-1]
             opens[:] = [str(path)]
+            engine.dispose()  # what such a thread has opened meanwhile
             return engine
 
         yield open_database
