@@ -6,6 +6,7 @@ import os
 import re
 import secrets
 import signal
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -31,16 +32,17 @@ hypothesis.settings.load_profile("untimed")
 
 
 @cache
-def _group(path: str) -> tuple[str, bool]:
-    """Which of several workers' tests stay together with a file's, and whether they mostly wait.
+def _group(path: str) -> tuple[str, bool, int]:
+    """Which of several workers' tests stay together with a file's, whether they mostly wait, and how long one of them takes, roughly.
 
     A room's do, since they share what is slow to make; those of `api` and those through the front door by file, but for the files that share
     the server of `e2e/conftest.py`.
     """
     text, room = (ROOT / path).read_text(encoding="utf-8"), path.rpartition("/")[0]
-    waits = "pytest.mark.e2e" in text
+    waits = "pytest.mark.e2e" in text or "pytest.mark.waits" in text
+    weight = 5 if "RendererDeployment(" in text else 1  # those that make songs beside a site
     shares = re.search(r"def test_\w+\(\s*server: Server", text) and "def server(" not in text
-    return (room if shares or not (waits or room == "tests/api") else path) + ("@" if waits else ""), waits
+    return (room if shares or not (waits or room == "tests/api") else path) + ("@" if waits else ""), waits, weight
 
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist, whose own groups pytest 9.2 does not know
@@ -61,13 +63,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     waiting: dict[str, list[pytest.Item]] = {}
     computing: dict[str, list[pytest.Item]] = {}
+    length: Counter[str] = Counter()
     for item in items:
-        name, waits = _group(item.nodeid.partition("::")[0])
+        name, waits, weight = _group(item.nodeid.partition("::")[0])
         (waiting if waits else computing).setdefault(name, []).append(item)
+        length[name] += weight
     places = []
     for groups, end in ((waiting, 0.7), (computing, 1.0)):
-        longest_first = sorted(groups.values(), key=len, reverse=True)
-        places += [(end * i / len(longest_first), tests) for i, tests in enumerate(longest_first)]
+        longest_first = sorted(groups, key=lambda name: -length[name])
+        places += [(end * i / len(longest_first), groups[name]) for i, name in enumerate(longest_first)]
     items[:] = [test for _, tests in sorted(places, key=lambda place: place[0]) for test in tests]
 
 
