@@ -14,11 +14,11 @@ import types
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import parse_qsl, urlsplit
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from acestep.errors import InvalidRequest
 from deployments.config.args import (
@@ -85,16 +85,7 @@ def problems(config: Mapping[str, Any], *, several: bool = False, shared_home: b
         several: It is for several machines, whatever it says itself.
         shared_home: `files` in ACESTEP_HOME is a volume that all of them share.
     """
-    from ray.serve.schema import ServeDeploySchema
-
-    found = list(unknown_keys(config, ServeDeploySchema, ""))
-    if not found:
-        try:
-            ServeDeploySchema.model_validate(config)
-        except ValidationError as error:
-            found += [f"{'.'.join(str(p) for p in e['loc']) or 'file'}: {e['msg']}" for e in error.errors()]
-        except (ValueError, AttributeError, TypeError) as error:  # its own validators walk what is not validated yet
-            found.append(str(error))
+    found = [] if is_plain(config) else list(_serves_problems(config))
     found += [
         f"{path}: a secret, which Serve shows in its dashboard and status to whoever sees them. Set it where Ray starts"
         for path in _secret_variables(config, "")
@@ -106,6 +97,61 @@ def problems(config: Mapping[str, Any], *, several: bool = False, shared_home: b
     found += _fleet_problems(applications)
     found += _http_problems(config, applications)
     return found + list(_state_problems(applications, several, shared_home))
+
+
+class _Exact(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class _Http(_Exact):
+    host: str
+    port: int = Field(ge=1, le=65_535)
+    keep_alive_timeout_s: int = Field(620, ge=0)
+
+
+class _Logging(_Exact):
+    encoding: Literal["TEXT", "JSON"]
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"]
+
+
+class _Application(_Exact):
+    name: str = Field(min_length=1)
+    route_prefix: Literal["/"] | None
+    import_path: Literal["deployments.app:router", "deployments.app:lm", "deployments.app:dit"]
+    args: dict[str, Any]
+
+
+class _Plain(_Exact):
+    proxy_location: Literal["EveryNode", "HeadOnly"]
+    http_options: _Http
+    logging_config: _Logging
+    applications: list[_Application]
+
+
+def is_plain(config: Mapping[str, Any]) -> bool:
+    """Whether a config says nothing but what `serve_config.yaml` says, perhaps in other values: Serve's own schema, whose import would take
+    up seconds of each start, has nothing to find there."""
+    try:
+        applications = _Plain.model_validate(config).applications
+    except ValidationError:
+        return False
+    prefixes = [a.route_prefix for a in applications if a.route_prefix is not None]
+    return len({a.name for a in applications}) == len(applications) and len(set(prefixes)) == len(prefixes)
+
+
+def _serves_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    """What Serve's own schema does not know, or does not take."""
+    from ray.serve.schema import ServeDeploySchema
+
+    unknown = list(unknown_keys(config, ServeDeploySchema, ""))
+    yield from unknown
+    if not unknown:
+        try:
+            ServeDeploySchema.model_validate(config)
+        except ValidationError as error:
+            yield from (f"{'.'.join(str(p) for p in e['loc']) or 'file'}: {e['msg']}" for e in error.errors())
+        except (ValueError, AttributeError, TypeError) as error:  # its own validators walk what is not validated yet
+            yield str(error)
 
 
 def _application_problems(application: Mapping[str, Any]) -> Iterator[str]:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from ray.serve.schema import ServeDeploySchema
 from typer.testing import CliRunner
 
 from acestep.errors import InvalidRequest
 from deployments.config import commands
 from deployments.config.build import build_config, parse_tiers
-from deployments.config.validate import problems, read_config
+from deployments.config.validate import is_plain, problems, read_config, unknown_keys
+from tests.server import ROOT
 
 Config = dict[str, Any]
 DATABASE, FILES = "postgresql+psycopg://db/acestep", "s3://songs/files"
@@ -181,3 +185,51 @@ def test_what_is_built_for_several_machines_works_there(
     assert "on the head, beside its job store" in answer.stdout
     other = CliRunner().invoke(commands.config, ["build", *more, "--database-url", DATABASE])
     assert "deployments" not in one(yaml.safe_load(other.stdout))
+
+
+def test_a_plain_config_is_judged_without_serves_schema() -> None:
+    """Whose import would take up seconds of each start."""
+    code = (
+        "import sys; from pathlib import Path; from deployments.config.commands import checked; checked(Path(sys.argv[1]));"
+        "sys.exit('ray' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, ROOT / "serve_config.yaml"], check=True)
+
+
+PLAIN: dict[str, Callable[[Config], Any]] = {
+    "as it is": lambda c: None,
+    "another address": lambda c: c["http_options"].update(host="0.0.0.0", port=9),
+    "args": lambda c: c["applications"][1].update(args={"tiers": ["tier5"]}),
+    "another log": lambda c: c["logging_config"].update(encoding="JSON", log_level="DEBUG"),
+    "head only": lambda c: c.update(proxy_location="HeadOnly"),
+    "no planner": lambda c: c["applications"].pop(1),
+}
+NOT_PLAIN: dict[str, Callable[[Config], Any]] = {
+    "a key of the file": lambda c: c.update(applicatons=[]),
+    "a key of HTTP": lambda c: c["http_options"].update(prot=1),
+    "a key of an application": lambda c: c["applications"][0].update(arg={}),
+    "a port in words": lambda c: c["http_options"].update(port="many"),
+    "a log level": lambda c: c["logging_config"].update(log_level="LOUD"),
+    "no applications": lambda c: c.pop("applications"),
+    "applications that are none": lambda c: c.update(applications=["router"]),
+    "args that are none": lambda c: c["applications"][0].update(args=[1]),
+    "a name twice": lambda c: c["applications"][1].update(name="router"),
+    "a prefix twice": lambda c: c["applications"][1].update(route_prefix="/"),
+}
+
+
+@pytest.mark.parametrize("edit", PLAIN.values(), ids=PLAIN)
+def test_serve_takes_what_is_plain(edit: Callable[[Config], Any]) -> None:
+    config = read_config(ROOT / "serve_config.yaml")
+    edit(config)
+    assert is_plain(config)
+    assert list(unknown_keys(config, ServeDeploySchema, "")) == []
+    ServeDeploySchema.model_validate(config)
+
+
+@pytest.mark.parametrize("edit", NOT_PLAIN.values(), ids=NOT_PLAIN)
+def test_what_serve_would_not_take_is_never_plain(edit: Callable[[Config], Any]) -> None:
+    config = read_config(ROOT / "serve_config.yaml")
+    edit(config)
+    assert not is_plain(config)
+    assert problems(config)
