@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from acestep.dit import preparation
+from acestep.dit import sources
 from acestep.dit.denoiser import Row
 from acestep.dit.renderer import Renderer
 from acestep.dit.residency import Residency
@@ -125,13 +125,13 @@ def test_a_file_that_is_slow_to_read_holds_nobody_up(
     make_renderer: Make, song_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     renderer = make_renderer("tiny")
-    read, go_on = preparation.read_audio, threading.Event()
+    read, go_on = sources.read_audio, threading.Event()
 
     def slow(path: Path, **options: Any) -> Any:
         assert go_on.wait(30)
         return read(path, **options)
 
-    monkeypatch.setattr(preparation, "read_audio", slow)
+    monkeypatch.setattr(sources, "read_audio", slow)
     source = song_file(4.0)
     cover = RenderWork(SongRequest(task="cover", src_audio="s", seed=1, steps=1), src_audio=source)
     slow_song = renderer.submit(cover)
