@@ -347,6 +347,7 @@ class RenderEngine:
             "task": request.task,
             **song.prepared.sampling.as_settings(),
             "retake_variance": request.retake_variance if request.retakes else 0.0,
+            "retaken": [] if request.flow_edit_morph else [other.model_dump() for other in request.retaken],
             "lora": song.prepared.lora.as_settings() if song.prepared.lora else None,
         }
 

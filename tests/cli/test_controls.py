@@ -45,6 +45,7 @@ KNOBS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("tiny", {}, {"latent_rescale": 0.8}),
     ("tiny", {}, {"retake_variance": 0.3}),
     ("tiny", {"retake_variance": 0.3, "retake_seed": 7}, {"retake_seed": 8}),
+    ("tiny", {"retake_variance": 0.3, "retake_seed": 7}, {"retaken": [{"seed": 9, "variance": 0.4}]}),
     ("tiny-base", GUIDED, {"guidance_variant": "cfg"}),
     ("tiny-base", GUIDED, {"guidance_variant": "adg"}),
     ("tiny-base", {**GUIDED, "guidance_variant": "adg"}, {"guidance_variant": "adg_w_norm"}),

@@ -9,17 +9,20 @@ import socket
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
 from acestep import paths
+from acestep.audio.encoder import encoder
 from acestep.checkpoints import resolve
 from acestep.cli.doctor import command, probes
 from acestep.cli.doctor.probes import Finding
 from acestep.cli.doctor.report import Report, build_mismatches, misspelt, report
 from acestep.cli.doctor.view import print_report
+from acestep.formats import FORMATS, AudioFormat
 from acestep.hardware.cards import Device, cpu_device
 from tests.cards import MakeCard, shared_checkpoints
 from tests.server import free_port
@@ -257,7 +260,11 @@ def test_codec_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise ValueError("no such encoder")
 
+    def only_lossless(fmt: AudioFormat, *args: Any, **options: Any) -> Any:
+        return encoder(fmt, *args, **options) if FORMATS[fmt].lossless else refuse()
+
     monkeypatch.setattr("acestep.audio.writing._lossy", refuse)
+    monkeypatch.setattr("acestep.audio.writing.encoder", only_lossless)
     levels = {f.details["format"]: f.level for f in probes.codecs()}
     assert levels == {
         "wav": "ok", "wav24": "ok", "wav32": "ok", "flac": "ok", "mp3": "warning", "opus": "warning", "aac": "warning",

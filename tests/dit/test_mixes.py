@@ -115,7 +115,7 @@ def test_alone_and_together(company: Company, mix: int, rel: Any) -> None:
     together = company.run(paths, [0, *(rng.randrange(4) for _ in paths[1:])])
     for path, latents in zip(paths, together, strict=True):
         # Angles that are stretched sixfold and not clipped stretch what floats round off, too.
-        most = 1e-5 if path.sampling.guidance_variant == "adg_wo_clip" else 1e-6
+        most = 3e-5 if path.sampling.guidance_variant == "adg_wo_clip" else 1e-6
         assert rel(latents, company.run([path], [0])[0]) <= most
 
 

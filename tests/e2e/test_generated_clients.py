@@ -104,6 +104,7 @@ def test_a_python_client(server: Server, document: Path, tmp_path: Path, monkeyp
 
     file = importlib.import_module("acestep_client.types").File(payload=io.BytesIO(sound), file_name="song.wav")
     source = api["files.upload_file"].sync(client=client, body=kind.BodyUploadFile(file=file))
+    assert not isinstance(source, kind.Problem), source
     part = song(task=kind.SongSubmissionTask.REPAINT, src_audio=source.id, repainting_start=2.0, repainting_end=4.0)
     assert part.request["task"] == "repaint"
 

@@ -212,9 +212,12 @@ def test_every_view_fits_and_is_accessible(server: Server, visit: Any, tmp_path:
     length(page, "10")
     wish(page, f"looked at {width} wide, {scheme}")  # the server has those of the other sizes, too
     song = made(page, f"looked at {width} wide, {scheme}")
-    page.get_by_text("Advanced", exact=True).click()
+    link = song.locator("a.title").get_attribute("href")
+    page.get_by_text(
+        "Advanced", exact=True
+    ).click()  # pushes the songs away; only what is near the screen stands in the page
     page.get_by_label("Guidance Scale").wait_for()
-    views = {"songs": page.url, "song": server.url + "/" + str(song.locator("a.title").get_attribute("href")), "fleet": f"{server.url}/#/fleet"}  # fmt: skip
+    views = {"songs": page.url, "song": f"{server.url}/{link}", "fleet": f"{server.url}/#/fleet"}
     for name, url in views.items():
         page.goto(url)
         page.locator({"songs": "form.make", "song": "dl.facts", "fleet": "article.pool"}[name]).first.wait_for()

@@ -259,7 +259,7 @@ def sources() -> str:
     root = Path(spec.origin).parent
     files = [*(root / "serve/_private").glob("*.py"), root / "autoscaler/_private/prom_metrics.py"]
     files += [
-        *(ROOT / "deployments/telemetry").glob("*metrics.py"),
+        *(ROOT / "deployments").rglob("*metrics.py"),
         root / "dashboard/modules/reporter/reporter_agent.py",
     ]
     return "\n".join(f.read_text() for f in files)
