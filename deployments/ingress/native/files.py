@@ -29,7 +29,11 @@ FileId = Annotated[str, Field(max_length=64, description="`id` of the file.")]
 )  # fmt: skip
 async def upload_file(
     file: Annotated[
-        UploadFile, File(description="Any common audio format, or a song's latents; the content decides, not the name.")
+        UploadFile,
+        File(
+            description="Any common audio format, or a song's latents; the content decides, not the name.",
+            json_schema_extra={"format": "binary"},  # what generators of clients know a file by
+        ),
     ],
     response: Response,
     service: Svc,
