@@ -1,6 +1,6 @@
 """Requests made up from the OpenAPI document: never a 5xx by a defect, never a leak, nothing that the document does not say.
 
-`make test` sends a few hundred; `.ci/run` more than ten thousand beside it.
+`make test` sends a few hundred; the one marked slow more than ten thousand.
 """
 
 from __future__ import annotations
