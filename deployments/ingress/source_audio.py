@@ -158,7 +158,8 @@ class Sources:
                 raise InvalidRequest(f"{field}: there is no uploaded file {file_id}", field=field)
             facts = self.facts_of(record, field)
             return Admitted(record, facts, facts.song if facts else None)
-        if name.startswith(("songs/", "uploads/")):  # in the file store, and not the caller's: no folder that may be read opens it
+        # In the file store, and not the caller's: no folder that may be read opens it.
+        if name.startswith(("songs/", "uploads/")):
             raise InvalidRequest(NOT_FOUND, field=field)
         data = self._read(find_file(value, self.roots(loopback), field), field)
         return self._checked(data, Path(value).name, caller, field, stored=keep)

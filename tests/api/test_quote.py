@@ -49,10 +49,12 @@ async def test_source_audio_is_measured_and_not_kept(site: Site, wav: bytes) -> 
     song = (await site.client.post("/v1/music", json={**SONG, "formats": ["wav"]})).json()["id"]
     site.succeed(song, wav)
     url = (await site.client.get(f"/v1/jobs/{song}")).json()["result"]["items"][0]["audio"][0]["url"]
+    short = (await site.client.post("/v1/files", files={"file": ("a.wav", wav)})).json()["id"]
     before = site.service.storage.list("uploads/")
+    quote = await quoted(site, task="cover", src_audio=short, duration=None)
+    assert any(w["field"] == "src_audio" for w in quote["warnings"]), "it is shorter than ten seconds"
     quote = await quoted(site, task="cover", src_audio=url, reference_audio=[url], duration=None)
     assert quote["request"]["src_audio"] == url
-    assert any(w["field"] == "src_audio" for w in quote["warnings"]), "it is shorter than ten seconds"
     assert site.service.storage.list("uploads/") == before
 
 
