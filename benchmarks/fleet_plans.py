@@ -52,7 +52,7 @@ def of_mix(name: str, *, quick: bool) -> dict[str, Any]:
     budget = sum((s.price or 0.0) * s.min_replicas for s in plan.best.specs)
     takes = limits(mix, plan.best.specs, single, budget, every, quick=quick)
     return {
-        "fleet": describe(plan.best.specs), "cost": round(plan.best.cost, 3), "kept": round(plan.best.kept, 4), "gap": round(plan.gap, 4),
+        "fleet": describe(plan.best.specs), "cost": round(plan.best.cost, 3), "kept": round(plan.best.kept, 4), "gap": round(plan.gap or 0.0, 4),
         "per_1000_songs": round(1000 * plan.best.per_song, 2), "planning_s": round(planning_s, 1),
         "single_card": single_card, "single_cost": round(single.best.cost, 3), "cost_ratio": round(plan.best.cost / single.best.cost, 3), **takes,
     }  # fmt: skip

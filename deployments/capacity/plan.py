@@ -102,9 +102,9 @@ class Plan:
     seconds: float
 
     @property
-    def gap(self) -> float:
-        """How far the cost is above the solver's bound for that headroom, relative to it."""
-        return self.best.cost / self.solution.bound - 1.0
+    def gap(self) -> float | None:
+        """How far the cost is above the solver's bound for that headroom, relative to it; None where the bound is nothing: cards that are paid for."""
+        return self.best.cost / self.solution.bound - 1.0 if self.solution.bound > 0 else None
 
 
 def try_out(

@@ -20,8 +20,9 @@ def plan_text(plan: Plan, choice: Choice, goal: Goal, prices: str) -> str:
         lines.append(f"This does NOT keep the goal; it is the best that was found{_bound_by(plan)}.")
     elif plan.share < 0.999:
         lines.append(f"The budget and these cards carry {plan.share:.0%} of the traffic.")
+    above = "" if plan.gap is None else f"{plan.gap:+.1%} from "
     lines.append(
-        f"solver: {plan.gap:+.1%} from its bound of ${plan.solution.bound:.3f} an hour for pools that are busy {plan.headroom:.0%} of their time; "
+        f"solver: {above}its bound of ${plan.solution.bound:.3f} an hour for pools that are busy {plan.headroom:.0%} of their time; "
         f"the work alone, without anybody waiting, needs ${plan.floor:.3f}"
     )
     lines += [

@@ -307,6 +307,18 @@ def test_from_cards_to_a_config_its_replay_and_its_groups(
     assert "planner:acestep-5Hz-lm-1.7B" in (tmp_path / "mine/fleet/models.properties").read_text()
 
 
+def test_cards_that_are_paid_for_cost_nothing(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    (tmp_path / "mix.yaml").write_text(json.dumps({"jobs_per_hour": 20, "by_hour": "flat", "kinds": [CLIPS]}))
+    mine = ("fleet", "plan", "--traffic", "mix.yaml", "--cards", "rtx-3060-12=2@0", "--always-on")
+    code, said, err = run(*mine)
+    assert code == 0, err
+    assert "solver: its bound of $0.000 an hour" in said
+    assert "the card costs nothing" in said
+    code, said, err = run(*mine, "--json")
+    assert code == 0, err
+    assert json.loads(said)["gap"] is None
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
