@@ -105,7 +105,7 @@ def test_builders_import_no_engine_no_database_and_no_encoder(tmp_path: Path) ->
 def test_the_router_has_no_torch(tmp_path: Path) -> None:
     names = imported("import deployments.ingress.router", tmp_path)
     assert "deployments.dispatch.dispatcher" in names
-    assert not found(names, ("torch", "transformers", "diffusers", "scipy", "pandas"))
+    assert not found(names, ("torch", "transformers", "diffusers", "scipy", "pandas", "mcp", "sse_starlette"))
 
 
 @pytest.mark.parametrize("command", ["--help", "status"])

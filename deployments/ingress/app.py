@@ -14,6 +14,7 @@ from deployments.ingress import errors as problems
 from deployments.ingress.acestep import loras as compat_loras
 from deployments.ingress.acestep import models, tasks, texts
 from deployments.ingress.links import Prefix
+from deployments.ingress.mcp import route as agents
 from deployments.ingress.middleware import BodyLimit, LostProxy, OptionalPrefix, Strangers, host_of
 from deployments.ingress.native import (
     cluster,
@@ -98,7 +99,7 @@ def _routes() -> tuple[BaseRoute, ...]:
     api = APIRouter(generate_unique_id_function=lambda route: route.name)  # short, as generated clients call them
     for room in (
         studio, health, cluster, loras, native, library, song_files, live_audio, lyrics, edits, plans, files, webhooks, tasks,
-        texts, models, compat_loras, chat, audio,
+        texts, models, compat_loras, chat, audio, agents,
     ):  # fmt: skip
         api.include_router(room.router)
     return tuple(api.routes)

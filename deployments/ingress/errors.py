@@ -205,6 +205,14 @@ def from_error(error: AceStepError) -> JSONResponse:
     return problem(STATUS.get(error.type, 500), error.type, message, headers=headers or None, **details)
 
 
+async def answer_to(request: Request, error: Exception) -> JSONResponse:
+    """What the application answers to an error, for routes that tell it in other ways."""
+    handlers = request.app.exception_handlers
+    handler = next(handlers[kind] for kind in type(error).__mro__ if kind in handlers)
+    answer: JSONResponse = await handler(request, error)
+    return answer
+
+
 def install(app: FastAPI) -> None:
     """Register the handlers on the application."""
 

@@ -57,6 +57,11 @@ def absolute(path: str) -> str:
     return _origin.get() + public(path)
 
 
+def write_in_full() -> None:
+    """From here on `public` gives whole URLs: for the caller of the present request, who hands them to others."""
+    _prefix.set(absolute(""))
+
+
 def _address(scope: Scope, headers: Headers) -> str:
     """Scheme and host by which the caller knows this server: what the nearest proxy says, else what was asked."""
     told = headers.get("x-forwarded-proto", "").partition(",")[0].strip().lower()
