@@ -21,22 +21,23 @@ class Size(NamedTuple):
         return {"MAX_CUDA_VRAM": f"{self.gib:g}", "MAX_CUDA_VRAM_AS_DETECTED": "1" if self.detected else "0"}
 
 
-ONE_OF_EACH_TIER = [
+SIZES = [
     Size(3, False, "tier1", 180, 1, False),
+    Size(4, False, "tier1", 180, 1, False),
     Size(6, False, "tier2", 360, 1, False),
     Size(7.9, False, "tier3", 360, 2, False),
     Size(8, False, "tier4", 360, 4, False),
     Size(12, False, "tier5", 240, 2, True),
-    Size(16, False, "tier6", 480, 4, True),
-    Size(23.99, True, "unlimited", 600, 8, True),
-]
-OTHERS = [
-    Size(4, False, "tier1", 180, 1, False),
     Size(15.7, True, "tier6", 480, 4, True),
+    Size(16, False, "tier6", 480, 4, True),
     Size(22.5, False, "tier6", 480, 4, True),
+    Size(23.99, True, "unlimited", 600, 8, True),
     Size(24, False, "unlimited", 600, 8, True),
     Size(80, False, "unlimited", 600, 8, True),
 ]
+SOME = [
+    size for size in SIZES if size.gib in (6, 12, 23.99)
+]  # for the real server: no planner, a small card with one, no limits
 ARGS = {"engine": "simulated", "profile": "h100-sxm", "graceful_shutdown_s": 1}
 ASKED = {"prompt": "a song", "duration": 600, "batch_size": 8, "seed": 1, "steps": 1}
 

@@ -1,4 +1,4 @@
-"""Further card sizes than `e2e/test_tiers.py` has: the stages and the application as they are there, without Serve between them."""
+"""All card sizes: the stages and the application as they are in `e2e/test_redeployed.py`, which has some, without Serve between them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from deployments.config.options import settled
 from deployments.fleet.watch import FleetView, Pool
 from deployments.stages.planner import PlannerDeployment
 from deployments.stages.renderer import RendererDeployment
-from tests.card_sizes import ARGS, ASKED, OTHERS, Size, check_answers, check_renderer
+from tests.card_sizes import ARGS, ASKED, SIZES, Size, check_answers, check_renderer
 
 from .conftest import Build
 
 
-@pytest.mark.parametrize("size", OTHERS, ids=lambda size: f"{size.gib:g}")
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size.gib:g}")
 async def test_a_card_of_this_size(build: Build, size: Size, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in size.env.items():
         monkeypatch.setenv(name, value)
