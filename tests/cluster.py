@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from acestep.ray_env import ALONE
-from tests.server import ROOT, START_TIMEOUT_S, Server
+from tests.server import ROOT, START_TIMEOUT_S, Server, starting
 
 
 class Cluster(Server):
@@ -43,12 +43,12 @@ class Cluster(Server):
     def start(self, ready: bool = True) -> Cluster:
         self.make_token()
         specs = [f"{name}={tier}:{gib:g}" for name, tier, gib in self.cards]
-        with self.log.open("ab") as log:
+        with starting(), self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "tests.cluster", str(self.config), *specs], cwd=ROOT, env=self.env,
                 stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
-        self.wait_for("/readyz" if ready else "/livez", timeout_s=START_TIMEOUT_S)
+            self.wait_for("/readyz" if ready else "/livez", timeout_s=START_TIMEOUT_S)
         return self
 
     def tell(self, order: str) -> None:

@@ -17,13 +17,15 @@ TRAINING = ("accelerate.test_utils", "botocore", "datasets", "peft", "torchao", 
 SERVICE = ("ray", "fastapi", "starlette", "sqlalchemy", "alembic")
 
 
-def imported(code: str, home: Path) -> set[str]:
-    """Names in sys.modules after `code`, in a new interpreter."""
+def imported(code: str, home: Path, then: str = "") -> set[str]:
+    """Names in sys.modules after `code`, in a new interpreter, which then runs `then`."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("ACESTEP_")} | {
         "ACESTEP_HOME": str(home), "ACESTEP_CHECKPOINTS": str(tiny_checkpoints()), "ACESTEP_DEVICE": "cpu",
     }  # fmt: skip
     told = "\nimport json, sys; print(json.dumps(sorted(n for n, m in sys.modules.items() if m is not None)))"
-    done = subprocess.run([sys.executable, "-c", code + told], env=env, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        [sys.executable, "-c", code + told + "\n" + then], env=env, capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stderr
     return set(json.loads(done.stdout.splitlines()[-1]))
 
@@ -45,10 +47,24 @@ from acestep.settings.resolve import resolve
 path = checkpoint("tiny-lm", "planner").path
 Planner.load(path, resolve("plan").planner, name="tiny-lm", model_hash=None).close()
 """
+EVERYTHING = """
+from acestep.checkpoints import modules
+import diffusers, torch
+from diffusers.guiders import AdaptiveProjectedGuidance
+from diffusers.hooks import HookRegistry
+import peft, scipy.signal
+assert diffusers.AutoencoderOobleck is modules.AutoencoderOobleck
+assert diffusers.AceStepTransformer1DModel is modules.AceStepTransformer1DModel
+assert diffusers.AceStepPipeline.__call__
+from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer
+assert MomentumBuffer is modules.MomentumBuffer
+assert torch.distributed.is_available() and torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)) == 2
+"""
 
 
 def test_a_renderer_has_the_modules_it_runs_and_no_others_of_diffusers_and_transformers(tmp_path: Path) -> None:
-    names = imported(LOAD_RENDERER, tmp_path)
+    """What was left out can be imported afterwards, and is the same."""
+    names = imported(LOAD_RENDERER, tmp_path, then=EVERYTHING)
     assert {"diffusers.models.transformers.ace_step_transformer", "transformers.models.qwen3.modeling_qwen3"} <= names
     assert not found(names, (*COMPILER, *TRAINING, *SERVICE))
     for package in ("diffusers.guiders", "diffusers.hooks", "diffusers.models.autoencoders", "diffusers.pipelines"):
@@ -64,29 +80,13 @@ def test_a_planner_has_neither_diffusers_nor_transformers(tmp_path: Path) -> Non
     assert not found(names, ("diffusers", "transformers", "accelerate", *COMPILER, *TRAINING, *SERVICE))
 
 
-@pytest.mark.parametrize("first", ["", "import diffusers, peft, scipy.signal, torch._dynamo\n"])
-def test_what_was_left_out_can_be_imported_afterwards_and_is_the_same(tmp_path: Path, first: str) -> None:
-    imported(
-        first
-        + """
-from acestep.checkpoints import modules
-import diffusers, torch
-from diffusers.guiders import AdaptiveProjectedGuidance
-from diffusers.hooks import HookRegistry
-import peft, scipy.signal
-assert diffusers.AutoencoderOobleck is modules.AutoencoderOobleck
-assert diffusers.AceStepTransformer1DModel is modules.AceStepTransformer1DModel
-assert diffusers.AceStepPipeline.__call__
-from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer
-assert MomentumBuffer is modules.MomentumBuffer
-assert torch.distributed.is_available() and torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)) == 2
-""",
-        tmp_path,
-    )
-
-
 @pytest.mark.parametrize(
-    "before", ["from transformers import Qwen3ForCausalLM", "from diffusers import AutoencoderOobleck"]
+    "before",
+    [
+        "from transformers import Qwen3ForCausalLM",
+        "import diffusers, peft, scipy.signal, torch._dynamo\nfrom diffusers import AutoencoderOobleck" + EVERYTHING,
+    ],
+    ids=["transformers", "diffusers"],
 )
 def test_a_process_that_has_imported_the_libraries_before_loads_a_renderer_all_the_same(
     tmp_path: Path, before: str
@@ -96,10 +96,9 @@ def test_a_process_that_has_imported_the_libraries_before_loads_a_renderer_all_t
 
 def test_builders_import_no_engine_no_database_and_no_encoder(tmp_path: Path) -> None:
     """FastAPI comes with `ray.serve` itself."""
-    for builder in ("router", "lm", "dit"):
-        names = imported(f"from deployments.app import {builder}; {builder}({{}})", tmp_path)
-        assert not found(names, ("torch", "transformers", "diffusers", "sqlalchemy", "alembic", "av", "soundfile"))
-        assert not found(names, ("deployments.ingress.router", "deployments.ingress.app", "acestep.lm", "acestep.dit"))
+    names = imported("from deployments.app import dit, lm, router\nfor build in (router, lm, dit): build({})", tmp_path)
+    assert not found(names, ("torch", "transformers", "diffusers", "sqlalchemy", "alembic", "av", "soundfile"))
+    assert not found(names, ("deployments.ingress.router", "deployments.ingress.app", "acestep.lm", "acestep.dit"))
 
 
 def test_the_router_has_no_torch(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from deployments.launch.screen import KEY, Progress, Screen, local_url, say_wher
 
 LOOK_S = 0.2
 INTERRUPTED = 130
+RAY_STARTS = 3  # Ray gives its processes half a minute to start, however busy the machine is
 app = typer.Typer(add_completion=False)
 
 
@@ -59,12 +60,18 @@ def serve(
         is_changed = bool(given or host or port)
         with _as_file(config, data, is_changed, Path(env[TEMPORARY])) as path:
             stop.at_once = False
-            run = ServeRun(path, env, _log_path(data), screen.text if verbose else None)
-            try:
-                _follow(run, screen, stop, local_url(data), env.get(KEY, "").partition(",")[0].strip())
-            finally:
-                screen.rest()
-                run.end(patience=lambda: len(stop.signals) < 2)
+            for again in reversed(range(RAY_STARTS)):
+                run = ServeRun(path, env, _log_path(data), screen.text if verbose else None)
+                try:
+                    _follow(run, screen, stop, local_url(data), env.get(KEY, "").partition(",")[0].strip())
+                    break
+                except Unavailable:
+                    if not (again and run.ray_was_late):
+                        raise
+                    screen.text("Ray did not start within the half minute that it gives itself; trying again")
+                finally:
+                    screen.rest()
+                    run.end(patience=lambda: len(stop.signals) < 2)
     screen.text("ended; what was accepted and is not finished goes on at the next start")
     raise typer.Exit(INTERRUPTED if signal.SIGINT in stop.signals else 0)
 

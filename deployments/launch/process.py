@@ -24,6 +24,7 @@ LEFT_S = 3.0  # for what Ray has not ended by itself
 _COLOUR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _ERROR = re.compile(r"(?<![\w.])([\w.]*(?:Error|Exception|Missing|Unavailable|Request|Permission|OutOfMemory)): (.+)")
 _FAILED = re.compile(r"Deploying app '([^']+)' failed|Failed to (?:build|deploy) app(?:lication)? '([^']+)'")
+_RAY_WAS_LATE = "The current node timed out during startup"
 _DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
 
@@ -40,6 +41,7 @@ class ServeRun:
         self.log = log
         self.failed: str | None = None  # the application that could not be built
         self.last_error: str | None = None
+        self.ray_was_late = False  # on a busy machine: the next try may do
         self._on_line = on_line
         log.parent.mkdir(parents=True, exist_ok=True)
         log.unlink(missing_ok=True)
@@ -102,6 +104,7 @@ class ServeRun:
             self.last_error = in_words(f"{found[1]}: {found[2]}")
         if found := _FAILED.search(line):
             self.failed = found[1] or found[2]
+        self.ray_was_late |= _RAY_WAS_LATE in line
 
 
 def in_words(error: str) -> str:

@@ -13,7 +13,7 @@ import pytest
 
 from acestep.cli.client import Client
 from acestep.ray_env import ALONE
-from tests.server import START_TIMEOUT_S, Server, _kill_session, ends_with_us, free_port
+from tests.server import START_TIMEOUT_S, Server, _kill_session, ends_with_us, free_port, starting
 
 pytestmark = pytest.mark.e2e
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -45,17 +45,18 @@ class TwoNodes(Server):
 
     def start(self, ready: bool = True) -> TwoNodes:
         self.make_token()
-        self.start_head()
-        self.process = self._ray("--address", self.gcs, "--node-ip-address", WORKER, "--num-cpus", "2")
-        self._when_up(WORKER)
-        subprocess.run(
-            [sys.executable, "-c", DEPLOY, self.gcs, str(self.config)],
-            env=self.env,
-            check=True,
-            timeout=120,
-            cwd=self.folder,
-        )
-        self.wait_for("/readyz" if ready else "/livez")
+        with starting():
+            self.start_head()
+            self.process = self._ray("--address", self.gcs, "--node-ip-address", WORKER, "--num-cpus", "2")
+            self._when_up(WORKER)
+            subprocess.run(
+                [sys.executable, "-c", DEPLOY, self.gcs, str(self.config)],
+                env=self.env,
+                check=True,
+                timeout=120,
+                cwd=self.folder,
+            )
+            self.wait_for("/readyz" if ready else "/livez")
         return self
 
     def start_head(self) -> None:

@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from acestep.ray_env import ALONE
-from tests.server import START_TIMEOUT_S, Server, _kill_session, ends_with_us, free_port
+from tests.server import START_TIMEOUT_S, Server, _kill_session, ends_with_us, free_port, starting
 
 pytestmark = pytest.mark.e2e
 BIN = Path(sys.executable).parent
@@ -96,11 +96,12 @@ class Started(Server):
 def started() -> Iterator[Started]:
     shell = Started()
     try:
-        shell.node(
-            "ray", "start", "--head", f"--port={shell.gcs}", f"--dashboard-port={free_port()}", f"--ray-client-server-port={free_port()}",
-            "--node-ip-address=127.0.0.1", env=shell.env,
-        )  # fmt: skip
-        shell.wait_for_nodes(1)
+        with starting():
+            shell.node(
+                "ray", "start", "--head", f"--port={shell.gcs}", f"--dashboard-port={free_port()}", f"--ray-client-server-port={free_port()}",
+                "--node-ip-address=127.0.0.1", env=shell.env,
+            )  # fmt: skip
+            shell.wait_for_nodes(1)
         yield shell
     finally:
         shell.stop()

@@ -27,7 +27,7 @@ import yaml
 from acestep.cli.client import Client
 from deployments.k8s.manifests import rayservice_of
 from tests.k8s.conftest import Document, autoscaling_config
-from tests.server import _kill_session, ends_with_us, free_port
+from tests.server import _kill_session, ends_with_us, free_port, starting
 
 pytestmark = pytest.mark.e2e
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -122,8 +122,9 @@ class Nodes:
 def nodes(rendered: Callable[[str], list[Document]]) -> Iterator[Nodes]:
     started = Nodes(rendered("cpu-smoke"))
     try:
-        started.start("headgroup", HEAD)
-        started.wait("the dashboard", lambda: started.request("GET", "/api/version").status_code == 200)
+        with starting():
+            started.start("headgroup", HEAD)
+            started.wait("the dashboard", lambda: started.request("GET", "/api/version").status_code == 200)
         started.start("cpu", WORKER)
         yield started
     finally:

@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 import acestep
-from tests.server import ROOT, Server, ends_with_us
+from tests.server import ROOT, Server, ends_with_us, starting
 
 # Every module. Triton comes with torch for cards, and is asked for where there is one.
 IMPORT_ALL = """
@@ -172,12 +172,12 @@ def test_the_installed_command_serves_in_an_empty_folder(installed: Path) -> Non
     server.config.unlink()  # the folder that it starts in
     fresh = {name: value for name, value in server.env.items() if not name.startswith("RAY_AUTH_")}
     try:
-        with server.log.open("ab") as log:
+        with starting(), server.log.open("ab") as log:
             server.process = subprocess.Popen(
                 [installed.with_name("acestep"), "serve", "--port", str(server.port)], cwd=server.folder, env=fresh,
                 stdout=log, stderr=log, start_new_session=True, preexec_fn=ends_with_us(),
             )  # fmt: skip
-        server.wait_for("/readyz")
+            server.wait_for("/readyz")
         asked = {"prompt": "x", "duration": 10, "steps": 1, "thinking": False}
         song = httpx.post(f"{server.url}/v1/music", json=asked, headers={"Prefer": "wait=50"}, timeout=60)
         assert song.json()["state"] == "succeeded", song.text
