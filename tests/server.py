@@ -29,6 +29,7 @@ from acestep.ray_env import ALONE, PROXY, PROXY_ANSWERS
 ROOT = Path(__file__).resolve().parents[1]
 START_TIMEOUT_S = 240.0
 TOO_BUSY = "The current node timed out during startup"  # Ray gives itself half a minute, however busy the machine is
+FAIR = {"RAY_worker_niceness": "0"}  # else what computes beside a server leaves its replicas a thirtieth of a core
 for part in (
     "connect",
     "read",
@@ -100,6 +101,7 @@ class Server:
             **ALONE,  # as `make run` has it
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_DISABLE_DOCKER_CPU_WARNING": "1",
+            **FAIR,
             "HF_HUB_OFFLINE": "1",
             "ACESTEP_THREADS": "1",  # tiny products: a second thread only waits, and keeps others from its core
             **(env or {}),

@@ -25,7 +25,7 @@ import pytest
 import soundfile
 
 from acestep.cli.client import Client
-from tests.server import ROOT, free_port, starting, tiny_checkpoints
+from tests.server import FAIR, ROOT, free_port, starting, tiny_checkpoints
 
 pytestmark = pytest.mark.e2e
 ACESTEP = str(Path(sys.executable).with_name("acestep"))
@@ -39,7 +39,7 @@ class Terminal:
         self.folder = folder
         self.env = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "ACESTEP_"))} | {
             "ACESTEP_HOME": str(folder / "home"), "ACESTEP_CHECKPOINTS": str(tiny_checkpoints()), "RAY_TMPDIR": str(folder),
-            "RAY_USAGE_STATS_ENABLED": "0", "HF_HUB_OFFLINE": "1", "ACESTEP_THREADS": "1", "COLUMNS": "100", "TERM": "xterm", **env,
+            "RAY_USAGE_STATS_ENABLED": "0", "HF_HUB_OFFLINE": "1", "ACESTEP_THREADS": "1", "COLUMNS": "100", "TERM": "xterm", **FAIR, **env,
         }  # fmt: skip
         self._own, other = pty.openpty()
         self.process = subprocess.Popen(

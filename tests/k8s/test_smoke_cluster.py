@@ -27,7 +27,7 @@ import yaml
 from acestep.cli.client import Client
 from deployments.k8s.manifests import rayservice_of
 from tests.k8s.conftest import Document, autoscaling_config
-from tests.server import _kill_session, ends_with_us, free_port, starting
+from tests.server import FAIR, _kill_session, ends_with_us, free_port, starting
 
 pytestmark = pytest.mark.e2e
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -57,7 +57,7 @@ class Nodes:
             own = {k: v.replace(path, str(folder)) for k, v in own.items()}
         assert self.service["spec"]["rayClusterConfig"]["authOptions"]["mode"] == "token"
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "ACESTEP_"))}
-        return {**inherited, "HF_HUB_OFFLINE": "1", **own, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
+        return {**inherited, **FAIR, "HF_HUB_OFFLINE": "1", **own, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
 
     def start(self, group: str, address: str) -> None:
         """`ray start` of a node of a group, as KubeRay composes it."""
