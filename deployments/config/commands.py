@@ -6,7 +6,6 @@ import logging
 import os
 import socket
 from collections.abc import Iterator, Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +22,7 @@ from acestep.settings.options import read_overrides
 from acestep.settings.planner import DEFAULT_PLANNER
 from acestep.settings.resolve import DEFAULT_RENDERER
 from deployments.config.args import ARGS_OF_ROLE, PoolArgs, Role, parse_args, role_of
-from deployments.config.validate import problems, read_config
+from deployments.config.validate import default_config, problems, read_config
 from deployments.stages.start import overrides_of, settle
 
 config = typer.Typer(help="Check and write Serve config files.", no_args_is_help=True, add_completion=False)
@@ -51,12 +50,6 @@ ConfigFile = Annotated[
     Path | None,
     typer.Argument(help="A Serve config file; left out: serve_config.yaml here, else the one that comes with this."),
 ]
-
-
-def default_config() -> Path:
-    """`serve_config.yaml` in this folder; where there is none, the one that the package holds."""
-    here = Path("serve_config.yaml")
-    return here if here.exists() else Path(str(resources.files(__package__).joinpath(here.name)))
 
 
 @config.command()

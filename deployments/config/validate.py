@@ -1,7 +1,7 @@
 """Checks a Serve config file the way Serve does not: every key must exist, and what it says must be able to work.
 
-Serve drops what it does not know (`num_gpu`, `label_selectors`, ...), so a typing mistake costs a placement in silence. Here the file is
-walked along Ray's own schema classes, and each application's `args` are parsed by the model of its builder. Then come rules for what Serve
+Serve drops what it does not know (`num_gpu`, `label_selectors`, ...), so a typing mistake costs a placement in silence. Here Ray's
+own schema classes are told to refuse that, and each application's `args` are parsed by the model of its builder. Then come rules for what Serve
 takes and what would not work, mostly without a message.
 """
 
@@ -10,15 +10,14 @@ from __future__ import annotations
 import contextlib
 import difflib
 import re
-import types
-import typing
 from collections.abc import Iterator, Mapping
+from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from acestep.errors import InvalidRequest
 from deployments.config.args import (
@@ -36,9 +35,10 @@ BUILDERS: dict[str, type[BaseModel]] = {
     **{f"deployments.app:{name}": ARGS_OF_ROLE[role] for name, role in ROLE_OF_DEPLOYMENT.items()},
 }
 ROUTER = "deployments.app:router"
+OWN_CONFIG = Path(str(resources.files(__package__).joinpath("serve_config.yaml")))
 HEAD_RESOURCE = "node:__internal_head__"
 _PREFIX = re.compile(r"/|(?:/[A-Za-z0-9._~-]+)+")
-A = typing.TypeVar("A", bound=BaseModel)
+A = TypeVar("A", bound=BaseModel)
 _SECRET = re.compile("password|secret|token|api_?key", re.IGNORECASE)
 # Where the drivers look for what a URL does not say.
 SECRETS = {
@@ -85,13 +85,13 @@ def problems(config: Mapping[str, Any], *, several: bool = False, shared_home: b
         several: It is for several machines, whatever it says itself.
         shared_home: `files` in ACESTEP_HOME is a volume that all of them share.
     """
-    found = [] if is_plain(config) else list(_serves_problems(config))
+    listed = config.get("applications")
+    applications = [a for a in listed if isinstance(a, dict)] if isinstance(listed, list) else []
+    found = [] if is_plain(config) else list(_serves_problems(config, applications))
     found += [
         f"{path}: a secret, which Serve shows in its dashboard and status to whoever sees them. Set it where Ray starts"
         for path in _secret_variables(config, "")
     ]
-    listed = config.get("applications")
-    applications = [a for a in listed if isinstance(a, dict)] if isinstance(listed, list) else []
     for application in applications:
         found += _application_problems(application)
     found += _fleet_problems(applications)
@@ -99,59 +99,60 @@ def problems(config: Mapping[str, Any], *, several: bool = False, shared_home: b
     return found + list(_state_problems(applications, several, shared_home))
 
 
-class _Exact(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class _Http(_Exact):
-    host: str
-    port: int = Field(ge=1, le=65_535)
-    keep_alive_timeout_s: int = Field(620, ge=0)
-
-
-class _Logging(_Exact):
-    encoding: Literal["TEXT", "JSON"]
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"]
-
-
-class _Application(_Exact):
-    name: str = Field(min_length=1)
-    route_prefix: Literal["/"] | None
-    import_path: Literal["deployments.app:router", "deployments.app:lm", "deployments.app:dit"]
-    args: dict[str, Any]
-
-
-class _Plain(_Exact):
-    proxy_location: Literal["EveryNode", "HeadOnly"]
-    http_options: _Http
-    logging_config: _Logging
-    applications: list[_Application]
+def default_config() -> Path:
+    """`serve_config.yaml` in this folder; where there is none, the one that the package holds."""
+    here = Path("serve_config.yaml")
+    return here if here.exists() else OWN_CONFIG
 
 
 def is_plain(config: Mapping[str, Any]) -> bool:
-    """Whether a config says nothing but what `serve_config.yaml` says, perhaps in other values: Serve's own schema, whose import would take
-    up seconds of each start, has nothing to find there."""
+    """Whether a config is our own `serve_config.yaml` but for args, host and port: Serve's own schema, whose import would take up seconds
+    of each start, has nothing to find there."""
     try:
-        applications = _Plain.model_validate(config).applications
-    except ValidationError:
+        return _without_values(config) == _without_values(read_config(OWN_CONFIG))
+    except (KeyError, TypeError):
         return False
-    prefixes = [a.route_prefix for a in applications if a.route_prefix is not None]
-    return len({a.name for a in applications}) == len(applications) and len(set(prefixes)) == len(prefixes)
 
 
-def _serves_problems(config: Mapping[str, Any]) -> Iterator[str]:
+def _without_values(config: Mapping[str, Any]) -> dict[str, Any]:
+    http, applications = config["http_options"], config["applications"]
+    return {
+        **config,
+        "http_options": {**http, "host": type(http["host"]), "port": type(http["port"])},
+        "applications": [{**a, "args": type(a["args"])} for a in applications],
+    }
+
+
+def _serves_problems(config: Mapping[str, Any], applications: list[dict[str, Any]]) -> Iterator[str]:
     """What Serve's own schema does not know, or does not take."""
+    from ray.serve.config import AutoscalingConfig, RequestRouterConfig
     from ray.serve.schema import ServeDeploySchema
 
-    unknown = list(unknown_keys(config, ServeDeploySchema, ""))
-    yield from unknown
-    if not unknown:
+    parts: list[tuple[tuple[str | int, ...], type[BaseModel], Any]] = [((), ServeDeploySchema, config)]
+    for i, application in enumerate(applications):
+        for j, deployment in enumerate(_deployments(application)):
+            at = ("applications", i, "deployments", j)  # the schema takes any mapping for these two
+            parts.append(((*at, "autoscaling_config"), AutoscalingConfig, deployment.get("autoscaling_config")))
+            parts.append(((*at, "request_router_config"), RequestRouterConfig, deployment.get("request_router_config")))
+    schema = ServeDeploySchema.model_json_schema()
+    known = {name for part in (schema, *schema["$defs"].values()) for name in part.get("properties", ())}
+    for path, model, value in parts:
+        if not isinstance(value, dict):
+            continue
         try:
-            ServeDeploySchema.model_validate(config)
+            model.model_validate(value, extra="forbid")
         except ValidationError as error:
-            yield from (f"{'.'.join(str(p) for p in e['loc']) or 'file'}: {e['msg']}" for e in error.errors())
-        except (ValueError, AttributeError, TypeError) as error:  # its own validators walk what is not validated yet
+            yield from (_in_words((*path, *e["loc"]), e, known) for e in error.errors())
+        except (ValueError, AttributeError, TypeError, ImportError) as error:  # its own validators look before it does
             yield str(error)
+
+
+def _in_words(path: tuple[str | int, ...], problem: Mapping[str, Any], known: set[str]) -> str:
+    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".") or "file"
+    if problem["type"] != "extra_forbidden":
+        return f"{where}: {problem['msg']}"
+    near = difflib.get_close_matches(str(path[-1]), known - {path[-1]}, n=1)
+    return f"{where}: unknown key" + (f", did you mean {near[0]}?" if near else "")
 
 
 def _application_problems(application: Mapping[str, Any]) -> Iterator[str]:
@@ -327,42 +328,3 @@ def _typed(applications: list[dict[str, Any]], kind: type[A]) -> Iterator[tuple[
             name = str(application.get("name"))
             with contextlib.suppress(InvalidRequest):
                 yield name, parse_args(model, application.get("args"), name)
-
-
-def unknown_keys(value: Any, annotation: Any, path: str) -> Iterator[str]:
-    """Keys of `value` that the schema at `annotation` does not have, as sentences with their paths."""
-    origin = typing.get_origin(annotation)
-    if origin is typing.Annotated:
-        yield from unknown_keys(value, typing.get_args(annotation)[0], path)
-    elif origin in (typing.Union, types.UnionType):
-        models = [a for a in typing.get_args(annotation) if _is_model(a) or typing.get_origin(a) in (list, dict)]
-        if len(models) == 1 and value is not None:
-            yield from unknown_keys(value, models[0], path)
-        elif len(models) > 1 and isinstance(value, dict):
-            reports = [list(unknown_keys(value, m, path)) for m in models if _is_model(m)]
-            yield from min(reports, key=len) if reports else []
-    elif origin is list and isinstance(value, list):
-        for index, item in enumerate(value):
-            yield from unknown_keys(item, (typing.get_args(annotation) or (Any,))[0], f"{path}[{index}]")
-    elif _is_model(annotation) and isinstance(value, dict):
-        by_alias = {f.alias: f for f in annotation.model_fields.values() if f.alias}
-        fields = {**annotation.model_fields, **by_alias}
-        for key, item in value.items():
-            here = f"{path}.{key}" if path else str(key)
-            if key not in fields:
-                near = difflib.get_close_matches(str(key), fields, n=1)
-                yield f"{here}: unknown key" + (f", did you mean {near[0]}?" if near else "")
-                continue
-            yield from unknown_keys(item, _special(annotation, key) or fields[key].annotation, here)
-
-
-def _special(model: type[BaseModel], key: str) -> Any:
-    # Serve types these as plain dicts or unions but checks them against a class later.
-    from ray.serve.config import AutoscalingConfig
-    from ray.serve.schema import DeploymentSchema
-
-    return AutoscalingConfig if (model is DeploymentSchema and key == "autoscaling_config") else None
-
-
-def _is_model(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)

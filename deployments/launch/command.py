@@ -19,7 +19,8 @@ import yaml
 from acestep.errors import AceStepError, Unavailable
 from acestep.paths import home
 from acestep.ray_env import TEMPORARY, ray_env
-from deployments.config.commands import ConfigFile, checked, default_config, prepared
+from deployments.config.commands import ConfigFile, checked, prepared
+from deployments.config.validate import default_config
 from deployments.launch.flags import changed, with_settings
 from deployments.launch.process import ServeRun, in_words
 from deployments.launch.screen import KEY, Progress, Screen, local_url, say_where
