@@ -1,4 +1,4 @@
-"""Calls of the stages: a stream of messages from one replica, which ends also where the replica's node falls silent.
+"""Calls of the stages: a stream of messages, or one answer, from one replica; they end also where the replica's node falls silent.
 
 They go by gRPC (Serve's inter-deployment transport) and on the router's own event loop: each message of Ray's actor streams costs milliseconds
 more. Ray's actors notice by themselves that a node died; a gRPC stream to a machine that lost its power or its network stays open for
@@ -16,7 +16,7 @@ from typing import Any
 import grpc
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
-from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
 
 from deployments.fleet import sent
 
@@ -33,24 +33,26 @@ REPLICA_LOST = (RayActorError, BackPressureError, DeploymentUnavailableError, Re
 
 
 class Call:
-    """One call under way; iterate over it once for its messages.
+    """One call under way.
 
     Attributes:
-        id: Serve's id of the request.
+        response: Serve's; a stream of messages, or one answer.
         gone: Why it was ended here; None while it was not.
+        answered: What comes yet is the end alone, and nobody waits for that.
     """
 
-    def __init__(self, stream: DeploymentResponseGenerator[Any]) -> None:
-        self.id = str(stream.request_id)
+    def __init__(self, response: DeploymentResponse[Any] | DeploymentResponseGenerator[Any]) -> None:
+        self.id = str(response.request_id)
+        self.response: Any = response
         self.gone: ReplicaGone | None = None
-        self.stream = stream
         self.answered = False
 
     async def __aiter__(self) -> AsyncIterator[dict[str, Any]]:
-        async for message in self.stream:
+        """The messages of a stream, once."""
+        async for message in self.response:
             self.answered = "progress" not in message
             yield message
-            if self.answered:  # what comes yet is the end alone, and nobody waits for that
+            if self.answered:
                 return
 
 
@@ -81,7 +83,26 @@ class Calls:
             ReplicaGone, and others of `REPLICA_LOST`: another replica may do the work.
         """
         streaming = handle.options(stream=True, _by_reference=not self._by_grpc)
-        call = Call(getattr(streaming, method).remote(*arguments))
+        async with self._sent(getattr(streaming, method).remote(*arguments), replica) as call:
+            try:
+                yield call
+            finally:
+                if call.answered:
+                    self._to_end(call.response)
+
+    async def ask(self, handle: DeploymentHandle[Any], method: str, *arguments: Any, replica: str | None = None) -> Any:
+        """The one answer of a method, as `call` gets a stream."""
+        unary = handle.options(_by_reference=not self._by_grpc)
+        async with self._sent(getattr(unary, method).remote(*arguments), replica) as call:
+            answer = await call.response
+            call.answered = True
+        return answer
+
+    @contextlib.asynccontextmanager
+    async def _sent(
+        self, response: DeploymentResponse[Any] | DeploymentResponseGenerator[Any], replica: str | None
+    ) -> AsyncIterator[Call]:
+        call = Call(response)
         sent.aim(call.id, replica)
         self._open[call.id] = call
         try:
@@ -95,25 +116,8 @@ class Calls:
         finally:
             del self._open[call.id]
             sent.over(call.id)
-            if call.answered:
-                self._to_end(call.stream)
-            else:
-                call.stream.cancel()  # type: ignore[no-untyped-call]
-
-    async def ask(self, handle: DeploymentHandle[Any], method: str, *arguments: Any, replica: str) -> Any:
-        """What a method of one replica answers at once or soon. Another one answers where it is gone.
-
-        Raises:
-            ReplicaGone, and others of `REPLICA_LOST`.
-        """
-        response = getattr(handle.options(_by_reference=not self._by_grpc), method).remote(*arguments)
-        sent.aim(response.request_id, replica)
-        try:
-            return await response
-        except grpc.aio.AioRpcError as error:
-            raise ReplicaGone(f"{error.code().name}: {error.details()}") from error
-        finally:
-            sent.over(response.request_id)
+            if not call.answered:
+                call.response.cancel()
 
     def _to_end(self, stream: DeploymentResponseGenerator[Any]) -> None:
         """Read what is left of a stream: one that is dropped before its end is cancelled."""
@@ -138,4 +142,4 @@ class Calls:
             node = sent.node_of(call_id)
             if call.gone is None and (node in nodes or (node is None and news)):
                 call.gone = ReplicaGone(f"node {node} died") if node else NotAccepted(f"node {min(news)} died")
-                call.stream.cancel()  # type: ignore[no-untyped-call]
+                call.response.cancel()

@@ -20,10 +20,8 @@ from acestep.errors import AceStepError, Cancelled, Internal
 from deployments.dispatch.calls import Calls
 from deployments.dispatch.metrics import Meter
 from deployments.dispatch.news import News
-from deployments.dispatch.questions import Questions
 from deployments.dispatch.routing import NoPool, Routing
 from deployments.dispatch.song import Made, Stages, Step
-from deployments.dispatch.texts import Texts
 from deployments.dispatch.weighing import Picture, weigh
 from deployments.fleet.watch import Capacity, Fleet
 from deployments.jobs.leases import asked
@@ -78,8 +76,7 @@ class Dispatcher:
         self.cluster = cluster
         self.owner = uuid.uuid4().hex
         self.stages = Stages(
-            store, fleet, routing, self.calls, Texts(store, Questions(fleet, routing, patient=True), self.owner), self.meter,
-            self.owner, max_run_s=max_run_s, freed=self.changed,
+            store, fleet, routing, self.calls, self.meter, self.owner, max_run_s=max_run_s, freed=self.changed
         )  # fmt: skip
         self.news = 0  # counts what changed in the line by this router: who has an older picture looks again
         self.outdated = False
@@ -381,11 +378,6 @@ class Dispatcher:
                 await asyncio.to_thread(self.store.release, job.id, self.owner, event="requeued")
                 return
             error = Cancelled("cancelled by the caller")
-        except NoPool as reason:
-            log.info("job %s waits: %s", job.id, reason)
-            self._weighed[job.id] = self.fleet.view.capacity, time.monotonic()
-            await written(self.store.release, job.id, self.owner)
-            return
         except (LeaseLost, *UNREACHABLE):
             raise
         except AceStepError as failure:

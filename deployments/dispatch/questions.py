@@ -1,4 +1,4 @@
-"""Short questions to the stages, beside songs: describe, write or improve a song's text, and read codes from audio."""
+"""Short questions to the stages that somebody waits for, beside songs: describe, write or improve a song's text, and read codes from audio."""
 
 from __future__ import annotations
 
@@ -11,19 +11,16 @@ from typing import Any
 
 from acestep.errors import InvalidRequest, Unavailable, error_from_dict
 from acestep.lm.work import Sample
-from acestep.request import MAX_DURATION_S
 from deployments.config.args import Role
-from deployments.dispatch.calls import REPLICA_LOST
-from deployments.dispatch.routing import NoPool, Routing
+from deployments.dispatch.calls import REPLICA_LOST, Calls
+from deployments.dispatch.routing import Routing, why_none
 from deployments.fleet.watch import Fleet
 from deployments.jobs import retry
-from deployments.scheduling.choose import choose_pool, fleet_limits
+from deployments.scheduling.choose import choose_pool
 
 log = logging.getLogger(__name__)
 
 COLD_START_S = 50.0  # how long a question waits for a replica to start: shorter than proxies wait for an answer
-
-
 LOOK_S = 10.0  # for a look into folders, which may lie on a network
 
 
@@ -43,16 +40,12 @@ class Looked:
 
 
 class Questions:
-    """Finds a replica, asks it, and asks another one where the first was lost.
+    """Finds a replica, asks it, and asks another one where the first was lost."""
 
-    Args:
-        patient: Raise `NoPool` where a replica may come, so that a job waits, instead of `Unavailable`, as a request needs it.
-    """
-
-    def __init__(self, fleet: Fleet, routing: Routing, *, patient: bool = False) -> None:
+    def __init__(self, fleet: Fleet, routing: Routing, calls: Calls) -> None:
         self.fleet = fleet
         self.routing = routing
-        self.patient = patient
+        self.calls = calls
 
     async def inspire(self, **fields: Any) -> Sample:
         """A whole song description for a wish. Fields of `acestep.lm.work.InspireWork`."""
@@ -94,12 +87,10 @@ class Questions:
         return looked
 
     async def _look(self, app: str, name: str | None, whole: bool) -> list[dict[str, Any]] | InvalidRequest | str:
-        response: Any = self.fleet.handle(app, "render").loras.remote(name, whole)
         try:
             async with asyncio.timeout(LOOK_S):
-                answer = await response
+                answer = await self.calls.ask(self.fleet.handle(app, "render"), "loras", name, whole)
         except TimeoutError:
-            response.cancel()
             return f"did not answer within {LOOK_S:g} s"
         except REPLICA_LOST as lost:
             return f"lost its replica ({type(lost).__name__})"
@@ -109,39 +100,29 @@ class Questions:
         refusal = error_from_dict(answer["error"])
         return refusal if isinstance(refusal, InvalidRequest) else refusal.message
 
-    def columns(self, role: Role) -> dict[str, Any]:
-        """What a job's row says while it waits to ask a stage."""
-        return self.routing.question(self.fleet.view, role)
-
     async def _ask(self, kind: str, fields: dict[str, Any]) -> Sample:
-        limits = fleet_limits(self.routing.pools(self.fleet.view))
-        longest = max((limit.max_duration for limit in limits), default=MAX_DURATION_S)
-        answer = await self._call("plan", "ask", kind, {**fields, "max_duration": longest})
+        longest_s = self.routing.longest_s(self.fleet.view)
+        answer = await self._call("plan", "ask", kind, {**fields, "max_duration": longest_s})
         return Sample.model_validate(answer)
 
     async def _call(self, role: Role, method: str, *arguments: Any) -> Any:
         for tried in itertools.count(1):
             pool, runs = self._pool(role)
-            response = getattr(self.fleet.handle(pool, role), method).remote(*arguments)
             error: Exception
             try:
                 async with asyncio.timeout(None if runs else COLD_START_S):
-                    answer = await response
+                    answer = await self.calls.ask(self.fleet.handle(pool, role), method, *arguments)
                 if "error" not in answer:
                     return answer["result"]
                 error = error_from_dict(answer["error"])
                 if not retry.elsewhere(error) or tried == retry.TRIES:
                     raise error
             except TimeoutError:
-                response.cancel()
-                raise Unavailable(self._why_none(role), retry_after=5) from None
+                raise Unavailable(why_none(self.fleet.view, role), retry_after=5) from None
             except REPLICA_LOST as lost:
                 if tried == retry.TRIES:
                     raise Unavailable(f"pool {pool} lost its replica {tried} times in a row", retry_after=5) from lost
                 error = lost
-            except asyncio.CancelledError:
-                response.cancel()
-                raise
             log.info("pool %s could not answer (%s); asking again", pool, error)
             await asyncio.sleep(retry.ASK.pause_s(tried))
         raise AssertionError("unreachable: the last try returns or raises")
@@ -150,24 +131,10 @@ class Questions:
         """A pool to ask, and whether it has a running replica: a caller who does not come again later is worth waking one at zero.
 
         Raises:
-            NoPool: none runs now, and the caller is patient.
-            Unavailable: the fleet has none, or none that runs now or starts when it is asked.
+            Unavailable: the fleet has none that runs now or starts when it is asked.
         """
         view = self.fleet.view
         found = choose_pool(self.routing.pools(view), role)
-        if found is not None and found.running:
-            return found.name, True
-        pools = view.of(role)
-        if found is not None and not self.patient and (pool := view.get(found.name)) and view.wakes(pool):
-            return found.name, False
-        never = (view.at > 0 and not pools) or (bool(pools) and all((p.info or {}).get("disabled") for p in pools))
-        if self.patient and not never:
-            raise NoPool(self._why_none(role))
-        raise Unavailable(self._why_none(role), retry_after=5)
-
-    def _why_none(self, role: Role) -> str:
-        view, name = self.fleet.view, "planner" if role == "plan" else "renderer"
-        pools = view.of(role)
-        off = [str(r) for p in pools if (r := (p.info or {}).get("disabled"))]
-        why = "; ".join(off or [f"{p.app}: {view.why_not_ready(p) or 'has not described itself yet'}" for p in pools])
-        return f"no {name} can answer: {why or f'this fleet has no {name} pool'}"
+        if found is not None and (found.running or ((pool := view.get(found.name)) and view.wakes(pool))):
+            return found.name, found.running > 0
+        raise Unavailable(why_none(view, role), retry_after=5)

@@ -10,7 +10,7 @@ from typing import Any
 
 from acestep.errors import InvalidRequest
 from acestep.plan import Plan
-from acestep.request import SongRequest
+from acestep.request import MAX_DURATION_S, SongRequest
 from acestep.sizing.cost import (
     CLIP_FRAMES,
     Corrections,
@@ -26,7 +26,7 @@ from deployments.fleet.pools import pool_limits, pool_state
 from deployments.fleet.watch import FleetView
 from deployments.jobs.job import Job
 from deployments.jobs.waiting import Backlog, Row
-from deployments.scheduling.choose import Decision, Option, Promise, choose, choose_pool
+from deployments.scheduling.choose import Decision, Option, Promise, choose, choose_pool, fleet_limits
 from deployments.scheduling.fairness import Waiting, turn_of
 from deployments.scheduling.line import Place
 from deployments.scheduling.pool import FleetState, PoolState
@@ -53,6 +53,11 @@ class Routing:
             for p in view.pools
         )
         return FleetState(tuple(p for p in known if p is not None))
+
+    def longest_s(self, view: FleetView) -> float:
+        """Seconds of the longest song that can be rendered now."""
+        limits = fleet_limits(self.pools(view))
+        return max((limit.max_duration for limit in limits), default=MAX_DURATION_S)
 
     def newcomer(
         self,
@@ -111,7 +116,7 @@ class Routing:
         """
         state = as_found_by(turn_of(job), place, self.pools(view), working)
         if not state.of("render"):
-            raise NoPool(_missing(view))
+            raise NoPool(why_none(view, "render"))
         only_plan = job.kind == "plan"
         # It was cut at submit; from then on it waits for its card.
         accepted_as_is = (job.plan_pool if only_plan else job.render_pool) is not None
@@ -200,8 +205,15 @@ def _work_s(request: SongRequest, fleet: FleetState, only_plan: bool) -> float:
     return work_s
 
 
-def _missing(view: FleetView) -> str:
-    renderers = view.of("render")
-    if not renderers:
-        return "the fleet has no renderer pool"
-    return "; ".join(f"{p.app}: {view.why_not_ready(p) or 'has not described itself yet'}" for p in renderers)
+def why_none(view: FleetView, role: Role) -> str:
+    """Why nothing of a role does work now, for people."""
+    name, pools = "planner" if role == "plan" else "renderer", view.of(role)
+    off = [str(r) for p in pools if (r := (p.info or {}).get("disabled"))]
+    why = "; ".join(off or [f"{p.app}: {view.why_not_ready(p) or 'has not described itself yet'}" for p in pools])
+    return f"no {name} can answer: {why or f'this fleet has no {name} pool'}"
+
+
+def is_off(view: FleetView, role: Role) -> bool:
+    """Whether the pools of a role are there and switched off, all of them."""
+    pools = view.of(role)
+    return bool(pools) and all((p.info or {}).get("disabled") for p in pools)

@@ -23,16 +23,18 @@ from acestep.errors import (
 )
 from acestep.plan import Plan
 from acestep.request import Adjustment
-from acestep.sizing.cost import needs_planner
 from acestep.song import Progress, Song
 from deployments.config.args import Role
+from deployments.dispatch import texts
 from deployments.dispatch.calls import REPLICA_LOST, Calls, NotAccepted
 from deployments.dispatch.metrics import Meter
 from deployments.dispatch.progress import ProgressWriter
 from deployments.dispatch.routing import Routing
-from deployments.dispatch.texts import ANSWER, Texts, question_of
+from deployments.dispatch.texts import ANSWER, question_of
 from deployments.fleet.watch import Fleet
 from deployments.jobs import retry
+from deployments.jobs.job import Tries
+from deployments.jobs.leases import asked
 from deployments.jobs.retry import written
 from deployments.jobs.store import Job, JobStore
 from deployments.jobs.waiting import Places
@@ -89,12 +91,11 @@ class Stages:
     """
 
     def __init__(
-        self, store: JobStore, fleet: Fleet, routing: Routing, calls: Calls, errands: Texts, meter: Meter, owner: str,
+        self, store: JobStore, fleet: Fleet, routing: Routing, calls: Calls, meter: Meter, owner: str,
         *, max_run_s: float, freed: Callable[[], None],
     ) -> None:  # fmt: skip
         self.store, self.fleet, self.routing, self.calls = store, fleet, routing, calls
-        self.errands, self.meter, self.owner = errands, meter, owner
-        self.max_run_s = max_run_s
+        self.meter, self.owner, self.max_run_s = meter, owner, max_run_s
         self._freed = freed
 
     async def run(self, job: Job, step: Step) -> Made | None:
@@ -106,31 +107,40 @@ class Stages:
         """
         left_s = None if job.deadline is None else job.deadline - time.time()
         async with _within(left_s, "its deadline passed before it was done"):
-            if question_of(job.kind, job.request, job.extra) is not None:
-                return await self._ask(job)
-            plan = job.plan
-            if plan is None and step.role != "plan":
-                plan = job.request.own_plan()
-                await written(self.store.save_plan, job.id, self.owner, plan)
-            if plan is not None and job.kind == "plan":
-                return Made()
             try:
+                if question_of(job.kind, job.request, job.extra) is not None:
+                    return await self._ask(job, step)
+                plan = job.plan
+                if plan is None and step.role != "plan":
+                    plan = job.request.own_plan()
+                    await written(self.store.save_plan, job.id, self.owner, plan)
                 if plan is None:
                     return await self._plan(job, step)
-                return Made(await self._render(job, step, plan))
+                return Made() if job.kind == "plan" else Made(await self._render(job, step, plan))
             except Exception as error:
                 await self._again(job, step, error)
                 return None
 
-    async def _ask(self, job: Job) -> Made | None:
-        """Texts before the song, or an answer instead of one."""
-        if job.kind in ("codes", "understand"):
-            async with self._limited("reading its audio"):
-                return Made(extra={**job.extra, ANSWER: await self.errands.answer(job)})
-        async with self._limited("writing its text"):
-            job = await self.errands.prepare(job)
-        columns: dict[str, Any] = {} if needs_planner(job.request) else {"plan_pool": None, "est_plan_s": 0.0}
-        await written(self.store.release, job.id, self.owner, **columns)
+    async def _ask(self, job: Job, step: Step) -> Made | None:
+        """A text before the song, or a part of an answer instead of one."""
+        if job.kind == "codes" and job.request.audio_codes is not None:
+            return Made(extra=texts.answered(job, job.request.audio_codes).extra)
+        method, arguments = texts.question(job, self.routing.longest_s(self.fleet.view))
+        handle: DeploymentHandle[Any] = self.fleet.handle(step.pool or "", step.role or "plan")
+        async with self._limited("a question to a stage"):
+            told = await self.calls.ask(handle, method, *arguments, replica=step.places[0][0])
+        if "error" not in told:
+            job = texts.answered(job, told["result"])
+        elif retry.elsewhere(error := error_from_dict(told["error"])):
+            raise error
+        else:
+            job = texts.refused(job, error)
+        if ANSWER in job.extra:
+            return Made(extra=job.extra)
+        await written(
+            self.store.release, job.id, self.owner, tries=Tries(), extra=job.extra, plan_pool=job.plan_pool, est_plan_s=job.est_plan_s,
+            render_pool=job.render_pool, est_render_s=job.est_render_s, **asked(job.request, job.adjustments),
+        )  # fmt: skip
         return None
 
     async def _plan(self, job: Job, step: Step) -> Made | None:

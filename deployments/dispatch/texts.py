@@ -1,16 +1,19 @@
-"""What a job asks of the stages besides planning and rendering: texts before the song, or an answer instead of one."""
+"""What a job asks of the stages besides planning and rendering: texts before the song, or an answer instead of one.
+
+One question at a time; its outcome is written down before the next is asked. Pure functions.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from pydantic import ValidationError
 
 from acestep.adjust import refusal
-from acestep.errors import AceStepError, Internal, Unavailable
+from acestep.errors import AceStepError, Internal
 from acestep.lm.work import Sample
 from acestep.request import (
     INSTRUMENTAL,
@@ -20,12 +23,11 @@ from acestep.request import (
     Adjustment,
     SongRequest,
 )
+from acestep.sizing.cost import needs_planner
 from acestep.validation import first_problem
 from acestep.words import read_key, read_time_signature, readable
 from deployments.config.args import Role
-from deployments.dispatch.questions import Questions
-from deployments.jobs.retry import written
-from deployments.jobs.store import Job, JobStore
+from deployments.jobs.job import Job
 
 log = logging.getLogger(__name__)
 
@@ -42,83 +44,66 @@ def question_of(kind: str, request: SongRequest, extra: Mapping[str, Any] | None
     return "plan" if (extra or {}).get(PREPARE) else None
 
 
-class Texts:
-    """Runs them for the dispatcher. Each step's outcome is written down before the next begins.
+def question(job: Job, longest_s: float) -> tuple[str, tuple[Any, ...]]:
+    """What a job asks the stage of `question_of`: the name of its method, and the arguments.
 
     Args:
-        store: The job store.
-        talk: A patient one: raises `NoPool` where waiting helps.
-        owner: The dispatcher's lease owner.
+        longest_s: Seconds of the longest song that the fleet renders.
     """
+    if job.kind in ("codes", "understand"):
+        if (codes := _heard(job)) is None:
+            return "codes", (job.request.src_audio or "",)
+        return "ask", ("understand", {"codes": codes, "max_duration": longest_s})
+    step = job.extra[PREPARE][0]
+    known = _known(job.request) if step["ask"] == "format" else {}
+    # The request's own seed: who sends it again gets the same text, and so the same song.
+    seed = job.request.metadata_seeds[0]
+    return "ask", (step["ask"], {**known, "seed": seed, **step["fields"], "max_duration": longest_s})
 
-    def __init__(self, store: JobStore, talk: Questions, owner: str) -> None:
-        self.store = store
-        self.talk = talk
-        self.owner = owner
 
-    async def prepare(self, job: Job) -> Job:
-        """The job after the planner wrote or improved its texts.
+def answered(job: Job, answer: Any) -> Job:
+    """The job with what the stage answered; the result of one that makes no song is `ANSWER` of its extra."""
+    if job.kind == "codes":
+        return replace(job, extra={**job.extra, ANSWER: {"codes": list(answer)}})
+    codes = _heard(job)
+    if job.kind == "understand" and codes is None:  # the renderer's part is done
+        return replace(job, extra={**job.extra, CODES: list(answer)}, render_pool=None, est_render_s=0.0)
+    sample = Sample.model_validate(answer)
+    if job.kind == "understand":
+        told = {"codes": list(codes or ()), "sample": sample.model_dump(mode="json")}
+        return replace(job, extra={**job.extra, ANSWER: told})
+    whole = job.extra[PREPARE][0]["ask"] == "inspire"
+    return _prepared(replace(job, request=with_sample(job.request, sample, replace_all=whole)))
 
-        Raises:
-            AceStepError: the planner could not write a song for the caller's wish.
-        """
-        while steps := job.extra.get(PREPARE):
-            step = steps[0]
-            adjustments = job.adjustments
-            request = job.request
-            # The request's own seed: who sends it again gets the same text, and so the same song.
-            seed = request.metadata_seeds[0]
-            fields = {"seed": seed, **step["fields"]}
-            await self._placed(job)
-            try:
-                if step["ask"] == "inspire":
-                    request = with_sample(request, await self.talk.inspire(**fields), replace_all=True)
-                else:
-                    request = with_sample(
-                        request, await self.talk.format(**_known(request), **fields), replace_all=False
-                    )
-            except Unavailable as error:
-                raise Unavailable(f"5Hz LM init failed: {error.message}") from error
-            except AceStepError as error:
-                if step["ask"] == "inspire":
-                    raise type(error)(f"create_sample failed: {error.message}", **error.details) from error
-                log.info("job %s goes on without formatting: %s", job.id, error.message)
-                why = Adjustment(field="use_format", asked=True, given=False, reason=error.message)
-                if request.strict:
-                    raise refusal(why) from error
-                adjustments = (*adjustments, why)
-            extra = {**job.extra, PREPARE: steps[1:]}
-            await written(self.store.save_request, job.id, self.owner, request, adjustments, extra=extra)
-            job = replace(job, request=request, adjustments=adjustments, extra=extra)
+
+def refused(job: Job, error: AceStepError) -> Job:
+    """The job after the stage could not answer: a song whose text cannot be improved is made as it is.
+
+    Raises:
+        AceStepError: it ends with it.
+    """
+    step = job.extra.get(PREPARE, [{}])[0]
+    if step.get("ask") != "format":
+        raise error
+    log.info("job %s goes on without formatting: %s", job.id, error.message)
+    why = Adjustment(field="use_format", asked=True, given=False, reason=error.message)
+    if job.request.strict:
+        raise refusal(why) from error
+    return _prepared(replace(job, adjustments=(*job.adjustments, why)))
+
+
+def _prepared(job: Job) -> Job:
+    """The job with one step less to prepare."""
+    job = replace(job, extra={**job.extra, PREPARE: job.extra[PREPARE][1:]})
+    if job.extra[PREPARE] or needs_planner(job.request):
         return job
+    return replace(job, plan_pool=None, est_plan_s=0.0)
 
-    async def answer(self, job: Job) -> dict[str, Any]:
-        """The result of a job of kind `codes` or `understand`."""
-        codes = job.request.audio_codes or job.extra.get(CODES)
-        if codes is None:
-            await self._placed(job)
-            codes = await self.talk.codes(job.request.src_audio or "")
-        if job.kind == "codes":
-            return {"codes": list(codes)}
-        if CODES not in job.extra:  # while the planner starts, the renderer may leave
-            extra = {**job.extra, CODES: list(codes)}
-            await written(self.store.save_request, job.id, self.owner, job.request, job.adjustments, extra=extra)
-            job = replace(job, extra=extra)
-        await self._placed(job)
-        sample = await self.talk.understand(codes)
-        return {"codes": list(codes), "sample": sample.model_dump(mode="json")}
 
-    async def _placed(self, job: Job) -> None:
-        """Write down which pool is asked next, where that was not known when the job came: one at zero starts for what it sees."""
-        role = question_of(job.kind, job.request, job.extra)
-        if role is None or (job.plan_pool if role == "plan" else job.render_pool) is not None:
-            return
-        if columns := self.talk.columns(role):
-            if job.kind == "understand" and role == "plan":
-                columns |= {"render_pool": None, "est_render_s": 0.0}  # its part is done
-            await written(
-                self.store.save_request, job.id, self.owner, job.request, job.adjustments, **columns
-            )  # fmt: skip
+def _heard(job: Job) -> Sequence[int] | None:
+    """The codes of the audio that a job describes, once they are known."""
+    codes: Sequence[int] | None = job.request.audio_codes or job.extra.get(CODES)
+    return codes
 
 
 def with_sample(request: SongRequest, sample: Sample, *, replace_all: bool) -> SongRequest:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from deployments.dispatch.routing import Routing, share_of_planner, share_of_renderer
+from acestep.errors import Unavailable
+from deployments.dispatch.routing import Routing, is_off, share_of_planner, share_of_renderer, why_none
 from deployments.dispatch.song import Step
 from deployments.dispatch.texts import question_of
 from deployments.fleet.watch import FleetView
@@ -57,6 +58,8 @@ def weigh(routing: Routing, view: FleetView, job: Job, place: Place, picture: Pi
     # It may be what takes replicas down: then its last try is its own, so that no song beside it pays for that.
     suspect = job.attempts - 1 + job.tries.lost >= retry.TRIES - 1
     if (role := question_of(job.kind, job.request, job.extra)) is not None:
+        if is_off(view, role):
+            raise Unavailable(why_none(view, role))
         columns = routing.question(view, role)
         pool = picture.fleet.get(columns.get("plan_pool" if role == "plan" else "render_pool"))
         if pool is None or not pool.running:

@@ -81,7 +81,7 @@ class Service:
         self.forecast = Forecast(self.store, self.fleet, self.routing, lambda: self.dispatcher.news)
         self.loras = LoraDefaults(self.store.engine)
         self.live = LiveAudio(self.store, self.fleet, self.dispatcher.calls, lambda: self.dispatcher.notices)
-        self.talk = Questions(self.fleet, self.routing)
+        self.talk = Questions(self.fleet, self.routing, self.dispatcher.calls)
         self.webhook_secret = shared_secret(self.store.engine, "webhook", "ACESTEP_WEBHOOK_SECRET")
         self.outbox = Outbox(
             self.store.engine, self.webhook_secret, retry_s=self.args.webhook_retry_s,

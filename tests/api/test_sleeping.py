@@ -58,6 +58,9 @@ class Asked:
         asked = self
 
         class Handle:
+            def options(self, **_: Any) -> Handle:
+                return self
+
             def __getattr__(self, method: str) -> Any:
                 class Call:
                     @staticmethod
@@ -74,6 +77,10 @@ class Asked:
 class Answer:
     asked: Asked
     method: str
+    request_id: str = ""
+
+    def __post_init__(self) -> None:
+        self.request_id = f"request {len(self.asked.calls)}"
 
     def __await__(self) -> Any:
         return self._answer().__await__()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +9,8 @@ import pytest
 from acestep.errors import InvalidOutput, LimitExceeded
 from acestep.lm.work import Sample
 from acestep.request import MAX_PROMPT_CHARS, SongRequest
-from deployments.dispatch.texts import PREPARE, Texts, with_sample
-from deployments.jobs.store import JobStore
+from deployments.dispatch.texts import PREPARE, answered, question, refused, with_sample
+from deployments.jobs.job import Job
 
 ASKED = SongRequest(prompt="mine", lyrics="la", bpm=90, key_scale="C major", duration=30, vocal_language="de", seed=1)
 
@@ -47,53 +45,33 @@ def test_formatting_neither_silences_nor_finds_a_singer() -> None:
     assert with_sample(open_, Sample(lyrics="words"), replace_all=False).lyrics == "words"
 
 
-async def test_the_same_seed_asks_for_the_same_text(tmp_path: Path) -> None:
-    store, asked = JobStore(f"sqlite:///{tmp_path / 'jobs.sqlite3'}"), []
+def asks(request: SongRequest, *steps: dict[str, Any]) -> Job:
+    return Job("id", "song", "running", "planning", request, 0.0, extra={PREPARE: list(steps)})
 
-    class Writer:
-        async def inspire(self, **fields: Any) -> Sample:
-            asked.append(fields)
-            return Sample(caption="theirs", lyrics="lo")
 
-        format = inspire
-
-        def columns(self, role: str) -> dict[str, Any]:
-            return {}
-
-    for request in (ASKED, ASKED.model_copy(update={"lm_seed": 7})):
-        steps = [{"ask": "inspire", "fields": {"query": "x"}}, {"ask": "format", "fields": {}}]
-        job_id = str(uuid.uuid4())
-        store.add(job_id, request, extra={PREPARE: steps})
-        job = store.claim(job_id, "me")
-        assert job is not None
-        await Texts(store, Writer(), "me").prepare(job)  # type: ignore[arg-type]
-    store.close()
-    assert [fields["seed"] for fields in asked] == [1, 1, 7, 7]
+@pytest.mark.parametrize(("lm_seed", "seed"), [(None, 1), (7, 7)])
+def test_the_same_seed_asks_for_the_same_text(lm_seed: int | None, seed: int) -> None:
+    asked = ASKED.model_copy(update={"lm_seed": lm_seed})
+    job = asks(asked, {"ask": "inspire", "fields": {"query": "x"}}, {"ask": "format", "fields": {}})
+    assert question(job, 60.0) == ("ask", ("inspire", {"seed": seed, "query": "x", "max_duration": 60.0}))
+    job = answered(job, Sample(caption="theirs", lyrics="lo").model_dump(mode="json"))
+    _, (kind, fields) = question(job, 60.0)
+    assert (kind, fields["seed"], fields["caption"], fields["lyrics"]) == ("format", seed, "theirs", "lo")
+    assert answered(job, Sample(caption="better").model_dump(mode="json")).extra[PREPARE] == []
 
 
 @pytest.mark.parametrize("strict", [False, True])
-async def test_what_cannot_be_formatted_stays_as_it_is_or_fails(tmp_path: Path, strict: bool) -> None:
-    class Writer:
-        async def format(self, **_: Any) -> Sample:
-            raise InvalidOutput("caption: what the planner wrote repeats itself", field="caption")
-
-        def columns(self, role: str) -> dict[str, Any]:
-            return {}
-
-    store = JobStore(f"sqlite:///{tmp_path / 'jobs.sqlite3'}")
-    job_id = str(uuid.uuid4())
+def test_what_cannot_be_formatted_stays_as_it_is_or_fails(strict: bool) -> None:
     asked = ASKED.model_copy(update={"strict": strict})
-    store.add(job_id, asked, extra={PREPARE: [{"ask": "format", "fields": {}}]})
-    job = store.claim(job_id, "me")
-    assert job is not None
-    prepared = Texts(store, Writer(), "me").prepare(job)  # type: ignore[arg-type]
+    error = InvalidOutput("caption: what the planner wrote repeats itself", field="caption")
     if strict:
         with pytest.raises(LimitExceeded, match=r"^use_format: .*repeats itself.*strict"):
-            await prepared
+            refused(asks(asked, {"ask": "format", "fields": {}}), error)
     else:
-        job = await prepared
+        job = refused(asks(asked, {"ask": "format", "fields": {}}), error)
         assert (job.request, [a.field for a in job.adjustments]) == (asked, ["use_format"])
-    store.close()
+    with pytest.raises(InvalidOutput):  # there is no song without
+        refused(asks(asked, {"ask": "inspire", "fields": {}}), error)
 
 
 def test_long_texts_are_cut_to_what_a_request_may_hold() -> None:

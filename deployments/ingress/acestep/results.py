@@ -11,7 +11,7 @@ from urllib.parse import quote
 from acestep.lm.work import Sample
 from acestep.plan import Adjustment, Metadata
 from acestep.song import Song, SongItem
-from deployments.dispatch.texts import ANSWER
+from deployments.dispatch.texts import ANSWER, PREPARE
 from deployments.ingress.acestep.schemas import (
     AnalysisEntry,
     AnalysisMetas,
@@ -71,9 +71,10 @@ def error_text(job: Job) -> str:
     if error.get("type") == "cancelled":
         return "cancelled"
     message = redact(" ".join(str(error.get("message") or "the job failed").split()))
-    if message.startswith(("create_sample failed:", "5Hz LM init failed:")):
-        return message
-    return f"Music generation failed: {message}"
+    asked = next((step["ask"] for step in job.extra.get(PREPARE, ())), None)  # of the planner, before the song
+    if asked and error.get("type") == "unavailable":
+        return f"5Hz LM init failed: {message}"
+    return f"{'create_sample' if asked == 'inspire' else 'Music generation'} failed: {message}"
 
 
 def warnings_of(job: Job) -> list[Adjustment]:
