@@ -150,6 +150,10 @@ class Planner:
         """Drop the work before the next step; its ticket fails as cancelled."""
         self._thread.cancel(ticket)
 
+    @property
+    def alive(self) -> bool:
+        return self._thread.alive
+
     def stats(self) -> dict[str, Any]:
         """Numbers for health and metrics; answers during a step."""
         return {"model": self.info.name, "alive": self._thread.alive, **self._thread.stats()}

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -112,9 +110,3 @@ def _chosen(text: str, found: dict[str, Offer]) -> Offer:
         int(match["count"]) if match["count"] else None,
         "said" if match["price"] else known.source if known else "",
     )
-
-
-def shipped_date() -> str:
-    """Of the shipped prices."""
-    data: dict[str, Any] = json.loads(_shipped())
-    return str(data["date"])

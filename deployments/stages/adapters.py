@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from acestep.adapters.files import FIELD, adapter_files
 from acestep.errors import InvalidRequest
@@ -14,6 +14,7 @@ from acestep.request import SongRequest
 
 if TYPE_CHECKING:
     from acestep.adapters.layout import Target
+    from acestep.lora_fields import Lora
 
 MAX_LISTED = 1_000
 _DEPTH = 3  # of folders in folders
@@ -25,35 +26,25 @@ def adapter_roots(configured: Sequence[str] | None) -> list[Path]:
     return [Path(os.path.realpath(root)) for root in roots]
 
 
-def with_adapters(request: SongRequest, roots: Sequence[Path]) -> SongRequest:
-    """The request with its adapters' paths made absolute.
-
-    Raises:
-        InvalidRequest: see `find`.
-    """
-    if not request.lora:
-        return request
-    loras = tuple(lora.model_copy(update={"path": str(find(lora.path, roots))}) for lora in request.lora)
-    return request.model_copy(update={"lora": loras})
-
-
-def with_planner_adapters(request: SongRequest, roots: Sequence[Path]) -> SongRequest:
-    """The request with the paths of its planner's adapters made absolute.
+def with_adapters(
+    request: SongRequest, roots: Sequence[Path], owner: Literal["renderer", "planner"] = "renderer"
+) -> SongRequest:
+    """The request with the paths of its renderer's or its planner's adapters made absolute.
 
     Raises:
         InvalidRequest: see `find`.
     """
     from acestep.lm.adapters import for_planner
 
-    if not request.lm_lora:
+    field = "lora" if owner == "renderer" else "lm_lora"
+    loras: tuple[Lora, ...] = getattr(request, field)
+    if not loras:
         return request
     try:
-        loras = tuple(
-            lora.model_copy(update={"path": str(find(lora.path, roots, "planner"))}) for lora in request.lm_lora
-        )
+        found = tuple(lora.model_copy(update={"path": str(find(lora.path, roots, owner))}) for lora in loras)
     except InvalidRequest as error:
-        raise for_planner(error) from error
-    return request.model_copy(update={"lm_lora": loras})
+        raise (error if owner == "renderer" else for_planner(error)) from error
+    return request.model_copy(update={field: found})
 
 
 def find(asked: str, roots: Sequence[Path], owner: str = "renderer") -> Path:

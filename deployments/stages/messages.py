@@ -21,44 +21,34 @@ INTERVAL_S = 0.2
 FIRST_S = 0.1  # what is over sooner tells no progress: each message costs as much as a short stage
 
 
-class ProgressMailbox:
-    """Hands the latest progress from the engine thread to the event loop; older ones are overtaken, not queued."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._latest: Progress | None = None
-        self._arrived = asyncio.Event()
-
-    def put(self, progress: Progress) -> None:
-        """Called on any thread."""
-        self._latest = progress
-        self._loop.call_soon_threadsafe(self._arrived.set)
-
-    async def next(self) -> Progress | None:
-        await self._arrived.wait()
-        self._arrived.clear()
-        latest, self._latest = self._latest, None
-        return latest
-
-
 async def follow(
-    ticket: Ticket[Any, Any], mailbox: ProgressMailbox, cancel: Callable[[Ticket[Any, Any]], None]
+    submit: Callable[..., Ticket[Any, Any]], cancel: Callable[[Ticket[Any, Any]], None]
 ) -> AsyncIterator[Progress | Any]:
-    """Progress of a ticket, after `FIRST_S` and at most one per `INTERVAL_S`, then its result. Leaving early cancels the work."""
+    """Progress of the work that `submit(on_progress=...)` queues, after `FIRST_S` and at most one per `INTERVAL_S`, then its result.
+
+    Leaving early cancels the work.
+    """
+    loop, arrived = asyncio.get_running_loop(), asyncio.Event()
+    latest: list[Progress] = []  # one at most: older ones are overtaken, not queued
+
+    def put(progress: Progress) -> None:  # on the engine's thread
+        latest[:] = [progress]
+        loop.call_soon_threadsafe(arrived.set)
+
+    ticket = submit(on_progress=put)
     done = asyncio.wrap_future(ticket.future)
     done.add_done_callback(lambda f: f.cancelled() or f.exception())  # retrieved, also where nobody waits any more
     try:
         await asyncio.wait({done}, timeout=FIRST_S)
-        while True:
-            waiter = asyncio.ensure_future(mailbox.next())
+        while not done.done():
+            waiter = asyncio.ensure_future(arrived.wait())
             await asyncio.wait({done, waiter}, return_when=asyncio.FIRST_COMPLETED)
-            if done.done():
-                waiter.cancel()
-                yield done.result()
-                return
-            if progress := waiter.result():
-                yield progress
-            await asyncio.wait({done}, timeout=INTERVAL_S)
+            waiter.cancel()
+            arrived.clear()
+            if latest and not done.done():
+                yield latest.pop()
+                await asyncio.wait({done}, timeout=INTERVAL_S)
+        yield done.result()
     finally:
         if not done.done():
             cancel(ticket)

@@ -25,61 +25,59 @@ from deployments.jobs.blobs import Storage
 from deployments.stages.adapters import adapter_roots, entry, find, listing, with_adapters
 from deployments.stages.inputs import local_files
 from deployments.stages.live import LiveSongs
-from deployments.stages.messages import ProgressMailbox, failure, follow, ticket_id
+from deployments.stages.messages import failure
 from deployments.stages.simulated import NOTICE, SimulatedRenderer
+from deployments.stages.stage import Stage
 from deployments.stages.start import start_replica
-from deployments.telemetry.logs import about, join_serve
+from deployments.telemetry.logs import about
 from deployments.telemetry.replica_metrics import ReplicaMeter
 from deployments.telemetry.tracing import parts, span
 
 if TYPE_CHECKING:
     from acestep.audio.live import LiveItem
     from acestep.dit.finish import Finish
-    from acestep.dit.renderer import Renderer
 
 log = logging.getLogger(__name__)
 MAX_TOGETHER = 4  # more would keep songs from replicas that are free sooner
 
 
-class RendererDeployment:
-    """Renders songs. One engine thread owns the device; the methods here only queue, wait and write files."""
+class RendererDeployment(Stage):
+    """Renders songs, encodes them and writes their files."""
 
     def __init__(self, args: dict[str, Any]) -> None:
         import acestep.dit.finish  # noqa: F401  # encoders: not for builders, which import this module, and not when the first song waits
 
-        join_serve()
-        self._leaving = False  # told to go while it started, Serve still looks at its health, and logs a trace
+        super().__init__()
         self.args = parse_args(RendererArgs, args, "dit")
         self.storage = Storage(self.args.files_url)
         self.live_songs = LiveSongs(self.storage, self.args.live_patience_s)
         self.lora_roots = adapter_roots(self.args.lora_roots)
         start = start_replica("render", self.args)
-        self.renderer: Renderer | SimulatedRenderer
         began = time.monotonic()
         if self.args.engine == "simulated":
             model = str(start.model)
-            self.renderer = SimulatedRenderer(start.profile, model)
+            self.engine = SimulatedRenderer(start.profile, model)
             facts: dict[str, Any] = {"model": model, "model_hash": None, "notice": NOTICE, "tasks": TASKS}
         else:
             from acestep.dit.renderer import Renderer
 
             checkpoint = start.checkpoint()
             assert start.settings.renderer is not None, "the role `render` has settings for it"
-            self.renderer = Renderer.load(checkpoint, start.settings.renderer)
+            self.engine = Renderer.load(checkpoint, start.settings.renderer)
             facts = {
                 "model": checkpoint.name,
                 "model_hash": checkpoint.hash,
                 "notice": checkpoint.notice,
-                "tasks": self.renderer.info.tasks,
+                "tasks": self.engine.info.tasks,
                 "vae": checkpoint.vae,
-                "latent_channels": self.renderer.info.channels,
-                "defaults": asdict(self.renderer.info.defaults),
+                "latent_channels": self.engine.info.channels,
+                "defaults": asdict(self.engine.info.defaults),
             }
         # Clips of 20 s fill a step's frame budget; a CPU has none and renders one song after another.
-        together = min(MAX_TOGETHER, int(self.renderer.stats().get("batch_frames", 0)) // CLIP_FRAMES)
+        together = min(MAX_TOGETHER, int(self.engine.stats().get("batch_frames", 0)) // CLIP_FRAMES)
         facts["together"] = max(1, together)
         self.info = start.info(**facts, load_s=time.monotonic() - began)
-        self._meter = ReplicaMeter(self.renderer.stats, start.device, self.info.load_s)
+        self.meter = ReplicaMeter(self.engine.stats, start.device, self.info.load_s)
         log.info("renderer %s is ready on %s", self.info.model, self.info.device)
 
     async def render(
@@ -95,8 +93,6 @@ class RendererDeployment:
         from acestep.dit.work import RenderWork
 
         about(job_id)
-        mailbox = ProgressMailbox()
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
         try:
             parsed, made = SongRequest.model_validate(request), Plan.model_validate(plan)
             parsed = with_adapters(parsed, self.lora_roots)
@@ -119,10 +115,7 @@ class RendererDeployment:
                     on_item=finishing.add,
                     latents=dict(enumerate(latents)),
                 )
-                ticket = self.renderer.submit(
-                    work, id=ticket_id(job_id), priority=priority, deadline=deadline, on_progress=mailbox.put
-                )
-                async for item in follow(ticket, mailbox, self.renderer.cancel):
+                async for item in self.results(work, job_id, priority, timeout_s):
                     if isinstance(item, Progress):
                         yield {"progress": item.model_dump()}
                         continue
@@ -149,19 +142,19 @@ class RendererDeployment:
         """5 Hz audio codes of a stored file: one `{"result": ...}` or `{"error": ...}`."""
         try:
             async with local_files(self.storage, [name]) as (path,):
-                ticket = self.renderer.submit_codes(path)
+                ticket = self.engine.submit_codes(path)
                 try:
                     codes: tuple[int, ...] = await asyncio.wrap_future(ticket.future)
                     return {"result": list(codes)}
                 except asyncio.CancelledError:
-                    self.renderer.cancel(ticket)
+                    self.engine.cancel(ticket)
                     raise
         except AceStepError as error:
             return failure(error)
 
     async def loras(self, name: str | None = None, whole: bool = False) -> dict[str, Any]:
         """What the LoRA folders hold, or the adapter of a name, read `whole` if asked: one `{"result": [...]}` or `{"error": ...}`."""
-        target = self.renderer.adapter_target
+        target = self.engine.adapter_target
         if target is None:
             return {"result": []}
         try:
@@ -204,17 +197,3 @@ class RendererDeployment:
             left.set()
             closing = asyncio.ensure_future(asyncio.to_thread(finishing.__exit__))
             await asyncio.wait({closing})
-
-    async def describe(self) -> dict[str, Any]:
-        return {**self.info.to_dict(), "stats": self.renderer.stats()}
-
-    def check_health(self) -> None:
-        if not self._leaving and not self.renderer.alive:
-            raise RuntimeError("the renderer's engine thread has ended")
-
-    def __del__(self) -> None:
-        self._leaving = True
-        if meter := getattr(self, "_meter", None):
-            meter.close()
-        if renderer := getattr(self, "renderer", None):
-            renderer.close()

@@ -176,53 +176,29 @@ class SimulatedRender:
         return Rendered(tuple(rendered), RenderTimings(denoise_s=seconds), {"engine": "simulated"})
 
 
-class SimulatedPlanner:
-    """The verbs of `acestep.lm.planner.Planner`, for `PlanWork` only."""
+class SimulatedPlanner(EngineThread[Any, Any]):
+    """`acestep.lm.planner.Planner`, for `PlanWork` only."""
 
     def __init__(self, profile: Profile, model: str, slots: int) -> None:
         self._cost, self._slots = profile.planner(model), slots
-        self._thread: EngineThread[Any, Any] = EngineThread(
-            SimulatedEngine(slots, "planning"), name="simulated-planner"
-        )
+        super().__init__(SimulatedEngine(slots, "planning"), name="simulated-planner")
 
     def submit(self, work: Any, **options: Any) -> Ticket[Any, Any]:
-        return self._thread.submit(SimulatedPlan(work.request, work.max_duration, self._cost, self._slots), **options)
-
-    def cancel(self, ticket: Ticket[Any, Any]) -> None:
-        self._thread.cancel(ticket)
-
-    def stats(self) -> dict[str, Any]:
-        return {"alive": self._thread.alive, **self._thread.stats()}
-
-    def close(self) -> None:
-        self._thread.close()
+        return super().submit(SimulatedPlan(work.request, work.max_duration, self._cost, self._slots), **options)
 
 
-class SimulatedRenderer:
-    """The verbs of `acestep.dit.renderer.Renderer`, for `RenderWork` only."""
+class SimulatedRenderer(EngineThread[Any, Any]):
+    """`acestep.dit.renderer.Renderer`, for `RenderWork` only."""
 
     adapter_target = None  # there is no model that an adapter could fit
 
     def __init__(self, profile: Profile, model: str) -> None:
         self._cost, self._model = profile.renderer(model), model
-        self._thread: EngineThread[Any, Any] = EngineThread(SimulatedEngine(1, "rendering"), name="simulated-renderer")
-
-    @property
-    def alive(self) -> bool:
-        return self._thread.alive
+        super().__init__(SimulatedEngine(1, "rendering"), name="simulated-renderer")
 
     def submit(self, work: Any, **options: Any) -> Ticket[Any, Any]:
         job = SimulatedRender(work.request, work.plan, work.indices, self._cost, self._model)
-        return self._thread.submit(job, **options)
+        return super().submit(job, **options)
 
     def submit_codes(self, path: Path) -> Ticket[Any, Any]:
         raise Unavailable("the simulated engine reads no audio")
-
-    def cancel(self, ticket: Ticket[Any, Any]) -> None:
-        self._thread.cancel(ticket)
-
-    def stats(self) -> dict[str, Any]:
-        return self._thread.stats()
-
-    def close(self) -> None:
-        self._thread.close()

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from ray.serve.metrics import Gauge, Histogram
 
 from acestep.hardware.devices import Device
-from deployments.telemetry.buckets import SECONDS
 
 log = logging.getLogger(__name__)
-SAMPLE_S = 5.0
+SECONDS = [0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000]  # buckets of histograms
 
 
 class ReplicaMeter:
-    """Samples an engine's stats and its card's memory every few seconds, on a thread of its own.
+    """Samples an engine's stats and its card's memory, as often as Serve looks at the replica's health.
 
     Args:
         stats: The engine's numbers; every numeric one becomes a series of `acestep_engine`.
@@ -30,29 +28,19 @@ class ReplicaMeter:
         self._device = device
         self._engine = Gauge("acestep_engine", "Numbers of a stage's engine.", ("what",))
         self._memory = Gauge("acestep_card_memory_bytes", "Memory of a replica's card.", ("kind",))
-        self._stop = threading.Event()
         Histogram("acestep_model_load_seconds", "Cold starts: seconds to load a model.", SECONDS).observe(
             max(0.001, load_s)
         )
-        self._thread = threading.Thread(target=self._loop, name="replica-meter", daemon=True)
-        self._thread.start()
 
-    def close(self) -> None:
-        self._stop.set()
-
-    def _loop(self) -> None:
-        while not self._stop.wait(SAMPLE_S):
-            try:
-                self._sample()
-            except Exception:  # a driver that fails to answer must not end the sampling
-                log.exception("cannot sample the engine's numbers")
-
-    def _sample(self) -> None:
-        for name, value in self._stats().items():
-            if isinstance(value, (int, float)):
-                self._engine.set(float(value), {"what": name})
-        for kind, value in card_memory(self._device).items():
-            self._memory.set(value, {"kind": kind})
+    def sample(self) -> None:
+        try:
+            for name, value in self._stats().items():
+                if isinstance(value, (int, float)):
+                    self._engine.set(float(value), {"what": name})
+            for kind, value in card_memory(self._device).items():
+                self._memory.set(value, {"kind": kind})
+        except Exception:  # a driver that fails to answer is no reason to end the replica
+            log.exception("cannot sample the engine's numbers")
 
 
 def card_memory(device: Device) -> dict[str, int]:

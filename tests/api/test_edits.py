@@ -66,7 +66,7 @@ def noise(seconds: float = 10.0) -> bytes:
 @pytest.fixture
 def encoded(stages: Stages, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Samples of everything that the renderer's encoder is given."""
-    vae: Any = stages.stages["render"].renderer._thread.engine._vae
+    vae: Any = stages.stages["render"].engine._thread.engine._vae
     seen: list[int] = []
     encode = vae.encode
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import pickle
 from typing import Any
@@ -15,32 +14,17 @@ from acestep.plan import Plan
 from acestep.request import SongRequest
 from deployments.stages.renderer import RendererDeployment
 from tests.api.conftest import Build, Site
+from tests.api.test_made_as_asked import Stages
 
 LAYERS = ("layers.0.self_attn.to_q", "layers.1.mlp.down_proj")
 
 
-class Handle:
-    """A deployment handle's `handle.method.remote(...)`, answered by a stage here."""
-
-    def __init__(self, stage: RendererDeployment) -> None:
-        self._stage = stage
-
-    def __getattr__(self, method: str) -> Any:
-        stage = self._stage
-
-        class Method:
-            def remote(self, *arguments: Any) -> Any:
-                return asyncio.ensure_future(getattr(stage, method)(*arguments))
-
-        return Method()
-
-
 def lora(stage: RendererDeployment, seed: int = 0, width: int = 0) -> dict[str, torch.Tensor]:
     """A kohya file's tensors; with `width` for another model."""
-    assert stage.renderer.adapter_target is not None
+    assert stage.engine.adapter_target is not None
     generator, state = torch.Generator().manual_seed(seed), {}
     for name in LAYERS:
-        out, inputs = stage.renderer.adapter_target.shapes[name]
+        out, inputs = stage.engine.adapter_target.shapes[name]
         key = "lora_unet_" + name.replace("to_q", "q_proj").replace(".", "_")
         state[f"{key}.lora_down.weight"] = torch.randn(2, width or inputs, generator=generator)
         state[f"{key}.lora_up.weight"] = torch.randn(out, 2, generator=generator)
@@ -79,7 +63,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> RendererDeployment:
 @pytest.fixture
 async def site(build: Build, stage: RendererDeployment, monkeypatch: pytest.MonkeyPatch) -> Site:
     site = build()
-    monkeypatch.setattr(site.service.fleet, "handle", lambda app, role: Handle(stage))
+    monkeypatch.setattr(site.service.fleet, "handle", Stages({"render": stage}).handle)
     return site
 
 

@@ -62,11 +62,22 @@ class _Handle:
         class Call:
             @staticmethod
             def remote(*arguments: Any) -> Any:
-                if method in ("plan", "render"):
-                    return _Stream(made(*arguments), f"request {next(self.numbers)}")
-                return asyncio.ensure_future(made(*arguments))
+                kind = _Stream if method in ("plan", "render") else _Answer
+                return kind(made(*arguments), f"request {next(self.numbers)}")
 
         return Call
+
+
+class _Answer:
+    def __init__(self, answer: Any, request_id: str) -> None:
+        self.request_id = request_id
+        self._answer = asyncio.ensure_future(answer)
+
+    def __await__(self) -> Any:
+        return self._answer.__await__()
+
+    def cancel(self) -> None:
+        self._answer.cancel()
 
 
 @dataclass
@@ -295,7 +306,7 @@ async def test_a_bucket_that_is_away_at_the_end_of_a_song_costs_no_rendering(
     build: Build, stages: Stages, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, seconds: float
 ) -> None:
     """Away for at least two tries, and for so many seconds."""
-    renderer, rendered = stages.stages["render"].renderer, []
+    renderer, rendered = stages.stages["render"].engine, []
     submit = renderer.submit
     monkeypatch.setattr(renderer, "submit", lambda *a, **k: (rendered.append(a), submit(*a, **k))[1])
     with s3_endpoint() as bucket:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import subprocess
 import sys
@@ -23,6 +24,16 @@ pytestmark = pytest.mark.e2e
 DASHBOARD = re.compile(r"dashboard at \S*?(http://127\.0\.0\.1:\d+)")
 READY = re.compile(r" dit_dit (\w+) .*-- renderer acestep-v15-turbo is ready")
 SERVE = str(Path(sys.executable).with_name("serve"))
+KEY, NEW_KEY = "ours", "another's"
+
+
+def entry(key: str) -> dict[str, str]:
+    """A key of the router's args."""
+    return {"name": f"who has {key}", "sha256": hashlib.sha256(key.encode()).hexdigest()}
+
+
+def with_key(key: str = KEY) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
 
 
 def simulated(card: str) -> Any:
@@ -35,6 +46,8 @@ def simulated(card: str) -> Any:
                 application["args"] = {**args, "profile": "h100-sxm"}
             elif application["name"] == "dit":
                 application["args"] = {**args, "model": "acestep-v15-turbo"}
+            else:
+                application["args"] = {"api_keys": [entry(KEY)]}
 
     return edit
 
@@ -84,7 +97,7 @@ def made_by(server: Server, job_id: str) -> list[str]:
 
 
 def test_new_args_replace_the_replicas_when_their_songs_are_done(server: Server) -> None:
-    with Client(server.url) as client:
+    with Client(server.url, KEY) as client:
         song = {"prompt": "a song", "duration": 60, "thinking": False}
         ids = [client.submit(song)["id"]]
         rendering(client, ids[0])
@@ -109,7 +122,7 @@ def test_another_size_restarts_no_replica(server: Server) -> None:
             {"name": "dit", "num_replicas": 2}
         ]
 
-    with Client(server.url) as client:
+    with Client(server.url, KEY) as client:
         job = client.submit({"prompt": "a song", "duration": 60, "thinking": False})
         rendering(client, job["id"])
         before = replica_starts(server)
@@ -122,27 +135,40 @@ def test_another_size_restarts_no_replica(server: Server) -> None:
         assert client.wait(job["id"])["attempts"] == 1
 
 
-def test_a_router_is_replaced_without_a_request_being_lost(server: Server) -> None:
-    def change(config: dict[str, Any]) -> None:
-        next(a for a in config["applications"] if a["name"] == "router")["args"] = {"max_wait_s": 40}
+def test_a_new_key_costs_no_request_and_no_work(server: Server) -> None:
+    """It replaces the router alone: what stages do goes on, and is done once."""
 
-    before = set(server.pids("ray::ServeReplica:router"))
+    def change(config: dict[str, Any]) -> None:
+        next(a for a in config["applications"] if a["name"] == "router")["args"]["api_keys"].append(entry(NEW_KEY))
+
+    def stages() -> list[int]:
+        return sorted(server.pids("ray::ServeReplica:lm") + server.pids("ray::ServeReplica:dit"))
+
+    jobs = f"{server.url}/v1/jobs"
+    before, working = set(server.pids("ray::ServeReplica:router")), stages()
     assert before
+    assert working
+    assert httpx.get(jobs, headers=with_key(NEW_KEY)).status_code == 401
     answers = []
     together = False
-    with ThreadPoolExecutor(1) as pool:
+    with Client(server.url, KEY) as client, ThreadPoolExecutor(1) as pool:
+        song = client.submit({"prompt": "a song", "duration": 180})
+        rendering(client, song["id"])
         deploying = pool.submit(deploy, server, change)
         until = time.monotonic() + 180
         now = before
         while not deploying.done() or before & now:
             assert time.monotonic() < until, server.output()[-3000:]
-            answers.append(httpx.get(f"{server.url}/v1/jobs", timeout=30))
+            answers.append(httpx.get(jobs, headers=with_key(), timeout=30))
             now = set(server.pids("ray::ServeReplica:router"))
             together = together or now > before
             time.sleep(0.05)
         deploying.result()
-    answers.append(httpx.get(f"{server.url}/v1/jobs", timeout=30))
+        assert client.wait(song["id"])["attempts"] == 1
+    answers += [httpx.get(jobs, headers=with_key(key), timeout=30) for key in (KEY, NEW_KEY)]
     assert {a.status_code for a in answers} == {200}, [a.text for a in answers if a.is_error]
+    assert stages() == working
+    assert len(made_by(server, song["id"])) == server.output().count(f"job {song['id']} planned in") == 1
     assert together  # the next one was there before the old one left
     assert now
 
@@ -155,14 +181,14 @@ def test_ctrl_c_with_a_long_song_and_a_listener_ends_soon_and_the_song_goes_on_a
 
     def listen(url: str) -> None:
         try:
-            with httpx.stream("GET", url, timeout=60) as stream:
+            with httpx.stream("GET", url, headers=with_key(), timeout=60) as stream:
                 for line in stream.iter_lines():
                     if line.startswith("event: started"):
                         heard.set()
         except httpx.TransportError:
             return  # the server left
 
-    with Client(server.url) as client:
+    with Client(server.url, KEY) as client:
         job = client.submit({"prompt": "a song", "duration": 180, "steps": 20, "thinking": False})
         rendering(client, job["id"])
     threading.Thread(target=listen, args=(f"{server.url}/v1/jobs/{job['id']}/events",), daemon=True).start()
@@ -170,8 +196,8 @@ def test_ctrl_c_with_a_long_song_and_a_listener_ends_soon_and_the_song_goes_on_a
     server.interrupt()  # which waits for far less than that
     assert not re.search(f"job {job['id']}: .* rendered", server.output())  # nor was it waited for
     assert "Traceback" not in server.output(), server.output()[-3000:]
-    with Server(edit=simulated("h100-sxm"), home=home) as second, Client(second.url) as client:
+    with Server(edit=simulated("h100-sxm"), home=home) as second, Client(second.url, KEY) as client:
         done = client.wait(job["id"])
         assert done["attempts"] == 1  # it was given back, not left to its lease
-        assert "event: requeued" in httpx.get(f"{second.url}/v1/jobs/{job['id']}/events").text
+        assert "event: requeued" in httpx.get(f"{second.url}/v1/jobs/{job['id']}/events", headers=with_key()).text
         assert len(made_by(second, job["id"])) == 1

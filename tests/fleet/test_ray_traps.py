@@ -148,7 +148,7 @@ def test_only_a_leaving_replica_that_never_had_a_node_is_let_go() -> None:
 def test_a_stage_that_is_told_to_go_while_it_starts_is_not_ill() -> None:
     """Serve looks at its health once more after it has closed it, and would log a trace."""
     dead, leaving = PlannerDeployment({}), PlannerDeployment({})
-    dead.planner.close()
+    dead.engine.close()
     with pytest.raises(RuntimeError, match="has ended"):
         dead.check_health()
     leaving.__del__()

@@ -6,7 +6,7 @@ import asyncio
 import io
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from opentelemetry.sdk.trace import TracerProvider
@@ -19,7 +19,7 @@ from rich.console import Console
 from acestep.cli.status import table
 from acestep.song import Progress
 from acestep.worker import Ticket
-from deployments.stages.messages import ProgressMailbox, follow
+from deployments.stages.messages import follow
 from deployments.telemetry import tracing
 from deployments.telemetry.logs import about, join_serve
 
@@ -144,11 +144,13 @@ async def test_a_stage_that_is_over_at_once_sends_its_result_alone() -> None:
     """Each message of a stream costs milliseconds in three processes."""
 
     async def messages(took_s: float) -> list[object]:
-        mailbox = ProgressMailbox()
-        ticket: Ticket[None, str] = Ticket(None, on_progress=mailbox.put)
-        ticket.progress(Progress(stage="rendering", done=1, total=2))
-        asyncio.get_running_loop().call_later(took_s, ticket.finish, "made")
-        return [message async for message in follow(ticket, mailbox, Ticket.cancel)]
+        def submit(on_progress: Callable[[Progress], None]) -> Ticket[None, str]:
+            ticket: Ticket[None, str] = Ticket(None, on_progress=on_progress)
+            ticket.progress(Progress(stage="rendering", done=1, total=2))
+            asyncio.get_running_loop().call_later(took_s, ticket.finish, "made")
+            return ticket
+
+        return [message async for message in follow(submit, Ticket.cancel)]
 
     assert await messages(0.0) == ["made"]
     assert await messages(0.15) == [Progress(stage="rendering", done=1, total=2), "made"]
