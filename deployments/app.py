@@ -11,7 +11,7 @@ from typing import Any
 from ray import serve
 from ray.serve import Application, Deployment
 
-from deployments.config.args import PlannerArgs, RendererArgs, RouterArgs, parse_args
+from deployments.config.args import PlannerArgs, PoolArgs, RendererArgs, RouterArgs, parse_args
 from deployments.config.deployer import check_environment
 from deployments.config.options import deployment_options, settled
 
@@ -49,17 +49,17 @@ def lm(args: dict[str, Any]) -> Application:
     """A planner pool."""
     from deployments.stages.planner import PlannerDeployment
 
-    check_environment()
-    parsed = settled(parse_args(PlannerArgs, args, "lm"), default_share=0.4)
-    options = deployment_options(parsed)
-    return _deployment(PlannerDeployment).options(name="lm", **options).bind(parsed.model_dump(mode="json"))
+    return _pool("lm", PlannerDeployment, parse_args(PlannerArgs, args, "lm"), default_share=0.4)
 
 
 def dit(args: dict[str, Any]) -> Application:
     """A renderer pool."""
     from deployments.stages.renderer import RendererDeployment
 
+    return _pool("dit", RendererDeployment, parse_args(RendererArgs, args, "dit"), default_share=0.6)
+
+
+def _pool(name: str, cls: type, args: PoolArgs, default_share: float) -> Application:
     check_environment()
-    parsed = settled(parse_args(RendererArgs, args, "dit"), default_share=0.6)
-    options = deployment_options(parsed)
-    return _deployment(RendererDeployment).options(name="dit", **options).bind(parsed.model_dump(mode="json"))
+    parsed = settled(args, default_share)
+    return _deployment(cls).options(name=name, **deployment_options(parsed)).bind(parsed.model_dump(mode="json"))

@@ -103,7 +103,7 @@ class Calls:
         self, response: DeploymentResponse[Any] | DeploymentResponseGenerator[Any], replica: str | None
     ) -> AsyncIterator[Call]:
         call = Call(response)
-        sent.aim(call.id, replica)
+        sent.meant[call.id] = replica
         self._open[call.id] = call
         try:
             yield call
@@ -115,7 +115,8 @@ class Calls:
             raise ReplicaGone(f"{error.code().name}: {error.details()}") from error
         finally:
             del self._open[call.id]
-            sent.over(call.id)
+            del sent.meant[call.id]
+            sent.nodes.pop(call.id, None)
             if not call.answered:
                 call.response.cancel()
 
@@ -137,9 +138,9 @@ class Calls:
         A call that no replica has accepted yet may have been sent to one that died just now: it is made again, too.
         """
         news = nodes - sent.dead_nodes
-        sent.set_dead_nodes(nodes)
+        sent.dead_nodes |= news
         for call_id, call in self._open.items():
-            node = sent.node_of(call_id)
+            node = sent.nodes.get(call_id)
             if call.gone is None and (node in nodes or (node is None and news)):
                 call.gone = ReplicaGone(f"node {node} died") if node else NotAccepted(f"node {min(news)} died")
                 call.response.cancel()

@@ -70,10 +70,10 @@ def weigh(routing: Routing, view: FleetView, job: Job, place: Place, picture: Pi
         step = Step(role, pool.name, None, ((0,),), ((found[0], share),), seconds) if found else None
         return Weighed(step, pool.name, columns)
     decision = routing.choose(view, job, place, picture.working)
-    columns = {"render_pool": decision.renderer, "est_render_s": decision.est_render_s}
-    if job.plan is None:
-        columns |= {"plan_pool": decision.planner, "est_plan_s": decision.est_plan_s}
-    elif decision.plan is not None and decision.plan != job.plan:  # cut to what its card can do
+    columns = decision.columns
+    if job.plan is not None:  # what it was planned by stays
+        del columns["plan_pool"], columns["est_plan_s"]
+    if decision.plan is not None and decision.plan != job.plan:  # cut to what its card can do
         columns["plan"] = decision.plan.model_dump(mode="json")
     step, waits_for = None, None
     if decision.outcome == "run":

@@ -24,12 +24,13 @@ class AsMeant(RequestRouter):
         if pending_request is not None:
             # Else Serve asks again without a pause while all are full.
             pending_request.routing_context.should_backoff = True
-            meant = sent.meant_for(pending_request.metadata.request_id)
+            meant = sent.meant.get(pending_request.metadata.request_id)
         alive = [r for r in candidate_replicas if r.node_id not in sent.dead_nodes]
         first = [r for r in alive if r.replica_id.unique_id == meant]
         return [ranked for ranked in (first, [r for r in alive if r not in first]) if ranked]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         super().on_request_routed(pending_request, replica_id, result)
-        if replica := self.curr_replicas.get(replica_id):
-            sent.went(pending_request.metadata.request_id, str(replica.node_id))
+        request_id, replica = pending_request.metadata.request_id, self.curr_replicas.get(replica_id)
+        if replica and request_id in sent.meant:
+            sent.nodes[request_id] = str(replica.node_id)

@@ -167,16 +167,17 @@ def parse_details(
             app_leaves = apps[app] == "DELETING"  # of such an application Serve tells no replicas
             leaving = app_leaves or any(r.get("replica_id") == own[1] and state_of(r) == "STOPPING" for r in routers)
         config = facts.get("deployed_app_config") or {}
-        role = next((ROLE_OF_DEPLOYMENT[d] for d in deployments if d in ROLE_OF_DEPLOYMENT), None)
-        if role is None:  # not built yet, or failed to: its import path still tells what it was to be
-            role = role_of(config.get("import_path"))
+        # Not built yet, or failed to: its import path still tells what it was to be.
+        unbuilt: tuple[Role | None, Mapping[str, Any]] = (role_of(config.get("import_path")), {})
+        role, deployment = next(
+            ((ROLE_OF_DEPLOYMENT[n], d) for n, d in deployments.items() if n in ROLE_OF_DEPLOYMENT), unbuilt
+        )
         if role is None:
             continue
         try:
             args = parse_args(ARGS_OF_ROLE[role], config.get("args"), app)
         except InvalidRequest:
             args = ARGS_OF_ROLE[role]()  # the application fails with this very message; it is shown from there
-        deployment: Mapping[str, Any] = next((v for k, v in deployments.items() if k in ROLE_OF_DEPLOYMENT), {})
         replicas = deployment.get("replicas", [])
         states = [state_of(r) for r in replicas]
         messages = [str(facts.get("message") or ""), str(deployment.get("message") or "")]
@@ -308,17 +309,13 @@ class Fleet:
 
     async def _describe(self, pool: Pool, timeout_s: float) -> None:
         try:
-            info = await asyncio.wait_for(_call(self.handle(pool.app, pool.role)), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                info: Mapping[str, Any] = await self.handle(pool.app, pool.role).describe.remote()
         except Exception as error:
             log.info("pool %s did not describe itself: %s", pool.app, error)
             return
         self._infos[pool.app] = info
         self._described[pool.app] = (time.monotonic(), pool.replicas)
-
-
-async def _call(handle: DeploymentHandle[Any]) -> Mapping[str, Any]:
-    info: Mapping[str, Any] = await handle.describe.remote()
-    return info
 
 
 def _serve_details() -> Mapping[str, Any]:

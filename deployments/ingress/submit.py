@@ -172,10 +172,7 @@ async def _weigh(
             checks.check(request, defaults_of(pool.info), str(pool.info["model"]))
             _check_latents(latents, pool.info)
         adjustments = (*adjustments, *decision.adjustments)
-        columns = {
-            "plan_pool": decision.planner, "est_plan_s": decision.est_plan_s,
-            "render_pool": decision.renderer, "est_render_s": decision.est_render_s,
-        }  # fmt: skip
+        columns = decision.columns
         if decision.eta_s is not None:
             _check_wait(service, decision.wait_s)
             if deadline is not None:

@@ -58,8 +58,7 @@ def serve(
         if (ray := parts.pop("ray", "")).startswith("joins"):
             screen.line("Ray", ray)
         screen.line("checkpoints", _together(list(dict.fromkeys(parts.values()))))
-        is_changed = bool(given or host or port)
-        with _as_file(config, data, is_changed, Path(env[TEMPORARY])) as path:
+        with _as_file(data, Path(env[TEMPORARY])) as path:
             stop.at_once = False
             for again in reversed(range(RAY_STARTS)):
                 run = ServeRun(path, env, _log_path(data), screen.text if verbose else None)
@@ -89,11 +88,8 @@ def _log_path(config: Mapping[str, Any]) -> Path:
 
 
 @contextlib.contextmanager
-def _as_file(path: Path, config: Mapping[str, Any], is_changed: bool, folder: Path) -> Iterator[Path]:
-    """The config as a file: its own, or one with the changes for as long as the server runs."""
-    if not is_changed:
-        yield path
-        return
+def _as_file(config: Mapping[str, Any], folder: Path) -> Iterator[Path]:
+    """The config as a file, for as long as the server runs."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", prefix="serve_config-", suffix=".yaml", dir=folder) as file:
         yaml.safe_dump(config, file, sort_keys=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 from acestep.gpu_config import TIERS, Limits
 from acestep.plan import Plan
@@ -113,6 +113,14 @@ class Decision:
     @property
     def est_render_s(self) -> float:
         return self.rendering.seconds.work_s if self.rendering else 0.0
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """Of its row in the job store."""
+        return {
+            "plan_pool": self.planner, "est_plan_s": self.est_plan_s,
+            "render_pool": self.renderer, "est_render_s": self.est_render_s,
+        }  # fmt: skip
 
     @property
     def wait_s(self) -> float:

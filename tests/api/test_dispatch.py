@@ -235,9 +235,9 @@ async def test_who_leaves_a_stage_cancels_its_stream(site: Site) -> None:
     site.service.fleet.handle = lambda *_: handle  # type: ignore[assignment,method-assign]
     following = asyncio.create_task(site.service.dispatcher.stages._follow(step, 0, "render", (), report))
     await told.wait()
-    assert sent.meant_for(stream.request_id) == "a"
+    assert sent.meant[stream.request_id] == "a"
     following.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await following
     assert stream.cancelled
-    assert sent.meant_for(stream.request_id) is None
+    assert stream.request_id not in sent.meant

@@ -196,9 +196,9 @@ def tell_dead(fleet: Fleet, nodes: set[str]) -> None:
 
 @pytest.fixture
 def no_dead_nodes() -> Iterator[None]:
-    sent.set_dead_nodes(frozenset())
+    sent.dead_nodes.clear()
     yield
-    sent.set_dead_nodes(frozenset())
+    sent.dead_nodes.clear()
 
 
 @pytest.mark.usefixtures("no_dead_nodes")
@@ -222,7 +222,7 @@ async def test_a_call_to_a_node_that_died_is_made_again(site: Site, stage: Stage
     async with running(site.service.dispatcher):
         job_id = await submit(site)
         await until(lambda: stage.calls == ["plan", "render"])
-        sent.went("request 2", "n1")
+        sent.nodes["request 2"] = "n1"
         for dead in ({"n2"}, {"n1", "n2"}):
             tell_dead(fleet, dead)
             await asyncio.sleep(0.05)

@@ -241,12 +241,12 @@ async def test_a_call_goes_to_the_replica_it_is_meant_for_while_that_lives(monke
         SimpleNamespace(replica_id=SimpleNamespace(unique_id=name), node_id=f"n{name}") for name in "abc"
     ]
     asked: Any = SimpleNamespace(metadata=SimpleNamespace(request_id="call"), routing_context=SimpleNamespace())
-    sent.aim("call", "b")
+    monkeypatch.setitem(sent.meant, "call", "b")
     assert await router.choose_replicas(replicas, asked) == [[replicas[1]], [replicas[0], replicas[2]]]
-    monkeypatch.setattr(sent, "dead_nodes", frozenset({"nb"}))
+    monkeypatch.setattr(sent, "dead_nodes", {"nb"})
     assert await router.choose_replicas(replicas, asked) == [[replicas[0], replicas[2]]]
     assert await router.choose_replicas(replicas[1:2], asked) == []
-    sent.over("call")
+    del sent.meant["call"]
     assert await router.choose_replicas(replicas, None) == [[replicas[0], replicas[2]]]
 
 
