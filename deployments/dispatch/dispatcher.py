@@ -335,7 +335,7 @@ class Dispatcher:
         return Row(
             claimed.id, claimed.owner_key, claimed.state, claimed.stage, claimed.plan_pool, claimed.render_pool,
             claimed.est_plan_s, claimed.est_render_s, claimed.plan is not None, claimed.created_at, claimed.deadline,
-            claimed.priority, places=step.places, stage_s=step.seconds,
+            places=step.places, stage_s=step.seconds,
         )  # fmt: skip
 
     # -- one job

@@ -26,7 +26,7 @@ from deployments.fleet.pools import pool_limits, pool_state
 from deployments.fleet.watch import FleetView
 from deployments.jobs.job import Job
 from deployments.jobs.waiting import Backlog, Row
-from deployments.scheduling.choose import Decision, Option, Promise, choose, choose_pool, fleet_limits
+from deployments.scheduling.choose import Decision, Option, Promise, choose, choose_pool
 from deployments.scheduling.fairness import Waiting, turn_of
 from deployments.scheduling.line import Place
 from deployments.scheduling.pool import FleetState, PoolState
@@ -55,9 +55,10 @@ class Routing:
         return FleetState(tuple(p for p in known if p is not None))
 
     def longest_s(self, view: FleetView) -> float:
-        """Seconds of the longest song that can be rendered now."""
-        limits = fleet_limits(self.pools(view))
-        return max((limit.max_duration for limit in limits), default=MAX_DURATION_S)
+        """Seconds of the longest song that those can have who name no model."""
+        fleet = self.pools(view)
+        able = (p for p in fleet.of("render") if p.can_run and p.model == fleet.model)
+        return max((p.limits.max_duration for p in able), default=MAX_DURATION_S)
 
     def newcomer(
         self,

@@ -148,7 +148,7 @@ class Stages:
         assert decision is not None, "what is planned was decided on"
         assert decision.planning is not None, "and where"
         request = job.request
-        arguments = (job.id, request.model_dump(mode="json"), decision.max_duration, job.priority, _left(job))
+        arguments = (job.id, request.model_dump(mode="json"), decision.max_duration, _left(job))
         async with ProgressWriter(self.store, job.id, self.owner) as report:
             with span("plan", pool=step.pool, job_id=job.id):
                 result = await self._follow(step, 0, "plan", arguments, report)
@@ -195,7 +195,7 @@ class Stages:
     ) -> Song:  # fmt: skip
         plan = plan.for_item(items[0]) if plan.item_metadata else plan
         arguments = (
-            job.id, job.request.model_dump(mode="json"), plan.model_dump(mode="json"), items, job.priority, _left(job)
+            job.id, job.request.model_dump(mode="json"), plan.model_dump(mode="json"), items, _left(job)
         )  # fmt: skip
 
         async def watch(progress: Progress) -> None:

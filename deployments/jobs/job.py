@@ -57,7 +57,6 @@ class Job:
     title: str | None = None
     favourite: bool = False
     labels: list[str] = field(default_factory=list)
-    priority: float = 0.0
     deadline: float | None = None
     owner_key: str = ""
     idempotency_key: str | None = None
@@ -109,6 +108,7 @@ class LeaseLost(Exception):
 
 def job_of(row: RowMapping) -> Job:
     data = dict(row)
+    del data["priority"]  # older routers write it
     data["request"] = SongRequest.model_validate(data["request"])
     data["adjustments"] = tuple(Adjustment.model_validate(a) for a in data["adjustments"])
     for name, model in (("progress", Progress), ("plan", Plan), ("result", Song)):

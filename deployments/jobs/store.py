@@ -64,7 +64,6 @@ class JobStore(Leases):
         kind: str = "song",
         adjustments: Sequence[Adjustment] = (),
         extra: dict[str, Any] | None = None,
-        priority: float = 0.0,
         deadline: float | None = None,
         owner_key: str = "",
         idempotency_key: str | None = None,
@@ -90,7 +89,7 @@ class JobStore(Leases):
         now = time.time()
         values = {
             "id": job_id, "kind": kind, "state": QUEUED, "stage": "queued", "request": request.model_dump(mode="json"),
-            "adjustments": [a.model_dump(mode="json") for a in adjustments], "extra": extra or {}, "priority": priority,
+            "adjustments": [a.model_dump(mode="json") for a in adjustments], "extra": extra or {},
             "deadline": deadline, "owner_key": owner_key, "idempotency_key": idempotency_key, "body_hash": body_hash,
             "est_plan_s": est_plan_s, "est_render_s": est_render_s, "plan_pool": plan_pool, "render_pool": render_pool,
             "audio_s": audio_s, "attempts": 0, "cancel_requested": False, "created_at": now,

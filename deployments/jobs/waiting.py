@@ -58,7 +58,6 @@ class Row:
     planned: bool
     created_at: float
     deadline: float | None = None
-    priority: float = 0.0
     places: Places = ()
     stage_s: float = 0.0
     ran_s: float = 0.0
@@ -83,7 +82,7 @@ class Row:
 
 _COLUMNS = (
     jobs.c.id, jobs.c.owner_key, jobs.c.state, jobs.c.stage, jobs.c.plan_pool, jobs.c.render_pool, jobs.c.est_plan_s,
-    jobs.c.est_render_s, jobs.c.planned_at, jobs.c.created_at, jobs.c.deadline, jobs.c.priority,
+    jobs.c.est_render_s, jobs.c.planned_at, jobs.c.created_at, jobs.c.deadline,
 )  # fmt: skip
 _RAN = sa.func.coalesce(DatabaseNow() - jobs.c.stage_at, 0.0).label("ran_s")
 _PAUSED = sa.func.coalesce(jobs.c.not_before > DatabaseNow(), sa.false()).label("paused")
@@ -147,7 +146,7 @@ def _row(row: Any) -> Row:
     more = row._mapping
     return Row(
         row.id, row.owner_key, row.state, row.stage, row.plan_pool, row.render_pool, row.est_plan_s, row.est_render_s,
-        row.planned_at is not None, row.created_at, row.deadline, row.priority,
+        row.planned_at is not None, row.created_at, row.deadline,
         places=places_of(more.get("places")), stage_s=more.get("stage_s") or 0.0, ran_s=max(0.0, more.get("ran_s") or 0.0),
         paused=bool(more.get("paused")),
     )  # fmt: skip

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal
 
-from acestep.gpu_config import TIERS, Limits
+from acestep.gpu_config import TIERS
 from acestep.plan import Plan
 from acestep.request import Adjustment, SongRequest
 from acestep.sizing.cost import (
@@ -29,7 +29,7 @@ from deployments.scheduling.line import HANDOFF_S
 from deployments.scheduling.pool import FleetState, PoolState
 from deployments.scheduling.simulate import free_times, starts, wait_s
 
-__all__ = ["Decision", "FleetState", "PoolState", "Promise", "choose", "choose_pool", "fleet_limits", "wait_s"]
+__all__ = ["Decision", "FleetState", "PoolState", "Promise", "choose", "choose_pool", "wait_s"]
 
 SPILL_FACTOR = 2.0
 MIN_PATIENCE_S = 2.0  # a wait below this is never worth a larger card
@@ -317,12 +317,6 @@ def _same_model(asked: str, served: str) -> bool:
 
 def _fits(request: SongRequest, pool: PoolState, seconds: float) -> bool:
     return fits(request, pool.limits) and seconds <= pool.limits.max_duration
-
-
-def fleet_limits(fleet: FleetState, model: str | None = None) -> list[Limits]:
-    """What each renderer pool that can run offers; what the fleet offers a request is `best_limits` of them."""
-    wanted = model or fleet.model
-    return [p.limits for p in fleet.of("render") if p.can_run and (wanted is None or _same_model(wanted, p.model))]
 
 
 # -- words

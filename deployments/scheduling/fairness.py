@@ -20,7 +20,6 @@ PATIENCE_S = 30.0
 PATIENCE_FACTOR = 4.0  # times the job's own work
 SLACK_S = 30.0
 FORGIVEN = 0.05  # seconds of a caller's lead, per second that its next job is overdue: so that every job's turn comes
-PRIORITY_S = 60.0  # what one step of priority is worth in urgency
 USAGE_HALF_LIFE_S = 300.0
 
 
@@ -31,7 +30,6 @@ class Waiting:
     Attributes:
         key: Whose job it is.
         work_s: Seconds of work, all stages.
-        priority: Lower goes first; each unit counts as a minute of urgency.
         patience_s: What its work needs with some waiting; None: by its work.
     """
 
@@ -40,15 +38,13 @@ class Waiting:
     work_s: float
     submitted: float
     deadline: float | None = None
-    priority: float = 0.0
     patience_s: float | None = None
 
     @property
     def due(self) -> float:
         """When its turn should have come: its patience's end, or that much before its deadline."""
         patience = patience_of(self.work_s) if self.patience_s is None else self.patience_s
-        due = self.submitted + patience if self.deadline is None else self.deadline - patience
-        return due + self.priority * PRIORITY_S
+        return self.submitted + patience if self.deadline is None else self.deadline - patience
 
 
 def patience_of(work_s: float) -> float:
@@ -107,6 +103,5 @@ def turn_of(job: Row | Job) -> Waiting:
         work_s=job.est_render_s + (0.0 if planned else job.est_plan_s),
         submitted=job.created_at,
         deadline=job.deadline,
-        priority=job.priority,
         patience_s=patience_of(job.est_plan_s + job.est_render_s),
     )

@@ -83,17 +83,17 @@ class PoolState:
 
 @dataclass(frozen=True)
 class FleetState:
-    """All pools. `default_model` renders requests that name none; None means the first renderer pool's."""
+    """All pools."""
 
     pools: tuple[PoolState, ...]
-    default_model: str | None = None
 
     def of(self, role: Role) -> tuple[PoolState, ...]:
         return tuple(p for p in self.pools if p.role == role)
 
     @property
     def model(self) -> str | None:
-        return self.default_model or next((p.model for p in self.pools if p.role == "render"), None)
+        """Renders requests that name none: the first renderer pool's."""
+        return next((p.model for p in self.pools if p.role == "render"), None)
 
     def get(self, name: str | None) -> PoolState | None:
         return next((p for p in self.pools if p.name == name), None)

@@ -14,7 +14,7 @@ from deployments.config.args import PlannerArgs, parse_args
 from deployments.stages.adapters import adapter_roots, with_adapters
 from deployments.stages.messages import failure
 from deployments.stages.simulated import NOTICE, SimulatedPlanner
-from deployments.stages.stage import Stage
+from deployments.stages.stage import StageDeployment
 from deployments.stages.start import start_replica
 from deployments.telemetry.logs import about
 from deployments.telemetry.replica_metrics import ReplicaMeter
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 SIMULATED_SLOTS = 16
 
 
-class PlannerDeployment(Stage):
+class PlannerDeployment(StageDeployment):
     """Plans songs.
 
     Where the tier table or a setting switches the planner off, the replica runs without a model and says so.
@@ -67,7 +67,6 @@ class PlannerDeployment(Stage):
         job_id: str,
         request: dict[str, Any],
         max_duration: float,
-        priority: float = 0.0,
         timeout_s: float | None = None,
     ) -> AsyncIterator[dict[str, Any]]:
         """Plan a `SongRequest` whose seeds are drawn. Streams progress, then the `Plan`."""
@@ -76,7 +75,7 @@ class PlannerDeployment(Stage):
         about(job_id)
         try:
             parsed = with_adapters(SongRequest.model_validate(request), self.lora_roots, "planner")
-            async for item in self._made(PlanWork(parsed, max_duration), job_id, priority, timeout_s):
+            async for item in self._made(PlanWork(parsed, max_duration), job_id, timeout_s):
                 if isinstance(item, Progress):
                     yield {"progress": item.model_dump()}
                     continue

@@ -27,7 +27,7 @@ from deployments.stages.inputs import local_files
 from deployments.stages.live import LiveSongs
 from deployments.stages.messages import failure
 from deployments.stages.simulated import NOTICE, SimulatedRenderer
-from deployments.stages.stage import Stage
+from deployments.stages.stage import StageDeployment
 from deployments.stages.start import start_replica
 from deployments.telemetry.logs import about
 from deployments.telemetry.replica_metrics import ReplicaMeter
@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 MAX_TOGETHER = 4  # more would keep songs from replicas that are free sooner
 
 
-class RendererDeployment(Stage):
+class RendererDeployment(StageDeployment):
     """Renders songs, encodes them and writes their files."""
 
     def __init__(self, args: dict[str, Any]) -> None:
@@ -85,8 +85,7 @@ class RendererDeployment(Stage):
         job_id: str,
         request: dict[str, Any],
         plan: dict[str, Any],
-        items: Sequence[int] | None = None,
-        priority: float = 0.0,
+        items: Sequence[int],
         timeout_s: float | None = None,
     ) -> AsyncIterator[dict[str, Any]]:
         """Render (some) items of a job and store their files. Streams progress, then the `Song`."""
@@ -97,7 +96,7 @@ class RendererDeployment(Stage):
             parsed, made = SongRequest.model_validate(request), Plan.model_validate(plan)
             parsed = with_adapters(parsed, self.lora_roots)
             names = [*filter(None, [parsed.src_audio]), *parsed.reference_audio]
-            indices = tuple(items) if items is not None else tuple(range(parsed.batch_size))
+            indices = tuple(items)
             async with (
                 local_files(self.storage, names) as paths,
                 local_files(self.storage, parsed.latents, "latents") as latents,
@@ -115,7 +114,7 @@ class RendererDeployment(Stage):
                     on_item=finishing.add,
                     latents=dict(enumerate(latents)),
                 )
-                async for item in self.results(work, job_id, priority, timeout_s):
+                async for item in self.results(work, job_id, timeout_s):
                     if isinstance(item, Progress):
                         yield {"progress": item.model_dump()}
                         continue

@@ -14,7 +14,7 @@ from deployments.telemetry.logs import join_serve
 from deployments.telemetry.replica_metrics import ReplicaMeter
 
 
-class Stage:
+class StageDeployment:
     """Attributes: `engine` with the verbs of `acestep.worker.EngineThread`, None where nothing is to be run; `info`, what it says of itself."""
 
     info: ReplicaInfo
@@ -26,7 +26,7 @@ class Stage:
         join_serve()
 
     async def results(
-        self, work: Any, job_id: str | None = None, priority: float = 0.0, timeout_s: float | None = None
+        self, work: Any, job_id: str | None = None, timeout_s: float | None = None
     ) -> AsyncIterator[Progress | Any]:
         """Progress of a piece of work, then what the engine made.
 
@@ -35,7 +35,7 @@ class Stage:
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         named = {} if job_id is None else {"id": ticket_id(job_id)}
-        submit = partial(self.engine.submit, work, priority=priority, deadline=deadline, **named)
+        submit = partial(self.engine.submit, work, deadline=deadline, **named)
         async for item in follow(submit, self.engine.cancel):
             yield item
 

@@ -117,7 +117,9 @@ async def test_what_fits_is_loaded(site: Site) -> None:
 async def rendered(stage: RendererDeployment, lora: Any) -> dict[str, Any]:
     """The last message of a song of the stage, as the dispatcher hears it."""
     request = SongRequest(prompt="x", duration=10, seed=1, steps=1, thinking=False, lora=lora)
-    messages = [m async for m in stage.render("a" * 8, request.model_dump(mode="json"), Plan().model_dump(mode="json"))]
+    messages = [
+        m async for m in stage.render("a" * 8, request.model_dump(mode="json"), Plan().model_dump(mode="json"), (0,))
+    ]
     return messages[-1]
 
 

@@ -42,11 +42,6 @@ def test_short_work_is_due_before_long_work_but_age_wins() -> None:
     assert next(next_jobs([job("long", work=100.0, age=500.0), short], {}, NOW)).id == "long"
 
 
-def test_priority_shifts_urgency_by_minutes() -> None:
-    assert next(next_jobs([job("normal", age=30.0), job("raised", priority=-1.0)], {}, NOW)).id == "raised"
-    assert next(next_jobs([job("normal", age=90.0), job("raised", priority=-1.0)], {}, NOW)).id == "normal"
-
-
 def row(id: str, role: str, state: str = "queued", key: str = "a", due: float = 0.0, **fields: Any) -> Row:
     stage = {"queued": "queued", "running": "planning" if role == "plan" else "rendering"}[state]
     plan_pool = "lm" if role == "plan" else None
