@@ -14,7 +14,7 @@ from deployments.fleet.watch import FleetView
 from deployments.jobs import retry
 from deployments.jobs.store import Job
 from deployments.jobs.waiting import Row
-from deployments.scheduling.choose import Decision, Option
+from deployments.scheduling.choose import Decision, Option, split
 from deployments.scheduling.line import Place, Room
 from deployments.scheduling.pool import FleetState
 
@@ -107,8 +107,7 @@ def _rendering(decision: Decision, option: Option, room: Room, job: Job, suspect
     if not found:
         return None
     if len(found) < len(groups):
-        items, k = range(request.batch_size), len(found)
-        groups = tuple(tuple(items[len(items) * i // k : len(items) * (i + 1) // k]) for i in range(k))
+        groups = split(request.batch_size, k := len(found))
         share = 1.0 if suspect else share_of_renderer(pool, request, max(map(len, groups)))
         found = room.replicas(share, job.tries.replicas)[:k]
         if len(found) < k:

@@ -22,7 +22,7 @@ LOG_BYTES = 20 << 20
 END_S = 30.0  # Serve hands running songs back within seconds
 LEFT_S = 3.0  # for what Ray has not ended by itself
 _COLOUR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
-_ERROR = re.compile(r"(?<![\w.])([\w.]*(?:Error|Exception|Missing|Unavailable|Request|Permission|OutOfMemory)): (.+)")
+_ERROR = re.compile(r"(?<![\w.])[\w.]*(?:Error|Exception|Missing|Unavailable|Request|Permission|OutOfMemory): (.+)")
 _FAILED = re.compile(r"Deploying app '([^']+)' failed|Failed to (?:build|deploy) app(?:lication)? '([^']+)'")
 _RAY_WAS_LATE = "The current node timed out during startup"
 _DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG
@@ -101,7 +101,7 @@ class ServeRun:
 
     def _notice(self, line: str) -> None:
         if found := _ERROR.search(line):
-            self.last_error = in_words(f"{found[1]}: {found[2]}")
+            self.last_error = found[1]
         if found := _FAILED.search(line):
             self.failed = found[1] or found[2]
         self.ray_was_late |= _RAY_WAS_LATE in line

@@ -275,13 +275,18 @@ def render_option(pool: PoolState, request: SongRequest, duration: float, planne
     best_end, best_work = start + wall(n), wall(n)
     best_groups: tuple[tuple[int, ...], ...] = (tuple(range(n)),)
     for k in range(2, min(n, len(free)) + 1):
-        groups = tuple(tuple(range(i * n // k, (i + 1) * n // k)) for i in range(k))
+        groups = split(n, k)
         walls = [wall(len(g)) for g in groups]
         end = max(at + w for at, w in zip(free, sorted(walls, reverse=True), strict=False))
         faster = end - start < SPREAD_SHARE * (best_end - start) and end < best_end - SPREAD_S
         if faster and (not crowded or sum(walls) <= SPREAD_WORK * wall(n)):
             best_end, best_groups, best_work = end, groups, sum(walls)
     return Option(pool, start, Seconds(best_end - start, best_work), best_groups)
+
+
+def split(items: int, parts: int) -> tuple[tuple[int, ...], ...]:
+    """A batch in parts as equal as can be."""
+    return tuple(tuple(range(items * i // parts, items * (i + 1) // parts)) for i in range(parts))
 
 
 def _keeping(promise: Promise, options: list[Option]) -> list[Option]:

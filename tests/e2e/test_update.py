@@ -24,6 +24,7 @@ pytestmark = pytest.mark.e2e
 DASHBOARD = re.compile(r"dashboard at \S*?(http://127\.0\.0\.1:\d+)")
 READY = re.compile(r" dit_dit (\w+) .*-- renderer acestep-v15-turbo is ready")
 SERVE = str(Path(sys.executable).with_name("serve"))
+EVERY_LINE = {"RAY_DEDUP_LOGS": "0"}  # else lines that differ only in their numbers are left out
 KEY, NEW_KEY = "ours", "another's"
 
 
@@ -59,7 +60,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(home: Path) -> Iterator[Server]:
-    with Server(edit=simulated("rtx-3060-12"), home=home) as running:
+    with Server(edit=simulated("rtx-3060-12"), env=EVERY_LINE, home=home) as running:
         yield running
 
 
@@ -80,6 +81,18 @@ def rendering(client: Client, job_id: str) -> dict[str, Any]:
         assert job["state"] in ("queued", "running"), job
         time.sleep(0.1)
     return job
+
+
+def seen(server: Server, words: str) -> None:
+    until = time.monotonic() + 60
+    while words not in server.output():
+        assert time.monotonic() < until, server.output()[-3000:]
+        time.sleep(0.2)
+
+
+def about(server: Server, job_id: str) -> str:
+    """What a server says of a job."""
+    return "\n".join(line for line in server.output().splitlines() if job_id in line)
 
 
 def replica_starts(server: Server) -> list[str]:
@@ -171,6 +184,25 @@ def test_a_new_key_costs_no_request_and_no_work(server: Server) -> None:
     assert len(made_by(server, song["id"])) == server.output().count(f"job {song['id']} planned in") == 1
     assert together  # the next one was there before the old one left
     assert now
+
+
+def test_of_two_clusters_on_one_store_the_older_only_ends_what_it_has(server: Server, home: Path) -> None:
+    """As when KubeRay puts a new cluster beside the old one before it lets that go."""
+    song = {"prompt": "a song", "duration": 60, "thinking": False}
+    with Client(server.url, KEY) as older:
+        begun = older.submit({**song, "duration": 240, "steps": 20})["id"]
+        rendering(older, begun)
+        with Server(edit=simulated("h100-sxm"), env=EVERY_LINE, home=home) as second:
+            seen(server, "a newer cluster takes the jobs")
+            later = older.submit(song)["id"]  # its router still answers
+            assert older.wait(later)["attempts"] == 1
+            assert (len(made_by(second, later)), older.wait(begun)["attempts"]) == (1, 1)
+            assert (len(made_by(server, begun)), "rendered" in about(second, begun)) == (1, False)
+        assert "rendered" not in about(server, later)
+        seen(server, "a newer cluster is gone")
+        last = older.submit(song)["id"]
+        older.wait(last)
+        assert len(made_by(server, last)) == 1
 
 
 def test_ctrl_c_with_a_long_song_and_a_listener_ends_soon_and_the_song_goes_on_at_the_next_start(
