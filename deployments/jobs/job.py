@@ -108,7 +108,7 @@ class LeaseLost(Exception):
 
 def job_of(row: RowMapping) -> Job:
     data = dict(row)
-    del data["priority"]  # older routers write it
+    data.pop("priority", None)  # older routers write it
     data["request"] = SongRequest.model_validate(data["request"])
     data["adjustments"] = tuple(Adjustment.model_validate(a) for a in data["adjustments"])
     for name, model in (("progress", Progress), ("plan", Plan), ("result", Song)):

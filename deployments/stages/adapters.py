@@ -34,8 +34,6 @@ def with_adapters(
     Raises:
         InvalidRequest: see `find`.
     """
-    from acestep.lm.adapters import for_planner
-
     field = "lora" if owner == "renderer" else "lm_lora"
     loras: tuple[Lora, ...] = getattr(request, field)
     if not loras:
@@ -43,7 +41,11 @@ def with_adapters(
     try:
         found = tuple(lora.model_copy(update={"path": str(find(lora.path, roots, owner))}) for lora in loras)
     except InvalidRequest as error:
-        raise (error if owner == "renderer" else for_planner(error)) from error
+        if owner == "renderer":
+            raise
+        from acestep.lm.adapters import for_planner
+
+        raise for_planner(error) from error
     return request.model_copy(update={field: found})
 
 

@@ -25,19 +25,13 @@ class StageDeployment:
     def __init__(self) -> None:
         join_serve()
 
-    async def results(
+    def results(
         self, work: Any, job_id: str | None = None, timeout_s: float | None = None
     ) -> AsyncIterator[Progress | Any]:
-        """Progress of a piece of work, then what the engine made.
-
-        Raises:
-            AceStepError: the engine refused it, or failed.
-        """
+        """Progress of a piece of work, then what the engine made; an `AceStepError` where it refused it, or failed."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         named = {} if job_id is None else {"id": ticket_id(job_id)}
-        submit = partial(self.engine.submit, work, deadline=deadline, **named)
-        async for item in follow(submit, self.engine.cancel):
-            yield item
+        return follow(partial(self.engine.submit, work, deadline=deadline, **named), self.engine.cancel)
 
     async def describe(self) -> dict[str, Any]:
         return {**self.info.to_dict(), "stats": self.engine.stats() if self.engine else {}}

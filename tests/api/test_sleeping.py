@@ -218,3 +218,22 @@ async def test_nothing_is_planned_for_a_renderer_that_cannot_come(
     async with running(site.service.dispatcher):
         await until(lambda: site.job(job_id).attempts == 0 and bool(site.service.dispatcher._weighed))
     assert (site.job(job_id).state, stage.calls) == ("queued", [])
+
+
+async def test_a_text_that_no_planner_can_write_ends_its_job(
+    build: Build, asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A planner that is switched off is not one that sleeps."""
+    view = fleet_view()
+    off = {"disabled": "tier1 has no memory for a planner"}
+    pools = tuple(replace(p, info={**(p.info or {}), **off}) if p.app == "lm" else p for p in view.pools)
+    site = build(replace(view, pools=pools))
+    monkeypatch.setattr(site.service.fleet, "handle", asked.handle)
+    sent = await site.client.post("/release_task", data={"sample_query": "sad", "thinking": "false"})
+    assert sent.status_code == 200, sent.text
+    job_id = sent.json()["data"]["task_id"]
+    async with running(site.service.dispatcher):
+        await until(lambda: site.job(job_id).ended)
+    assert (site.job(job_id).error or {})["type"] == "unavailable"
+    told = (await site.client.post("/query_result", json={"task_id_list": [job_id]})).text
+    assert "5Hz LM init failed: no planner can answer: tier1 has no memory for a planner" in told
