@@ -213,7 +213,7 @@ async def test_leaving_a_stages_stream_stops_the_replicas_work(two_cards: None) 
     """Serve does not pass a lost consumer on to the replica by itself; `Dispatcher._follow` cancels the stream, and so does this."""
     handle = serve.get_deployment_handle("dit", app_name="dit")
     request = SongRequest(prompt="a song", duration=600, steps=20).with_seeds().model_dump(mode="json")
-    stream = handle.options(stream=True).render.remote("job", request, {}, None)
+    stream = handle.options(stream=True).render.remote("job", request, {}, (0,))
     assert "progress" in await anext(stream)
     assert (await handle.describe.remote())["stats"]["slots_used"] == 1
     stream.cancel()

@@ -127,7 +127,7 @@ async def test_other_replicas_are_asked_at_once_what_they_can_do(monkeypatch: py
     asked: list[str] = []
     replicas = ["old"]
 
-    async def describe(handle: object) -> dict[str, Any]:
+    async def describe() -> dict[str, Any]:
         asked.append(replicas[0])
         return {"model": replicas[0]}
 
@@ -136,10 +136,10 @@ async def test_other_replicas_are_asked_at_once_what_they_can_do(monkeypatch: py
         return {"applications": {"dit": {"status": "RUNNING", "deployments": {"dit": {"replicas": running}}}}}
 
     watched = Fleet()
-    monkeypatch.setattr(fleet_module, "_call", describe)
     monkeypatch.setattr(fleet_module, "_serve_details", details)
     monkeypatch.setattr(fleet_module, "_nodes", lambda: ((), frozenset()))
-    monkeypatch.setattr(watched, "handle", lambda *_: None)
+    handle = SimpleNamespace(describe=SimpleNamespace(remote=describe))
+    monkeypatch.setattr(watched, "handle", lambda *_: handle)
 
     async def look() -> object:
         await watched.refresh()
