@@ -13,7 +13,7 @@ from ray.serve.metrics import Counter, Gauge, Histogram
 from deployments.fleet.watch import Pool
 from deployments.jobs.job import Job
 from deployments.jobs.waiting import Backlog
-from deployments.telemetry.replica_metrics import SECONDS
+from deployments.telemetry import SECONDS
 
 RATIOS = [0.1, 0.25, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500]
 

@@ -9,9 +9,9 @@ from typing import Any
 from ray.serve.metrics import Gauge, Histogram
 
 from acestep.hardware.devices import Device
+from deployments.telemetry import SECONDS
 
 log = logging.getLogger(__name__)
-SECONDS = [0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000]  # buckets of histograms
 
 
 class ReplicaMeter:
