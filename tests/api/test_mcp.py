@@ -81,6 +81,9 @@ async def test_a_song_from_the_wish_to_its_sound(site: Site, mode: str) -> None:
         assert edited.structured_content["request"]["task"] == "repaint", edited.content
         left = await agent.call_tool("cancel_job", {"job": edited.structured_content["id"]})
         assert left.structured_content["state"] == "cancelled"
+        silent = await agent.call_tool("play_link", {"job": left.structured_content["id"]})
+        assert (silent.is_error, silent.structured_content["status"]) == (True, 409)
+        assert "been cancelled and has no audio" in silent.structured_content["detail"]
 
         listed = (await agent.list_resources()).resources
         assert [r.uri for r in listed] == ["acestep://schemas/song", *(

@@ -13,7 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from acestep.errors import InvalidRequest
 from deployments.ingress.auth import Caller
+from deployments.ingress.errors import Conflict
 from deployments.ingress.links import audio_path, live_path, public
+from deployments.ingress.made import why_nothing
 from deployments.ingress.mcp.progress import Report, wait
 from deployments.ingress.native import cluster, edits, library
 from deployments.ingress.native.answers import Answer, JobView, ShortAudio, ShortPage, State
@@ -181,6 +183,8 @@ async def play_link(call: Call, arguments: dict[str, Any]) -> PlayLinks:
     view = await job_view(call.service, job)
     items = job.result.items if job.result else ()
     there = len(items) or len(view.links.live)
+    if not there:
+        raise Conflict(why_nothing(job, "audio"), state=job.state)
     if asked.item is not None and asked.item >= there:
         raise InvalidRequest(f"item: the job has {there} songs to hear", field="item", limit=there)
 
