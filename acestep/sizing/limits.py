@@ -22,9 +22,9 @@ def asked_seconds(request: SongRequest) -> float:
     """Longest song that the request names: its source's length, else its duration, its plan's, or that of its codes; 0 where it names none."""
     if (seconds := source_song_s(request)) is not None:
         return seconds
-    plan = request.plan or Plan()
-    codes = [len(c) for c in (request.audio_codes or (), *(plan.codes or ()))]
-    return max(request.duration or 0.0, plan.duration or 0.0, *(n / CODES_PER_SECOND for n in codes))
+    plan = request.plan
+    codes = [len(c) for c in (request.audio_codes or (), *((plan and plan.codes) or ()))]
+    return max(request.duration or 0.0, (plan and plan.duration) or 0.0, *(n / CODES_PER_SECOND for n in codes))
 
 
 def best_limits(request: SongRequest, offers: Sequence[Limits]) -> Limits:

@@ -104,7 +104,7 @@ def plan(
     goal = Goal(kept, p95_wait)
     made = make_plan(day, choice, goal, told=lambda line: typer.echo(line, err=True))
     if as_json:
-        typer.echo(json.dumps({"keeps": made.keeps, "gap": made.gap, "headroom": made.headroom, "floor": made.floor, "share": made.share,
+        typer.echo(json.dumps({"keeps": made.keeps, "gap": made.gap, "headroom": made.headroom, "bound": made.bound, "share": made.share,
                                "planner": choice.planner, "best": asdict(made.best), "cheaper": made.cheaper and asdict(made.cheaper),
                                "dearer": made.dearer and asdict(made.dearer)}))  # fmt: skip
     else:

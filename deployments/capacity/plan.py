@@ -6,8 +6,9 @@ the goal; then cards are taken out one by one for as long as the day still keeps
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from acestep.errors import InvalidRequest
@@ -19,9 +20,21 @@ from deployments.capacity.simulator import Simulator
 from deployments.capacity.solver import Choice, Solution, solve
 from deployments.capacity.traffic import Arrival
 
-HEADROOMS = (1.0, 0.85, 0.7, 0.55, 0.4, 0.3, 0.2)  # how busy pools may be on average
-SEARCH_JOBS, CONFIRM_JOBS = 1_500, 4_000  # a day of more jobs is simulated as a shorter one, at the same rate
-MOST_TRIALS = 16
+HEADROOMS = (
+    1.1,
+    1.0,
+    0.92,
+    0.85,
+    0.78,
+    0.7,
+    0.55,
+    0.4,
+    0.3,
+    0.2,
+)  # how busy pools may be; above 1: where not all must be in time
+SEARCH_JOBS, CONFIRM_JOBS = 1_200, 2_400  # a day of more jobs is simulated as a shorter one, at the same rate
+MOST_TRIALS = 13
+MOST_CONFIRMED = 4
 MOST_DRAIN_S = 240.0
 NOTICE_S, RECLAIM_S = (
     30.0,
@@ -45,7 +58,11 @@ class Goal:
     p95_wait_s: float | None = None
 
     def holds(self, trial: Trial) -> bool:
-        return trial.kept >= self.kept and (self.p95_wait_s is None or trial.p95_wait_s <= self.p95_wait_s)
+        return (
+            not trial.never
+            and trial.kept >= self.kept
+            and (self.p95_wait_s is None or trial.p95_wait_s <= self.p95_wait_s)
+        )
 
 
 @dataclass(frozen=True)
@@ -56,6 +73,7 @@ class Trial:
         cost: By the hour, over the day: every card while it was there.
         per_song, per_minute: By song made, and by minute of music.
         kept, refused: Shares of the jobs.
+        never: Jobs that none of its cards can do as they were asked for.
         busy: Share of its cards' time in which a pool worked, by pool.
         cards: Most that a pool had at once, by pool.
     """
@@ -68,6 +86,7 @@ class Trial:
     per_minute: float
     kept: float
     refused: float
+    never: int
     p50_s: float
     p95_s: float
     p95_wait_s: float
@@ -85,9 +104,8 @@ class Plan:
             keeps most.
         keeps: Whether it does.
         cheaper, dearer: What the next cheaper and the next dearer one that were tried would do; None where none was tried.
-        solution: What the solver made of the traffic with the headroom that was needed.
-        headroom: That.
-        floor: Dollars an hour below which no fleet of these cards can do the work, whoever waits.
+        headroom: How busy the solver let its pools be in the fleet that the search began with.
+        bound: Dollars an hour below which no fleet of these cards can do all of the work, whoever waits.
         share: Of the traffic that the budget and the cards there are allow to serve.
     """
 
@@ -95,16 +113,15 @@ class Plan:
     keeps: bool
     cheaper: Trial | None
     dearer: Trial | None
-    solution: Solution
     headroom: float
-    floor: float
+    bound: float
     share: float
     seconds: float
 
     @property
     def gap(self) -> float | None:
-        """How far the cost is above the solver's bound for that headroom, relative to it; None where the bound is nothing: cards that are paid for."""
-        return self.best.cost / self.solution.bound - 1.0 if self.solution.bound > 0 else None
+        """How far the cost is above the bound, relative to it; None where the bound is nothing: cards that are paid for."""
+        return self.best.cost / self.bound - 1.0 if self.bound > 0 else None
 
 
 def try_out(
@@ -132,7 +149,7 @@ def try_out(
     trial = Trial(
         specs=tuple(specs), jobs=len(arrivals), hours=hours, cost=paid / span_h, per_song=paid / max(1, result.made),
         per_minute=paid / max(1e-9, result.minutes), kept=result.kept, refused=result.refused / max(1, len(arrivals)),
-        p50_s=result.latency(0.5), p95_s=result.latency(0.95), p95_wait_s=result.wait(0.95), redone=result.redone,
+        never=result.never, p50_s=result.latency(0.5), p95_s=result.latency(0.95), p95_wait_s=result.wait(0.95), redone=result.redone,
         busy={p.spec.name: p.done_s / p.gpu_s if p.gpu_s else 0.0 for p in result.pools},
         cards={p.spec.name: p.most for p in result.pools},
     )  # fmt: skip
@@ -164,82 +181,123 @@ def make_plan(day: Day, choice: Choice, goal: Goal, *, told: Callable[[str], Non
             told(f"{describe(key)}: {trial.kept:.1%} in time, ${trial.cost:.3f} an hour")
         return tried[key]
 
-    floor = solve(demand, choice, 1.0)
+    bound = solve(demand, choice, 1.0).bound
+    # All cards always on: bursts are over before a card that is ordered is there. Which of them may go at times is tried below.
     proposals: dict[tuple[PoolSpec, ...], tuple[Solution, float]] = {}
-    for on_demand in (True, False) if choice.on_demand else (False,):
-        # The busiest that still keeps the goal; what is busier than one that does not, does not either.
-        low, high = 0, len(HEADROOMS)
-        while low < high:
-            middle = (low + high) // 2
-            first = middle == 0 and on_demand == choice.on_demand
-            solution = floor if first else solve(demand, replace(choice, on_demand=on_demand), HEADROOMS[middle])
-            if solution.specs not in proposals or proposals[solution.specs][1] < HEADROOMS[middle]:
-                proposals[solution.specs] = (solution, HEADROOMS[middle])
-            if goal.holds(attempt(solution.specs)):
-                high = middle
-            else:
-                low = middle + 1
+    low, high = 0, len(HEADROOMS)
+    while low < high:  # the busiest that still keeps the goal; what is busier than one that does not, does not either
+        middle = (low + high) // 2
+        solution = solve(demand, replace(choice, on_demand=False), HEADROOMS[middle])
+        if solution.specs not in proposals or proposals[solution.specs][1] < HEADROOMS[middle]:
+            proposals[solution.specs] = (solution, HEADROOMS[middle])
+        if goal.holds(attempt(solution.specs)):
+            high = middle
+        else:
+            low = middle + 1
     keeping = [t for t in tried.values() if goal.holds(t)]
     if not keeping:
         best = max(tried.values(), key=lambda t: (t.kept, -t.cost))
-        return _told(best, False, tried, *proposals[best.specs], floor, began)
+        return _told(best, False, tried, *proposals[best.specs], bound, began)
     origin = best = min(keeping, key=lambda t: t.cost)
-    best = _leaner(best, attempt, goal, tried)
-    best, keeps = _confirm(best, [t for t in tried.values() if goal.holds(t)], day, goal, reclaim_s)
-    return _told(best, keeps, tried, *proposals[origin.specs], floor, began)
+    best = _leaner(best, attempt, goal, tried, choice)
+    roomier = (solve(demand, replace(choice, on_demand=False), h).specs for h in HEADROOMS[low + 1 :])
+    candidates = itertools.chain((t.specs for t in _better(best, tried, goal)), roomier)
+    best, keeps = _confirm(candidates, day, goal, reclaim_s)
+    return _told(best, keeps, tried, *proposals[origin.specs], bound, began)
 
 
 def _leaner(
-    best: Trial, attempt: Callable[[Sequence[PoolSpec]], Trial], goal: Goal, tried: Mapping[tuple[PoolSpec, ...], Trial]
+    best: Trial,
+    attempt: Callable[[Sequence[PoolSpec]], Trial],
+    goal: Goal,
+    tried: Mapping[tuple[PoolSpec, ...], Trial],
+    choice: Choice,
 ) -> Trial:
-    """The fleet with a card less, or one that is slower to grow, for as long as that is cheaper and keeps the goal."""
+    """The fleet with cheaper cards, with less of them, less of them always on, or slower to grow, for as long as that is cheaper and keeps the goal."""
     going = True
     while going:
         going = False
-        for number, spec in _by_price(best.specs):
-            alone = sum(s.role == spec.role for s in best.specs) == 1
-            for change in _changes(spec, alone):
-                if len(tried) >= MOST_TRIALS:
-                    return best
-                kept = [] if change is None else [change]
-                trial = attempt([*best.specs[:number], *kept, *best.specs[number + 1 :]])
-                if goal.holds(trial) and trial.cost < best.cost:
-                    best, going = trial, True
-                    break
-            if going:
+        for specs in _changes(best.specs, choice):
+            if len(tried) >= MOST_TRIALS:
+                return best
+            if specs in tried or any(not goal.holds(t) and _less(specs, t.specs) for t in tried.values()):
+                continue
+            trial = attempt(specs)
+            if goal.holds(trial) and trial.cost < best.cost:
+                best, going = trial, True
                 break
     return best
 
 
-def _by_price(specs: Sequence[PoolSpec]) -> list[tuple[int, PoolSpec]]:
-    return sorted(enumerate(specs), key=lambda pair: -(pair[1].price or 0.0) * pair[1].max_replicas)
+def _changes(specs: tuple[PoolSpec, ...], choice: Choice) -> Iterator[tuple[PoolSpec, ...]]:
+    """Fleets that cost less than this one, those that save most first."""
+    by_price = sorted(range(len(specs)), key=lambda n: -(specs[n].price or 0.0) * specs[n].max_replicas)
+    for tier in dict.fromkeys(specs[n].tier for n in by_price):  # a tier has cards of one kind
+        mine = [s for s in specs if s.tier == tier]
+        offer = min((o for o in choice.offers if o.tier == tier), key=lambda o: o.price)
+        if offer.price < (mine[0].price or 0.0) and offer.at_most is None:
+            spot = offer.spot_price if choice.spot else None
+            yield tuple(
+                replace(s, card=offer.card, price=offer.price, spot_price=spot) if s.tier == tier else s for s in specs
+            )
+    for n in by_price:
+        spec = specs[n]
+        alone = sum(s.role == spec.role and s.model == spec.model for s in specs) == 1
+        for change in _pools(spec, alone, choice.on_demand):
+            yield (*specs[:n], *([] if change is None else [change]), *specs[n + 1 :])
 
 
-def _changes(spec: PoolSpec, alone: bool) -> Iterator[PoolSpec | None]:
+def _pools(spec: PoolSpec, alone: bool, on_demand: bool) -> Iterator[PoolSpec | None]:
     """Cheaper pools in its place; None: no pool."""
-    if spec.min_replicas == 1 and not alone:
+    least, most = spec.min_replicas, spec.max_replicas
+    if least <= 1 and not alone:
         yield None
-    if spec.max_replicas > spec.min_replicas and spec.drain_s < MOST_DRAIN_S:
+    if on_demand and least:  # the others come with the day; down to a pool that sleeps
+        yield replace(spec, min_replicas=least // 2)
+    if most > least + 1 and spec.drain_s < MOST_DRAIN_S:
         yield replace(spec, drain_s=2 * spec.drain_s)
-    if spec.min_replicas > 1:
-        least = spec.min_replicas - 1
-        fixed = spec.min_replicas == spec.max_replicas
-        yield replace(spec, min_replicas=least, max_replicas=least if fixed else spec.max_replicas)
-    if spec.max_replicas > spec.min_replicas:
-        yield replace(spec, max_replicas=spec.max_replicas - 1)
+    fewer = most - max(1, most // 8)
+    if fewer >= max(1, least) or (fewer and least == most):
+        yield replace(spec, min_replicas=min(least, fewer), max_replicas=fewer)
 
 
-def _confirm(best: Trial, others: Sequence[Trial], day: Day, goal: Goal, reclaim_s: float | None) -> tuple[Trial, bool]:
-    """The cheapest that keeps the goal on another day, too."""
+def _less(specs: Sequence[PoolSpec], others: Sequence[PoolSpec]) -> bool:
+    """Whether the others are the same fleet with more cards in it: what they do not keep, it does not either."""
+    more = {s.name: s for s in others}
+    return all(
+        (o := more.get(s.name)) is not None
+        and (s.card, s.drain_s) == (o.card, o.drain_s)
+        and s.min_replicas <= o.min_replicas
+        and s.max_replicas <= o.max_replicas
+        for s in specs
+    )
+
+
+def _better(best: Trial, tried: Mapping[tuple[PoolSpec, ...], Trial], goal: Goal) -> Iterator[Trial]:
+    """The best, and of those that were tried and are dearer, each that kept more than the one before."""
+    yield best
+    kept = best.kept
+    for trial in sorted(tried.values(), key=lambda t: t.cost):
+        if trial.cost > best.cost and trial.kept > kept and goal.holds(trial):
+            kept = trial.kept
+            yield trial
+
+
+def _confirm(
+    fleets: Iterable[tuple[PoolSpec, ...]], day: Day, goal: Goal, reclaim_s: float | None
+) -> tuple[Trial, bool]:
+    """The first that keeps the goal on another day, too; where none does, the one that keeps most."""
     arrivals, hours = day(CONFIRM_JOBS, 2)
-    first = None
-    for trial in sorted((best, *(t for t in others if t.cost > best.cost)), key=lambda t: t.cost)[:3]:
-        confirmed, _ = try_out(trial.specs, arrivals, hours, seed=11, reclaim_s=reclaim_s)
-        first = first or confirmed
-        if goal.holds(confirmed):
-            return confirmed, True
-    assert first is not None, "the best is one of them"
-    return first, False
+    seen: dict[tuple[PoolSpec, ...], Trial] = {}
+    for specs in fleets:
+        if specs in seen:
+            continue
+        seen[specs], _ = try_out(specs, arrivals, hours, seed=11, reclaim_s=reclaim_s)
+        if goal.holds(seen[specs]):
+            return seen[specs], True
+        if len(seen) == MOST_CONFIRMED:
+            break
+    return max(seen.values(), key=lambda t: t.kept), False
 
 
 def _told(
@@ -248,7 +306,7 @@ def _told(
     tried: dict[tuple[PoolSpec, ...], Trial],
     solution: Solution,
     headroom: float,
-    floor: Solution,
+    bound: float,
     began: float,
 ) -> Plan:
     others = sorted((t for specs, t in tried.items() if specs != best.specs), key=lambda t: t.cost)
@@ -258,10 +316,9 @@ def _told(
         keeps=keeps,
         cheaper=next((t for t in reversed(others) if t.cost < mine), None),
         dearer=next((t for t in others if t.cost > mine), None),
-        solution=solution,
         headroom=headroom,
-        floor=floor.bound,
-        share=min(floor.share, solution.share),
+        bound=bound,
+        share=solution.share,
         seconds=time.monotonic() - began,
     )
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -63,8 +64,10 @@ class Usage:
         seconds, at = self._seen.get(key, (0.0, now))
         self._seen[key] = (seconds * math.exp2(-(now - at) / USAGE_HALF_LIFE_S) + work_s, now)
 
-    def at(self, now: float) -> dict[str, float]:
-        return {k: s * math.exp2(-(now - at) / USAGE_HALF_LIFE_S) for k, (s, at) in self._seen.items()}
+    def at(self, now: float, keys: Iterable[str]) -> dict[str, float]:
+        """Of these callers, as far as they had any."""
+        seen = ((k, self._seen[k]) for k in keys if k in self._seen)
+        return {k: s * math.exp2(-(now - at) / USAGE_HALF_LIFE_S) for k, (s, at) in seen}
 
 
 @dataclass(eq=False)
@@ -130,7 +133,7 @@ class Pool:
         self.replicas: list[Replica] = []
         self.starting = 0
         self.target = spec.min_replicas
-        self.queue: dict[str, tuple[Song, int, float]] = {}  # waiting id -> (song, items, work)
+        self.queue: dict[str, tuple[Song, int, float, Waiting]] = {}  # waiting id -> (song, items, work, its turn)
         self.waiting_s = 0.0
         self.coming: dict[
             str, tuple[float, float, float]
@@ -138,7 +141,7 @@ class Pool:
         self.upcoming: dict[str, tuple[float, float, float]] = {}  # song id -> (render work, planning since, estimate)
         self.upcoming_s = 0.0
         self.later_s = 0.0
-        self.recent: list[tuple[float, float]] = []
+        self.recent: deque[tuple[float, float]] = deque()
         self.drain_s: float | None = getattr(scaler, "drain_s", None)
         if spec.min_replicas == spec.max_replicas:
             self.drain_s = None
@@ -190,6 +193,11 @@ class Pool:
         self.gpu_s += seconds
         self.spot_s += seconds if replica.spot else 0.0
 
+    @property
+    def settled(self) -> bool:
+        """Whether it has the size that it will have, and no card of it goes or comes."""
+        return self.spec.min_replicas == self.spec.max_replicas == len(self.replicas) and not self.starting
+
     def ongoing(self) -> int:
         return len(self.queue) + sum(len(r.jobs) if self.slots > 1 else r.busy for r in self.replicas)
 
@@ -232,7 +240,8 @@ class Pool:
         return self._step_s[rows]
 
     def backlog(self, now: float) -> Backlog:
-        self.recent = [entry for entry in self.recent if entry[0] > now - RATE_WINDOW_S]
+        while self.recent and self.recent[0][0] <= now - RATE_WINDOW_S:
+            self.recent.popleft()
         planning = len(self.upcoming)
         elapsed = sum(now - since for _, since, _ in self.upcoming.values())
         estimated = sum(seconds for _, _, seconds in self.upcoming.values())

@@ -20,10 +20,10 @@ def plan_text(plan: Plan, choice: Choice, goal: Goal, prices: str) -> str:
         lines.append(f"This does NOT keep the goal; it is the best that was found{_bound_by(plan)}.")
     elif plan.share < 0.999:
         lines.append(f"The budget and these cards carry {plan.share:.0%} of the traffic.")
-    above = "" if plan.gap is None else f"{plan.gap:+.1%} from "
+    above = "" if plan.gap is None else f", {plan.gap:+.1%} from it"
     lines.append(
-        f"solver: {above}its bound of ${plan.solution.bound:.3f} an hour for pools that are busy {plan.headroom:.0%} of their time; "
-        f"the work alone, without anybody waiting, needs ${plan.floor:.3f}"
+        f"solver: no fleet of these cards does all of this work for less than ${plan.bound:.3f} an hour, whoever waits{above}; "
+        f"the search began with pools that are busy {plan.headroom:.0%} of their time"
     )
     lines += [
         f"next {name}: {describe(trial.specs)}\n  ${trial.cost:.3f} an hour, {trial.kept:.1%} in time, 95 of 100 begin within {trial.p95_wait_s:.0f} s"

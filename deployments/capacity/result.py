@@ -57,6 +57,11 @@ class Result:
         return sum(s.stage == "refused" for s in self.songs)
 
     @property
+    def never(self) -> int:
+        """Jobs that none of the cards can do as they were asked for."""
+        return sum(s.decision.outcome == "never" or bool(s.decision.adjustments) for s in self.songs)
+
+    @property
     def made(self) -> int:
         """Songs made: items of all jobs that were done."""
         return sum(s.arrival.request.batch_size for s in self.songs if s.finished is not None)

@@ -13,7 +13,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from acestep.plan import Plan
+from acestep.plan import CODES_PER_SECOND, Plan
 from acestep.sizing.cost import Corrections, expected_duration, plan_rows, plan_seconds, render_seconds
 from deployments.capacity.pools import Pool, PoolSpec, Replica, Scaler, Song, Usage, waiting_of
 from deployments.capacity.result import Result
@@ -68,6 +68,7 @@ class Simulator:
         self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._order = itertools.count()
         self._patiences: dict[int, float] = {}  # by request object: many arrivals share one
+        self._plans: dict[int, Plan] = {}  # by number of codes
         self._open = 0
         self._turn = itertools.count()
 
@@ -143,7 +144,8 @@ class Simulator:
         self._feed(pool)
 
     def _enqueue(self, pool: Pool, song: Song, items: int, work: float, piece: int = 0) -> None:
-        pool.queue[f"{song.id}/{piece}"] = (song, items, work)
+        name = f"{song.id}/{piece}"
+        pool.queue[name] = (song, items, work, waiting_of(name, song, work, self._patience(song.arrival)))
         pool.waiting_s += work
 
     def _feed(self, pool: Pool) -> None:
@@ -156,7 +158,7 @@ class Simulator:
             if replica is None or (pool.slots == 1 and replica.busy) or replica.rows >= pool.slots:
                 return
             first = self._first(pool)
-            song, items, work = pool.queue[first]
+            song, items, work, _ = pool.queue[first]
             rows = plan_rows(song.arrival.request, pool.slots)
             if pool.slots > 1 and replica.rows + rows > pool.slots:
                 return
@@ -187,13 +189,14 @@ class Simulator:
     def _first(self, pool: Pool) -> str:
         if len(pool.queue) == 1:
             return next(iter(pool.queue))
-        return next(next_jobs(self._candidates(pool), self.usage.at(self.now), self.now)).id
+        waiting = self._candidates(pool)
+        return next(next_jobs(waiting, self._used(waiting), self.now)).id
+
+    def _used(self, waiting: Sequence[Waiting]) -> dict[str, float]:
+        return self.usage.at(self.now, {job.key for job in waiting})
 
     def _candidates(self, pool: Pool) -> list[Waiting]:
-        return [
-            waiting_of(name, song, work, self._patience(song.arrival))
-            for name, (song, _, work) in itertools.islice(pool.queue.items(), CANDIDATES)
-        ]
+        return [waiting for _, _, _, waiting in itertools.islice(pool.queue.values(), CANDIDATES)]
 
     def _patience(self, arrival: Arrival) -> float:
         """By the job's work on the first pool of each stage, the same for the whole way of a job."""
@@ -254,11 +257,10 @@ class Simulator:
         if song.decision.planning is not None:
             foretold_s = song.decision.planning.profile_s
             self.corrections.refine(pool.spec.name, "plan", foretold_s, self.now - (song.begun or 0.0))
-        codes = ((0,) * int(song.arrival.duration * 5),)
         fleet = self._fleet(song.arrival)
         if self.routing == "round_robin":
             fleet = FleetState(tuple(p for p in fleet.pools if p.name == song.decision.renderer))
-        plan = Plan.model_construct(codes=codes, metadata=Plan().metadata)
+        plan = self._plan_of(int(song.arrival.duration * CODES_PER_SECOND))
         promise = None
         if song.eta_s is not None and song.decision.renderer is not None:
             promise = Promise(song.decision.renderer, song.arrival.at + song.eta_s - self.now)
@@ -270,6 +272,11 @@ class Simulator:
         else:
             self._next_plan(replica)
             self._feed(pool)
+
+    def _plan_of(self, codes: int) -> Plan:
+        if codes not in self._plans:
+            self._plans[codes] = Plan.model_construct(codes=((0,) * codes,), metadata=Plan().metadata)
+        return self._plans[codes]
 
     def _begin_render(self, replica: Replica, song: Song, items: int, work: float) -> None:
         pool = replica.pool
@@ -324,10 +331,10 @@ class Simulator:
         mine = Waiting(
             "mine", arrival.key, patience_s / PATIENCE_FACTOR, arrival.at, deadline=deadline, patience_s=patience_s
         )
-        order = next_jobs([*self._candidates(pool), mine], self.usage.at(self.now), self.now)
+        waiting = [*self._candidates(pool), mine]
+        order = next_jobs(waiting, self._used(waiting), self.now)
         before = sum(job.work_s for job in itertools.takewhile(lambda job: job is not mine, order))
-        seen = list(itertools.islice(pool.queue.values(), CANDIDATES))
-        beyond = pool.waiting_s - sum(work for _, _, work in seen)
+        beyond = pool.waiting_s - sum(job.work_s for job in waiting[:-1])
         return before + max(0.0, beyond)
 
     def _deal(self, fleet: FleetState, arrival: Arrival) -> FleetState:
@@ -352,6 +359,8 @@ class Simulator:
 
     def _tick(self) -> None:
         for pool in self.pools.values():
+            if pool.settled:
+                continue
             running = sum(not r.draining for r in pool.replicas)
             target = pool.scaler(self.now, pool.backlog(self.now), running, pool.target, pool.ongoing())
             pool.target = max(pool.spec.min_replicas, min(pool.spec.max_replicas, target))

@@ -7,11 +7,12 @@ many on demand, bound the work that it gets. Cards of one tier are of one kind, 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from acestep.errors import InvalidRequest
+from acestep.sizing.profiles import named
 from deployments.capacity.catalogue import Offer
 from deployments.capacity.demand import Demand, Work, plan_work, render_work
 from deployments.capacity.pools import PoolSpec
@@ -21,7 +22,6 @@ from deployments.scheduling.pool import NODE_S
 GAP = 0.01  # how far from its bound the solver may stop
 TIME_LIMIT_S = 10.0
 PATIENCE = 0.7  # of a deadline that both stages alone may take: the rest is waiting
-SPARE = 2  # cards that a pool may add beyond what a part of the day needs on average
 MOST_CARDS = 2000
 
 
@@ -31,7 +31,7 @@ class Choice:
 
     Attributes:
         planner, model: Checkpoints; the latter of jobs that name none.
-        on_demand: Cards may come and go with the day; else all are always on.
+        on_demand: Cards may come and go with the day, pools may sleep; else all are always on.
         spot: All cards of a pool but the first may be spot cards.
         budget: Dollars an hour, on average over the day, that must not be exceeded; then less of the traffic may be served.
         start_s: Until a card that is ordered is a node.
@@ -51,6 +51,7 @@ class Solution:
     """A fleet.
 
     Attributes:
+        specs: Its pools, of the cards that are always on.
         cost: Dollars an hour, on average over the day, as the programme counts them.
         bound: That no fleet of this programme is below.
         share: Of the traffic that it can serve; below 1 only where a budget or the cards there are bound it.
@@ -68,6 +69,12 @@ class _Pool:
     offer: Offer
     model: str
     work: Mapping[int, Work]  # by class
+
+    def waits_for_a_card(self, c: int, deadline_s: float, choice: Choice) -> bool:
+        """Whether a job of a class has the time until a card of this pool is ordered, has come and has loaded its model."""
+        profile = named(self.offer.card)
+        cost = (profile.planner if self.role == "plan" else profile.renderer)(self.model)
+        return choice.start_s + cost.load_s + self.work[c].wall_s <= PATIENCE * deadline_s
 
 
 @dataclass
@@ -136,8 +143,12 @@ def solve(demand: Demand, choice: Choice, headroom: float) -> Solution:
             }
             rows.add(busy | {always: -1.0, at["now", n, t]: -1.0}, -np.inf, 0.0)
             rows.add({at["now", n, t]: 1.0, extra: -1.0}, -np.inf, 0.0)
+        if choice.on_demand:
+            for c, job in enumerate(demand.classes):
+                if c in pool.work and not pool.waits_for_a_card(c, job.typical.deadline_s, choice):
+                    for t in (t for t in periods if job.jobs[t]):  # its first card is there
+                        rows.add({at["part", c, t, n]: 1.0, always: -1.0}, -np.inf, 0.0)
         rows.add({always: 1.0, extra: 1.0, used: -float(_most(pool, demand, headroom))}, -np.inf, 0.0)
-        rows.add({always: 1.0, used: -1.0}, 0.0, np.inf)  # the first card is there: nobody waits for a node to start
         rows.add({used: 1.0, at["card", pool.offer.card]: -1.0}, -np.inf, 0.0)
     for tier in {p.offer.tier for p in pools}:
         rows.add({at["card", card]: 1.0 for card in {p.offer.card for p in pools if p.offer.tier == tier}}, 0.0, 1.0)
@@ -184,21 +195,18 @@ def solve(demand: Demand, choice: Choice, headroom: float) -> Solution:
         x = x if again is None else again
     specs = []
     for n, pool in enumerate(pools):
-        always = round(x[at["always", n]])
-        if always:
-            extra = max(x[at["now", n, t]] for t in periods)
-            room = 0 if not choice.on_demand else round(extra) + (SPARE if choice.budget is None else 0)
-            specs.append(spec(pool.role, pool.offer, pool.model, always, _at_most(always + room, pool.offer), choice))
-    return Solution(tuple(_within(specs, choice)), float(costs @ x), bound, float(x[share]))
+        if always := round(x[at["always", n]]):
+            specs.append(_spec(pool.role, pool.offer, pool.model, always, choice))
+    return Solution(tuple(specs), float(costs @ x), bound, float(x[share]))
 
 
-def spec(role: Role, offer: Offer, model: str, always: int, most: int, choice: Choice) -> PoolSpec:
+def _spec(role: Role, offer: Offer, model: str, cards: int, choice: Choice) -> PoolSpec:
     """A pool of such cards."""
     name = f"{'lm' if role == 'plan' else 'dit'}-{offer.tier}"
     if role == "render" and model != choice.model:
         name += "-" + "".join(c if c.isalnum() else "-" for c in model.rpartition("/")[2].lower())
     spot = offer.spot_price if choice.spot else None
-    return PoolSpec(name, role, offer.card, offer.tier, model, most, always, offer.price, spot, choice.start_s)
+    return PoolSpec(name, role, offer.card, offer.tier, model, cards, cards, offer.price, spot, choice.start_s)
 
 
 def _prices(offer: Offer, choice: Choice) -> tuple[float, float]:
@@ -206,31 +214,12 @@ def _prices(offer: Offer, choice: Choice) -> tuple[float, float]:
     return offer.price, offer.price if not choice.spot or offer.spot_price is None else offer.spot_price
 
 
-def _at_most(cards: int, offer: Offer) -> int:
-    return cards if offer.at_most is None else min(cards, offer.at_most)
-
-
-def _within(specs: Sequence[PoolSpec], choice: Choice) -> list[PoolSpec]:
-    """Pools that share the cards there are may not grow beyond them together: what is left is the renderers'."""
-    out = list(specs)
-    for offer in choice.offers:
-        mine = [i for i, s in enumerate(out) if s.card == offer.card]
-        if offer.at_most is None or sum(out[i].max_replicas for i in mine) <= offer.at_most:
-            continue
-        left = offer.at_most - sum(out[i].min_replicas for i in mine)
-        for i in sorted(mine, key=lambda i: out[i].role, reverse=True):
-            more = min(left, out[i].max_replicas - out[i].min_replicas)
-            out[i] = replace(out[i], max_replicas=out[i].min_replicas + more)
-            left -= more
-    return out
-
-
 def _most(pool: _Pool, demand: Demand, headroom: float) -> int:
     """Cards with which a pool could do all that it is able to."""
     busiest = max(
         sum(work.work_s * demand.classes[c].jobs[t] for c, work in pool.work.items()) for t in range(demand.periods)
     )
-    return min(MOST_CARDS, int(busiest / (headroom * demand.period_s)) + 2 + SPARE)
+    return min(MOST_CARDS, int(busiest / (headroom * demand.period_s)) + 2)
 
 
 def _candidates(demand: Demand, choice: Choice) -> list[_Pool]:

@@ -15,6 +15,7 @@ import yaml
 from acestep.cli import main as cli
 from acestep.errors import InvalidRequest
 from acestep.request import SongRequest
+from deployments.capacity import plan as plans
 from deployments.capacity import recorded
 from deployments.capacity.catalogue import Offer, offers
 from deployments.capacity.demand import demand_of
@@ -32,6 +33,13 @@ LM, DIT = "acestep-5Hz-lm-0.6B", "acestep-v15-turbo"
 CLIPS = {"name": "clips", "share": 1, "duration": [10, 30], "deadline_s": 60}
 
 
+@pytest.fixture(autouse=True)
+def _short_days(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fleets of few cards are told apart by a few hundred jobs."""
+    monkeypatch.setattr(plans, "SEARCH_JOBS", 150)
+    monkeypatch.setattr(plans, "CONFIRM_JOBS", 250)
+
+
 def mix(**changes: object) -> Traffic:
     return Traffic.model_validate({"jobs_per_hour": 300, "by_hour": "flat", "kinds": [CLIPS]} | changes)
 
@@ -46,8 +54,8 @@ def choice(*cards: str, **changes: object) -> Choice:
 @pytest.mark.parametrize("name", sorted(shipped()))
 def test_a_shipped_day_has_its_rate_its_kinds_and_its_bursts(name: str) -> None:
     traffic = shipped()[name]
-    jobs = arrivals(traffic, jobs=2_000, hours=2.0)
-    assert len(jobs) == 2_000
+    jobs = arrivals(traffic, jobs=600, hours=0.6)
+    assert len(jobs) == 600
     assert [a.at for a in jobs] == sorted(a.at for a in jobs)
     assert {a.deadline_s for a in jobs} == {k.deadline_s for k in traffic.kinds}
     assert all(a.firm for a in jobs)
@@ -135,7 +143,7 @@ def test_prices_are_the_shipped_ones_a_file_s_or_said(tmp_path: Path) -> None:
 
 
 def test_no_fleet_of_few_cards_is_cheaper_than_the_solver_s() -> None:
-    jobs = arrivals(shipped()["service"], jobs=600, hours=1.0)
+    jobs = arrivals(shipped()["service"], jobs=200, hours=0.4)
     chosen = choice("rtx-3060-12", "v100-16", "rtx-3090", on_demand=False)
     demand = demand_of(jobs, 1.0)
     best = solve(demand, chosen, 0.8)
@@ -146,6 +154,9 @@ def test_no_fleet_of_few_cards_is_cheaper_than_the_solver_s() -> None:
         cost = sum(n * o.price for n, o in zip(counts, chosen.offers, strict=True))
         if cost >= best.cost - 1e-6 or cost > dear:
             continue
+        more = (o.price for n, o in zip(counts, chosen.offers, strict=True) if n < 3)
+        if cost + min(more, default=0.0) < best.cost - 1e-6:
+            continue  # one with a card more is tried, too
         limited = [replace(o, at_most=n) for n, o in zip(counts, chosen.offers, strict=True) if n]
         if limited:
             try:
@@ -156,7 +167,7 @@ def test_no_fleet_of_few_cards_is_cheaper_than_the_solver_s() -> None:
 
 
 def test_cards_that_there_are_and_a_budget_bound_the_fleet() -> None:
-    demand = demand_of(arrivals(shipped()["service"], jobs=3_000, hours=1.0), 1.0)
+    demand = demand_of(arrivals(shipped()["service"], jobs=300, hours=0.1), 0.1)
     owned = solve(demand, choice("rtx-3090=3", on_demand=False), 0.8)
     assert sum(s.max_replicas for s in owned.specs) <= 3
     assert 0 < owned.share < 1
@@ -179,7 +190,7 @@ def test_jobs_that_no_card_can_do_are_named() -> None:
 
 
 def test_spot_cards_cost_what_they_cost_but_the_first() -> None:
-    demand = demand_of(arrivals(shipped()["songs"], jobs=20_000, hours=1.0), 1.0)
+    demand = demand_of(arrivals(shipped()["songs"], jobs=500, hours=0.025), 0.025)
     firm, spot = (solve(demand, choice("a100-80", spot=s, on_demand=False), 0.8) for s in (False, True))
     (lm, dit) = spot.specs
     cards = lm.min_replicas + dit.min_replicas
@@ -211,7 +222,7 @@ def test_what_cannot_make_its_deadline_is_refused_at_once_and_holds_nothing_up()
 
 
 def test_a_spot_card_that_is_taken_away_loses_no_song_and_its_work_is_done_again() -> None:
-    jobs = arrivals(shipped()["albums"], jobs=150, hours=1.0)
+    jobs = arrivals(shipped()["albums"], jobs=60, hours=0.4)
     for notice_s, lost in ((1.0, True), (600.0, False)):
         simulator = Simulator(fleet(6, 6, spot=0.1), jobs, SecondsOfWork, reclaim_every_s=60.0, notice_s=notice_s)
         result = simulator.run()
@@ -234,9 +245,9 @@ def test_a_plan_keeps_its_goal_on_another_day_and_a_cheaper_one_does_not() -> No
     )
     assert plan.keeps
     assert plan.best.kept >= 0.95
-    assert plan.floor <= plan.best.cost * 1.01
+    assert plan.bound <= plan.best.cost * 1.01
     assert len(told) >= 1
-    day, hours = recorded.day_of(mix(jobs_per_hour=120))(400, 5)
+    day, hours = recorded.day_of(mix(jobs_per_hour=120))(250, 5)
     again, _ = try_out(plan.best.specs, day, hours)
     assert again.kept > 0.9
     if plan.cheaper is not None:
@@ -312,7 +323,7 @@ def test_cards_that_are_paid_for_cost_nothing(run: Callable[..., tuple[int, str,
     mine = ("fleet", "plan", "--traffic", "mix.yaml", "--cards", "rtx-3060-12=2@0", "--always-on")
     code, said, err = run(*mine)
     assert code == 0, err
-    assert "solver: its bound of $0.000 an hour" in said
+    assert "for less than $0.000 an hour, whoever waits;" in said
     assert "the card costs nothing" in said
     code, said, err = run(*mine, "--json")
     assert code == 0, err

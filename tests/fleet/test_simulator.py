@@ -12,7 +12,7 @@ from benchmarks.fleet_policies import RequestCount
 from deployments.capacity.scaling import SecondsOfWork
 from deployments.capacity.simulator import Simulator
 
-ARRIVALS = fleet.day(400, hours=1.0)
+ARRIVALS = fleet.day(200, hours=0.5)
 SPECS = fleet.mixed_fleet(8)
 
 
@@ -51,7 +51,7 @@ def test_four_replicas_make_at_least_3_8_times_the_songs() -> None:
 
 
 def test_routing_by_cost_is_later_less_often_than_dealing_out() -> None:
-    result = fleet.routing(800, 2, hours=2.0)
+    result = fleet.routing(400, 2, hours=1.0)
     assert result["cost"]["late"] <= result["round_robin"]["late"]
     assert result["cost"]["p95_s"] < result["round_robin"]["p95_s"]
 
