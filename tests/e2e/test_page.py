@@ -83,12 +83,12 @@ def test_cancel_reload_and_two_tabs(server: Server, visit: Any) -> None:
     length(page, "180", versions=8)
     wish(page, "to be cancelled")
     song = card(page, "to be cancelled")
-    song.get_by_role("button", name="Cancel").wait_for()
+    song.get_by_role("button", name="Cancel", exact=True).wait_for()
     page.reload()
     other = page.context.new_page()
     other.goto(server.url)
     expect(card(other, "to be cancelled")).to_have_attribute("data-state", "running", timeout=WAIT_MS)
-    card(page, "to be cancelled").get_by_role("button", name="Cancel").click()
+    card(page, "to be cancelled").get_by_role("button", name="Cancel", exact=True).click()
     for tab in (page, other):
         expect(card(tab, "to be cancelled")).to_have_attribute("data-state", "cancelled", timeout=WAIT_MS)
     expect(card(page, "to be cancelled").get_by_role("button", name="Try again")).to_be_visible()
@@ -308,5 +308,36 @@ def test_a_server_that_stops_and_starts_again_loses_nothing(guarded: Server, vis
     guarded.start()
     expect(page.locator("#banner")).to_be_hidden(timeout=WAIT_MS)
     expect(card(page, "outlives a restart")).to_have_attribute("data-state", "running", timeout=WAIT_MS)
-    card(page, "outlives a restart").get_by_role("button", name="Cancel").click()
+    card(page, "outlives a restart").get_by_role("button", name="Cancel", exact=True).click()
     expect(card(page, "outlives a restart")).to_have_attribute("data-state", "cancelled", timeout=WAIT_MS)
+
+
+def test_a_song_is_heard_before_it_has_ended(guarded: Server, visit: Any) -> None:
+    page = visit(guarded.url)
+    enter_key(page)
+    length(page, "600", versions=4)
+    wish(page, "heard while it is made")
+    song = card(page, "heard while it is made")
+    song.get_by_role("button", name="Listen to heard while it is made").click()
+    expect(page.locator("#player .time")).to_have_text(re.compile(r"0:\d[1-9] / "), timeout=5 * WAIT_MS)
+    assert song.get_attribute("data-state") == "running"  # after the sound was there
+    made(page, "heard while it is made")
+    expect(page.locator("#player .time")).to_have_text(re.compile(r"[0-9]:\d\d / 10:00"))
+    assert "/live" not in page.evaluate(
+        "performance.getEntriesByType('resource').map(r => r.name).filter(n => n.includes('/audio/')).pop()"
+    )
+    expect(page.locator("#player .play")).to_have_class(re.compile("on"))
+
+
+def test_a_song_that_is_heard_and_cancelled_falls_silent(guarded: Server, visit: Any) -> None:
+    page = visit(guarded.url)
+    enter_key(page)
+    length(page, "600", versions=4)
+    wish(page, "cancelled while it is heard")
+    song = card(page, "cancelled while it is heard")
+    song.get_by_role("button", name="Listen to").click()
+    expect(page.locator("#player")).to_be_visible()
+    song.get_by_role("button", name="Cancel", exact=True).click()
+    expect(song).to_have_attribute("data-state", "cancelled", timeout=WAIT_MS)
+    expect(page.locator("#player")).to_be_hidden()
+    expect(page.locator("#toasts")).to_contain_text("not finished: cancelled")

@@ -2,7 +2,7 @@
 
 /** @typedef {{id: string, kind: string, state: string, stage: string, progress: any, position: number, eta_s: number | null, cost: any, usage: any,
  *   created_at: number, started_at: number | null, finished_at: number | null, cancel_requested: boolean, attempts: number, placement: any,
- *   request: Record<string, any>, seeds: number[], warnings: any[], plan: any, error: any, result: any, links: {self: string, events: string}, notice: string | null,
+ *   request: Record<string, any>, seeds: number[], warnings: any[], plan: any, error: any, result: any, links: {self: string, events: string, live: string[]}, notice: string | null,
  *   lineage?: {verb: Verb | null, parents: {job: string, item: number, field: string}[], regions: {start: number, end: number}[]} | null}} Job */
 
 /** @typedef {"replace" | "extend" | "vary" | "cover" | "layer" | "stem"} Verb what can be made of a song */

@@ -1,6 +1,6 @@
 // The player at the bottom: one song at a time, its versions switched in place, wherever one browses.
 
-import { at } from "./api.js";
+import { ACTIVE, at, getJob, short } from "./api.js";
 import { h, fill, clock, toast } from "./dom.js";
 import { Wave, peaksOf } from "./wave.js";
 
@@ -27,6 +27,8 @@ class Player {
     /** @type {Short | null} */
     this.job = null;
     this.item = 0;
+    /** It is heard while it is made. */
+    this.live = false;
     /** @type {{start: number, end: number} | null} */
     this.loop = null;
     /** @type {() => Short[]} */
@@ -35,7 +37,8 @@ class Player {
     this.parts = /** @type {any} */ ({});
     for (const name of ["play", "pause", "ended", "loadedmetadata", "waiting", "playing"]) this.audio.addEventListener(name, () => this.show());
     this.audio.addEventListener("timeupdate", () => this.tick());
-    this.audio.addEventListener("ended", () => this.next());
+    this.audio.addEventListener("ended", () => { if (!this.live) this.next(); });
+    document.addEventListener("job", (event) => this.heard(/** @type {CustomEvent} */ (event).detail));
     this.audio.addEventListener("error", () => this.broken());
   }
 
@@ -71,17 +74,30 @@ class Player {
   }
 
   /**
+   * Play a song from its file, or while it is made.
    * @param {Short} job
    * @param {number} [index]
    */
   async play(job, index = 0) {
     const same = this.job?.id === job.id;
     if (same && index === this.item && this.audio.src) { this.toggle(); return; }
-    const url = playable(job, index);
+    let url = playable(job, index);
+    let live = false;
+    if (ACTIVE.includes(job.state)) {
+      try {
+        const whole = await getJob(job.id);
+        job = short(whole);
+        live = ACTIVE.includes(job.state);
+        url = live ? whole.links.live[index] : playable(job, index);
+      } catch (error) {
+        toast(error instanceof Error ? error.message : String(error), "bad");
+      }
+    }
     if (!url) return;
     if (!same) { this.loop = null; this.wave.regions = []; }
     this.job = job;
     this.item = index;
+    this.live = live;
     await this.start(url, same ? this.audio.currentTime : 0, true);
   }
 
@@ -96,10 +112,25 @@ class Player {
     this.wave.peaks = null;
     this.wave.show(time, job.duration);
     this.show();
-    void peaksOf(job.id, item).then((found) => {
+    if (!this.live) void peaksOf(job.id, item).then((found) => {
       if (this.job?.id === job.id && this.item === item) { this.wave.peaks = found; this.wave.draw(); }
     });
     if (on) await this.audio.play().catch((error) => { if (error.name === "NotAllowedError") toast("Press play: the browser wants to be asked first."); });
+  }
+
+  /** News of a song that is heard while it is made: its file takes over once there is one. @param {Short} job */
+  heard(job) {
+    if (!this.live || this.job?.id !== job.id) return;
+    this.job = job;
+    if (ACTIVE.includes(job.state)) return;
+    this.live = false;
+    const { currentTime, paused, ended } = this.audio;
+    const url = playable(job, this.item);
+    if (!url) {
+      this.forget(job.id);
+      toast(`What you heard was not finished: ${job.error || job.state}`, "bad");
+    } else if (ended) this.next();
+    else void this.start(url, currentTime, !paused);
   }
 
   /** @param {boolean} [on] */
@@ -140,14 +171,16 @@ class Player {
   }
 
   broken() {
-    if (this.job && this.audio.src) toast("This song cannot be played: its link has expired, or the server is away. Press play to try again.", "bad");
+    if (this.live) toast("The sound broke off; the song is being made all the same. Press play to listen again.", "bad");
+    else if (this.job && this.audio.src) toast("This song cannot be played: its link has expired, or the server is away. Press play to try again.", "bad");
   }
 
   tick() {
     if (this.loop && this.audio.currentTime >= this.loop.end) this.audio.currentTime = this.loop.start;
-    const duration = isFinite(this.audio.duration) ? this.audio.duration : this.wave.duration;
+    const duration = isFinite(this.audio.duration) && !this.live ? this.audio.duration : this.wave.duration;
     this.wave.show(this.audio.currentTime, duration);
-    this.parts.time.textContent = `${clock(this.audio.currentTime)} / ${clock(duration)}`;
+    const waits = this.live && !this.audio.paused && this.audio.readyState < HTMLMediaElement.HAVE_FUTURE_DATA && !this.audio.ended;
+    this.parts.time.textContent = waits ? "waits for its sound" : `${clock(this.audio.currentTime)} / ${duration ? clock(duration) : "…"}`;
     document.dispatchEvent(new CustomEvent("playing-at", { detail: { id: this.job?.id, item: this.item, time: this.audio.currentTime } }));
   }
 

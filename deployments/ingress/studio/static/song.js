@@ -4,7 +4,7 @@ import { ACTIVE, Refused, at, call, getJob, purgeJob, short } from "./api.js";
 import { bytes, clock, fill, h, moment, toast } from "./dom.js";
 import { Edits } from "./edits.js";
 import { player, titleOf, versionsOf } from "./player.js";
-import { describe } from "./songs.js";
+import { canBeHeard, describe } from "./songs.js";
 import { Wave, peaksOf } from "./wave.js";
 
 /** @typedef {import("./api.js").Job} Job */
@@ -88,7 +88,7 @@ class SongView {
       job.notice && h("p.notice", {}, job.notice),
       job.error && h("p.error", { role: "alert" }, job.error.message),
       job.warnings.length > 0 && h("ul.warnings", { "aria-label": "What was changed" }, job.warnings.map((w) => h("li", {}, said(w)))),
-      made && h("section.hear", { "aria-label": "Listen" }, h("div.row", {}, this.play, this.versions), this.wave),
+      (made || canBeHeard(job)) && h("section.hear", { "aria-label": "Listen" }, h("div.row", {}, this.play, this.versions), this.wave),
       h("section.doing", { "aria-label": "Make something of it" },
         this.edits && [h("div.group", { role: "group", "aria-label": "Work on it" }, h("span.muted", {}, "Work on it"), this.edits.row), this.edits.form],
         named("Once more", act("Again, another seed", () => this.remake("again")), !active && act(made ? "Exact replay" : "Try again", () => this.remake("same")), act("Change and make", () => this.remake("edit")), job.plan && act("Edit its plan", () => this.remake("plan"))),
@@ -108,6 +108,7 @@ class SongView {
       h("p", {}, !active && h("button.danger", { type: "button", onclick: () => void this.remove() }, "Delete song and audio")),
     );
     if (made) this.load();
+    else this.wave.show(0, few.duration);
     this.buttons();
   }
 
@@ -158,7 +159,7 @@ class SongView {
     if (!this.play) return;
     const on = player.plays(this.job.id);
     this.play.classList.toggle("on", on);
-    this.play.setAttribute("aria-label", on ? "Pause" : "Play");
+    this.play.setAttribute("aria-label", on ? "Pause" : this.job.result ? "Play" : "Listen while it is made");
     const items = this.job.result?.items || [];
     if (player.job?.id === this.job.id && player.item !== this.item) { this.item = player.item; if (items.length) this.load(); }
     fill(this.versions, items.length > 1 && items.map((/** @type {any} */ item, /** @type {number} */ i) => h("button.version", { type: "button", "aria-pressed": String(i === this.item), onclick: () => { this.item = i; this.load(); void player.play(short(this.job), i); } }, `${i + 1} · ${item.seed}`)));

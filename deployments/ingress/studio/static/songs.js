@@ -202,6 +202,7 @@ export class Library {
     if (!card) return;
     const versions = versionsOf(job);
     const made = versions.length > 0;
+    const heard = made || canBeHeard(job);
     card.dataset.state = job.state;
     const key = JSON.stringify([job.state, job.stage, job.progress, job.position, job.eta_s && Math.round(job.eta_s), job.error, job.cancel_requested, job.title, job.favourite, player.plays(job.id), player.item]);
     if (card.dataset.drawn === key) return;
@@ -209,8 +210,8 @@ export class Library {
     const focus = card.contains(document.activeElement) ? /** @type {HTMLElement} */ (document.activeElement).dataset.act : null;
     fill(
       card,
-      made
-        ? h(`button.play${player.plays(job.id) ? ".on" : ""}`, { type: "button", data: { act: "play" }, "aria-label": `${player.plays(job.id) ? "Pause" : "Play"} ${titleOf(job)}`, onclick: () => void player.play(job, player.job?.id === job.id ? player.item : versions[0]) })
+      heard
+        ? h(`button.play${player.plays(job.id) ? ".on" : ""}${made ? "" : ".live"}`, { type: "button", data: { act: "play" }, title: made ? null : "Listen while it is made", "aria-label": `${player.plays(job.id) ? "Pause" : made ? "Play" : "Listen to"} ${titleOf(job)}`, onclick: () => void player.play(job, player.job?.id === job.id ? player.item : versions[0] || 0) })
         : h("span.state", { "aria-hidden": "true" }, job.state === "failed" ? "!" : job.state === "cancelled" ? "×" : job.kind === "plan" ? "≡" : "…"),
       h("div.about", {},
         h("a.title", { href: `#/song/${job.id}`, dir: "auto", data: { act: "title" } }, titleOf(job)),
@@ -273,6 +274,9 @@ export class Library {
     next.scrollIntoView({ block: "nearest", behavior: "instant" });
   }
 }
+
+/** Whether a song that is not made yet may have sound by now. @param {{kind: string, state: string}} job */
+export const canBeHeard = (job) => job.kind === "song" && job.state === "running";
 
 /** One line on a job. @param {Short} job */
 export function describe(job) {
