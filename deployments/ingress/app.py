@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from functools import cache
 
-from fastapi import APIRouter, FastAPI
+from fastapi import APIRouter, FastAPI, Request, Response
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.gzip import DEFAULT_EXCLUDED_CONTENT_TYPES, GZipMiddleware
-from starlette.routing import BaseRoute
+from starlette.routing import BaseRoute, Route
 
 from acestep import __version__
 from deployments.ingress import errors as problems
@@ -90,7 +91,19 @@ def build_app(service: Service) -> FastAPI:
     app.add_middleware(LostProxy)
     app.router.routes.extend(_routes())
     app.openapi = lambda: describe(app)  # type: ignore[method-assign]
+    _describe_beside(app)
     return app
+
+
+def _describe_beside(app: FastAPI) -> None:
+    """The document of all routes takes seconds to make, once: beside the loop, so that others are answered meanwhile."""
+    (route,) = (route for route in app.routes if isinstance(route, Route) and route.path == app.openapi_url)
+
+    async def document(request: Request) -> Response:
+        await asyncio.to_thread(app.openapi)
+        return await route.endpoint(request)  # type: ignore[no-any-return]
+
+    app.router.routes.insert(0, Route(route.path, document, include_in_schema=False))
 
 
 @cache

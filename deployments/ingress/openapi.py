@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import threading
 from collections.abc import Iterator
 from importlib import resources
 from typing import Any
@@ -26,6 +27,7 @@ OPENAI: dict[str, Any] = {**chat.SCHEMAS, **audio.SCHEMAS}
 TYPES = {
     bool: {"boolean"}, int: {"integer", "number"}, float: {"number"}, str: {"string"}, list: {"array"}, dict: {"object"}, type(None): {"null"},
 }  # fmt: skip
+_MAKING = threading.Lock()
 _HEADERS = {
     "webhook-id": "Names the message; the same in every attempt.",
     "webhook-timestamp": "Unix seconds of the attempt.",
@@ -34,7 +36,12 @@ _HEADERS = {
 
 
 def describe(app: FastAPI) -> dict[str, Any]:
-    """The document of an application, made once."""
+    """The document of an application, made once, on any thread."""
+    with _MAKING:
+        return _described(app)
+
+
+def _described(app: FastAPI) -> dict[str, Any]:
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
         schemas = document["components"]["schemas"]

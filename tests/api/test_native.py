@@ -42,6 +42,17 @@ async def test_the_documented_examples_are_accepted(site: Site, name: str) -> No
     await submit(site, examples.SONGS[name]["value"])
 
 
+async def test_the_fields_of_a_song_are_told_without_the_whole_document(site: Site) -> None:
+    making = asyncio.create_task(site.client.get("/openapi.json"))
+    schema = (await site.client.get("/v1/music/schema")).json()
+    assert not making.done()  # it takes seconds; others are answered meanwhile
+    document = (await making).json()["components"]["schemas"]
+    whole = document["SongSubmission"]["properties"]
+    assert schema["properties"].keys() == whole.keys()
+    assert {name: field.get("description") for name, field in schema["properties"].items()} == {name: field.get("description") for name, field in whole.items()}  # fmt: skip
+    assert schema["$defs"].keys() <= document.keys()
+
+
 async def test_the_document_shows_answers_as_they_are(site: Site, wav: bytes) -> None:
     document = (await site.client.get("/openapi.json")).json()
 

@@ -6,10 +6,11 @@ import asyncio
 import contextlib
 import re
 import time
-from typing import Annotated
+from functools import cache
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Header, Query, Request, Response
-from fastapi.responses import StreamingResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import Field
 
 from acestep.errors import InvalidRequest
@@ -134,6 +135,20 @@ async def create_song(
     return await accept(
         service, caller, submission, response, kind="song", idempotency_key=idempotency_key, prefer=prefer
     )
+
+
+@cache
+def _schema() -> dict[str, Any]:
+    return SongSubmission.model_json_schema()
+
+
+@router.get(
+    "/music/schema", summary="What a request for a song may say, as JSON Schema",
+    responses={200: {"content": {"application/json": {"schema": {"type": "object", "description": "A JSON Schema"}}}}},
+)  # fmt: skip
+async def get_song_schema(caller: Auth) -> JSONResponse:
+    """The body of `POST /v1/music`: fields with their descriptions, defaults and limits. A small part of `/openapi.json`, quick to get."""
+    return JSONResponse(_schema())
 
 
 @router.post("/quote", summary="What a song would take and when it would be there, without a job")

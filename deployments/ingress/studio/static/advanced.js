@@ -18,6 +18,8 @@ const GROUPS = [
   ["Other", () => true],
 ];
 
+const WRITTEN = /** @type {Record<string, string>} */ ({ Lora: "LoRA", Loras: "LoRAs", Cot: "CoT" });
+
 export class Advanced {
   /** @param {() => void} changed */
   constructor(changed) {
@@ -40,7 +42,7 @@ export class Advanced {
     if (this.schema || this.asking) return;
     this.asking = true;
     try {
-      this.schema = (await call("openapi.json")).components.schemas;
+      this.schema = await call("v1/music/schema");
       this.draw();
     } catch (error) {
       this.groups.textContent = error instanceof Error ? error.message : String(error);
@@ -50,7 +52,7 @@ export class Advanced {
 
   draw() {
     if (!this.schema) return;
-    const properties = Object.entries(this.schema.SongSubmission.properties).filter(([name]) => !OWN.includes(name));
+    const properties = Object.entries(this.schema.properties).filter(([name]) => !OWN.includes(name));
     const left = new Set(properties.map(([name]) => name));
     fill(this.groups, GROUPS.map(([title, belongs]) => {
       const mine = properties.filter(([name]) => left.has(name) && belongs(name));
@@ -61,10 +63,11 @@ export class Advanced {
 
   /** One field of the schema. @param {string} name @param {any} facts */
   control(name, facts) {
-    const kinds = [facts, ...(facts.anyOf || []), ...(facts.anyOf || []).flatMap((/** @type {any} */ k) => k.anyOf || [])].map((k) => (k.$ref ? this.schema[k.$ref.split("/").pop()] : k));
+    const kinds = [facts, ...(facts.anyOf || []), ...(facts.anyOf || []).flatMap((/** @type {any} */ k) => k.anyOf || [])].map((k) => (k.$ref ? this.schema.$defs[k.$ref.split("/").pop()] : k));
     const of = (/** @type {string} */ type) => kinds.find((k) => k.type === type);
     const choices = kinds.find((k) => k.enum)?.enum;
-    const label = facts.title || name;
+    const label = (facts.title || name).replace(/\b(Lm|Cfg|Adg|Dcw|Loras?|Cot)\b/g, (/** @type {string} */ word) => WRITTEN[word] || word.toUpperCase());
+    const numbers = of("integer") && of("array"); // one, or one for each version
     const set = (/** @type {any} */ value) => { if (value === undefined) delete this.values[name]; else this.values[name] = value; this.changed(); };
     const now = this.values[name];
     const preset = facts.default === null || facts.default === undefined ? "checkpoint's own" : String(facts.default);
@@ -77,8 +80,9 @@ export class Advanced {
       const least = n.minimum ?? n.exclusiveMinimum;
       control = h("input", { type: "number", min: least, max: n.maximum, step: n.type === "integer" ? 1 : "any", placeholder: preset, value: now ?? "", onchange: (/** @type {any} */ e) => set(e.target.value === "" ? undefined : Number(e.target.value)) });
     } else {
-      const structured = of("array") || of("object");
-      control = h("input", { type: "text", placeholder: structured ? "JSON" : preset, value: now === undefined ? "" : structured ? JSON.stringify(now) : now, onchange: (/** @type {any} */ e) => { const text = e.target.value; if (!text) { set(undefined); return; } try { set(structured ? JSON.parse(text) : text); } catch { set(text); } } });
+      const structured = !numbers && (of("array") || of("object"));
+      const read = (/** @type {string} */ text) => { if (numbers) { const all = text.split(/[\s,[\]]+/).filter(Boolean).map(Number); return all.length === 1 ? all[0] : all; } return structured ? JSON.parse(text) : text; };
+      control = h("input", { type: "text", placeholder: numbers ? "a number, or 1, 2, 3" : structured ? "JSON" : preset, value: now === undefined ? "" : structured ? JSON.stringify(now) : numbers ? [now].flat().join(", ") : now, onchange: (/** @type {any} */ e) => { const text = e.target.value; if (!text) { set(undefined); return; } try { set(read(text)); } catch { set(text); } } });
     }
     return field(label, control, facts.description, name);
   }
