@@ -200,13 +200,13 @@ def _item(index: int, seed: int, file: AudioFile, beside: Sidecar) -> SongItem:
 
 
 @contextlib.contextmanager
-def gallery(home: Path, view: FleetView | None = None, **args: Any) -> Iterator[str]:
+def gallery(home: Path, view: FleetView | None = None, songs: int = SONGS, **args: Any) -> Iterator[str]:
     """URL of the application over a store below `home`, in a thread of its own."""
     ready, done = threading.Event(), threading.Event()
     urls: list[str] = []
     parsed = RouterArgs(database_url=f"sqlite:///{home}/jobs.sqlite", files_url=str(home / "files"), **args)
     store = JobStore(parsed.database_url)
-    fill(store, Storage(parsed.files_url))
+    fill(store, Storage(parsed.files_url), songs)
     in_work(store)
     store.close()
 
