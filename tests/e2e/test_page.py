@@ -5,11 +5,8 @@ Skipped without Debian's `chromium` (`CHROMIUM` names another) and playwright.
 
 from __future__ import annotations
 
-import hashlib
-import os
 import re
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -22,7 +19,6 @@ from tests.server import ROOT, Server
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 expect = playwright.expect
 pytestmark = [pytest.mark.e2e, pytest.mark.browser]
-KEY = "the page's own key"
 EVIL = '"><img src=x onerror="window.broken=1"><script>window.broken=1</script>\u202etxt.exe javascript:window.broken=1'
 
 
@@ -204,32 +200,6 @@ def test_trouble_of_every_kind_is_told_and_passes(server: Server, visit: Any) ->
     expect(page.locator("article.song", has_text="said into the void")).to_have_count(1)
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [360, 390, 1280])
-def test_every_view_fits_and_is_accessible(server: Server, visit: Any, tmp_path: Path, width: int, scheme: str) -> None:
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe is not installed")
-    page = visit(server.url, viewport={"width": width, "height": 900}, color_scheme=scheme)
-    length(page, "10")
-    wish(page, f"looked at {width} wide, {scheme}")  # the server has those of the other sizes, too
-    song = made(page, f"looked at {width} wide, {scheme}")
-    link = song.locator("a.title").get_attribute("href")
-    page.get_by_text(
-        "Advanced", exact=True
-    ).click()  # pushes the songs away; only what is near the screen stands in the page
-    page.get_by_label("Guidance Scale").wait_for()
-    views = {"songs": page.url, "song": f"{server.url}/{link}", "fleet": f"{server.url}/#/fleet"}
-    for name, url in views.items():
-        page.goto(url)
-        page.locator({"songs": "form.make", "song": "dl.facts", "fleet": "article.pool"}[name]).first.wait_for()
-        page.screenshot(path=str(Path(os.environ.get("SCREENSHOTS", tmp_path)) / f"{name}-{width}-{scheme}.png"))
-        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), f"{name} is too wide"
-        found = axe.Axe().run(page).response["violations"]
-        serious = [
-            (v["id"], [n["html"][:120] for n in v["nodes"]]) for v in found if v["impact"] in ("serious", "critical")
-        ]
-        assert serious == [], name
-
-
 def test_the_page_is_small_and_sent_once(server: Server) -> None:
     page = httpx.get(server.url, headers={"Accept": "text/html"})
     assert page.headers["content-type"].startswith("text/html")
@@ -246,98 +216,3 @@ def test_the_page_is_small_and_sent_once(server: Server) -> None:
     assert httpx.get(f"{server.url}/studio/..%2Froutes.py").status_code == 404
     plain = httpx.get(server.url).json()
     assert plain["links"]["documentation"] == "/docs"
-
-
-@pytest.fixture(scope="module")
-def guarded() -> Iterator[Server]:
-    """A server with keys, on a card that renders several songs of a job."""
-
-    def keys(config: dict[str, Any]) -> None:
-        digest = hashlib.sha256(KEY.encode()).hexdigest()
-        config["applications"][0]["args"] = {"api_keys": [{"name": "page", "sha256": digest}]}
-
-    with Server(keys, env={"MAX_CUDA_VRAM": "24"}) as running:
-        yield running
-
-
-def enter_key(page: Any, key: str = KEY) -> None:
-    dialog = page.get_by_role("dialog")
-    dialog.get_by_label("Key", exact=True).fill(key)
-    dialog.get_by_role("button", name="Go on").click()
-
-
-def test_a_key_is_asked_for_once_and_never_in_an_address(guarded: Server, visit: Any) -> None:
-    page = visit(guarded.url)
-    asked = []
-    page.on("request", lambda request: asked.append(request.url))
-    enter_key(page, "a wrong one")
-    expect(page.get_by_role("dialog")).to_contain_text("does not know this key")
-    enter_key(page)
-    expect(page.get_by_role("dialog")).to_have_count(0)
-    length(page, "10")
-    wish(page, "behind a key")
-    made(page, "behind a key").get_by_role("button", name="Play").click()
-    expect(page.locator("#player .time")).to_have_text(re.compile(r"0:0[1-9] /"))
-    page.reload()
-    made(page, "behind a key")
-    assert not any("own key" in url or "own%20key" in url for url in asked)
-    stranger = visit(guarded.url)
-    expect(stranger.get_by_role("dialog")).to_be_visible()
-
-
-def test_versions_are_switched_in_place(guarded: Server, visit: Any) -> None:
-    page = visit(guarded.url)
-    enter_key(page)
-    length(page, "20", versions=2)
-    wish(page, "two versions")
-    made(page, "two versions").get_by_role("button", name="Play two versions").click()
-    expect(page.locator("#player .time")).to_have_text(re.compile(r"0:0[2-9] /"))
-    page.locator("#player .version").nth(1).click()
-    expect(page.locator("#player .version").nth(1)).to_have_attribute("aria-pressed", "true")
-    expect(page.locator("#player .time")).to_have_text(re.compile(r"0:(0[2-9]|1\d) /"))
-
-
-def test_a_server_that_stops_and_starts_again_loses_nothing(guarded: Server, visit: Any) -> None:
-    page = visit(guarded.url)
-    enter_key(page)
-    length(page, "600", versions=4)
-    wish(page, "outlives a restart")
-    expect(card(page, "outlives a restart")).to_have_attribute("data-state", "running", timeout=WAIT_MS)
-    guarded.interrupt()
-    expect(page.locator("#banner")).to_be_visible(timeout=WAIT_MS)
-    guarded.start()
-    expect(page.locator("#banner")).to_be_hidden(timeout=WAIT_MS)
-    expect(card(page, "outlives a restart")).to_have_attribute("data-state", "running", timeout=WAIT_MS)
-    card(page, "outlives a restart").get_by_role("button", name="Cancel", exact=True).click()
-    expect(card(page, "outlives a restart")).to_have_attribute("data-state", "cancelled", timeout=WAIT_MS)
-
-
-def test_a_song_is_heard_before_it_has_ended(guarded: Server, visit: Any) -> None:
-    page = visit(guarded.url)
-    enter_key(page)
-    length(page, "600", versions=4)
-    wish(page, "heard while it is made")
-    song = card(page, "heard while it is made")
-    song.get_by_role("button", name="Listen to heard while it is made").click()
-    expect(page.locator("#player .time")).to_have_text(re.compile(r"0:\d[1-9] / "), timeout=5 * WAIT_MS)
-    assert song.get_attribute("data-state") == "running"  # after the sound was there
-    made(page, "heard while it is made")
-    expect(page.locator("#player .time")).to_have_text(re.compile(r"[0-9]:\d\d / 10:00"))
-    assert "/live" not in page.evaluate(
-        "performance.getEntriesByType('resource').map(r => r.name).filter(n => n.includes('/audio/')).pop()"
-    )
-    expect(page.locator("#player .play")).to_have_class(re.compile("on"))
-
-
-def test_a_song_that_is_heard_and_cancelled_falls_silent(guarded: Server, visit: Any) -> None:
-    page = visit(guarded.url)
-    enter_key(page)
-    length(page, "600", versions=4)
-    wish(page, "cancelled while it is heard")
-    song = card(page, "cancelled while it is heard")
-    song.get_by_role("button", name="Listen to").click()
-    expect(page.locator("#player")).to_be_visible()
-    song.get_by_role("button", name="Cancel", exact=True).click()
-    expect(song).to_have_attribute("data-state", "cancelled", timeout=WAIT_MS)
-    expect(page.locator("#player")).to_be_hidden()
-    expect(page.locator("#toasts")).to_contain_text("not finished: cancelled")

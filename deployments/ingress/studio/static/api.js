@@ -109,19 +109,19 @@ export async function call(path, options = {}) {
 const once = () => `page-${Array.from(crypto.getRandomValues(new Uint8Array(12)), (b) => b.toString(16).padStart(2, "0")).join("")}`;
 
 /**
- * Submit, and again where no answer came: the same key gives the same job.
+ * Submit, and again until an answer comes: the same key gives the same job.
  * @param {string} path
  * @param {any} body
  * @returns {Promise<Job>}
  */
 export async function submit(path, body) {
   const headers = { "Idempotency-Key": once() };
-  for (let attempt = 0; ; attempt++) {
+  for (let pause = 500; ; pause = Math.min(5000, 2 * pause)) {
     try {
       return await call(path, { method: "POST", body, headers });
     } catch (error) {
-      if (!(error instanceof Refused) || error.status !== 0 || attempt >= 4) throw error;
-      await new Promise((done) => setTimeout(done, 500 * 2 ** attempt));
+      if (!(error instanceof Refused) || error.status !== 0) throw error;
+      await new Promise((done) => setTimeout(done, pause));
     }
   }
 }

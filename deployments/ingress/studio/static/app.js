@@ -116,6 +116,6 @@ document.addEventListener("keydown", (event) => {
 });
 
 window.addEventListener("hashchange", route);
-document.addEventListener("visibilitychange", () => { if (!document.hidden) void library.poll(); });
+document.addEventListener("visibilitychange", () => { if (document.hidden) library.rest(); else void library.poll(); });
 route();
 void look();

@@ -44,6 +44,10 @@ export function fill(parent, ...children) {
   add(parent, children);
 }
 
+const RIGHT_TO_LEFT = /^[^\p{L}]*[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc]/u;
+/** Which way lyrics run; their section tags are English in every language. @param {string} lyrics */
+export const directionOf = (lyrics) => (RIGHT_TO_LEFT.test(lyrics.replace(/\[[^\]]*\]/g, "")) ? "rtl" : "ltr");
+
 /** Seconds as m:ss. @param {number | null | undefined} s */
 export function clock(s) {
   if (s === null || s === undefined || !isFinite(s)) return "–:––";
@@ -124,6 +128,9 @@ export function markWrong(form, errors) {
     for (let up = box.parentElement; up; up = up.parentElement) if (up instanceof HTMLDetailsElement) up.open = true;
     first = first || control;
   }
-  if (first instanceof HTMLElement) first.focus();
+  if (first instanceof HTMLElement) {
+    first.focus({ preventScroll: true });
+    first.closest(".field")?.scrollIntoView({ block: "nearest" }); // with what is said of it
+  }
   return left;
 }

@@ -50,12 +50,12 @@ export class Edits {
       pools = (await call("v1/cluster")).pools.filter((/** @type {any} */ pool) => pool.role === "render" && pool.tasks);
     } catch { return; /* then the server says it when it is asked for */ }
     const models = [...new Set(pools.map((/** @type {any} */ pool) => pool.model))].join(", ");
-    for (const [{ task, name }, button] of this.buttons) {
-      if (!task || !pools.length || pools.some((/** @type {any} */ pool) => pool.tasks.includes(task))) continue;
+    const greyed = [...this.buttons].filter(([{ task }]) => task && pools.length && !pools.some((/** @type {any} */ pool) => pool.tasks.includes(task))).map(([, button]) => button);
+    for (const button of greyed) {
       button.disabled = true;
-      this.row.append(h("small", { id: `why-${name}` }, `${button.textContent}: not with ${models}; it needs a base model.`));
-      button.setAttribute("aria-describedby", `why-${name}`);
+      button.setAttribute("aria-describedby", "why-not");
     }
+    if (greyed.length) this.row.append(h("small", { id: "why-not" }, `Not with ${models}, but with a base model: ${greyed.map((button) => button.textContent.toLowerCase()).join(", ")}.`));
   }
 
   /** @param {Verb | null} verb */

@@ -53,7 +53,7 @@ export class Feed {
   /** @param {Part} part */
   place(part) {
     const { box, ids, from } = part;
-    if (!part.near && !box.contains(document.activeElement)) {
+    if (!part.near && from && !box.contains(document.activeElement)) { // a feed is never empty: the first ones stay
       if (box.firstChild && box.offsetHeight) part.tall = box.offsetHeight;
       box.replaceChildren();
       box.style.height = `${part.tall || ids.length * GUESS_PX}px`;

@@ -107,7 +107,7 @@ class PoolCard {
     this.pool = pool;
     const { running, starting, target } = pool.replicas;
     const load = pool.backlog;
-    renew(this.head, [h("h3", {}, pool.name), h("span.tag", {}, ROLE[pool.role]), h(`span.tag.${running ? "good" : "warn"}`, {}, pool.status.toLowerCase())]);
+    renew(this.head, [h("h3", {}, pool.name), h("span.tag", {}, ROLE[pool.role]), h(`span.tag.${running ? "good" : "warn"}`, {}, running || pool.status !== "RUNNING" ? pool.status.toLowerCase().replaceAll("_", " ") : starting ? "starting" : target ? "waits" : "at rest")]);
     renew(this.facts, [
       row("Model", pool.model || "not loaded yet"),
       row("Card", [pool.device || (pool.tiers.length ? `waits for ${pool.tiers.join(" or ")}` : "–"), pool.tier && ` (${pool.tier}${pool.memory_gib ? `, ${pool.memory_gib.toFixed(1)} GiB` : ""})`]),

@@ -2,7 +2,7 @@
 
 import { Advanced, OWN } from "./advanced.js";
 import { Refused, call, getJob, short, submit } from "./api.js";
-import { about, bytes, clock, field, fill, h, markWrong, toast } from "./dom.js";
+import { about, bytes, clock, directionOf, field, fill, h, markWrong, toast } from "./dom.js";
 import { titleOf } from "./player.js";
 import { said } from "./song.js";
 
@@ -26,19 +26,19 @@ export class Maker {
 
   build() {
     const area = (/** @type {any} */ more) => h("textarea", { ...more });
-    this.wish = area({ rows: 3, maxlength: 2048, placeholder: "A slow waltz about rain, female voice, piano and strings", oninput: () => this.changed() });
+    this.wish = area({ rows: 3, maxlength: 2048, dir: "auto", placeholder: "A slow waltz about rain, female voice, piano and strings", oninput: () => this.changed() });
     this.wish.addEventListener("keydown", (/** @type {KeyboardEvent} */ event) => {
       if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); void this.make(); }
     });
-    this.lyrics = area({ rows: 10, maxlength: 8192, dir: "auto", placeholder: "[Verse]\nWhat is sung. Empty: the song is instrumental.", oninput: () => { this.count(); this.changed(); } });
+    this.lyrics = area({ rows: 10, maxlength: 8192, placeholder: "[Verse]\nWhat is sung. Empty: the song is instrumental.", oninput: () => { this.count(); this.changed(); } });
     this.counter = h("small", {});
     this.instrumental = h("input", { type: "checkbox", onchange: () => { this.lyrics.disabled = this.instrumental.checked; this.changed(); } });
-    this.language = h("input", { type: "text", list: "languages", maxlength: 40, placeholder: "as the planner decides", onchange: () => this.changed() });
-    this.duration = h("input", { type: "text", inputmode: "decimal", placeholder: "as the planner decides", maxlength: 20, onchange: () => this.changed() });
+    this.language = h("input", { type: "text", list: "languages", maxlength: 40, placeholder: "auto", onchange: () => this.changed() });
+    this.duration = h("input", { type: "text", inputmode: "decimal", placeholder: "auto", maxlength: 20, onchange: () => this.changed() });
     this.batch = h("input", { type: "number", min: 1, max: 8, value: "1", onchange: () => this.changed() });
     this.format = h("select", { onchange: () => this.changed() }, FORMATS.map(([value, text]) => h("option", { value }, text)));
     this.bpm = h("input", { type: "text", inputmode: "numeric", maxlength: 20, placeholder: "auto", onchange: () => this.changed() });
-    this.keyScale = h("input", { type: "text", maxlength: 40, placeholder: "auto, or A minor", onchange: () => this.changed() });
+    this.keyScale = h("input", { type: "text", maxlength: 40, placeholder: "auto", onchange: () => this.changed() });
     this.meter = h("select", { onchange: () => this.changed() }, [["", "auto"], ["2", "2/4"], ["3", "3/4"], ["4", "4/4"], ["6", "6/8"]].map(([value, text]) => h("option", { value }, text)));
     this.quote = h("p.muted.quote", { "aria-live": "polite" });
     this.problem = h("p.error", { role: "alert", hidden: true });
@@ -52,8 +52,8 @@ export class Maker {
       h("div.tags", { role: "group", "aria-label": "Section tags" }, TAGS.map((tag) => h("button.quiet.small", { type: "button", onclick: () => this.tag(tag) }, `[${tag}]`))),
       field("Lyrics", this.lyrics, undefined, "lyrics"), this.counter,
       h("label.check", {}, this.instrumental, " Instrumental: nobody sings"),
-      h("div.grid", {}, field("Length", this.duration, "seconds or 3:30", "duration"), field("Versions", this.batch, undefined, "batch_size"), field("Format", this.format, undefined, "formats"), field("Language", this.language, undefined, "vocal_language"),
-        field("Tempo", this.bpm, "bpm", "bpm"), field("Key", this.keyScale, undefined, "key_scale"), field("Meter", this.meter, undefined, "time_signature")),
+      h("div.grid", {}, field("Length", this.duration, "seconds or 3:30", "duration"), field("Versions", this.batch, "to choose from", "batch_size"), field("Format", this.format, undefined, "formats"), field("Language", this.language, undefined, "vocal_language"),
+        field("Tempo", this.bpm, "beats a minute", "bpm"), field("Key", this.keyScale, "such as A minor", "key_scale"), field("Meter", this.meter, undefined, "time_signature")),
       h("div.field", { data: { field: "src_audio" } }, h("label.drop", {}, h("span", {}, "Drop an audio file here, or choose one: as source or as an example of style"), drop), h("em.wrong", { role: "alert", hidden: true })),
       this.advanced.element);
     this.form = h("form.make", { novalidate: true, onsubmit: (/** @type {Event} */ e) => { e.preventDefault(); void this.make(); } },
@@ -101,6 +101,7 @@ export class Maker {
     const body = this.request();
     if (!body.prompt && !body.src_audio && !body.plan) { this.wish.focus(); this.say("Say in a few words what it shall be."); return; }
     this.send.disabled = this.planFirst.disabled = true;
+    this.send.textContent = "Sending …";
     try {
       const job = await submit(kind === "plan" ? "v1/plans" : "v1/music", body);
       this.library.put(job);
@@ -110,6 +111,7 @@ export class Maker {
     } catch (error) {
       this.refused(error);
     } finally {
+      this.send.textContent = "Make a song";
       if (!this.pause) this.send.disabled = this.planFirst.disabled = false;
     }
   }
@@ -198,7 +200,7 @@ export class Maker {
     this.planBox.hidden = false;
     fill(this.planBox, h("h2", {}, "The plan"), field("Description", h("textarea", { rows: 3, value: meta.caption ?? "", data: { plan: "caption" } })),
       h("div.grid", {}, text("bpm", "Tempo"), text("keyscale", "Key"), text("timesignature", "Meter"), text("duration", "Length, seconds"), text("language", "Language")),
-      h("label.check", {}, this.planKeeps, ` Keep its ${job.plan.codes?.[0]?.length || 0} codes, as far as they fit`),
+      this.planKeeps.checked && h("label.check", {}, this.planKeeps, ` Keep its ${job.plan.codes[0]?.length || 0} codes, as far as they fit`),
       h("button.quiet", { type: "button", onclick: () => this.noPlan() }, "Drop the plan"));
     this.changed();
   }
@@ -222,6 +224,7 @@ export class Maker {
   }
 
   count() {
+    this.lyrics.dir = directionOf(this.lyrics.value);
     this.counter.textContent = `${this.lyrics.value.length} of 8192 characters`;
   }
 

@@ -29,6 +29,7 @@ class Player {
     this.item = 0;
     /** It is heard while it is made. */
     this.live = false;
+    this.turn = 0;
     /** @type {{start: number, end: number} | null} */
     this.loop = null;
     /** @type {() => Short[]} */
@@ -37,9 +38,9 @@ class Player {
     this.parts = /** @type {any} */ ({});
     for (const name of ["play", "pause", "ended", "loadedmetadata", "waiting", "playing"]) this.audio.addEventListener(name, () => this.show());
     this.audio.addEventListener("timeupdate", () => this.tick());
-    this.audio.addEventListener("ended", () => { if (!this.live) this.next(); });
-    document.addEventListener("job", (event) => this.heard(/** @type {CustomEvent} */ (event).detail));
+    this.audio.addEventListener("ended", () => { if (this.live) void this.look(); else this.next(); });
     this.audio.addEventListener("error", () => this.broken());
+    document.addEventListener("job", (event) => this.heard(/** @type {CustomEvent} */ (event).detail));
   }
 
   /** @param {HTMLElement} bar */
@@ -53,7 +54,7 @@ class Player {
     p.loop = h("button.quiet", { type: "button", "aria-pressed": "false", title: "Play a region again and again: drag on the waveform", onclick: () => this.setLooping(!this.wave.choosing) }, "Loop");
     p.volume = h("input.volume", { type: "range", min: 0, max: 1, step: 0.02, value: String(volume()), "aria-label": "Volume", oninput: () => this.setVolume() });
     p.next = h("button.quiet", { type: "button", title: "Next song", onclick: () => this.next() }, "Next");
-    this.wave.addEventListener("seek", (e) => { this.audio.currentTime = /** @type {CustomEvent} */ (e).detail.time; this.tick(); });
+    this.wave.addEventListener("seek", (e) => this.seek(/** @type {CustomEvent} */ (e).detail.time));
     this.wave.addEventListener("region", () => {
       this.loop = this.wave.regions[0] || null;
       if (this.loop) this.audio.currentTime = this.loop.start;
@@ -65,13 +66,16 @@ class Player {
       session.setActionHandler("play", () => this.toggle(true));
       session.setActionHandler("pause", () => this.toggle(false));
       session.setActionHandler("nexttrack", () => this.next());
-      session.setActionHandler("seekto", (d) => { if (d.seekTime !== undefined) this.audio.currentTime = d.seekTime; });
+      session.setActionHandler("seekto", (d) => { if (d.seekTime !== undefined) this.seek(d.seekTime); });
     }
     // Playing draws at the pace of the screen only where motion is welcome.
     const calm = matchMedia("(prefers-reduced-motion: reduce)");
     const frame = () => { if (!this.audio.paused && !calm.matches && !document.hidden) this.tick(); requestAnimationFrame(frame); };
     requestAnimationFrame(frame);
   }
+
+  /** Whether there is sound, or will be. */
+  get on() { return !this.audio.paused && !this.audio.error; }
 
   /**
    * Play a song from its file, or while it is made.
@@ -81,63 +85,101 @@ class Player {
   async play(job, index = 0) {
     const same = this.job?.id === job.id;
     if (same && index === this.item && this.audio.src) { this.toggle(); return; }
-    let url = playable(job, index);
-    let live = false;
-    if (ACTIVE.includes(job.state)) {
+    if (!same) this.setLooping(false);
+    await this.load(job, index, same && !this.live ? this.audio.currentTime : 0, ACTIVE.includes(job.state));
+  }
+
+  /**
+   * @param {Short} job
+   * @param {number} item
+   * @param {number} time where to begin
+   * @param {boolean} ask the server where its sound is by now
+   */
+  async load(job, item, time, ask) {
+    const mine = ++this.turn;
+    let live = null;
+    if (ask) {
       try {
         const whole = await getJob(job.id);
         job = short(whole);
-        live = ACTIVE.includes(job.state);
-        url = live ? whole.links.live[index] : playable(job, index);
+        live = ACTIVE.includes(job.state) ? whole.links.live[item] : null;
       } catch (error) {
         toast(error instanceof Error ? error.message : String(error), "bad");
+        return;
       }
+      if (mine !== this.turn) return; // something else was chosen meanwhile
     }
+    const url = live || playable(job, item);
     if (!url) return;
-    if (!same) { this.loop = null; this.wave.regions = []; }
     this.job = job;
-    this.item = index;
-    this.live = live;
-    await this.start(url, same ? this.audio.currentTime : 0, true);
+    this.item = item;
+    this.live = live !== null;
+    this.start(url, this.live ? 0 : time, true);
   }
 
   /** @param {string} url @param {number} time @param {boolean} on */
-  async start(url, time, on) {
+  start(url, time, on) {
     const job = /** @type {Short} */ (this.job);
     const item = this.item;
     this.audio.src = at(url);
     if (time) this.audio.currentTime = time;
     /** @type {HTMLElement} */ (this.bar).hidden = false;
     document.body.classList.add("playing");
+    this.parts.loop.disabled = this.live;
     this.wave.peaks = null;
     this.wave.show(time, job.duration);
+    this.wave.draw();
+    if (on) this.begin();
     this.show();
     if (!this.live) void peaksOf(job.id, item).then((found) => {
       if (this.job?.id === job.id && this.item === item) { this.wave.peaks = found; this.wave.draw(); }
     });
-    if (on) await this.audio.play().catch((error) => { if (error.name === "NotAllowedError") toast("Press play: the browser wants to be asked first."); });
   }
 
-  /** News of a song that is heard while it is made: its file takes over once there is one. @param {Short} job */
+  /** What cannot be played says so by an event of its own. */
+  begin() {
+    this.audio.play().catch((error) => { if (error.name === "NotAllowedError") toast("Press play: the browser wants to be asked first."); });
+  }
+
+  /** News of the song that plays. Of one that was heard while it was made, its file takes over. @param {Short} job */
   heard(job) {
-    if (!this.live || this.job?.id !== job.id) return;
+    if (this.job?.id !== job.id) return;
     this.job = job;
-    if (ACTIVE.includes(job.state)) return;
+    this.parts.title.textContent = titleOf(job);
+    if (!this.live || ACTIVE.includes(job.state)) return;
     this.live = false;
-    const { currentTime, paused, ended } = this.audio;
+    const { currentTime, ended } = this.audio;
     const url = playable(job, this.item);
     if (!url) {
       this.forget(job.id);
       toast(`What you heard was not finished: ${job.error || job.state}`, "bad");
     } else if (ended) this.next();
-    else void this.start(url, currentTime, !paused);
+    else this.start(url, currentTime, this.on);
+  }
+
+  /** The live sound has ended, well or not: what became of the song? */
+  async look() {
+    const { job } = this;
+    if (!job) return;
+    try {
+      this.heard(short(await getJob(job.id)));
+    } catch { /* told below */ }
+    if (this.live && this.audio.error) toast("The sound broke off; the song is made all the same. Press play to listen again.", "bad");
+  }
+
+  /** @param {number} time seconds */
+  seek(time) {
+    if (this.live) { toast("While it is made it plays from its start on; once it is done you can jump about in it."); return; }
+    this.audio.currentTime = time;
+    this.tick();
   }
 
   /** @param {boolean} [on] */
-  toggle(on = this.audio.paused) {
+  toggle(on = !this.on) {
     if (!this.job) return;
-    if (on) void this.audio.play().catch(() => this.broken());
-    else this.audio.pause();
+    if (!on) this.audio.pause();
+    else if (this.audio.error) void this.load(this.job, this.item, this.audio.currentTime, true); // its link may have expired
+    else this.begin();
   }
 
   next() {
@@ -171,16 +213,20 @@ class Player {
   }
 
   broken() {
-    if (this.live) toast("The sound broke off; the song is being made all the same. Press play to listen again.", "bad");
-    else if (this.job && this.audio.src) toast("This song cannot be played: its link has expired, or the server is away. Press play to try again.", "bad");
+    if (!this.job || !this.audio.src) return;
+    this.show();
+    if (this.live) void this.look();
+    else toast("This song cannot be played: its link has expired, or the server is away. Press play to try again.", "bad");
   }
 
   tick() {
-    if (this.loop && this.audio.currentTime >= this.loop.end) this.audio.currentTime = this.loop.start;
-    const duration = isFinite(this.audio.duration) && !this.live ? this.audio.duration : this.wave.duration;
-    this.wave.show(this.audio.currentTime, duration);
-    const waits = this.live && !this.audio.paused && this.audio.readyState < HTMLMediaElement.HAVE_FUTURE_DATA && !this.audio.ended;
-    this.parts.time.textContent = waits ? "waits for its sound" : `${clock(this.audio.currentTime)} / ${duration ? clock(duration) : "…"}`;
+    const { audio } = this;
+    if (this.loop && audio.currentTime >= this.loop.end) audio.currentTime = this.loop.start;
+    const duration = isFinite(audio.duration) && !this.live ? audio.duration : this.job?.duration || 0;
+    this.wave.show(audio.currentTime, duration);
+    const waits = this.live && this.on && !audio.ended && audio.readyState < HTMLMediaElement.HAVE_FUTURE_DATA;
+    const said = waits ? "waits for its sound" : `${clock(audio.currentTime)} / ${duration ? clock(duration) : "…"}`;
+    if (this.parts.time.textContent !== said) this.parts.time.textContent = said;
     document.dispatchEvent(new CustomEvent("playing-at", { detail: { id: this.job?.id, item: this.item, time: this.audio.currentTime } }));
   }
 
@@ -188,7 +234,7 @@ class Player {
     const job = this.job;
     if (!job) return;
     const p = this.parts;
-    const on = !this.audio.paused;
+    const { on } = this;
     p.play.classList.toggle("on", on);
     p.play.setAttribute("aria-label", on ? "Pause" : "Play");
     p.title.textContent = titleOf(job);
@@ -206,7 +252,7 @@ class Player {
 
   /** @param {string} id @param {number} [index] */
   plays(id, index) {
-    return this.job?.id === id && !this.audio.paused && (index === undefined || index === this.item);
+    return this.job?.id === id && this.on && (index === undefined || index === this.item);
   }
 }
 

@@ -1,7 +1,7 @@
 // One song: hear it, see what was made and why, and make something of it.
 
 import { ACTIVE, Refused, at, call, getJob, purgeJob, short } from "./api.js";
-import { bytes, clock, fill, h, moment, toast } from "./dom.js";
+import { bytes, clock, directionOf, fill, h, moment, toast } from "./dom.js";
 import { Edits } from "./edits.js";
 import { player, titleOf, versionsOf } from "./player.js";
 import { canBeHeard, describe } from "./songs.js";
@@ -9,6 +9,8 @@ import { Wave, peaksOf } from "./wave.js";
 
 /** @typedef {import("./api.js").Job} Job */
 
+/** @type {Record<string, [string, string]>} */
+const BESIDE = { lrc: ["Timed lyrics", "lrc"], latent: ["Latents", "safetensors"] };
 const DONE = { extend: "An extension", replace: "Parts replaced", cover: "A cover", vary: "A variation", layer: "A layer added", stem: "A stem" };
 
 /**
@@ -23,7 +25,7 @@ export async function showSong(main, id, library, gone) {
   try {
     job = await getJob(id);
   } catch (error) {
-    if (!gone.aborted) fill(main, h("h1", {}, "Song"), h("p.error", { role: "alert" }, error instanceof Refused ? error.message : String(error)), h("p", {}, h("button", { type: "button", onclick: () => void showSong(main, id, library, gone) }, "Try again"), " ", h("a", { href: "#/" }, "Back to the songs")));
+    if (!gone.aborted) fill(main, h("h1", {}, "Song"), h("p.error", { role: "alert" }, error instanceof Refused ? error.message : String(error)), h("p", {}, !(error instanceof Refused && error.status === 404) && [h("button", { type: "button", onclick: () => void showSong(main, id, library, gone) }, "Try again"), " "], h("a", { href: "#/" }, "Back to the songs")));
     return;
   }
   if (gone.aborted) return;
@@ -68,10 +70,10 @@ class SongView {
     const made = job.state === "succeeded" && items.length > 0;
     const few = short(job);
     if (made && !this.edits) this.edits = new Edits(job, this.wave, () => this.item, this.library);
-    this.play = h("button.play", { type: "button", onclick: () => void player.play(few, this.item) });
+    this.play = h(`button.play${made ? "" : ".live"}`, { type: "button", onclick: () => void player.play(few, this.item) });
     this.versions = h("span.versions", {});
     const lyrics = request.lyrics || "";
-    this.lyrics = h("pre.lyrics", { dir: "auto" }, lyrics);
+    this.lyrics = h("pre.lyrics", { dir: directionOf(lyrics) }, lyrics);
     this.line.textContent = describe(few);
     const act = (/** @type {string} */ text, /** @type {() => any} */ onclick) => h("button.quiet", { type: "button", onclick }, text);
     const named = (/** @type {string} */ name, /** @type {any[]} */ ...acts) => h("div.group", { role: "group", "aria-label": name }, h("span.muted", {}, name), h("div.row", {}, acts));
@@ -88,14 +90,12 @@ class SongView {
       job.notice && h("p.notice", {}, job.notice),
       job.error && h("p.error", { role: "alert" }, job.error.message),
       job.warnings.length > 0 && h("ul.warnings", { "aria-label": "What was changed" }, job.warnings.map((w) => h("li", {}, said(w)))),
-      (made || canBeHeard(job)) && h("section.hear", { "aria-label": "Listen" }, h("div.row", {}, this.play, this.versions), this.wave),
+      (made || canBeHeard(job)) && h("section.hear", { "aria-label": "Listen" }, this.play, made ? [this.wave, this.versions] : h("p.muted", {}, "Listen while it is made: it plays as soon as there is sound.")),
       h("section.doing", { "aria-label": "Make something of it" },
         this.edits && [h("div.group", { role: "group", "aria-label": "Work on it" }, h("span.muted", {}, "Work on it"), this.edits.row), this.edits.form],
         named("Once more", act("Again, another seed", () => this.remake("again")), !active && act(made ? "Exact replay" : "Try again", () => this.remake("same")), act("Change and make", () => this.remake("edit")), job.plan && act("Edit its plan", () => this.remake("plan"))),
         made && named("For another", act("Use as source", () => this.remake("source")), act("Use as reference", () => this.remake("reference"))),
-        made && named("Files", items.map((/** @type {any} */ item, /** @type {number} */ i) => item.audio.map((/** @type {any} */ file) => h("span.file", {},
-          items.length > 1 && `${i + 1}: `, h("a", { href: at(file.url), download: `${fileName(job)}-${i + 1}.${file.format.replace(/\d+$/, "")}` }, file.format.toUpperCase()), h("small", {}, bytes(file.bytes)),
-          h("button.quiet.small", { type: "button", onclick: () => void copy(at(file.url)) }, "Copy link")))))),
+        made && named("Files", items.map((/** @type {any} */ item, /** @type {number} */ i) => this.files(item, `${i + 1}`, items.length > 1)))),
       h("div.columns", {},
         lyrics && h("section", {}, h("h2", {}, "Lyrics"), this.lyrics),
         h("section", {}, h("h2", {}, "What was made"), h("dl.facts", {},
@@ -108,8 +108,16 @@ class SongView {
       h("p", {}, !active && h("button.danger", { type: "button", onclick: () => void this.remove() }, "Delete song and audio")),
     );
     if (made) this.load();
-    else this.wave.show(0, few.duration);
     this.buttons();
+  }
+
+  /** Of one version: sound, and what lies beside it. @param {any} item @param {string} number @param {boolean} several */
+  files(item, number, several) {
+    const link = (/** @type {any} */ file, /** @type {string} */ name, /** @type {string} */ ending) => [h("a", { href: at(file.url), download: `${fileName(this.job)}-${number}.${ending}` }, name), h("small", {}, bytes(file.bytes))];
+    return [
+      item.audio.map((/** @type {any} */ file) => h("span.file", {}, several && `${number}: `, link(file, file.format.toUpperCase(), file.format.replace(/\d+$/, "")),
+        h("button.quiet.small", { type: "button", onclick: () => void copy(at(file.url)) }, "Copy link"))),
+      (item.files || []).filter((/** @type {any} */ file) => BESIDE[file.kind]).map((/** @type {any} */ file) => h("span.file", {}, link(file, ...BESIDE[file.kind])))];
   }
 
   /** Where the song comes from. @param {NonNullable<Job["lineage"]>} lineage */
@@ -168,7 +176,7 @@ class SongView {
   /** @param {number} time */
   async seek(time) {
     if (player.job?.id !== this.job.id || player.item !== this.item) await player.play(short(this.job), this.item);
-    player.audio.currentTime = time;
+    player.seek(time);
     player.toggle(true);
   }
 

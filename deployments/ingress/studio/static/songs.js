@@ -9,7 +9,7 @@ import { Sketch } from "./wave.js";
 /** @typedef {import("./api.js").Job} Job */
 /** @typedef {import("./api.js").Short} Short */
 
-const STREAMS = 3; // a browser holds six connections to a server
+const STREAMS = 2; // a browser holds six connections to a server, for all its tabs
 const POLL_MS = 2500;
 const STAGES = /** @type {Record<string, string>} */ ({ queued: "waits", planning: "planning", planned: "planned, waits for a renderer", rendering: "rendering", decoding: "decoding", encoding: "encoding" });
 /** What the list can be cut down to. @type {[string, string, Record<string, string>, (job: Short) => boolean][]} */
@@ -74,7 +74,7 @@ export class Library {
 
   /** @param {HTMLElement} place */
   show(place) {
-    const search = h("input", { type: "search", maxlength: 200, placeholder: "Search in descriptions and lyrics ( / )", "aria-label": "Search songs", value: this.q, oninput: (/** @type {any} */ e) => {
+    const search = h("input", { type: "search", maxlength: 200, placeholder: "Search words and lyrics ( / )", "aria-label": "Search songs", value: this.q, oninput: (/** @type {any} */ e) => {
       this.q = e.target.value.trim();
       clearTimeout(this.typing);
       this.typing = setTimeout(() => this.search(), 250);
@@ -124,13 +124,13 @@ export class Library {
     if (known && known.state !== now.state && draw) this.draw();
     if ("links" in job) this.attend(/** @type {Job} */ (job));
     else if (!ACTIVE.includes(now.state)) this.leave(now.id);
-    else if (!this.streams.has(now.id) && this.streams.size < STREAMS) void this.refresh(now.id);
+    else if (!document.hidden && !this.streams.has(now.id) && this.streams.size < STREAMS) void this.refresh(now.id);
   }
 
   /** Follow what is not over, few at a time. @param {Job} job */
   attend(job) {
     if (!ACTIVE.includes(job.state)) { this.leave(job.id); return; }
-    if (this.streams.has(job.id) || this.streams.size >= STREAMS) return;
+    if (document.hidden || this.streams.has(job.id) || this.streams.size >= STREAMS) return;
     this.streams.set(job.id, follow(job, (event, data) => {
       const now = this.jobs.get(job.id);
       if (event === "lost") { this.leave(job.id); return; }
@@ -139,6 +139,11 @@ export class Library {
         this.put({ ...now, state: "running", stage, progress: { stage, done, total } });
       } else void this.refresh(job.id);
     }));
+  }
+
+  /** Nobody looks: what was followed is asked for when somebody does. */
+  rest() {
+    for (const id of [...this.streams.keys()]) this.leave(id);
   }
 
   /** @param {string} id */

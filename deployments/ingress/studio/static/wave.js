@@ -88,14 +88,20 @@ export class Wave extends HTMLElement {
 
   /** @param {number} time @param {number} [duration] */
   show(time, duration) {
+    const [second, bar] = [Math.round(this.time), this.bar];
     this.time = time;
-    if (duration !== undefined && isFinite(duration)) this.duration = duration;
+    const known = duration === undefined || !isFinite(duration) || duration === this.duration;
+    if (!known) this.duration = /** @type {number} */ (duration);
+    if (known && bar === this.bar && second === Math.round(time) && this.hasAttribute("aria-valuenow")) return; // it looks the same
     this.setAttribute("aria-valuemin", "0");
     this.setAttribute("aria-valuemax", String(Math.round(this.duration)));
     this.setAttribute("aria-valuenow", String(Math.round(time)));
     this.setAttribute("aria-valuetext", `${clock(time)} of ${clock(this.duration)}`);
     this.draw();
   }
+
+  /** How many bars were played. */
+  get bar() { return this.duration ? Math.ceil((this.time / this.duration) * (this.canvas.width / (window.devicePixelRatio || 1) / BAR_PX)) : 0; }
 
   draw() {
     const pen = penOf(this, this.canvas);
@@ -141,6 +147,8 @@ customElements.define("song-sketch", Sketch);
 const seen = new IntersectionObserver((entries) => {
   for (const { target, isIntersecting } of entries) if (isIntersecting) { seen.unobserve(target); void /** @type {Sketch} */ (target).draw(); }
 });
+
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => document.querySelectorAll("song-wave, song-sketch").forEach((shape) => void /** @type {Wave | Sketch} */ (shape).draw()));
 
 /** What draws on an element's canvas, in its pixels; null while it has no size. @param {HTMLElement} element @param {HTMLCanvasElement} canvas */
 function penOf(element, canvas) {
