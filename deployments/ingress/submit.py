@@ -36,7 +36,7 @@ from deployments.telemetry.tracing import TRACE, here
 
 
 @dataclass(frozen=True)
-class Weighed:
+class Proposal:
     """A request as it would be made.
 
     Attributes:
@@ -95,17 +95,17 @@ async def submit(
         known = await asyncio.to_thread(service.store.earlier, caller.name, idempotency_key, body_hash)
         if known is not None:
             return known, False
-    weighed = await _weigh(service, request, caller, kind, adjustments, extra, parents=parents, deadline=deadline)
+    proposal = await _propose(service, request, caller, kind, adjustments, extra, parents=parents, deadline=deadline)
     extra = dict(extra or {})
-    if weighed.decision is not None and weighed.decision.eta_s is not None:
-        extra["eta_s"] = round(weighed.decision.eta_s, 3)
+    if proposal.decision is not None and proposal.decision.eta_s is not None:
+        extra["eta_s"] = round(proposal.decision.eta_s, 3)
     if trace := here():
         extra[TRACE] = trace
     try:
         job, created = await asyncio.to_thread(
-            service.store.add, str(uuid.uuid4()), weighed.request.with_seeds(), kind=kind, adjustments=weighed.adjustments,
+            service.store.add, str(uuid.uuid4()), proposal.request.with_seeds(), kind=kind, adjustments=proposal.adjustments,
             extra=extra, deadline=deadline, owner_key=caller.name, idempotency_key=idempotency_key,
-            body_hash=body_hash, audio_s=weighed.audio_s, caps=weighed.caps, **weighed.columns,
+            body_hash=body_hash, audio_s=proposal.audio_s, caps=proposal.caps, **proposal.columns,
         )  # fmt: skip
     except Busy as error:
         raise await _with_retry(service, error) from None
@@ -114,19 +114,17 @@ async def submit(
     return job, created
 
 
-async def quote(
-    service: Service, request: SongRequest, caller: Caller, *, kind: str = "song", deadline: float | None = None
-) -> Weighed:
+async def quote(service: Service, request: SongRequest, caller: Caller, *, deadline: float | None = None) -> Proposal:
     """What `submit` would make of a request, and when. Nothing is written and no limit is used up.
 
     Raises: as `submit` does.
     """
-    weighed = await _weigh(service, request, caller, kind, deadline=deadline, keep=False)
+    proposal = await _propose(service, request, caller, "song", deadline=deadline, keep=False)
     try:
-        await asyncio.to_thread(service.store.check, weighed.caps, caller.name, weighed.audio_s, weighed.work_s)
+        await asyncio.to_thread(service.store.check, proposal.caps, caller.name, proposal.audio_s, proposal.work_s)
     except Busy as error:
         raise await _with_retry(service, error) from None
-    return weighed
+    return proposal
 
 
 async def _with_retry(service: Service, error: Busy) -> Busy:
@@ -135,7 +133,7 @@ async def _with_retry(service: Service, error: Busy) -> Busy:
     return error
 
 
-async def _weigh(
+async def _propose(
     service: Service,
     request: SongRequest,
     caller: Caller,
@@ -146,7 +144,7 @@ async def _weigh(
     parents: tuple[Parent, ...] = (),
     deadline: float | None = None,
     keep: bool = True,
-) -> Weighed:
+) -> Proposal:
     """What a request becomes and takes.
 
     Args:
@@ -180,7 +178,7 @@ async def _weigh(
     if (asked := question_of(kind, request, extra)) and not (decision and decision.planner):
         columns |= service.routing.question(service.fleet.view, asked)
     replicas = sum(p.running for p in service.fleet.view.of("render"))
-    return Weighed(
+    return Proposal(
         request=request,
         adjustments=adjustments,
         place=place,

@@ -13,7 +13,7 @@ from deployments.ingress.links import audio_path, events_path, job_path, live_pa
 from deployments.ingress.native.answers import Cost, FileView, JobShort, JobView, Placement, Quote, ShortAudio
 from deployments.ingress.redact import public_error
 from deployments.ingress.service import Service
-from deployments.ingress.submit import Weighed
+from deployments.ingress.submit import Proposal
 from deployments.jobs.store import CANCELLED, TERMINAL, Job
 from deployments.jobs.uploads import FOLDER, FileRecord
 from deployments.scheduling.line import Place
@@ -129,22 +129,22 @@ def short_view(service: Service, row: dict[str, Any], forecast: dict[str, Any]) 
     )  # fmt: skip
 
 
-def quote_view(weighed: Weighed) -> Quote:
-    """A request that was weighed and not submitted."""
-    columns, decision = weighed.columns, weighed.decision
+def quote_view(proposal: Proposal) -> Quote:
+    """A request that was not submitted."""
+    columns, decision = proposal.columns, proposal.decision
     eta_s = decision.eta_s if decision else None
     return Quote(
-        position=weighed.place.position if weighed.place else None,
+        position=proposal.place.position if proposal.place else None,
         wait_s=None if decision is None or eta_s is None else round(decision.wait_s, 1),
         eta_s=None if eta_s is None else round(eta_s, 1),
         cost=Cost(
-            audio_s=weighed.audio_s,
+            audio_s=proposal.audio_s,
             plan_s=round(columns.get("est_plan_s", 0.0), 3),
             render_s=round(columns.get("est_render_s", 0.0), 3),
         ),
         placement=Placement(planner=columns.get("plan_pool"), renderer=columns.get("render_pool")),
-        request=request_view(weighed.request),
-        warnings=list(weighed.adjustments),
+        request=request_view(proposal.request),
+        warnings=list(proposal.adjustments),
     )
 
 
