@@ -63,6 +63,8 @@ def offers(path: Path | None = None, only: Iterable[str] = ()) -> tuple[list[Off
     except ValidationError as error:
         field, message = first_problem(error)
         raise InvalidRequest(f"--prices: {where}: {field}: {message}", field="prices") from None
+    if not table.cards:
+        raise InvalidRequest(f"--prices: {where}: cards: there are none in it", field="prices")
     known = cards()
     found: dict[str, Offer] = {}
     for name, price, spot, source in table.cards:
@@ -98,6 +100,10 @@ def _chosen(text: str, found: dict[str, Offer]) -> Offer:
             f"--cards: {text!r} is not CARD, CARD=COUNT, CARD@PRICE or CARD=COUNT@PRICE; cards are {', '.join(cards())}",
             field="cards", asked=text,
         )  # fmt: skip
+    if match["count"] and int(match["count"]) == 0:
+        raise InvalidRequest(
+            f"--cards: {text}: there must be at least 1; leave out what there is none of", field="cards", asked=text
+        )
     name, known = match["card"], found.get(match["card"])
     if match["price"] is None and known is None:
         raise InvalidRequest(f"--cards: {name} has no price in the table: give {name}@PRICE", field="cards", asked=text)

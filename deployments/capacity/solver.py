@@ -14,7 +14,7 @@ import numpy as np
 from acestep.errors import InvalidRequest
 from acestep.sizing.profiles import named
 from deployments.capacity.catalogue import Offer
-from deployments.capacity.demand import Demand, Work, plan_work, render_work
+from deployments.capacity.demand import Demand, JobClass, Work, plan_work, render_work
 from deployments.capacity.pools import PoolSpec
 from deployments.config.args import Role
 from deployments.scheduling.pool import NODE_S
@@ -242,7 +242,7 @@ def _candidates(demand: Demand, choice: Choice) -> list[_Pool]:
         for model in models
     }
     for c, job in enumerate(demand.classes):
-        _in_time(c, job.typical.deadline_s, job.planned, plans, renders, choice)
+        _in_time(c, job, plans, renders, choice)
     pools = [_Pool("plan", o, choice.planner, plans[o.card]) for o in choice.offers if plans[o.card]]
     pools += [_Pool("render", o, m, renders[o.card, m]) for m in models for o in choice.offers if renders[o.card, m]]
     return [p for p in pools if not any(_beats(q, p, choice) for q in pools if q is not p)]
@@ -250,17 +250,18 @@ def _candidates(demand: Demand, choice: Choice) -> list[_Pool]:
 
 def _in_time(
     c: int,
-    deadline_s: float,
-    planned: bool,
+    job: JobClass,
     plans: dict[str, dict[int, Work]],
     renders: dict[tuple[str, str], dict[int, Work]],
     choice: Choice,
 ) -> None:
     """Leave a class the cards that make its deadline, as far as any does."""
-    plan_walls = {card: works[c].wall_s for card, works in plans.items() if c in works} if planned else {"": 0.0}
+    deadline_s, request = job.typical.deadline_s, job.typical.request
+    plan_walls = {card: works[c].wall_s for card, works in plans.items() if c in works} if job.planned else {"": 0.0}
     render_walls = {place: works[c].wall_s for place, works in renders.items() if c in works}
     if not render_walls or not plan_walls:
-        what = f"plan with {choice.planner}" if not plan_walls else "render jobs of this length and batch"
+        song = f"render {request.batch_size} x {job.typical.duration:.0f} s with {request.model or choice.model}"
+        what = song if plan_walls else f"plan with {choice.planner}"
         raise InvalidRequest(
             f"none of the cards can {what}; offered are {', '.join(o.card for o in choice.offers)}", field="cards"
         )

@@ -129,13 +129,16 @@ def test_prices_are_the_shipped_ones_a_file_s_or_said(tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
     path.write_text(json.dumps({"date": "2026-01-01", "cards": [["l4", 1.5, 0.5, "mine"]]}))
     assert offers(path)[0] == [Offer("l4", "tier6", 1.5, 0.5, None, "mine")]
-    for text in ("nope", "l4=x", "l4@-1", "l4=2=3"):
+    for text in ("nope", "l4=x", "l4@-1", "l4=2=3", "l4=0"):
         with pytest.raises(InvalidRequest, match="--cards"):
             offers(only=[text])
     with pytest.raises(InvalidRequest, match="no price"):
         offers(path, only=["t4"])
     path.write_text(json.dumps({"date": "2026-01-01", "cards": [["l5", 1.5, 0.5, "mine"]]}))
     with pytest.raises(InvalidRequest, match="no card 'l5'"):
+        offers(path)
+    path.write_text(json.dumps({"date": "2026-01-01", "cards": []}))
+    with pytest.raises(InvalidRequest, match="there are none in it"):
         offers(path)
 
 
@@ -183,7 +186,7 @@ def test_cards_that_there_are_and_a_budget_bound_the_fleet() -> None:
 
 def test_jobs_that_no_card_can_do_are_named() -> None:
     long = demand_of(arrivals(mix(kinds=[CLIPS | {"duration": [590, 600], "batch": [8]}]), jobs=20, hours=1.0), 1.0)
-    with pytest.raises(InvalidRequest, match="none of the cards can render"):
+    with pytest.raises(InvalidRequest, match="none of the cards can render 8 x 59"):
         solve(long, choice("rtx-3060-12"), 0.8)
     with pytest.raises(InvalidRequest, match="none of the cards can plan"):
         solve(demand_of(arrivals(mix(), jobs=20, hours=1.0), 1.0), choice("rtx-2060-6"), 0.8)
