@@ -220,10 +220,10 @@ def table(results: dict[str, Any]) -> str:
 
 def run(*, quick: bool) -> dict[str, Any]:
     began = time.perf_counter()
-    jobs, scale, hours = (2_000, 16, 5.0) if quick else (12_000, 24, 24.0)
+    jobs, scale, hours = (1_000, 16, 2.5) if quick else (12_000, 24, 24.0)
     results: dict[str, Any] = {
         "autoscaling": autoscaling(jobs, scale, hours=hours, thorough=not quick),
-        "replicas": replicas(400 if quick else 2_000),
+        "replicas": replicas(200 if quick else 2_000),
         "eta": eta(jobs, max(1, scale // 4), hours=hours),
         "routing": routing(jobs, max(1, scale // 4), hours=hours),
     }

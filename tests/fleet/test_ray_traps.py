@@ -26,7 +26,7 @@ from deployments.config.args import PlannerArgs, RendererArgs, RouterArgs, parse
 from deployments.config.build import build_config, parse_tiers
 from deployments.config.options import deployment_options, label_selector, settled
 from deployments.config.validate import problems
-from deployments.fleet.watch import SETTLE_S, Fleet, FleetView, Node, Pool, unplaced
+from deployments.fleet.watch import SETTLE_S, Fleet, FleetView, Node, Pool, parse_details, unplaced
 from deployments.stages.planner import PlannerDeployment
 from tests.server import ROOT
 
@@ -143,6 +143,15 @@ def test_only_a_leaving_replica_that_never_had_a_node_is_let_go() -> None:
     assert fleet._unplaced_leavers(details, replace(runs, nodes=(node,)), now=200.0) == ["pending"]
     assert fleet._unplaced_leavers(gone, goes, now=201.0) == []
     assert fleet._unplaced_leavers(gone, goes, now=210.0) == []
+
+
+def test_replicas_of_a_node_with_notice_are_given_nothing_new() -> None:
+    replicas = [
+        {"replica_id": state, "state": state} for state in ("RUNNING", "PENDING_MIGRATION", "STOPPING", "STARTING")
+    ]
+    details = {"applications": {"dit": {"status": "RUNNING", "deployments": {"dit": {"replicas": replicas}}}}}
+    (pool,) = parse_details(details).pools
+    assert (pool.replicas, pool.running, pool.starting) == (("RUNNING",), 1, 1)
 
 
 def test_a_stage_that_is_told_to_go_while_it_starts_is_not_ill() -> None:
