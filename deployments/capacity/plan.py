@@ -201,7 +201,9 @@ def make_plan(day: Day, choice: Choice, goal: Goal, *, told: Callable[[str], Non
     origin = best = min(keeping, key=lambda t: t.cost)
     best = _leaner(best, attempt, goal, tried, choice)
     roomier = (solve(demand, replace(choice, on_demand=False), h).specs for h in HEADROOMS[low + 1 :])
-    candidates = itertools.chain((t.specs for t in _better(best, tried, goal)), roomier)
+    first, *dearer = (t.specs for t in _better(best, tried, goal))
+    growing = [_growing(first)] if choice.on_demand and all(o.at_most is None for o in choice.offers) else []
+    candidates = itertools.chain([first], growing, dearer, roomier)
     best, keeps = _confirm(candidates, day, goal, reclaim_s)
     return _told(best, keeps, tried, *proposals[origin.specs], bound, began)
 
@@ -271,6 +273,11 @@ def _less(specs: Sequence[PoolSpec], others: Sequence[PoolSpec]) -> bool:
         and s.max_replicas <= o.max_replicas
         for s in specs
     )
+
+
+def _growing(specs: tuple[PoolSpec, ...]) -> tuple[PoolSpec, ...]:
+    """With a card more for each renderer pool when it is needed: often less than one that is always on."""
+    return tuple(replace(s, max_replicas=s.max_replicas + 1) if s.role == "render" else s for s in specs)
 
 
 def _better(best: Trial, tried: Mapping[tuple[PoolSpec, ...], Trial], goal: Goal) -> Iterator[Trial]:
