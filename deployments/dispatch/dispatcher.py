@@ -303,7 +303,7 @@ class Dispatcher:
         if decision is not None and decision.outcome == "wait":
             log.info("job %s waits: %s", job.id, decision.reason)
         if any(_differs(getattr(job, name, None), value) for name, value in columns.items()):
-            await asyncio.to_thread(self.store.place, job.id, columns)
+            await asyncio.to_thread(self.store.place, job, columns)
         return weighed.pool, None
 
     async def _begin(
@@ -319,10 +319,10 @@ class Dispatcher:
         try:
             claimed = await asyncio.to_thread(
                 self.store.claim, job.id, self.owner, stage="rendering" if step.role == "render" else "planning",
-                places=step.places, seconds=step.seconds,
+                places=step.places, seconds=step.seconds, seen=job,
                 fits=None if pool is None else lambda working: Room(pool, working).fits(step.places), **columns,
             )  # fmt: skip
-            if claimed is None:  # another router was faster: the picture is old
+            if claimed is None:  # another router was faster: the picture is old, or the job
                 self._wake.set()
                 return None
             if step.decision is not None:

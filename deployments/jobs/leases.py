@@ -101,6 +101,7 @@ class Leases:
         stage: str = "planning",
         places: Places = (),
         seconds: float = 0.0,
+        seen: Job | None = None,
         fits: Callable[[Sequence[Row]], bool] | None = None,
         **columns: Any,
     ) -> Job | None:
@@ -112,6 +113,7 @@ class Leases:
         Args:
             places: What the stage takes of which replicas.
             seconds: In which it should be done.
+            seen: What the stage was chosen by: a job that has done one since is not claimed for the same again.
             fits: Whether there is still room beside what works now; asked where nobody else can claim.
             columns: What was decided with it, such as pools and estimates.
         """
@@ -125,6 +127,8 @@ class Leases:
         with self._passing.begin() as db:
             alone(db, _CLAIM_LOCK)
             if fits is not None and not fits(working(db)):
+                return None
+            if seen is not None and not _unchanged(db, seen):
                 return None
             query = jobs.update().where(jobs.c.id == job_id, claimable()).values(**values).returning(jobs)
             row = db.execute(query).mappings().first()
@@ -142,10 +146,11 @@ class Leases:
                 add_event(db, job_id, "started", {"attempt": job.attempts})
         return job
 
-    def place(self, job_id: str, columns: Mapping[str, Any]) -> None:
+    def place(self, seen: Job, columns: Mapping[str, Any]) -> None:
         """Write down where a job that nobody holds will go: the autoscaler of a pool without a replica must see that it waits."""
         with self._passing.begin() as db:
-            db.execute(jobs.update().where(jobs.c.id == job_id, jobs.c.state == QUEUED).values(**columns))
+            if _unchanged(db, seen):
+                db.execute(jobs.update().where(jobs.c.id == seen.id, jobs.c.state == QUEUED).values(**columns))
 
     def free(self, job_id: str, owner: str, places: Places) -> None:
         """A stage takes no more than this of its replicas from now on: nothing of those that are done but for their files."""
@@ -232,6 +237,15 @@ def asked(request: SongRequest, adjustments: Sequence[Adjustment]) -> dict[str, 
         "request": request.model_dump(mode="json"),
         "adjustments": [a.model_dump(mode="json") for a in adjustments],
     }
+
+
+def _unchanged(db: sa.Connection, seen: Job) -> bool:
+    """Whether a job still is what it was decided on by: no stage has changed it meanwhile, and none does before this transaction ends."""
+    row = db.execute(sa.select(jobs).where(jobs.c.id == seen.id).with_for_update()).mappings().first()
+    if row is None:
+        return False
+    job = job_of(row)
+    return (job.request, job.plan, job.extra) == (seen.request, seen.plan, seen.extra)
 
 
 def _between() -> sa.ColumnElement[str]:

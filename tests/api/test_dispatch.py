@@ -203,10 +203,10 @@ async def test_where_a_waiting_job_will_go_is_written_down_where_that_is_news(
     open_length = replace(job, request=job.request.model_copy(update={"duration": None}), plan=longer)
     decision = dispatcher.routing.choose(site.service.fleet.view, open_length, Place(), [])
     assert dispatch._differs(job.est_render_s, decision.est_render_s)
-    store.place(job.id, {"est_render_s": decision.est_render_s})
+    store.place(job, {"est_render_s": decision.est_render_s})
     assert site.job(job.id).est_render_s == decision.est_render_s
     site.run(job.id)
-    store.place(job.id, {"est_render_s": 0.0})  # who holds it says where it goes
+    store.place(job, {"est_render_s": 0.0})  # who holds it says where it goes
     assert site.job(job.id).est_render_s == decision.est_render_s
 
 

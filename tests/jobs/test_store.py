@@ -7,7 +7,7 @@ import threading
 import time
 import types
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -23,6 +23,7 @@ from deployments.ingress.errors import retry_after
 from deployments.jobs import limits as rates
 from deployments.jobs.database import migrate
 from deployments.jobs.job import Tries
+from deployments.jobs.leases import asked
 from deployments.jobs.limits import Rates
 from deployments.jobs.schema import metadata
 from deployments.jobs.secrets import shared_secret
@@ -219,6 +220,25 @@ def test_attempts_are_limited_and_neither_stages_nor_a_drain_cost_one(store: Job
     ended = existing(store, job.id)
     assert ended.state == "failed"
     assert "3 attempts" in ended.error["message"]  # type: ignore[index]
+
+
+def test_a_job_that_has_changed_since_it_was_looked_at_is_not_begun_by_what_was_seen(store: JobStore) -> None:
+    """Two routers: while one decides, the other does the very stage."""
+    stages: list[Callable[[Job], object]] = [
+        lambda job: store.save_plan(job.id, "b", Plan(), waits=True),
+        lambda job: store.release(job.id, "b", extra={"question": "answered"}),
+        lambda job: store.release(job.id, "b", **asked(job.request.model_copy(update={"prompt": "better"}), ())),
+    ]
+    for stage in stages:
+        seen = add(store)
+        assert claim(store, seen.id, "b") is not None
+        stage(seen)
+        changed = existing(store, seen.id)
+        assert store.claim(seen.id, "a", seen=seen, **asked(seen.request, ())) is None
+        store.place(seen, {"est_render_s": 9.0, **asked(seen.request, ())})
+        assert existing(store, seen.id) == changed
+        store.place(changed, {"est_render_s": 9.0})
+        assert store.claim(seen.id, "a", seen=existing(store, seen.id)) is not None
 
 
 def test_a_pause_after_a_failure_is_kept_by_the_database_s_clock(
