@@ -184,6 +184,8 @@ class SimulatedPlanner(EngineThread[Any, Any]):
         super().__init__(SimulatedEngine(slots, "planning"), name="simulated-planner")
 
     def submit(self, work: Any, **options: Any) -> Ticket[Any, Any]:
+        if not hasattr(work, "request"):
+            raise Unavailable("the simulated engine writes no texts")
         return super().submit(SimulatedPlan(work.request, work.max_duration, self._cost, self._slots), **options)
 
 

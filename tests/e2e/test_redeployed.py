@@ -74,15 +74,16 @@ def asleep(base: dict[str, Any]) -> dict[str, Any]:
     return {**base, "applications": applications}
 
 
-def replicas(server: Server) -> dict[str, Any]:
-    pools = httpx.get(f"{server.url}/v1/cluster", timeout=30).json()["pools"]
-    found: dict[str, Any] = next(p for p in pools if p["name"] == "lm")["replicas"]
-    return found
-
-
 def until_asleep(server: Server) -> None:
     end = time.monotonic() + 180
-    while (now := replicas(server))["running"] or now["target"]:
+    while True:
+        pools = httpx.get(f"{server.url}/v1/cluster", timeout=30).json()["pools"]
+        lm = next(pool for pool in pools if pool["name"] == "lm")
+        if (
+            lm["status"] == "RUNNING"
+            and lm["scale"]["min"] == lm["replicas"]["running"] == lm["replicas"]["target"] == 0
+        ):
+            return
         assert time.monotonic() < end, server.output()[-3000:]
         time.sleep(0.5)
 
