@@ -25,10 +25,11 @@ import httpx
 import yaml
 
 from acestep.ray_env import ALONE, PROXY, PROXY_ANSWERS
+from tests.patient import TOO_BUSY
 
 ROOT = Path(__file__).resolve().parents[1]
 START_TIMEOUT_S = 240.0
-TOO_BUSY = "The current node timed out during startup"  # Ray gives itself half a minute, however busy the machine is
+PATIENT = [sys.executable, str(ROOT / "tests" / "patient.py")]  # before a command that starts a Ray node
 FAIR = {"RAY_worker_niceness": "0"}  # else what computes beside a server leaves its replicas a thirtieth of a core
 for part in (
     "connect",

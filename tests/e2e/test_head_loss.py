@@ -13,7 +13,7 @@ import pytest
 
 from acestep.cli.client import Client
 from acestep.ray_env import ALONE
-from tests.server import START_TIMEOUT_S, Server, _kill_session, ends_with_us, free_port, starting
+from tests.server import PATIENT, START_TIMEOUT_S, Server, _kill_session, ends_with_us, free_port, starting
 
 pytestmark = pytest.mark.e2e
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -89,7 +89,8 @@ class TwoNodes(Server):
         ]  # fmt: skip
         with self.log.open("ab") as log:
             return subprocess.Popen(
-                [RAY, "start", "--block", *arguments, *ports], env=self.env, cwd=self.folder, stdout=log, stderr=log,
+                [*PATIENT, RAY, "start", "--block", *arguments, *ports], env=self.env, cwd=self.folder, stdout=log, stderr=log,
+                stdin=subprocess.DEVNULL,
                 start_new_session=True, preexec_fn=ends_with_us(signal.SIGTERM),
             )  # fmt: skip
 

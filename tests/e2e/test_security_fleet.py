@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from acestep.ray_env import ALONE
-from tests.server import START_TIMEOUT_S, Server, _kill_session, ends_with_us, free_port, starting
+from tests.server import PATIENT, START_TIMEOUT_S, Server, _kill_session, ends_with_us, free_port, starting
 
 pytestmark = pytest.mark.e2e
 BIN = Path(sys.executable).parent
@@ -51,7 +51,15 @@ class Started(Server):
         )  # fmt: skip
 
     def node(self, *command: str, env: dict[str, str], stdin: str = "") -> None:
-        told = [str(BIN / command[0]), *command[1:], *PORTS, *more_ports(), "--block", "--disable-usage-stats"]
+        told = [
+            *PATIENT,
+            str(BIN / command[0]),
+            *command[1:],
+            *PORTS,
+            *more_ports(),
+            "--block",
+            "--disable-usage-stats",
+        ]
         with self.log.open("ab") as log:
             node = subprocess.Popen(
                 told, env=env, cwd=self.folder, stdout=log, stderr=log, stdin=subprocess.PIPE, start_new_session=True,
@@ -118,8 +126,9 @@ def test_a_machine_joins_with_the_token_and_not_without(started: Started) -> Non
     assert wrong.returncode != 0
     assert re.search("[Aa]uthentication|[Tt]oken", wrong.stdout + wrong.stderr)
     token = started.run("acestep", "ray-token", env=started.plain).stdout
-    started.node("acestep", "join", head, "--token-stdin", env=env, stdin=token)
-    started.wait_for_nodes(2)
+    with starting():
+        started.node("acestep", "join", head, "--token-stdin", env=env, stdin=token)
+        started.wait_for_nodes(2)
     assert (other / "ray-token").read_text() == token.strip()
     assert (other / "ray-token").stat().st_mode & 0o777 == 0o600
 

@@ -27,7 +27,7 @@ import yaml
 from acestep.cli.client import Client
 from deployments.k8s.manifests import rayservice_of
 from tests.k8s.conftest import Document, autoscaling_config
-from tests.server import FAIR, _kill_session, ends_with_us, free_port, starting
+from tests.server import FAIR, PATIENT, _kill_session, ends_with_us, free_port, starting
 
 pytestmark = pytest.mark.e2e
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -64,7 +64,7 @@ class Nodes:
         kind = self.types[group]
         resources = dict(kind["resources"])
         command = [
-            RAY, "start", "--block", f"--node-ip-address={address}", f"--num-cpus={resources.pop('CPU')}",
+            *PATIENT, RAY, "start", "--block", f"--node-ip-address={address}", f"--num-cpus={resources.pop('CPU')}",
             f"--num-gpus={resources.pop('GPU', 0)}", f"--memory={resources.pop('memory')}",
             f"--resources={json.dumps(resources)}",
             f"--labels={','.join(f'{k}={v}' for k, v in kind['labels'].items())}", "--object-store-memory=100000000",
@@ -83,7 +83,7 @@ class Nodes:
             command += [f"--address={HEAD}:{self.gcs}"]
         with (self.folder / f"{group}.log").open("wb") as log:
             self.processes[group] = subprocess.Popen(
-                command, cwd=self.folder, env=self.env, stdout=log, stderr=log, start_new_session=True,
+                command, cwd=self.folder, env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
                 preexec_fn=ends_with_us(signal.SIGTERM),
             )  # fmt: skip
 
