@@ -8,7 +8,7 @@ server=${ACESTEP_URL:-http://127.0.0.1:8000}
 key=(${ACESTEP_API_KEY:+-H "Authorization: Bearer $ACESTEP_API_KEY"})
 
 ask() { curl --silent --show-error --fail-with-body --max-time 90 ${key[@]+"${key[@]}"} "$@"; }
-get() { python3 -c 'import json, sys; print(eval("job" + sys.argv[1], {"job": json.load(sys.stdin)}))' "$1"; }
+get() { python3 -c "import json, sys; print(json.load(sys.stdin)$1)"; }
 
 body=$(PROMPT=$prompt python3 -c 'import json, os; print(json.dumps({"prompt": os.environ["PROMPT"], "duration": 10, "formats": ["mp3"]}))')
 job=$(ask "$server/v1/music" -H 'Content-Type: application/json' -H 'Prefer: wait=50' -d "$body") || { echo "$job" >&2; exit 1; }

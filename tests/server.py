@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import ctypes
 import fcntl
 import os
 import random
@@ -25,11 +24,12 @@ import httpx
 import yaml
 
 from acestep.ray_env import ALONE, PROXY, PROXY_ANSWERS
-from tests.patient import TOO_BUSY
+from deployments.launch.process import RAY_WAS_LATE
+from tests.processes import ends_with_us, kill_session
 
 ROOT = Path(__file__).resolve().parents[1]
 START_TIMEOUT_S = 240.0
-PATIENT = [sys.executable, str(ROOT / "tests" / "patient.py")]  # before a command that starts a Ray node
+PATIENT = [sys.executable, str(ROOT / "tests" / "processes.py")]  # before a command that starts a Ray node
 FAIR = {"RAY_worker_niceness": "0"}  # else what computes beside a server leaves its replicas a thirtieth of a core
 for part in (
     "connect",
@@ -133,9 +133,9 @@ class Server:
                     self.wait_for("/readyz" if ready else "/livez")
                     break
                 except AssertionError:
-                    if not tries_left or TOO_BUSY not in self.output()[begun:]:
+                    if not tries_left or RAY_WAS_LATE not in self.output()[begun:]:
                         raise
-                    _kill_session(self.process.pid)
+                    kill_session(self.process.pid)
                     os.truncate(self.log, begun)
         return self
 
@@ -208,7 +208,7 @@ class Server:
             if self.process.poll() is None:
                 self.interrupt()
         finally:
-            _kill_session(self.process.pid)
+            kill_session(self.process.pid)
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def __enter__(self) -> Server:
@@ -251,28 +251,3 @@ def as_user(uid: int) -> list[str]:
         f'mkdir -p {inside}; mount --bind "$keep" {inside}; umount "$keep"; rmdir "$keep"; exec "$@"'
     )
     return ["unshare", "--mount", "sh", "-c", script, "sh", *drop]
-
-
-_LIBC = ctypes.CDLL(None)
-_PR_SET_PDEATHSIG = 1  # prctl(2)
-
-
-def ends_with_us(by: signal.Signals = signal.SIGINT) -> Callable[[], None]:
-    """For `preexec_fn`: the process is told to end when the tests are killed, and takes Ctrl-C also where they run in the background."""
-
-    def prepare() -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        _LIBC.prctl(_PR_SET_PDEATHSIG, by)
-
-    return prepare
-
-
-def _kill_session(leader: int) -> None:
-    """End what is left of a session that we started, and nothing else."""
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            session = int((folder / "stat").read_text().rpartition(")")[2].split()[3])
-            if session == leader:
-                os.kill(int(folder.name), signal.SIGKILL)
-        except (OSError, ValueError, IndexError):
-            continue  # it ended while we looked

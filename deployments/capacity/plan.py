@@ -20,18 +20,8 @@ from deployments.capacity.simulator import Simulator
 from deployments.capacity.solver import Choice, Solution, solve
 from deployments.capacity.traffic import Arrival
 
-HEADROOMS = (
-    1.1,
-    1.0,
-    0.92,
-    0.85,
-    0.78,
-    0.7,
-    0.55,
-    0.4,
-    0.3,
-    0.2,
-)  # how busy pools may be; above 1: where not all must be in time
+# How busy pools may be; above 1: where not all must be in time.
+HEADROOMS = (1.1, 1.0, 0.92, 0.85, 0.78, 0.7, 0.55, 0.4, 0.3, 0.2)
 SEARCH_JOBS, CONFIRM_JOBS = 1_200, 2_400  # a day of more jobs is simulated as a shorter one, at the same rate
 MOST_TRIALS = 13
 MOST_CONFIRMED = 4

@@ -24,7 +24,7 @@ LEFT_S = 3.0  # for what Ray has not ended by itself
 _COLOUR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _ERROR = re.compile(r"(?<![\w.])[\w.]*(?:Error|Exception|Missing|Unavailable|Request|Permission|OutOfMemory): (.+)")
 _FAILED = re.compile(r"Deploying app '([^']+)' failed|Failed to (?:build|deploy) app(?:lication)? '([^']+)'")
-_RAY_WAS_LATE = "The current node timed out during startup"
+RAY_WAS_LATE = "The current node timed out during startup"
 _DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
 
@@ -104,7 +104,7 @@ class ServeRun:
             self.last_error = found[1]
         if found := _FAILED.search(line):
             self.failed = found[1] or found[2]
-        self.ray_was_late |= _RAY_WAS_LATE in line
+        self.ray_was_late |= RAY_WAS_LATE in line
 
 
 def in_words(error: str) -> str:

@@ -184,7 +184,9 @@ class SimulatedPlanner(EngineThread[Any, Any]):
         super().__init__(SimulatedEngine(slots, "planning"), name="simulated-planner")
 
     def submit(self, work: Any, **options: Any) -> Ticket[Any, Any]:
-        if not hasattr(work, "request"):
+        from acestep.lm.work import PlanWork
+
+        if not isinstance(work, PlanWork):
             raise Unavailable("the simulated engine writes no texts")
         return super().submit(SimulatedPlan(work.request, work.max_duration, self._cost, self._slots), **options)
 

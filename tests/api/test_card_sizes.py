@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import pytest
 
@@ -34,3 +35,17 @@ async def test_a_card_of_this_size(build: Build, size: Size, monkeypatch: pytest
     job = (await site.client.post("/v1/music", json=ASKED)).json()
     strict = await site.client.post("/v1/music", json={**ASKED, "strict": True})
     check_answers(size, job, (strict.status_code, strict.json()))
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [("format", {"caption": "a song"}), ("inspire", {"query": "a song"}), ("understand", {"codes": [1]})],
+)
+async def test_a_simulated_planner_says_that_it_writes_no_texts(
+    kind: str, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in SIZES[-1].env.items():
+        monkeypatch.setenv(name, value)
+    planner = PlannerDeployment(settled(parse_args(PlannerArgs, ARGS, "lm"), default_share=0.4).model_dump(mode="json"))
+    told = (await planner.ask(kind, {**fields, "max_duration": 60.0}))["error"]
+    assert (told["type"], told["message"]) == ("unavailable", "the simulated engine writes no texts")

@@ -13,7 +13,8 @@ import pytest
 
 from acestep.cli.client import Client
 from acestep.ray_env import ALONE
-from tests.server import PATIENT, START_TIMEOUT_S, Server, _kill_session, ends_with_us, free_port, starting
+from tests.processes import ends_with_us, kill_session
+from tests.server import PATIENT, START_TIMEOUT_S, Server, free_port, starting
 
 pytestmark = pytest.mark.e2e
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -71,13 +72,13 @@ class TwoNodes(Server):
 
     def kill_head(self) -> None:
         assert self.head is not None, "not started"
-        _kill_session(self.head.pid)
+        kill_session(self.head.pid)
         self.head.wait(30)
 
     def stop(self) -> None:
         for process in (self.head, self.process):
             if process is not None:
-                _kill_session(process.pid)
+                kill_session(process.pid)
                 process.wait(30)
         super().stop()
 

@@ -16,7 +16,8 @@ import httpx
 import pytest
 
 from acestep.ray_env import ALONE
-from tests.server import PATIENT, START_TIMEOUT_S, Server, _kill_session, ends_with_us, free_port, starting
+from tests.processes import ends_with_us, kill_session
+from tests.server import PATIENT, START_TIMEOUT_S, Server, free_port, starting
 
 pytestmark = pytest.mark.e2e
 BIN = Path(sys.executable).parent
@@ -96,7 +97,7 @@ class Started(Server):
     def stop(self) -> None:
         super().stop()
         for node in self.nodes:
-            _kill_session(node.pid)
+            kill_session(node.pid)
             node.wait(30)
 
 

@@ -27,7 +27,8 @@ import yaml
 from acestep.cli.client import Client
 from deployments.k8s.manifests import rayservice_of
 from tests.k8s.conftest import Document, autoscaling_config
-from tests.server import FAIR, PATIENT, _kill_session, ends_with_us, free_port, starting
+from tests.processes import ends_with_us, kill_session
+from tests.server import FAIR, PATIENT, free_port, starting
 
 pytestmark = pytest.mark.e2e
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -113,7 +114,7 @@ class Nodes:
         for process in self.processes.values():
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.1, until - time.monotonic()))
-            _kill_session(process.pid)
+            kill_session(process.pid)
             process.wait(15)
         shutil.rmtree(self.folder, ignore_errors=True)
 

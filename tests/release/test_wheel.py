@@ -15,7 +15,8 @@ import httpx
 import pytest
 
 import acestep
-from tests.server import ROOT, Server, ends_with_us, starting
+from tests.processes import ends_with_us
+from tests.server import ROOT, Server, starting
 
 # Every module. Triton comes with torch for cards, and is asked for where there is one.
 IMPORT_ALL = """
