@@ -139,7 +139,8 @@ def say_where(screen: Screen, url: str, key: bool) -> None:
 
 
 def _program() -> str:
-    """How this shell calls `acestep`."""
-    if shutil.which("acestep") == sys.argv[0] or not os.path.isabs(sys.argv[0]):
+    """How this shell calls `acestep`: by its name alone only where that finds it."""
+    program = os.path.abspath(sys.argv[0])
+    if (found := shutil.which("acestep")) and os.path.abspath(found) == program:
         return "acestep"
-    return min(sys.argv[0], os.path.relpath(sys.argv[0]), key=len)
+    return min(program, os.path.relpath(program), key=len)

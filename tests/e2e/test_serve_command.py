@@ -33,7 +33,7 @@ CTRL_C = b"\x03"
 
 
 class Terminal:
-    """`acestep` with a terminal of its own, 100 columns wide."""
+    """`acestep`, called as `make run` does, with a terminal of its own, 100 columns wide."""
 
     def __init__(self, folder: Path, *arguments: str, **env: str) -> None:
         self.folder = folder
@@ -43,7 +43,7 @@ class Terminal:
         }  # fmt: skip
         self._own, other = pty.openpty()
         self.process = subprocess.Popen(
-            [ACESTEP, *arguments], cwd=ROOT, env=self.env, stdin=other, stdout=other, stderr=other, start_new_session=True,
+            [os.path.relpath(ACESTEP, ROOT), *arguments], cwd=ROOT, env=self.env, stdin=other, stdout=other, stderr=other, start_new_session=True,
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
         )  # fmt: skip
         os.close(other)
