@@ -23,7 +23,7 @@ import torch.distributed
 # Packages whose __init__ imports all that is in them.
 _BARE = (
     "diffusers.guiders", "diffusers.hooks", "diffusers.models.autoencoders", "diffusers.models.transformers", "diffusers.models.unets",
-    "diffusers.pipelines.ace_step",
+    "diffusers.pipelines.ace_step", "transformers.models",
 )  # fmt: skip
 # Imported wherever they are installed. None of it is asked of diffusers or transformers: LoRA and int8 are done here.
 _OPTIONAL = ("boto3", "peft", "scipy", "torchao")
@@ -45,13 +45,6 @@ def _unchanged(*args: Any, **_: Any) -> Any:
 
 
 @contextlib.contextmanager
-def without_compiler() -> Iterator[None]:
-    """What is imported, or built on the meta device, does not bring torch's compiler, unless that is there already."""
-    with _placed({_COMPILER: _folder(_COMPILER, _Decorators)}):
-        yield
-
-
-@contextlib.contextmanager
 def lean() -> Iterator[None]:
     """For the imports of a block. What was imported before stays as it was."""
     if not _FIRST:
@@ -63,10 +56,10 @@ def lean() -> Iterator[None]:
         mock.patch.object(metadata, "distributions", return_value=()),
         mock.patch.object(metadata, "packages_distributions", return_value={}),
         mock.patch.object(torch.distributed, "is_available", return_value=False),  # sharded tensors, with all of sympy
-        without_compiler(),
-        _placed(dict.fromkeys(_OPTIONAL)),
+        _placed({_COMPILER: _folder(_COMPILER, _Decorators)} | dict.fromkeys(_OPTIONAL)),
     ):
-        import diffusers.utils  # noqa: F401  # the parent of what follows
+        import diffusers.utils  # noqa: F401  # the parents of what follows
+        import transformers  # noqa: F401
 
         with _placed({name: _folder(name, ModuleType) for name in _BARE}):
             yield

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from acestep.checkpoints.checkpoint import Checkpoint
-from acestep.checkpoints.lean import without_compiler
+from acestep.checkpoints.layout import weight_files
 from acestep.checkpoints.modules import (
     AceStepAudioTokenDetokenizer,
     AceStepAudioTokenizer,
@@ -21,6 +22,7 @@ from acestep.checkpoints.modules import (
     AutoTokenizer,
     Qwen3Model,
     component_class,
+    no_init_weights,
     quiet,
 )
 from acestep.errors import ModelMissing
@@ -96,23 +98,25 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def _load(folder: Path, name: str, dtype: torch.dtype) -> Any:
+    """A component with its files' weights in `dtype`. Neither library's `from_pretrained`, which build on the meta device and bring sympy."""
+    kind = component_class(name)
     try:
-        with quiet(), without_compiler():
-            model, info = component_class(name).from_pretrained(
-                folder,
-                dtype=dtype,
-                use_safetensors=True,
-                local_files_only=True,
-                output_loading_info=True,
-            )
+        with quiet(), no_init_weights():
+            if name == "text_encoder":
+                model = kind(kind.config_class.from_pretrained(folder, local_files_only=True))
+            else:
+                model = kind.from_config(kind.load_config(folder, local_files_only=True))
+        state = {k: v for file in weight_files(folder) for k, v in load_file(file).items()}
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ModelMissing(f"{folder} cannot be loaded: {error}", path=str(folder)) from error
+    wanted = model.state_dict()
     problems = {
-        kind: sorted(str(key) for key in info.get(kind, ()))
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
-        if info.get(kind)
+        "missing": wanted.keys() - state.keys(),
+        "unexpected": state.keys() - wanted.keys(),
+        "of another shape": {k for k in wanted.keys() & state.keys() if wanted[k].shape != state[k].shape},
     }
-    if problems:
-        shown = "; ".join(f"{kind}: {', '.join(keys[:20])}" for kind, keys in problems.items())
-        raise ModelMissing(f"{folder} does not fit its config.json ({shown}).", path=str(folder), keys=problems)
+    if any(problems.values()):
+        shown = "; ".join(f"{kind}: {', '.join(sorted(keys)[:20])}" for kind, keys in problems.items() if keys)
+        raise ModelMissing(f"{folder} does not fit its config.json ({shown}).", path=str(folder))
+    model.load_state_dict({k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}, assign=True)
     return model.eval().requires_grad_(False)

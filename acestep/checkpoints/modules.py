@@ -59,6 +59,7 @@ with quiet(), lean():
         AceStepConditionEncoder,
     )
     from transformers import AutoTokenizer
+    from transformers.initialization import no_init_weights
     from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 
 rotary_freqs = _ace_step_rotary_freqs
@@ -77,6 +78,7 @@ __all__ = [
     "Snake1d",
     "apply_rotary_emb",
     "component_class",
+    "no_init_weights",
     "normalized_guidance",
     "quiet",
     "rotary_freqs",

@@ -10,6 +10,7 @@ from checkpoint_edits import edit_weights
 
 from acestep.checkpoints import prepare, resolve
 from acestep.checkpoints.load import load_renderer
+from acestep.checkpoints.modules import component_class
 from acestep.checkpoints.tiny import write_tiny
 from acestep.errors import ModelMissing
 
@@ -114,10 +115,30 @@ def test_loading_is_strict(part, home, tmp_path):
     weights = next((folder / part).glob("*.safetensors"))
     edit_weights(weights, lambda state: state.pop(sorted(state)[0]))
     found = resolve(str(folder), "renderer", root=tmp_path)
-    with pytest.raises(ModelMissing, match="missing_keys") as caught:
+    with pytest.raises(ModelMissing, match=r"missing: \S+") as caught:
         load_renderer(found, device="cpu", dtype=torch.float32)
     assert caught.value.details["path"] == str(folder / part)
 
     edit_weights(weights, lambda state: state.update(extra=torch.zeros(3)))
-    with pytest.raises(ModelMissing, match="extra"):
+    with pytest.raises(ModelMissing, match="unexpected: extra"):
         load_renderer(found, device="cpu", dtype=torch.float32)
+
+    edit_weights(weights, lambda state: state.update({min(state.keys() - {"extra"}): torch.zeros(3, 1, 4)}))
+    with pytest.raises(ModelMissing, match="of another shape: "):
+        load_renderer(found, device="cpu", dtype=torch.float32)
+
+
+def test_numbers_are_what_from_pretrained_loads(home):
+    """In half precision, too: what is computed and not read from files stays in float32."""
+    found = resolve(str(home / "tiny-diffusers"), "renderer", root=home)
+    for dtype in (torch.float32, torch.bfloat16):
+        ours = load_renderer(found, device="cpu", dtype=dtype)
+        for name in ("text_encoder", "condition_encoder", "transformer", "vae", "audio_tokenizer"):
+            theirs = component_class(name).from_pretrained(found.path / name, dtype=dtype, local_files_only=True)
+            mine = getattr(ours, name)
+            expected = dict([*theirs.named_parameters(), *theirs.named_buffers()])
+            loaded = dict([*mine.named_parameters(), *mine.named_buffers()])
+            assert loaded.keys() == expected.keys()
+            for key, value in expected.items():
+                assert loaded[key].dtype == value.dtype, key
+                assert torch.equal(loaded[key], value), key
