@@ -1,24 +1,24 @@
-"""Simulated pools: equal cards, what waits for them, and how the router and the autoscaler see them."""
+"""Simulated pools: equal cards, what waits for them, and both as the job store and the fleet's watch show them to the router."""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
 from acestep.gpu_config import get_gpu_config, get_limits
 from acestep.sizing import profiles
-from acestep.sizing.cost import plan_rows, plan_seconds, render_seconds
+from acestep.sizing.cost import plan_rows
 from deployments.capacity.traffic import Arrival
 from deployments.config.args import Role
-from deployments.jobs.waiting import Backlog, handover_rate
+from deployments.jobs.schema import QUEUED, RUNNING
+from deployments.jobs.waiting import Backlog, Places, Row
 from deployments.scheduling.autoscaling import desired
 from deployments.scheduling.choose import Decision, PoolState
 from deployments.scheduling.fairness import USAGE_HALF_LIFE_S, Waiting
 
-RATE_WINDOW_S = 120.0
 PLANNER_ROWS = 16
 MEAN_CONTEXT = 400.0
 TASKS = frozenset({"text2music", "cover", "repaint"})
@@ -76,9 +76,13 @@ class Song:
 
     Attributes:
         eta_s: From submit to the end, as told at submit.
-        later_eta_s: The same as told once the plan was there.
+        planner, est_plan_s: What it is planned by, and its work there; None and 0 where it needs no planner.
+        deadline: When it is given up; None: never.
+        later_eta_s: The same as `eta_s`, told once the plan was there.
         stage: `refused` at submit, `late`: given up once its deadline was over.
-        begun: When its stage began; `first_begun`: the first of them.
+        begun: When its stage began; None while it waits. `first_begun`: the first of them.
+        stage_s: How long the stage should take.
+        on: What works on it.
         redone_s: Seconds of a card that were lost with it.
     """
 
@@ -86,11 +90,15 @@ class Song:
     arrival: Arrival
     decision: Decision
     eta_s: float | None
+    planner: str | None
+    est_plan_s: float
+    deadline: float | None = None
     later_eta_s: float | None = None
     stage: Literal["plan", "render", "done", "refused", "late"] = "plan"
     begun: float | None = None
     first_begun: float | None = None
-    pieces: int = 0
+    stage_s: float = 0.0
+    on: list[Replica] = field(default_factory=list)
     finished: float | None = None
     redone_s: float = 0.0
 
@@ -99,25 +107,72 @@ class Song:
         """Done within its deadline."""
         return self.finished is not None and self.finished - self.arrival.at <= self.arrival.deadline_s
 
+    @property
+    def ended(self) -> bool:
+        return self.stage not in ("plan", "render")
+
+    @property
+    def pool(self) -> str:
+        """That its stage is for."""
+        return (self.planner if self.stage == "plan" else self.decision.renderer) or ""
+
+    def row(self, now: float) -> Row:
+        """As the job store has it."""
+        state, stage = QUEUED, "queued"
+        if self.ended:
+            state = stage = "succeeded"
+        elif self.begun is not None:
+            state, stage = RUNNING, "planning" if self.stage == "plan" else "rendering"
+        return Row(
+            self.id, self.arrival.key, state, stage, self.planner, self.decision.renderer, self.est_plan_s, self.decision.est_render_s,
+            self.stage != "plan", self.arrival.at, self.deadline, places=self._places(), stage_s=self.stage_s,
+            ran_s=0.0 if self.begun is None else now - self.begun,
+        )  # fmt: skip
+
+    def _places(self) -> Places:
+        return tuple(
+            (r.id, plan_rows(self.arrival.request, r.pool.slots) / r.pool.slots if r.pool.slots > 1 else 1.0)
+            for r in self.on
+        )
+
 
 @dataclass(eq=False)
 class Replica:
-    """One card. A renderer holds one piece, a planner as many rows as it has slots."""
+    """One card, from when it is ordered. A renderer holds one piece, a planner as many rows as it has slots.
+
+    Attributes:
+        version: Counts what changed in it: what was to happen to an older one does not.
+        clock: Steps that a planner has made, until `updated`; `jobs`: its songs by the step at which they end.
+    """
 
     pool: Pool
-    ready_at: float
+    id: str
+    ordered_at: float
     spot: bool = False
-    busy: bool = False
-    begun_at: float = 0.0
-    work: tuple[Song, int, float] | None = None  # renderer: what it holds, as its queue had it
-    free_at: float = 0.0  # predicted
     draining: bool = False
     gone: bool = False
-    rows: int = 0
-    clock: float = 0.0  # planner: steps made
-    updated: float = 0.0
-    jobs: list[tuple[float, int, Song]] = field(default_factory=list)  # planner: (end in steps, number, song)
     version: int = 0
+    song: Song | None = None
+    rows: int = 0
+    clock: float = 0.0
+    updated: float = 0.0
+    jobs: list[tuple[float, int, Song]] = field(default_factory=list)
+
+    @property
+    def busy(self) -> bool:
+        return self.song is not None or bool(self.jobs)
+
+    @property
+    def step_s(self) -> float:
+        """Of a planner, for all that is in its batch."""
+        return self.pool.step_s(self.rows) * self.pool.bias
+
+    def advance(self, now: float) -> None:
+        """A planner's clock goes to now."""
+        if self.rows:
+            self.clock += (now - self.updated) / self.step_s
+            self.pool.done_s += now - self.updated
+        self.updated = now
 
 
 class Pool:
@@ -131,17 +186,9 @@ class Pool:
         self.scaler = scaler
         self.slots = PLANNER_ROWS if spec.role == "plan" else 1
         self.replicas: list[Replica] = []
-        self.starting = 0
+        self.starting: list[Replica] = []
         self.target = spec.min_replicas
-        self.queue: dict[str, tuple[Song, int, float, Waiting]] = {}  # waiting id -> (song, items, work, its turn)
-        self.waiting_s = 0.0
-        self.coming: dict[
-            str, tuple[float, float, float]
-        ] = {}  # song id -> (planned at, as foretold; render work; due)
-        self.upcoming: dict[str, tuple[float, float, float]] = {}  # song id -> (render work, planning since, estimate)
-        self.upcoming_s = 0.0
-        self.later_s = 0.0
-        self.recent: deque[tuple[float, float]] = deque()
+        self.queue: dict[str, tuple[Song, Row, Waiting]] = {}  # what waits, the same all the time
         self.drain_s: float | None = getattr(scaler, "drain_s", None)
         if spec.min_replicas == spec.max_replicas:
             self.drain_s = None
@@ -151,6 +198,7 @@ class Pool:
             self._step_s = [cost.seconds_per_step(rows, MEAN_CONTEXT) for rows in range(PLANNER_ROWS + 1)]
         self.gpu_s = self.spot_s = self.done_s = self.redone_s = 0.0
         self.sizes: list[tuple[float, int]] = []  # cards that serve, from when on
+        self._number = itertools.count()
 
     @property
     def load_s(self) -> float:
@@ -168,101 +216,70 @@ class Pool:
         spot = self.price if self.spec.spot_price is None else self.spec.spot_price
         return ((self.gpu_s - self.spot_s) * self.price + self.spot_s * spot) / 3600
 
-    def join(self, now: float) -> Replica:
-        """One more card serves."""
-        spot = self.spec.spot_price is not None and any(not r.spot for r in self.replicas)
-        replica = Replica(self, now, spot, updated=now)
-        self.replicas.append(replica)
-        self.sizes.append((now, len(self.replicas)))
-        return replica
+    @property
+    def live(self) -> list[Replica]:
+        """Replicas that take work."""
+        return [r for r in self.replicas if not r.draining]
 
     @property
     def most(self) -> int:
         """Cards that it had at once."""
         return max((size for _, size in self.sizes), default=0)
 
-    def leave(self, replica: Replica, now: float) -> None:
-        """One card less."""
-        self.replicas.remove(replica)
-        self.sizes.append((now, len(self.replicas)))
-        self.pay(replica, now)
-
-    def pay(self, replica: Replica, now: float) -> None:
-        """For a card that goes: all the time that it was there, its start included."""
-        seconds = now - replica.ready_at + self.load_s
-        self.gpu_s += seconds
-        self.spot_s += seconds if replica.spot else 0.0
-
     @property
     def settled(self) -> bool:
         """Whether it has the size that it will have, and no card of it goes or comes."""
         return self.spec.min_replicas == self.spec.max_replicas == len(self.replicas) and not self.starting
 
-    def ongoing(self) -> int:
-        return len(self.queue) + sum(len(r.jobs) if self.slots > 1 else r.busy for r in self.replicas)
+    def order(self, now: float) -> Replica:
+        """One more card, that does not serve yet."""
+        spot = self.spec.spot_price is not None and any(not r.spot for r in (*self.replicas, *self.starting))
+        return Replica(self, f"{self.spec.name}#{next(self._number)}", now, spot)
 
-    def running_s(self, now: float) -> float:
-        if self.slots > 1:
-            share = self.slots / 2
-            return sum(len(r.jobs) * max(0.0, r.free_at - now) / share for r in self.replicas)
-        return sum(max(0.1, r.free_at - now) for r in self.replicas if r.busy)
+    def join(self, replica: Replica, now: float) -> None:
+        """It serves."""
+        replica.updated = now
+        self.replicas.append(replica)
+        self.sizes.append((now, len(self.replicas)))
 
-    def state(self, now: float, correction: float, ahead_s: float, due: float) -> PoolState:
-        live = [r for r in self.replicas if not r.draining]
-        if self.slots > 1:
-            free = tuple(at for r in live for at in self._rows_free(r, now))
+    def leave(self, replica: Replica, now: float) -> None:
+        """One card less, whether it served or was still on its way."""
+        replica.gone = True
+        if replica in self.starting:
+            self.starting.remove(replica)
         else:
-            free = tuple(max(0.1, r.free_at - now) if r.busy else 0.0 for r in live)
+            self.replicas.remove(replica)
+            self.sizes.append((now, len(self.replicas)))
+        self.pay(replica, now)
+
+    def pay(self, replica: Replica, now: float) -> None:
+        """For a card that goes: all the time since it was ordered."""
+        self.gpu_s += now - replica.ordered_at
+        self.spot_s += now - replica.ordered_at if replica.spot else 0.0
+
+    def ongoing(self) -> int:
+        """Requests that it has or that wait for it."""
+        return len(self.queue) + sum(len(r.jobs) + (r.song is not None) for r in self.replicas)
+
+    def state(self, backlog: Backlog, correction: float) -> PoolState:
+        """Without its work, as `deployments.fleet.pools` has it."""
+        live, target = self.live, 0
+        if self.drain_s is not None:
+            target = desired(
+                backlog, drain_s=self.drain_s, min_replicas=self.spec.min_replicas, max_replicas=self.spec.max_replicas,
+                slots=together(backlog, len(live)),
+            )  # fmt: skip
         return PoolState(
             name=self.spec.name, role=self.spec.role, model=self.spec.model, limits=self.limits, profile=self.profile,
-            tasks=TASKS if self.spec.role == "render" else frozenset(), running=len(live), pending=self.starting, placeable=not self.spec.start_s,
-            max_replicas=self.spec.max_replicas, slots=self.slots, waiting_s=ahead_s,
-            coming=tuple((max(0.1, at - now), work, theirs < due) for at, work, theirs in self.coming.values()), drain_s=self.drain_s,
-            free_in_s=free, correction=correction, target=self.wanted(now),
+            tasks=TASKS if self.spec.role == "render" else frozenset(), running=len(live), pending=len(self.starting),
+            replicas=tuple(r.id for r in live), placeable=not self.spec.start_s, max_replicas=self.spec.max_replicas, slots=self.slots,
+            drain_s=self.drain_s, correction=correction, target=target,
         )  # fmt: skip
-
-    def wanted(self, now: float) -> int:
-        if self.drain_s is None:
-            return 0
-        slots = PLANNER_ROWS // 2 if self.spec.role == "plan" else 1
-        return desired(self.backlog(now), drain_s=self.drain_s, max_replicas=self.spec.max_replicas, slots=slots)
-
-    def _rows_free(self, replica: Replica, now: float) -> list[float]:
-        """When rows are free, from the codes that are still to be written: planners report their progress."""
-        times = [0.0] * (self.slots - replica.rows)
-        step = self.step_s(replica.rows) * self.bias
-        for end, _, song in replica.jobs:
-            left = (end - replica.clock) * step - (now - replica.updated)
-            times += [max(0.1, left)] * plan_rows(song.arrival.request, self.slots)
-        return times
 
     def step_s(self, rows: int) -> float:
         return self._step_s[rows]
 
-    def backlog(self, now: float) -> Backlog:
-        while self.recent and self.recent[0][0] <= now - RATE_WINDOW_S:
-            self.recent.popleft()
-        planning = len(self.upcoming)
-        elapsed = sum(now - since for _, since, _ in self.upcoming.values())
-        estimated = sum(seconds for _, _, seconds in self.upcoming.values())
-        return Backlog(
-            waiting_s=self.waiting_s, running_s=self.running_s(now), upcoming_s=self.upcoming_s, later_s=self.later_s,
-            handover=handover_rate(self.upcoming_s, estimated, elapsed, planning),
-            running_jobs=sum(len(r.jobs) if self.slots > 1 else r.busy for r in self.replicas),
-            arrival=sum(w for _, w in self.recent) / RATE_WINDOW_S,
-        )  # fmt: skip
 
-    def work_s(self, arrival: Arrival, duration: float) -> float:
-        """Seconds of one of its cards that a job takes."""
-        request, model = arrival.request, self.spec.model
-        if self.spec.role == "plan":
-            return plan_seconds(request, self.profile.planner(model), duration, slots=self.slots).work_s
-        cost = self.profile.renderer(model)
-        return render_seconds(request, cost, duration, model=model, items=request.batch_size).work_s
-
-
-def waiting_of(name: str, song: Song, work_s: float, patience_s: float) -> Waiting:
-    """What waits of a song, as the fair order sees it."""
-    arrival = song.arrival
-    deadline = arrival.at + arrival.deadline_s if arrival.firm else None
-    return Waiting(name, arrival.key, work_s, arrival.at, deadline=deadline, patience_s=patience_s)
+def together(backlog: Backlog, running: int) -> int:
+    """How many jobs a replica holds: what runs has its place on the replicas there are, and asks for no other."""
+    return max(1, math.ceil(backlog.running_jobs / max(1, running)))

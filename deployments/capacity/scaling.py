@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from deployments.capacity.pools import PLANNER_ROWS, PoolSpec
+from deployments.capacity.pools import PoolSpec, together
 from deployments.jobs.waiting import Backlog
 from deployments.scheduling.autoscaling import desired
 
@@ -60,6 +60,6 @@ class SecondsOfWork:
     def __call__(self, now: float, backlog: Backlog, running: int, target: int, ongoing: int) -> int:
         wanted = desired(
             backlog, drain_s=self.drain_s, min_replicas=self.pool.min_replicas, max_replicas=self.pool.max_replicas,
-            slots=PLANNER_ROWS // 2 if self.pool.role == "plan" else 1,
+            slots=together(backlog, running),
         )  # fmt: skip
         return self._delays(now, wanted, running, target)

@@ -17,7 +17,6 @@ from acestep.sizing.cost import (
     expected_duration,
     needs_planner,
     plan_rows,
-    plan_seconds,
     render_seconds,
 )
 from acestep.song import LATENT_FPS, Song
@@ -26,7 +25,7 @@ from deployments.fleet.pools import pool_limits, pool_state
 from deployments.fleet.watch import FleetView
 from deployments.jobs.job import Job
 from deployments.jobs.waiting import Backlog, Row
-from deployments.scheduling.choose import Decision, Option, Promise, choose, choose_pool
+from deployments.scheduling.choose import Decision, Option, Promise, choose, choose_pool, work_of
 from deployments.scheduling.fairness import Waiting, turn_of
 from deployments.scheduling.line import Place
 from deployments.scheduling.pool import FleetState, PoolState
@@ -70,7 +69,9 @@ class Routing:
         deadline: float | None = None,
     ) -> Waiting:
         """A job that is about to be written down, as the fair order will see it."""
-        return Waiting("", owner, _work_s(request, self.pools(view), only_plan), time.time(), deadline=deadline)
+        return Waiting(
+            "", owner, work_of(request, self.pools(view), only_plan=only_plan), time.time(), deadline=deadline
+        )
 
     def admit(
         self, view: FleetView, request: SongRequest, me: Waiting, place: Place, working: Sequence[Row],
@@ -190,20 +191,6 @@ def _promise(job: Job) -> Promise | None:
     if job.render_pool is None or told is None:
         return None
     return Promise(job.render_pool, job.created_at + float(told) - time.time())
-
-
-def _work_s(request: SongRequest, fleet: FleetState, only_plan: bool) -> float:
-    """About how much work a request is, all its stages, on the first pool of each."""
-    duration, _ = expected_duration(request)
-    planner = next(iter(fleet.of("plan")), None)
-    renderer = next(iter(fleet.of("render")), None)
-    work_s = 0.0
-    if planner is not None and needs_planner(request):
-        work_s += plan_seconds(request, planner.profile.planner(planner.model), duration, slots=planner.slots).work_s
-    if renderer is not None and not only_plan:
-        cost = renderer.profile.renderer(renderer.model)
-        work_s += render_seconds(request, cost, duration, model=renderer.model, items=request.batch_size).work_s
-    return work_s
 
 
 def why_none(view: FleetView, role: Role) -> str:

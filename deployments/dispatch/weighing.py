@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from acestep.errors import Unavailable
+from acestep.errors import DeadlineExceeded, Unavailable
 from deployments.dispatch.routing import Routing, is_off, share_of_planner, share_of_renderer, why_none
 from deployments.dispatch.song import Step
 from deployments.dispatch.texts import question_of
@@ -53,6 +54,7 @@ def weigh(routing: Routing, view: FleetView, job: Job, place: Place, picture: Pi
 
     Raises:
         NoPool: nobody knows yet.
+        DeadlineExceeded: it could begin, and cannot end in time any more.
         AceStepError: no pool ever can.
     """
     # It may be what takes replicas down: then its last try is its own, so that no song beside it pays for that.
@@ -83,6 +85,11 @@ def weigh(routing: Routing, view: FleetView, job: Job, place: Place, picture: Pi
         elif room := picture.rooms.get(option.pool.name):  # else the pool is newer than the picture
             begin = _planning if decision.planning else _rendering
             waits_for, step = _room(room), begin(decision, option, room, job, suspect)
+    left_s = None if job.deadline is None else job.deadline - time.time()
+    if step is not None and decision.hopeless(left_s):
+        raise DeadlineExceeded(
+            f"deadline_s: its turn came too late: it takes about {decision.takes_s:.1f} s more, and {max(0.0, left_s or 0.0):.1f} s are left"
+        )
     return Weighed(step, waits_for, columns, decision)
 
 

@@ -187,17 +187,14 @@ def read_backlog(database_url: str, pool: str) -> Backlog:
 def read_backlogs(database_url: str, now: float | None = None) -> dict[str, Backlog]:
     """The backlogs of all pools that have work, in one query."""
     now = time.time() if now is None else now
-    columns = (
-        jobs.c.state, jobs.c.stage, jobs.c.plan_pool, jobs.c.render_pool, jobs.c.est_plan_s, jobs.c.est_render_s,
-        jobs.c.created_at, jobs.c.planned_at, jobs.c.stage_s, _RAN,
-    )  # fmt: skip
     recent = sa.or_(jobs.c.state.in_(ACTIVE), jobs.c.created_at >= now - RATE_WINDOW_S)
     with _engine(database_url).connect() as db:
-        return summarise(db.execute(sa.select(*columns).where(recent)).mappings(), now)
+        found = db.execute(sa.select(*_COLUMNS, jobs.c.stage_s, _RAN).where(recent))
+        return summarise((_row(row) for row in found), now)
 
 
-def summarise(rows: Iterable[Any], now: float) -> dict[str, Backlog]:
-    """Backlogs from job rows (mappings of column to value): the pure part of `read_backlogs`."""
+def summarise(rows: Iterable[Row], now: float) -> dict[str, Backlog]:
+    """Backlogs from the jobs under way and those of the last two minutes: the pure part of `read_backlogs`."""
     sums: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
 
     def add(pool: str | None, what: str, value: float) -> None:
@@ -205,30 +202,29 @@ def summarise(rows: Iterable[Any], now: float) -> dict[str, Backlog]:
             sums[pool][what] += value
 
     for row in rows:
-        plan_pool, render_pool = row["plan_pool"], row["render_pool"]
-        plan_s, render_s = row["est_plan_s"], row["est_render_s"]
-        if row["created_at"] >= now - RATE_WINDOW_S and row["state"] != "cancelled":
+        plan_pool, render_pool, plan_s, render_s = row.plan_pool, row.render_pool, row.est_plan_s, row.est_render_s
+        if row.created_at >= now - RATE_WINDOW_S and row.state != "cancelled":
             add(plan_pool, "arrival", plan_s / RATE_WINDOW_S)
             add(render_pool, "arrival", render_s / RATE_WINDOW_S)
-        if row["state"] not in ACTIVE:
+        if row.state not in ACTIVE:
             continue
-        runs, planned = row["state"] == RUNNING, row["planned_at"] is not None or not plan_pool
+        runs, planned = row.state == RUNNING, row.planned or not plan_pool
         if runs and planned:
-            add(render_pool, "running_s", _left(render_s, row["ran_s"]))
+            add(render_pool, "running_s", _left(render_s, row.ran_s))
             add(render_pool, "running_jobs", 1)
         elif planned:
             add(render_pool, "waiting_s", render_s)
         elif runs:
-            add(plan_pool, "running_s", _left(plan_s, row["ran_s"]))
+            add(plan_pool, "running_s", _left(plan_s, row.ran_s))
             add(plan_pool, "running_jobs", 1)
             add(render_pool, "upcoming_s", render_s)
             add(render_pool, "planning_jobs", 1)
-            add(render_pool, "planning_due_s", row["stage_s"])
-            add(render_pool, "planning_ran_s", row["ran_s"])
+            add(render_pool, "planning_due_s", row.stage_s)
+            add(render_pool, "planning_ran_s", row.ran_s)
         else:
             add(plan_pool, "waiting_s", plan_s)
             add(render_pool, "later_s", render_s)
-            if now - row["created_at"] <= FRESH_S:
+            if now - row.created_at <= FRESH_S:
                 add(render_pool, "fresh_s", render_s)
     return {pool: _backlog(s) for pool, s in sums.items()}
 

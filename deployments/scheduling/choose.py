@@ -29,11 +29,11 @@ from deployments.scheduling.line import HANDOFF_S
 from deployments.scheduling.pool import FleetState, PoolState
 from deployments.scheduling.simulate import free_times, starts, wait_s
 
-__all__ = ["Decision", "FleetState", "PoolState", "Promise", "choose", "choose_pool", "wait_s"]
+__all__ = ["Decision", "FleetState", "PoolState", "Promise", "choose", "choose_pool", "wait_s", "work_of"]
 
 SPILL_FACTOR = 2.0
 MIN_PATIENCE_S = 2.0  # a wait below this is never worth a larger card
-PROMISE_TOLERANCE = 1.25
+PROMISE_TOLERANCE = 1.25  # foretold times are mostly no further off
 # Spreading a batch over k replicas must end it in this share of the time and this many seconds earlier: below that it costs others more
 # than it brings.
 SPREAD_SHARE, SPREAD_S = 0.75, 4.0
@@ -127,6 +127,15 @@ class Decision:
         """Until planning begins, and from the plan to when rendering begins."""
         return sum(option.wait_s for option in (self.planning, self.rendering) if option is not None)
 
+    @property
+    def takes_s(self) -> float:
+        """Seconds of all its stages, without any wait."""
+        return sum(option.seconds.wall_s for option in (self.planning, self.rendering) if option is not None)
+
+    def hopeless(self, left_s: float | None) -> bool:
+        """Whether what is left until its deadline is too little for its stages alone: a card would work for nothing."""
+        return left_s is not None and self.takes_s > PROMISE_TOLERANCE * left_s
+
 
 def choose(
     request: SongRequest,
@@ -216,6 +225,20 @@ def choose(
         eta_s=planned_s + (rendering.finish_s if rendering else 0.0) if all(p.can_run for p in chosen) else None,
         reason=reason,
     )
+
+
+def work_of(request: SongRequest, fleet: FleetState, *, only_plan: bool = False) -> float:
+    """About how many seconds of work a request is, all its stages, on the first pool of each."""
+    duration, _ = expected_duration(request)
+    planner = next(iter(fleet.of("plan")), None)
+    renderer = next(iter(fleet.of("render")), None)
+    work_s = 0.0
+    if planner is not None and needs_planner(request):
+        work_s += plan_seconds(request, planner.profile.planner(planner.model), duration, slots=planner.slots).work_s
+    if renderer is not None and not only_plan:
+        cost = renderer.profile.renderer(renderer.model)
+        work_s += render_seconds(request, cost, duration, model=renderer.model, items=request.batch_size).work_s
+    return work_s
 
 
 def choose_pool(fleet: FleetState, role: Role) -> PoolState | None:

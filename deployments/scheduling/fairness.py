@@ -66,8 +66,8 @@ def next_jobs(candidates: Iterable[Waiting], usage: Mapping[str, float], now: fl
     def share(key: str) -> float:
         return had[key] - FORGIVEN * max(0.0, now - queues[key][0].due)
 
+    shares = {key: share(key) for key in queues}
     while queues:
-        shares = {key: share(key) for key in queues}
         least = min(shares, key=lambda k: (shares[k], k))
         # A caller's first job waits for no more of another's work than it is itself.
         bar = shares[least] + min(SLACK_S, queues[least][0].work_s)
@@ -77,8 +77,10 @@ def next_jobs(candidates: Iterable[Waiting], usage: Mapping[str, float], now: fl
         )
         job = queues[key].popleft()
         had[key] += job.work_s
-        if not queues[key]:
-            del queues[key]
+        if queues[key]:
+            shares[key] = share(key)
+        else:
+            del queues[key], shares[key]
         yield job
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sqlite3
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,7 @@ from deployments.dispatch.dispatcher import Dispatcher
 from deployments.fleet import sent
 from deployments.fleet.watch import Fleet
 from deployments.jobs import retry
+from deployments.jobs.schema import jobs
 from deployments.scheduling import choose as placement
 
 from .conftest import Site
@@ -385,6 +387,21 @@ async def test_failures_end_the_job_with_their_type(site: Site, stage: Stage) ->
             assert (view["state"], view["error"]["type"]) == ("failed", kind)
             assert text in view["error"]["message"]
             assert "/srv" not in str(view)
+
+
+async def test_what_cannot_end_by_its_deadline_any_more_is_not_begun(site: Site, stage: Stage) -> None:
+    late, soon = await submit(site, deadline_s=600), await submit(site, deadline_s=600)
+    for _ in range(10):  # meanwhile its card turns out to be slow
+        site.service.routing.corrections.refine("dit", "render", 1.0, 30.0)
+    with site.service.store.engine.begin() as db:
+        db.execute(jobs.update().where(jobs.c.id == late).values(deadline=time.time() + 1.0))
+    async with running(site.service.dispatcher):
+        await until(lambda: site.job(late).ended and site.job(soon).ended)
+    assert (site.job(soon).state, stage.calls) == ("succeeded", ["plan", "render"]), "no stage has seen the other"
+    error = site.job(late).error
+    assert error is not None
+    assert error["type"] == "deadline_exceeded"
+    assert "its turn came too late" in error["message"]
 
 
 async def test_a_song_that_runs_for_too_long_is_stopped(site: Site, stage: Stage) -> None:

@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,7 +23,7 @@ from acestep.request import SongRequest
 from deployments.capacity.scaling import Delays, ServeDelays
 from deployments.jobs import waiting as backlog_module
 from deployments.jobs.store import JobStore
-from deployments.jobs.waiting import Backlog, read_backlog, read_backlogs, summarise
+from deployments.jobs.waiting import Backlog, Row, read_backlog, read_backlogs, summarise
 from deployments.scheduling import autoscaling
 from deployments.scheduling.autoscaling import BacklogPolicy, desired
 
@@ -293,36 +294,31 @@ def test_one_query_serves_all_pools(tmp_path: Any, monkeypatch: pytest.MonkeyPat
         store.close()
 
 
+WAITS = Row(
+    "j", "", "queued", "queued", "lm", "dit", est_plan_s=5.0, est_render_s=20.0, planned=False, created_at=1000.0
+)
+
+
 def test_songs_that_wait_for_planners_that_never_come_stop_counting() -> None:
-    row = {
-        "state": "queued", "stage": "queued", "plan_pool": "lm", "render_pool": "dit", "est_plan_s": 5.0, "est_render_s": 20.0,
-        "created_at": 1000.0, "started_at": None, "planned_at": None,
-    }  # fmt: skip
-    assert desired(summarise([row], 1030.0)["dit"], drain_s=30, max_replicas=4) == 1
-    old = summarise([row], 1300.0)
+    assert desired(summarise([WAITS], 1030.0)["dit"], drain_s=30, max_replicas=4) == 1
+    old = summarise([WAITS], 1300.0)
     assert old["lm"].waiting_s == 5.0
     assert desired(old["dit"], drain_s=30, max_replicas=4) == 0
 
 
 def test_a_burst_counts_whole_while_a_quick_planner_has_begun_with_one() -> None:
     """What a planner needs for a song is its estimate, until it proves to be slower."""
-    waits = {
-        "state": "queued", "stage": "queued", "plan_pool": "lm", "render_pool": "dit", "est_plan_s": 0.1, "est_render_s": 1.0,
-        "created_at": 1000.0, "started_at": None, "planned_at": None, "stage_s": 0.0, "ran_s": 0.0,
-    }  # fmt: skip
-    begun = waits | {"state": "running", "stage": "planning", "stage_s": 0.1, "ran_s": 0.01}
+    waits = replace(WAITS, est_plan_s=0.1, est_render_s=1.0)
+    begun = replace(waits, state="running", stage="planning", stage_s=0.1, ran_s=0.01)
     assert desired(summarise([begun, *[waits] * 5], 1000.0)["dit"], drain_s=1, max_replicas=8) == 6
-    slow = begun | {"ran_s": 5.0}
+    slow = replace(begun, ran_s=5.0)
     assert desired(summarise([slow, *[waits] * 5], 1000.0)["dit"], drain_s=1, max_replicas=8) == 2
 
 
 def test_a_cancelled_job_is_no_arrival() -> None:
-    row = {
-        "state": "cancelled", "stage": "queued", "plan_pool": None, "render_pool": "dit", "est_plan_s": 0.0, "est_render_s": 200.0,
-        "created_at": 1000.0, "started_at": None, "planned_at": None,
-    }  # fmt: skip
+    row = replace(WAITS, state="cancelled", plan_pool=None, est_plan_s=0.0, est_render_s=200.0)
     assert summarise([row], 1001.0).get("dit", Backlog()).arrival == 0.0
-    assert summarise([row | {"state": "succeeded"}], 1001.0)["dit"].arrival > 1.0
+    assert summarise([replace(row, state="succeeded")], 1001.0)["dit"].arrival > 1.0
 
 
 # -- the simulator's model of Serve

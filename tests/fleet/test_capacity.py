@@ -230,7 +230,7 @@ def test_a_spot_card_that_is_taken_away_loses_no_song_and_its_work_is_done_again
         simulator = Simulator(fleet(6, 6, spot=0.1), jobs, SecondsOfWork, reclaim_every_s=60.0, notice_s=notice_s)
         result = simulator.run()
         assert all(s.finished is not None or s.stage == "refused" for s in result.songs)
-        assert not any(p.queue or p.upcoming or p.coming for p in result.pools)
+        assert not any(p.queue or any(r.busy for r in p.replicas) for p in result.pools)
         assert (result.redone > 0) is lost
         assert result.redone < 0.5
     spot = result.pools[1]

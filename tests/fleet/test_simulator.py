@@ -9,8 +9,10 @@ import pytest
 
 from benchmarks import fleet
 from benchmarks.fleet_policies import RequestCount
+from deployments.capacity.pools import PoolSpec, Scaler
 from deployments.capacity.scaling import SecondsOfWork
 from deployments.capacity.simulator import Simulator
+from deployments.capacity.traffic import Arrival, arrivals, request_of, shipped
 
 ARRIVALS = fleet.day(200, hours=0.5)
 SPECS = fleet.mixed_fleet(8)
@@ -25,9 +27,7 @@ def test_every_song_is_made_once_and_gpu_time_covers_the_work(routing: str) -> N
     assert 0 < sum(p.done_s for p in simulator.pools.values()) / 3600 < result.gpu_hours
     for pool in simulator.pools.values():
         assert not pool.queue
-        assert pool.waiting_s == pytest.approx(0.0, abs=1e-6)
-        assert not pool.coming
-        assert not pool.upcoming
+        assert not any(r.busy or r.rows for r in pool.replicas)
         assert len(pool.replicas) <= pool.spec.max_replicas
 
 
@@ -36,6 +36,51 @@ def test_the_same_day_twice_is_the_same() -> None:
         return [s.finished for s in Simulator(SPECS, ARRIVALS, lambda pool: SecondsOfWork(pool, 30.0)).run().songs]
 
     assert finished() == finished()
+
+
+def pools(planners: tuple[int, int], renderers: tuple[int, int]) -> list[PoolSpec]:
+    (few, many), (least, most) = planners, renderers
+    return [
+        PoolSpec("lm", "plan", "rtx-3060-12", "tier5", fleet.LM, many, few, start_s=180.0),
+        PoolSpec("dit", "render", "v100-16", "tier6", fleet.DIT, most, least, start_s=180.0),
+    ]
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_a_pool_that_may_grow_does_no_worse_than_its_smallest_size(seed: int) -> None:
+    """Cards come after the burst that they were ordered for: what they were to be added to must be there still."""
+    bursts = shipped()["songs"].model_copy(update={"jobs_per_hour": 150.0, "burst_share": 0.5})
+    songs = arrivals(bursts, hours=2.0, seed=seed)
+
+    def kept(planners: tuple[int, int], renderers: tuple[int, int]) -> float:
+        return Simulator(pools(planners, renderers), songs, SecondsOfWork, bias=1.0).run().kept
+
+    assert kept((1, 3), (3, 3)) >= kept((1, 1), (3, 3))
+    assert kept((2, 2), (1, 3)) >= kept((2, 2), (1, 1))
+
+
+def test_a_pool_gives_back_what_does_not_serve_yet_before_what_does() -> None:
+    """As Serve does: see `_get_replicas_to_stop` of its deployment scheduler."""
+    wishes = iter([3, 3, 3, 1])
+    orders: Scaler = lambda now, backlog, running, target, ongoing: next(wishes, 1)  # noqa: E731
+    simulator = Simulator(pools((1, 1), (1, 3)), ARRIVALS[:20], lambda pool: orders, until_s=300.0)
+    dit = simulator.run().pools[1]
+    assert dit.sizes == [(0.0, 1)], "the one that served stayed, and the others never came"
+    assert dit.gpu_s > simulator.now + 10.0, "they are paid for until they are given back"
+
+
+def test_what_cannot_end_in_time_any_more_takes_no_card() -> None:
+    song = request_of(fleet.RERENDERS, 240.0, 1, 6)
+    spec = [PoolSpec("dit", "render", "rtx-3060-12", "tier5", fleet.DIT, 1)]
+    alone = Simulator(spec, [Arrival(0.0, song, "a", 240.0, 1e9)], None, bias=1.0, noise=0.0).run().span_s
+    # The card is twice as slow as its router knows: of ten that it takes at once most turn out to be too late.
+    jobs = [Arrival(0.0, song, f"key{n}", 240.0, 6.5 * alone, firm=True) for n in range(10)]
+    simulator = Simulator(spec, jobs, None, bias=1.0, noise=0.0)
+    simulator.pools["dit"].bias = 2.0
+    result = simulator.run()
+    assert (sum(s.kept for s in result.songs), result.refused) == (3, 4)
+    assert sum(s.stage == "late" for s in result.songs) == 3
+    assert simulator.pools["dit"].done_s == pytest.approx(6 * alone), "three songs, and no second for the others"
 
 
 def test_seconds_of_work_beat_request_counts_on_late_jobs_and_gpu_hours() -> None:
