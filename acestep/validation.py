@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 from pydantic import ValidationError
@@ -55,6 +56,12 @@ def first_problem(error: ValidationError) -> tuple[str, str]:
     """Name of the first wrong field and what is wrong with it, for the one line of a command."""
     first = validation_problems(error.errors(include_url=False))[0]
     return first["field"], first["message"]
+
+
+def did_you_mean(name: str, known: Iterable[str], *, alike: float = 0.6) -> str:
+    """`did you mean NAME?`, where one of the known names is as much alike as that (0 to 1); else nothing."""
+    near = get_close_matches(name, [k for k in known if k != name], 1, alike)
+    return f"did you mean {near[0]}?" if near else ""
 
 
 def _is_branch(error: Any, loc: tuple[Any, ...], index: int) -> bool:

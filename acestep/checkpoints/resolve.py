@@ -25,6 +25,7 @@ from acestep.checkpoints.published import (
 )
 from acestep.errors import ModelMissing
 from acestep.song import TINY_NOTICE
+from acestep.validation import did_you_mean
 
 
 def resolve(
@@ -80,9 +81,27 @@ def _resolve(name: str, kind: Kind, root: Path, *, download: bool, revision: str
         )
     if (root / name).is_dir():
         return _from_folder(root / name, kind, root, download=download, revision=None, name=name)
-    known = [*TINY_RENDERERS, TINY_PLANNER, *published()]
-    raise ModelMissing(
-        f"no {kind} is called {name!r}, and {root / name} does not exist. Known names: {', '.join(known)}. "
+    raise _no_such(name, kind, root)
+
+
+def check_name(name: str, kind: Kind) -> None:
+    """Refuse a name that can be no checkpoint, for who only writes it down: nothing is opened, and the Hub is not asked.
+
+    Raises:
+        ModelMissing: it is no name of that kind, no Hub repository and no folder here.
+    """
+    row, root = _row(name, kind), paths.checkpoints_dir()
+    of_kind = row.kind == kind if row else name in ([TINY_PLANNER] if kind == "planner" else TINY_RENDERERS)
+    if not (of_kind or (row is None and is_repository_id(name)) or _as_folder(name) or (root / name).is_dir()):
+        raise _no_such(name, kind, root)
+
+
+def _no_such(name: str, kind: Kind, root: Path) -> ModelMissing:
+    tiny = [TINY_PLANNER] if kind == "planner" else list(TINY_RENDERERS)
+    known = [*tiny, *(row.name for row in published().values() if row.kind == kind)]
+    near = did_you_mean(name, known)
+    return ModelMissing(
+        f"no {kind} is called {name!r}{f', {near}' if near else '.'} {root / name} does not exist. Known names: {', '.join(known)}. "
         "A Hub repository (owner/name) or a folder will do as well.",
         path=str(root / name),
     )

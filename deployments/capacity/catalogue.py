@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from acestep.errors import InvalidRequest
 from acestep.gpu_config import get_gpu_tier
 from acestep.sizing.profiles import cards
-from acestep.validation import first_problem
+from acestep.validation import did_you_mean, first_problem
 
 _CARD = re.compile(r"^(?P<card>[a-z0-9-]+)(?:=(?P<count>\d{1,5}))?(?:@(?P<price>\d{1,6}(?:\.\d{1,6})?))?$")
 
@@ -69,7 +69,7 @@ def offers(path: Path | None = None, only: Iterable[str] = ()) -> tuple[list[Off
     found: dict[str, Offer] = {}
     for name, price, spot, source in table.cards:
         if name not in known:
-            raise InvalidRequest(f"--prices: {where}: no card {name!r}; there are {', '.join(known)}", field="prices")
+            raise InvalidRequest(f"--prices: {where}: {_no_card(name)}", field="prices")
         if min(price, price if spot is None else spot) < 0:
             raise InvalidRequest(f"--prices: {where}: {name} must not cost less than 0", field="prices")
         found[name] = _offer(name, price, spot, None, source)
@@ -93,13 +93,19 @@ def _offer(name: str, price: float, spot: float | None, count: int | None, sourc
     return Offer(name, get_gpu_tier(cards()[name].memory_gb, detected=True), price, spot, count, source)
 
 
+def _no_card(name: str) -> str:
+    near = did_you_mean(name, cards())
+    return f"no card {name!r}{f', {near}' if near else ';'} there are {', '.join(cards())}"
+
+
 def _chosen(text: str, found: dict[str, Offer]) -> Offer:
     match = _CARD.match(text)
-    if match is None or match["card"] not in cards():
+    if match is None:
         raise InvalidRequest(
-            f"--cards: {text!r} is not CARD, CARD=COUNT, CARD@PRICE or CARD=COUNT@PRICE; cards are {', '.join(cards())}",
-            field="cards", asked=text,
-        )  # fmt: skip
+            f"--cards: {text!r} is not CARD, CARD=COUNT, CARD@PRICE or CARD=COUNT@PRICE", field="cards", asked=text
+        )
+    if match["card"] not in cards():
+        raise InvalidRequest(f"--cards: {_no_card(match['card'])}", field="cards", asked=text)
     if match["count"] and int(match["count"]) == 0:
         raise InvalidRequest(
             f"--cards: {text}: there must be at least 1; leave out what there is none of", field="cards", asked=text

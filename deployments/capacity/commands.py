@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from acestep.checkpoints.published import default_name
+from acestep.checkpoints.resolve import check_name
 from acestep.cli import output as out
 from acestep.errors import InvalidRequest
 from acestep.gpu_config import is_lm_model_size_allowed, planner_name
@@ -91,6 +92,10 @@ def plan(
                 "--files-url: say where songs go that all machines of the fleet reach: a shared folder, or s3://bucket/songs",
                 field="files_url",
             )
+    if planner:
+        check_name(planner, "planner")
+    if model:
+        check_name(model, "renderer")
     day = _day(traffic, rate, from_jobs, database_url)
     offered, where = offers(prices, cards or ())
     choice = Choice(

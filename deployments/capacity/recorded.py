@@ -14,13 +14,14 @@ import sqlalchemy as sa
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from acestep.checkpoints.resolve import check_name
 from acestep.errors import InvalidRequest
 from acestep.request import SongRequest
 from acestep.sizing.cost import expected_duration
-from acestep.validation import first_problem
+from acestep.validation import did_you_mean, first_problem
 from deployments.capacity.plan import Day
 from deployments.capacity.traffic import Arrival, Traffic, arrivals, patience_of, shipped
-from deployments.jobs.database import engine_for
+from deployments.jobs.database import reading
 from deployments.jobs.schema import jobs
 
 _SPAN = re.compile(r"(\d{1,4}(?:\.\d+)?)([smhd])")
@@ -46,13 +47,15 @@ def read_traffic(name: str, rate: float | None = None) -> Day:
 
     Raises:
         InvalidRequest: there is none of that name, or the file is not understood; the message names the field.
+        ModelMissing: a mix names a model that there is not.
     """
     if name in shipped():
         return day_of(shipped()[name], rate)
     path = Path(name)
     if path.suffix not in (".yaml", ".yml", ".jsonl") or not path.is_file():
         raise InvalidRequest(
-            f"--traffic: {name!r} is none of {', '.join(shipped())}, and no file NAME.yaml (a mix) or NAME.jsonl (jobs)",
+            f"--traffic: {name!r} is none of {', '.join(shipped())}, and no file NAME.yaml (a mix) or NAME.jsonl (jobs). "
+            + did_you_mean(name, shipped()).capitalize(),
             field="traffic", asked=name,
         )  # fmt: skip
     try:
@@ -64,12 +67,16 @@ def read_traffic(name: str, rate: float | None = None) -> Day:
             raise InvalidRequest("--rate: jobs of a file come when it says; leave it out", field="rate")
         return window_of(list(_lines(path, text)))
     try:
-        return day_of(Traffic.model_validate(yaml.safe_load(text)), rate)
+        mix = Traffic.model_validate(yaml.safe_load(text))
     except yaml.YAMLError as error:
         raise InvalidRequest(f"--traffic: {path} is no YAML: {error}", field="traffic") from None
     except ValidationError as error:
         field, message = first_problem(error)
         raise InvalidRequest(f"--traffic: {path}: {field}: {message}", field="traffic") from None
+    for kind in mix.kinds:
+        if kind.model is not None:
+            check_name(kind.model, "renderer")
+    return day_of(mix, rate)
 
 
 def day_of(traffic: Traffic, rate: float | None = None) -> Day:
@@ -125,16 +132,8 @@ def read_jobs(database_url: str, since_s: float) -> list[Arrival]:
         .order_by(jobs.c.created_at.desc())
         .limit(MOST_JOBS)
     )
-    engine = engine_for(database_url)
-    try:
-        with engine.connect() as db:
-            rows = db.execute(query).mappings().all()
-    except sa.exc.DBAPIError as error:
-        raise InvalidRequest(
-            f"--from-jobs: no job store can be read at {engine.url!r}: {error.orig}", field="from_jobs"
-        ) from None
-    finally:
-        engine.dispose()
+    with reading(database_url) as db:
+        rows = db.execute(query).mappings().all()
     if not rows:
         raise InvalidRequest("--from-jobs: nobody asked for a song in that time", field="from_jobs")
     found = []

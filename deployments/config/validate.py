@@ -8,7 +8,6 @@ takes and what would not work, mostly without a message.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import re
 from collections.abc import Iterator, Mapping
 from importlib import resources
@@ -20,6 +19,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from acestep.errors import InvalidRequest
+from acestep.validation import did_you_mean
 from deployments.config.args import (
     ARGS_OF_ROLE,
     ROLE_OF_DEPLOYMENT,
@@ -151,8 +151,8 @@ def _in_words(path: tuple[str | int, ...], problem: Mapping[str, Any], known: se
     where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".") or "file"
     if problem["type"] != "extra_forbidden":
         return f"{where}: {problem['msg']}"
-    near = difflib.get_close_matches(str(path[-1]), known - {path[-1]}, n=1)
-    return f"{where}: unknown key" + (f", did you mean {near[0]}?" if near else "")
+    near = did_you_mean(str(path[-1]), known)
+    return f"{where}: unknown key" + (f", {near}" if near else "")
 
 
 def _application_problems(application: Mapping[str, Any]) -> Iterator[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,34 @@ def open_database(url: str) -> Engine:
     return engine
 
 
+@contextlib.contextmanager
+def reading(url: str) -> Iterator[Connection]:
+    """A connection to a job store that a server has used, for who only looks: nothing is made or brought up to date.
+
+    Raises:
+        InvalidRequest: there is none, or it cannot be read; the URL's own problems, see `engine_for`.
+    """
+    parsed = _parsed(url)
+    where = parsed.render_as_string(hide_password=True)
+    if parsed.get_backend_name() == "sqlite" and not Path(parsed.database or "").is_file():
+        raise InvalidRequest(
+            f"database_url: there is no job store at {where}: no server has written one; ACESTEP_HOME or --database-url says where it is",
+            field="database_url",
+        )
+    engine = engine_for(url)
+    try:
+        with engine.connect() as db:
+            if not sa.inspect(db).has_table("jobs"):
+                raise InvalidRequest(
+                    f"database_url: {where} is empty: no server has used it as its job store", field="database_url"
+                )
+            yield db
+    except sa.exc.DBAPIError as error:
+        raise InvalidRequest(f"database_url: {where} cannot be read: {error.orig}", field="database_url") from None
+    finally:
+        engine.dispose()
+
+
 def writer(engine: Engine, *, durable: bool = True) -> Engine:
     """The engine for transactions that write: on SQLite they take the lock when they begin.
 
@@ -82,6 +112,15 @@ def migrate(engine: Engine, revision: str = "head") -> None:
             ) from error
 
 
+def _parsed(url: str) -> sa.URL:
+    try:
+        return driver_url(url)
+    except sa.exc.ArgumentError:
+        raise InvalidRequest(
+            "database_url: not an SQLAlchemy URL such as sqlite:///jobs.sqlite3", field="database_url"
+        ) from None
+
+
 def engine_for(url: str) -> Engine:
     """An engine that has not connected yet. A SQLite file's folder is made, and proved to be writable.
 
@@ -89,12 +128,7 @@ def engine_for(url: str) -> Engine:
         InvalidRequest: the URL is not understood, or its driver is not installed.
         StoragePermission: the folder cannot be written.
     """
-    try:
-        parsed = driver_url(url)
-    except sa.exc.ArgumentError:
-        raise InvalidRequest(
-            "database_url: not an SQLAlchemy URL such as sqlite:///jobs.sqlite3", field="database_url"
-        ) from None
+    parsed = _parsed(url)
     backend = parsed.get_backend_name()
     if backend == "postgresql" and importlib.util.find_spec("psycopg") is None:
         raise InvalidRequest(

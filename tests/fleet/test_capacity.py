@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from acestep.cli import main as cli
-from acestep.errors import InvalidRequest
+from acestep.errors import InvalidRequest, ModelMissing
 from acestep.request import SongRequest
 from deployments.capacity import plan as plans
 from deployments.capacity import recorded
@@ -77,6 +77,13 @@ def test_a_mix_that_makes_no_sense_is_refused_by_name(tmp_path: Path, changes: d
     assert "mix.yaml" in refused.value.message
 
 
+def test_a_mix_with_a_misspelt_model_is_refused_with_the_nearest_one(tmp_path: Path) -> None:
+    path = tmp_path / "mix.yaml"
+    path.write_text(json.dumps({"jobs_per_hour": 5, "kinds": [CLIPS | {"model": "acestep-v15-bose"}]}))
+    with pytest.raises(ModelMissing, match="did you mean acestep-v15-base"):
+        recorded.read_traffic(str(path))
+
+
 def test_recorded_jobs_come_as_they_came(tmp_path: Path) -> None:
     lines = [
         {
@@ -113,8 +120,15 @@ def test_the_job_store_tells_what_was_asked_of_it(tmp_path: Path) -> None:
     for bad in ("7", "d", "-1h", "0d", "7 weeks"):
         with pytest.raises(InvalidRequest, match="from-jobs"):
             recorded.seconds_of(bad)
-    with pytest.raises(InvalidRequest, match="no job store"):
-        recorded.read_jobs(f"sqlite:///{tmp_path / 'none.sqlite3'}", 60.0)
+    missing, empty = tmp_path / "none" / "jobs.sqlite3", tmp_path / "empty.sqlite3"
+    with pytest.raises(InvalidRequest, match=r"there is no job store at .*none/jobs\.sqlite3"):
+        recorded.read_jobs(f"sqlite:///{missing}", 60.0)
+    assert not missing.parent.exists(), "who only looks makes nothing"
+    empty.touch()
+    with pytest.raises(InvalidRequest, match=r"empty\.sqlite3 is empty: no server has used it"):
+        recorded.read_jobs(f"sqlite:///{empty}", 60.0)
+    with pytest.raises(InvalidRequest, match="not an SQLAlchemy URL"):
+        recorded.read_jobs("jobs.sqlite3", 60.0)
 
 
 # -- prices
@@ -336,7 +350,9 @@ def test_cards_that_are_paid_for_cost_nothing(run: Callable[..., tuple[int, str,
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["plan", "--traffic", "nothing"], "--traffic"), (["plan", "--cards", "rtx-9090"], "--cards"), (["plan", "-o", "x.yaml"], "--files-url"),
+        (["plan", "--traffic", "song"], "Did you mean songs?"), (["plan", "--cards", "rtx-3900"], "no card 'rtx-3900', did you mean rtx-3090?"),
+        (["plan", "--planner", "acestep-5Hz-lm-1.8B"], "did you mean acestep-5Hz-lm-1.7B?"), (["plan", "--planner", DIT], f"no planner is called '{DIT}'"),
+        (["plan", "--model", "acestep-v15-trubo"], "did you mean acestep-v15-turbo?"), (["plan", "-o", "x.yaml"], "--files-url"),
         (["plan", "--from-jobs", "soon"], "--from-jobs"), (["plan", "--from-jobs", "1d", "--rate", "5"], "--rate"),
         (["plan", "--prices", "none.json"], "--prices"), (["replay", "none.yaml"], "none.yaml"),
     ],

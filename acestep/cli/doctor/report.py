@@ -6,7 +6,6 @@ import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from difflib import get_close_matches
 from importlib import metadata
 from typing import Any
 from urllib.parse import urlsplit
@@ -28,6 +27,7 @@ from acestep.settings.resolve import Resolved, resolve
 from acestep.sizing.ledger import RenderTask, admit_render, known_configs, plan_need, render_need
 from acestep.sizing.weights import PLANNERS
 from acestep.units import GIB
+from acestep.validation import did_you_mean
 
 INSTALL = "https://pytorch.org/get-started/locally/"
 _PACKAGES = ("torch", "transformers", "diffusers", "ray", "av", "torchao", "flash-attn", "kernels", "triton")
@@ -235,9 +235,9 @@ def misspelt(env: Mapping[str, str]) -> list[Finding]:
     """Variables that nothing reads and that look like ones that are read."""
     known = [option.env for option in OPTIONS.values()]
     return [
-        Finding("warning", "settings", f"nothing reads {name}: did you mean {near[0]}?")
+        Finding("warning", "settings", f"nothing reads {name}: {near}")
         for name in env
-        if name.startswith("ACESTEP_") and name not in known and (near := get_close_matches(name, known, 1, 0.9))
+        if name.startswith("ACESTEP_") and name not in known and (near := did_you_mean(name, known, alike=0.9))
     ]
 
 

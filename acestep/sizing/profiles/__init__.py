@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from acestep.errors import InvalidRequest
 from acestep.paths import home
 from acestep.sizing.cost import PlannerCost, Profile, RendererCost
-from acestep.validation import first_problem
+from acestep.validation import did_you_mean, first_problem
 
 log = logging.getLogger(__name__)
 
@@ -195,8 +195,9 @@ def named(name: str) -> Profile:
         return read(measured)
     if name in cards():
         return calculate(cards()[name])
+    near = did_you_mean(name, cards())
     raise InvalidRequest(
-        f"profile: no cost profile {name!r}; there are {', '.join(cards())}, files in {measured_dir()}, and paths of JSON files",
+        f"profile: no cost profile {name!r}{f', {near}' if near else ';'} there are {', '.join(cards())}, files in {measured_dir()}, and paths of JSON files",
         field="profile", asked=name,
     )  # fmt: skip
 
