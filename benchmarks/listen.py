@@ -154,7 +154,7 @@ def memory(listeners: int, seconds: float) -> dict[str, Any]:
     with simulated_service({"live_patience_s": 600.0}) as url:
         song = {"prompt": "a song", "duration": seconds, "thinking": False, "format": "mp3"}
         limits = httpx.Limits(max_connections=None)
-        with httpx.Client(base_url=url, timeout=600, limits=limits) as http, ThreadPoolExecutor(listeners) as pool:
+        with httpx.Client(base_url=url, timeout=600, limits=limits) as http, ThreadPoolExecutor(listeners + 1) as pool:
             http.post("/v1/music", json={**song, "duration": 10}, headers={"Prefer": "wait=50"})
             before = _resident()
             peak, over = dict(before), threading.Event()
@@ -167,6 +167,7 @@ def memory(listeners: int, seconds: float) -> dict[str, Any]:
             watching = threading.Thread(target=watch)
             watching.start()
             job = http.post("/v1/music", json=song).json()
+            asking = pool.submit(_asked, url, over)
 
             def listen(number: int) -> int:
                 heard = 0
@@ -175,15 +176,36 @@ def memory(listeners: int, seconds: float) -> dict[str, Any]:
                         heard += len(chunk)
                         if number % 2 and heard < 20 * 24_000:
                             time.sleep(1.0)
-                return heard
+                return heard if answer.status_code == 200 else answer.status_code
 
             heard = list(pool.map(listen, range(listeners)))
             over.set()
             watching.join()
         return {
-            "listeners": listeners, "seconds": seconds, "bytes_each": sorted(set(heard)),
+            "listeners": listeners, "seconds": seconds, "bytes_each": sorted(set(heard)), "others_waited_s": asking.result(),
             **{f"{name}_grew_mb": round(peak[name] - before.get(name, 0.0), 1) for name in ("router", "proxy")},
         }  # fmt: skip
+
+
+def _asked(url: str, over: threading.Event) -> dict[str, float]:
+    """The longest that anybody else waited meanwhile."""
+    longest: dict[str, float] = {}
+    with httpx.Client(base_url=url, timeout=600) as http:
+        while not over.is_set():
+            job: dict[str, Any] = {}
+            for name in ("livez", "submit", "events"):
+                began = time.monotonic()
+                if name == "livez":
+                    http.get("/livez").raise_for_status()
+                elif name == "submit":
+                    job = http.post("/v1/music", json={"prompt": "another", "duration": 10}).json()
+                else:
+                    with http.stream("GET", job["links"]["events"]) as events:
+                        next(events.iter_lines())
+                longest[name] = max(longest.get(name, 0.0), round(time.monotonic() - began, 2))
+            http.delete(f"/v1/jobs/{job['id']}")
+            over.wait(1.0)
+    return longest
 
 
 def _resident() -> dict[str, float]:
@@ -211,6 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="shorter songs and fewer listeners")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument("--listeners", type=int, help="of `memory`; left out: 100")
     parser.add_argument("--only", default="first,encode,idle,same,memory", help="some of them, with commas between")
     args = parser.parse_args(argv)
     wanted, quick = args.only.split(","), args.quick
@@ -226,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "encode" in wanted:
         report["encode"] = encode(10.0 if quick else 60.0)
     if "memory" in wanted:
-        report["memory"] = memory(20 if quick else 100, 60.0 if quick else 600.0)
+        report["memory"] = memory(args.listeners or (20 if quick else 100), 60.0 if quick else 600.0)
     print(json.dumps(report) if args.json else "\n".join(f"{name}: {value}" for name, value in report.items()))
     return 0
 

@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 import httpx
 import yaml
 
+from acestep.ray_env import PROXY, PROXY_ANSWERS
+
 T = TypeVar("T", bound=Mapping[str, Any])
 ROOT = Path(__file__).resolve().parents[1]
 START_TIMEOUT_S = 120.0
@@ -69,6 +71,7 @@ def simulated_service(dit: Mapping[str, Any] | None = None, lm: Mapping[str, Any
         path.write_text(yaml.safe_dump(config))
         env = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "ACESTEP_"))} | {
             "ACESTEP_HOME": str(folder / "home"), "RAY_TMPDIR": name, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0",
+            PROXY: PROXY_ANSWERS,
         }  # fmt: skip
         serve = Path(sys.executable).with_name("serve")
         with log_path.open("wb") as log:

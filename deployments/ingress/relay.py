@@ -2,16 +2,18 @@
 
 Nothing between a router and the socket holds a fast answer up for a slow listener: Serve would take all of it into memory. So a listener's
 request becomes requests for pieces, the next one made when the last one has gone out. It runs in Serve's proxies, where a listener's pace is
-known, and in the router for whoever comes without one. A router that is replaced, or busy, is asked again.
+known, and in the router for whoever comes without one. A router that is replaced, or busy, is asked again. Those who listen to the same song
+in step ask once for all; one who takes nothing for long is let go.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import re
 import time
+from collections import OrderedDict
 from dataclasses import dataclass, field
+from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -20,6 +22,8 @@ LIVE = re.compile(r"/v1/jobs/[^/]{1,64}/audio/[^/]{1,8}/live")
 PIECE_BYTES = 256 << 10
 AGAIN_S = 0.5  # between questions that were answered at once, with nothing
 PATIENCE_S = 60.0  # with routers that do not answer
+STALLED_S = 900.0  # in which a listener takes less than a piece: a player may pause so long
+PIECES_KEPT = 32  # for those who come to the same place a moment later
 _MAY_PASS = (429, 500, 502, 503, 504)
 _OF_THE_PIECE = (b"content-length", b"content-range", b"content-location", b"etag", b"accept-ranges")
 _NOT_FOR_PIECES = (b"range", b"if-range", b"accept-encoding", b"prefer")
@@ -32,6 +36,7 @@ class Relay:
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
+        self._pieces = _Pieces(app)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = str(scope.get("path", ""))
@@ -39,18 +44,16 @@ class Relay:
         if not whole or not LIVE.fullmatch(path[max(0, path.rfind("/v1/jobs/")) :]):
             await self._app(scope, receive, send)
             return
-        left = asyncio.Event()
-        watching = asyncio.create_task(_watch(receive, left))
+        left = asyncio.create_task(_left(receive))
         try:
-            await _Listener(self._app, scope, left, send).run()
+            await _Listener(self._pieces, scope, left, send).run()
         finally:
-            watching.cancel()
+            left.cancel()
 
 
-async def _watch(receive: Receive, left: asyncio.Event) -> None:
+async def _left(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-    left.set()
 
 
 @dataclass
@@ -71,11 +74,60 @@ class _Answer:
         return int(match[1]) if match and match[1] != b"*" else None
 
 
+class _Pieces:
+    """What routers said, to several listeners where they ask the same: of a piece there is one copy, however many send it on."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self._asked: OrderedDict[tuple[Any, ...], asyncio.Task[_Answer]] = OrderedDict()
+
+    def ask(
+        self, scope: Scope, headers: list[tuple[bytes, bytes]], same: tuple[Any, ...] | None
+    ) -> asyncio.Task[_Answer]:
+        """A question under way, or answered.
+
+        Args:
+            same: What questions have in common whose answers are the same; None for one that is the listener's own.
+        """
+        asked = self._asked.get(same) if same is not None else None
+        if asked is None or (asked.done() and not _lasts(asked)):
+            asked = asyncio.create_task(self._ask({**scope, "headers": headers}))
+            asked.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be left to hear it
+        if same is not None:
+            self._asked[same] = asked
+            self._asked.move_to_end(same)
+            if len(self._asked) > PIECES_KEPT:
+                self._asked.popitem(last=False)
+        return asked
+
+    async def _ask(self, scope: Scope) -> _Answer:
+        answer, parts = _Answer(), []
+        body: list[Message] = [{"type": "http.request", "body": b"", "more_body": False}]
+
+        async def receive() -> Message:
+            return body.pop() if body else await asyncio.Future()  # others may wait for it, too
+
+        async def note(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                answer.status, answer.headers = message["status"], list(message.get("headers", ()))
+            elif message["type"] == "http.response.body":
+                parts.append(message.get("body", b""))
+
+        await self._app(scope, receive, note)
+        answer.body = b"".join(parts)
+        return answer
+
+
+def _lasts(asked: asyncio.Task[_Answer]) -> bool:
+    """Whether an answer is the same at any time."""
+    return not asked.cancelled() and not asked.exception() and len(asked.result().body) == PIECE_BYTES
+
+
 class _Listener:
     """One listener's way through a song."""
 
-    def __init__(self, app: ASGIApp, scope: Scope, left: asyncio.Event, send: Send) -> None:
-        self._app, self._scope, self._left, self._send = app, scope, left, send
+    def __init__(self, pieces: _Pieces, scope: Scope, left: asyncio.Task[None], send: Send) -> None:
+        self._pieces, self._scope, self._left, self._send = pieces, scope, left, send
         self._headers = [(k, v) for k, v in scope["headers"] if k.lower() not in _NOT_FOR_PIECES]
         self._at, self._started, self._mark = 0, False, b""
 
@@ -83,9 +135,10 @@ class _Listener:
         """Returns without an end of the answer where the song cannot be sent to its end: the connection is broken off."""
         failing: float | None = None
         wait = b"wait=0"  # at first: whether there is such a song is told at once
-        while not self._left.is_set():
+        while True:
             asked = time.monotonic()
-            answer = await self._ask(wait)
+            if (answer := await self._ask(wait)) is None:
+                return
             if answer.status in (204, 206):
                 failing = None
                 if not await self._take(answer):
@@ -106,7 +159,7 @@ class _Listener:
                 return
 
     async def _take(self, answer: _Answer) -> bool:
-        """Send a piece on; False where that was the last."""
+        """Send a piece on; False where that was the last, or the listener takes none."""
         if not self._started:
             self._started = True
             headers = [(k, v) for k, v in answer.headers if k.lower() not in _OF_THE_PIECE]
@@ -122,37 +175,38 @@ class _Listener:
             self._headers = [(k, v) for k, v in self._headers if k.lower() != b"authorization"]
         self._at += len(answer.body)
         last = answer.total is not None and self._at >= answer.total
-        if answer.body or last:
-            await self._send({"type": "http.response.body", "body": answer.body, "more_body": not last})
+        try:
+            async with asyncio.timeout(STALLED_S):
+                if answer.body or last:
+                    await self._send({"type": "http.response.body", "body": answer.body, "more_body": not last})
+                if not last:  # until it has gone out: no other piece is held meanwhile
+                    await self._send({"type": "http.response.body", "body": b"", "more_body": True})
+        except TimeoutError:
+            _cut(self._send)
+            return False
         return not last
 
-    async def _ask(self, wait: bytes) -> _Answer:
-        asked = f"bytes={self._at}-{self._at + PIECE_BYTES - 1}".encode()
-        headers = [*self._headers, (b"range", asked), (b"prefer", wait)]
+    async def _ask(self, wait: bytes) -> _Answer | None:
+        """None where the listener leaves meanwhile."""
+        # The first question is everybody's own, with the key or signature that is looked at, and asks for next to nothing.
+        size = PIECE_BYTES if self._started else 1
+        headers = [*self._headers, (b"range", f"bytes={self._at}-{self._at + size - 1}".encode()), (b"prefer", wait)]
         if self._mark:
             headers.append((b"if-match", self._mark))
-        answer, parts = _Answer(), []
-        body: list[Message] = [{"type": "http.request", "body": b"", "more_body": False}]
-
-        async def receive() -> Message:
-            if body:
-                return body.pop()
-            await self._left.wait()
-            return {"type": "http.disconnect"}
-
-        async def note(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                answer.status, answer.headers = message["status"], list(message.get("headers", ()))
-            elif message["type"] == "http.response.body":
-                parts.append(message.get("body", b""))
-
-        await self._app({**self._scope, "headers": headers}, receive, note)
-        answer.body = b"".join(parts)
-        return answer
+        same = self._scope["path"], self._scope["query_string"], self._at, self._mark, wait
+        asked = self._pieces.ask(self._scope, headers, same if self._started else None)
+        await asyncio.wait({asked, self._left}, return_when=asyncio.FIRST_COMPLETED)
+        return None if self._left.done() else asked.result()
 
     async def _pause(self, seconds: float) -> None:
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._left.wait(), seconds)
+        await asyncio.wait({self._left}, timeout=seconds)
+
+
+def _cut(send: Send) -> None:
+    """End a connection without waiting until what was sent has gone out, as closing it would. Only uvicorn's own `send` knows the way."""
+    transport = getattr(getattr(send, "__self__", None), "transport", None)
+    if transport is not None:
+        transport.abort()
 
 
 def _of_a_part(scope: Scope) -> bool:

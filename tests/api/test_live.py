@@ -174,7 +174,7 @@ async def test_a_router_that_leaves_for_a_moment_breaks_nothing_off() -> None:
         "headers": [],
     }
     await relay.Relay(router)(scope, receive, send)
-    assert [m.get("body") for m in sent] == [None, b"abc", b"de"]
+    assert [m["body"] for m in sent if m.get("body")] == [b"abc", b"de"]
     assert sent[-1]["more_body"]  # broken off: the end never came
     assert [h["range"].partition("-")[0] for h in asked] == ["bytes=0"] * 2 + ["bytes=3"] * 3 + ["bytes=5"]
     assert [h.get("if-match") for h in asked] == [None, None, *['"1"'] * 4]

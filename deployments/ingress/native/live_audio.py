@@ -48,9 +48,12 @@ async def get_live_audio(
         raise Conflict(f"the job is of kind {job.kind} and has no audio", state=job.state)
     if index >= job.request.batch_size:
         raise NotFound(f"the job has items 0 to {job.request.batch_size - 1}, not {index}")
+    own = urlencode({"expires": expires, "signature": signature})  # never newer than the one that it came with
+    signed = own if signature else urlsplit(service.signer.sign(live_path(job_id, index))).query
+    location = f"{public(live_path(job_id, index))}?format={format}&{signed}"
     mark = read_mark(request.headers.get("if-match"))
     if job.ended and not (mark and mark.extra and job.result):
-        return await _stored(request, service, job, index, format, mark)
+        return await _stored(request, service, job, index, format, mark, location)
     first, last = _asked(request)
     seconds = 0.0 if request.method == "HEAD" else wait_seconds(prefer, WAIT_S)
     with service.waiting.hold(job.owner_key):
@@ -61,13 +64,11 @@ async def get_live_audio(
         except Anew:
             raise HTTPException(412, ANEW) from None
     if isinstance(found, Job):
-        return await _stored(request, service, found, index, format, mark)
-    own = urlencode({"expires": expires, "signature": signature})  # never newer than the one that it came with
-    signed = own if signature else urlsplit(service.signer.sign(live_path(job_id, index))).query
+        return await _stored(request, service, found, index, format, mark, location)
     headers = {
         "Cache-Control": "no-store",
         "Content-Disposition": f'inline; filename="{job_id}-{index}.{extension(format)}"',
-        "Content-Location": f"{public(live_path(job_id, index))}?format={format}&{signed}",
+        "Content-Location": location,
         "X-Accel-Buffering": "no",
         "X-Content-Type-Options": "nosniff",
     }
@@ -104,7 +105,7 @@ def _piece(
 
 
 async def _stored(
-    request: Request, service: Service, job: Job, index: int, format: LiveFormat, mark: Mark | None
+    request: Request, service: Service, job: Job, index: int, format: LiveFormat, mark: Mark | None, location: str
 ) -> Response:
     """A song that is made: its file in this format, else its first one.
 
@@ -121,7 +122,7 @@ async def _stored(
         request = Request({**request.scope, "headers": kept})
     name = f"{job.id}-{index}.{file.path.rpartition('.')[2]}"
     answer = await with_files(send_file, request, service.storage, file.path, file.content_type, name)
-    answer.headers["Audio-Level"] = "final"
+    answer.headers.update({"Audio-Level": "final", "Content-Location": location})
     return answer
 
 
