@@ -91,19 +91,31 @@ class Calls:
                     self._to_end(call.response)
 
     async def ask(self, handle: DeploymentHandle[Any], method: str, *arguments: Any, replica: str | None = None) -> Any:
-        """The one answer of a method, as `call` gets a stream."""
+        """The one answer of a method, as `call` gets a stream.
+
+        Args:
+            replica: Which replica is asked, also while it leaves.
+        """
         unary = handle.options(_by_reference=not self._by_grpc)
-        async with self._sent(getattr(unary, method).remote(*arguments), replica) as call:
+        async with self._sent(
+            getattr(unary, method).remote(*arguments), replica, to_the_last=replica is not None
+        ) as call:
             answer = await call.response
             call.answered = True
         return answer
 
     @contextlib.asynccontextmanager
     async def _sent(
-        self, response: DeploymentResponse[Any] | DeploymentResponseGenerator[Any], replica: str | None
+        self,
+        response: DeploymentResponse[Any] | DeploymentResponseGenerator[Any],
+        replica: str | None,
+        *,
+        to_the_last: bool = False,
     ) -> AsyncIterator[Call]:
         call = Call(response)
         sent.meant[call.id] = replica
+        if to_the_last:
+            sent.to_the_last.add(call.id)
         self._open[call.id] = call
         try:
             yield call
@@ -116,6 +128,7 @@ class Calls:
         finally:
             del self._open[call.id]
             del sent.meant[call.id]
+            sent.to_the_last.discard(call.id)
             sent.nodes.pop(call.id, None)
             if not call.answered:
                 call.response.cancel()

@@ -12,9 +12,35 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 
 from deployments.fleet import sent
 
+MAX_LEFT = 32
+
 
 class AsMeant(RequestRouter):
     """A Serve request router, set by `request_router_config` of every pool. One lives in each handle."""
+
+    def initialize_state(self, **_: Any) -> None:
+        self._left: dict[str, RunningReplica] = {}  # of those that Serve sends nothing to any more, the last ones
+
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        stay = {r.replica_id for r in replicas}
+        self._left |= {r.replica_id.unique_id: r for r in self.curr_replicas.values() if r.replica_id not in stay}
+        self._left = dict(list(self._left.items())[-MAX_LEFT:])
+        super().update_replicas(replicas)
+
+    async def _choose_replica_for_request(
+        self, pending_request: PendingRequest, *, is_retry: bool = False
+    ) -> RunningReplica:
+        """One that leaves works on what it has, and answers questions about that. Serve would wait for others, or ask them."""
+        request_id = pending_request.metadata.request_id
+        meant = self._left.get(sent.meant.get(request_id) or "")
+        if (
+            meant is not None
+            and request_id in sent.to_the_last
+            and not is_retry
+            and meant.node_id not in sent.dead_nodes
+        ):
+            return meant
+        return await super()._choose_replica_for_request(pending_request, is_retry=is_retry)
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None

@@ -49,6 +49,7 @@ class Pool:
     starting: int = 0
     target: int = 0
     replicas: tuple[str, ...] = ()  # ids of those that run
+    leaving: tuple[str, ...] = ()  # of those that end what they have
     info: Mapping[str, Any] | None = None  # a replica's description; kept after the pool has gone to zero
 
 
@@ -180,6 +181,7 @@ def parse_details(
             args = ARGS_OF_ROLE[role]()  # the application fails with this very message; it is shown from there
         replicas = deployment.get("replicas", [])
         states = [state_of(r) for r in replicas]
+        ids = sorted((str(r.get("replica_id")), s) for r, s in zip(replicas, states, strict=True))
         messages = [str(facts.get("message") or ""), str(deployment.get("message") or "")]
         pool = Pool(
             app=app,
@@ -190,9 +192,8 @@ def parse_details(
             running=states.count("RUNNING"),
             starting=states.count("STARTING"),
             target=int(deployment.get("target_num_replicas") or 0),
-            replicas=tuple(
-                sorted(str(r.get("replica_id")) for r, s in zip(replicas, states, strict=True) if s == "RUNNING")
-            ),
+            replicas=tuple(replica for replica, state in ids if state == "RUNNING"),
+            leaving=tuple(replica for replica, state in ids if state == "STOPPING"),
         )
         pools.append(pool)
     http = details.get("http_options") or {}

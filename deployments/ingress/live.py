@@ -140,7 +140,7 @@ class LiveAudio:
         self, job: Job, replica: str, index: int, fmt: AudioFormat, at: int, extra: bool | None, wait_s: float
     ) -> dict[str, Any]:
         pool = self._fleet.view.get(job.render_pool or "")
-        if pool is None or replica not in pool.replicas:
+        if pool is None or replica not in (*pool.replicas, *pool.leaving):
             return {}
         handle = self._fleet.handle(pool.app, "render")
         try:

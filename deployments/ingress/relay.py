@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import re
+import socket
+import struct
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -206,6 +208,8 @@ def _cut(send: Send) -> None:
     """End a connection without waiting until what was sent has gone out, as closing it would. Only uvicorn's own `send` knows the way."""
     transport = getattr(getattr(send, "__self__", None), "transport", None)
     if transport is not None:
+        # Without lingering: the system would keep megabytes of what it has taken.
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         transport.abort()
 
 

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import select
+import socket
+import tracemalloc
+from collections.abc import AsyncIterator
 from hashlib import sha256
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
+import uvicorn
 
 from acestep.errors import InvalidOutput
 from deployments.ingress import relay
@@ -17,6 +24,7 @@ from .conftest import Build, Site, served
 from .test_running import SONG
 
 DATA = bytes(range(256)) * 4_000  # four pieces
+LONG = DATA * 40  # more than the system takes for a listener who reads nothing
 
 
 async def submitted(site: Site, **fields: Any) -> dict[str, Any]:
@@ -178,3 +186,89 @@ async def test_a_router_that_leaves_for_a_moment_breaks_nothing_off() -> None:
     assert sent[-1]["more_body"]  # broken off: the end never came
     assert [h["range"].partition("-")[0] for h in asked] == ["bytes=0"] * 2 + ["bytes=3"] * 3 + ["bytes=5"]
     assert [h.get("if-match") for h in asked] == [None, None, *['"1"'] * 4]
+
+
+@contextlib.asynccontextmanager
+async def behind_a_proxy(site: Site, count: list[int] | None = None) -> AsyncIterator[str]:
+    """URL of the site as Serve's proxies have it: what a listener gets there comes from `relay.Relay`.
+
+    Args:
+        count: Each question that reaches the router adds the bytes of its answer.
+    """
+    app = site.client._transport.app  # type: ignore[attr-defined]
+
+    async def router(scope: Any, receive: Any, send: Any) -> None:
+        size = 0
+
+        async def noted(message: Any) -> None:
+            nonlocal size
+            size += len(message.get("body", b""))
+            await send(message)
+
+        await app(scope, receive, noted)
+        if count is not None:
+            count.append(size)
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(relay.Relay(router), log_level="critical", lifespan="off"))
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        while not server.started:
+            await asyncio.sleep(0.01)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        server.should_exit = server.force_exit = True
+        await serving
+
+
+def ask(url: str, path: str) -> socket.socket:
+    """A listener who reads by hand."""
+    asked = socket.create_connection((urlsplit(url).hostname, urlsplit(url).port or 0))
+    asked.sendall(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
+    return asked
+
+
+async def test_of_a_piece_there_is_one_copy_however_many_listen(site: Site) -> None:
+    job = await submitted(site)
+    site.succeed(job["id"], LONG)
+    answers: list[int] = []
+    many = 40
+    async with behind_a_proxy(site, answers) as url, contextlib.AsyncExitStack() as closing:
+        # Those who never read: each has what is on its way to it, and nothing else.
+        tracemalloc.start()
+        closing.callback(tracemalloc.stop)
+        for _ in range(many):
+            closing.callback((await asyncio.to_thread(ask, url, job["links"]["live"][0])).close)
+        before = 0
+        while before < len(answers) or len(answers) < many:
+            before = len(answers)
+            await asyncio.sleep(0.5)
+        held, _ = tracemalloc.get_traced_memory()
+        assert held < (many + relay.PIECES_KEPT + 8) * relay.PIECE_BYTES
+        assert sum(answers) < 2 * len(LONG)  # of the router, too: no piece for each of them
+        _, data = await heard(url + job["links"]["live"][0], asyncio.Event())  # they hold up nobody
+        assert data == LONG
+        assert (await site.client.get("/livez")).status_code == 200
+
+
+@pytest.mark.parametrize("reads", [False, True])
+async def test_a_listener_who_takes_nothing_is_let_go(site: Site, monkeypatch: pytest.MonkeyPatch, reads: bool) -> None:
+    monkeypatch.setattr(relay, "STALLED_S", 2.0)
+    job = await submitted(site)
+    site.succeed(job["id"], LONG)
+    async with behind_a_proxy(site) as url:
+
+        def until_the_end() -> bool:
+            with ask(url, job["links"]["live"][0]) as slow:
+                watched = select.poll()
+                watched.register(slow, select.POLLERR | select.POLLHUP)
+                for _ in range(60):
+                    if watched.poll(500):
+                        return True
+                    if reads:
+                        assert slow.recv(1)
+            return False
+
+        slow = asyncio.create_task(asyncio.to_thread(until_the_end))
+        assert await slow, "it is still held"
+        _, data = await heard(url + job["links"]["live"][0], asyncio.Event())
+        assert data == LONG

@@ -152,6 +152,7 @@ def test_replicas_of_a_node_with_notice_are_given_nothing_new() -> None:
     details = {"applications": {"dit": {"status": "RUNNING", "deployments": {"dit": {"replicas": replicas}}}}}
     (pool,) = parse_details(details).pools
     assert (pool.replicas, pool.running, pool.starting) == (("RUNNING",), 1, 1)
+    assert pool.leaving == ("STOPPING",)
 
 
 def test_a_stage_that_is_told_to_go_while_it_starts_is_not_ill() -> None:
