@@ -95,7 +95,10 @@ def _problem(loc: tuple[Any, ...], error: Any, of_request: bool) -> dict[str, An
     elif error["type"] in ("too_short", "too_long"):
         most = context.get("max_length", context.get("min_length"))
         word = "at least" if error["type"] == "too_short" else "at most"
-        message = f"Input should have {word} {most} item{'s' if most != 1 else ''}, not {context.get('actual_length')}"
+        what = "character" if isinstance(error.get("input"), str) else "item"  # pydantic counts items in a text, too
+        message = (
+            f"Input should have {word} {most} {what}{'s' if most != 1 else ''}, not {context.get('actual_length')}"
+        )
     problem: dict[str, Any] = {"field": ".".join(path) or "body", "message": message}
     limits = {k: context[k] for k in _LIMITS if k in context}
     if limits:

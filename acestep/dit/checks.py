@@ -97,9 +97,9 @@ def notes(request: SongRequest) -> list[Adjustment]:
         len(parts) == 1 and start <= 0.0 and (end is None or (request.source_s is not None and end >= request.source_s))
     )
     if request.task == "repaint" and whole:
-        reason = (
-            "the window is the whole song: nothing of the source is kept; repainting_start and repainting_end set it"
-        )
+        reason = "the window is the whole song: nothing of the source is kept"
+        if not request.regions:
+            reason += "; repainting_start and repainting_end set it"
         field = "regions" if request.regions else "repainting_start"
         told.append(Adjustment(field=field, asked=[start, end], given=[start, end], reason=reason))
     return told

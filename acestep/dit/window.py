@@ -89,8 +89,9 @@ def window_of(request: SongRequest, source_samples: int) -> Window:
         )  # fmt: skip
     spans = tuple(_frames_of(start, end, left, samples) for start, end in parts)
     if empty := next((part for part, span in zip(parts, spans, strict=True) if span[1] <= span[0]), None):
+        why = "is shorter than one latent frame, 0.04 s" if empty[1] > empty[0] else "must end after it begins"
         raise InvalidRequest(
-            f"{names[1]}: the window is shorter than one latent frame, 0.04 s.", field=names[1], asked=empty[1]
+            f"{names[1]}: the window from {empty[0]:g} to {empty[1]:g} s {why}.", field=names[1], asked=empty[1]
         )
     known = (-(-left // SAMPLES_PER_FRAME), (left + source_samples) // SAMPLES_PER_FRAME)
     return Window(left, right, samples, spans, known)

@@ -226,7 +226,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(ValidationError)
     async def _model(request: Request, error: ValidationError) -> JSONResponse:
-        return _invalid(error.errors(include_url=False, include_input=False))
+        return _invalid(error.errors(include_url=False))
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> JSONResponse:

@@ -10,7 +10,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 _PREFIX = re.compile(r"(?:/[A-Za-z0-9._~-]+){1,8}")
-_AUDIO = re.compile(r"/v1/jobs/([0-9A-Za-z-]{1,64})/audio/([0-9]{1,3})(?:\.([a-z0-9]{1,8}))?", re.ASCII)
+_AUDIO = re.compile(r"/v1/jobs/([0-9A-Za-z-]{1,64})/audio/([0-9]{1,3})(?:\.([a-z0-9]{1,8})|/live)?", re.ASCII)
 # What stands in front of every path for whoever asked the request that is being answered.
 _prefix: ContextVar[str] = ContextVar("prefix", default="")
 _origin: ContextVar[str] = ContextVar("origin", default="")
@@ -42,7 +42,7 @@ def sidecar_path(job_id: str, index: int, kind: str) -> str:
 
 
 def read_audio_path(path: str) -> tuple[str, int, str | None] | None:
-    """(job, index, format) of an audio URL's path, whatever stands in front of it; None where it is none."""
+    """(job, index, format) of an audio URL's path, whatever stands in front of it; None where it is none. That of live audio names no format."""
     match = _AUDIO.fullmatch(path[max(0, path.rfind("/v1/jobs/")) :])
     return (match.group(1), int(match.group(2)), match.group(3)) if match else None
 

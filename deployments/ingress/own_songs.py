@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 from acestep.audio.latent_file import LatentFile, read_latent_file, write_latent_file
 from acestep.errors import InvalidRequest
@@ -17,7 +17,7 @@ from acestep.song import SAMPLE_RATE, SongItem
 from acestep.source_fields import SongName, song_named
 from deployments.ingress.auth import Caller
 from deployments.ingress.errors import Conflict, Forbidden, NotFound
-from deployments.ingress.links import audio_path, read_audio_path
+from deployments.ingress.links import audio_path, live_path, read_audio_path
 from deployments.ingress.made import made_item, why_nothing
 from deployments.ingress.signing import Signer
 from deployments.jobs.blobs import Storage
@@ -26,6 +26,7 @@ from deployments.jobs.store import Job, JobStore
 GONE = "the song's files are no longer kept"
 MAX_WRAPS = 4
 _FILE = re.compile(r"songs/([0-9A-Za-z-]{1,64})/([0-9]{1,3})-[0-9A-Za-z.-]{1,64}", re.ASCII)
+_QUOTED = re.compile(r"(?:songs|v1)%(?:25)*2f", re.ASCII | re.IGNORECASE)  # no name of a file that is not ours
 _BEST: tuple[AudioFormat, ...] = ("wav32", "wav24", "flac", "wav")  # the more exact first
 
 
@@ -61,7 +62,7 @@ class OwnSongs:
         Raises:
             NotFound: no such job of the caller's, or no such item.
             Conflict: the job has no song, or not yet.
-            InvalidRequest: the song's files are gone, or a URL's job is not there.
+            InvalidRequest: the song's files are gone, or a URL's item or format is not there.
         """
         if name := song_named(value):
             job = self._store.get(name.job)
@@ -77,19 +78,19 @@ class OwnSongs:
             return self._made(job, SongName(job=job.id, item=int(match.group(2))), format, field) if format else None
         if (found := _of_url(value)) is None:
             return None
-        job_id, index, format, given = found
+        job_id, index, format, signed, given = found
         job = self._store.get(job_id)
         if job is None:
             return None
         try:
-            self._signer.check(audio_path(job_id, index, format or ""), given.get("expires"), given.get("signature"))
+            self._signer.check(signed, given.get("expires"), given.get("signature"))
         except Forbidden:
             if not self._may_see(caller, job):
                 return None
         try:
             return self._made(job, SongName(job=job_id, item=index), format, field)
-        except NotFound:
-            return None
+        except NotFound as error:
+            raise InvalidRequest(error.message, field=field) from None
 
     @staticmethod
     def _made(job: Job | None, name: SongName, format: str | None, field: str) -> OwnSong:
@@ -129,8 +130,11 @@ class OwnSongs:
 
 
 def unwrapped(value: str) -> str:
-    """`/v1/audio?path=...` as results carry it, whatever host and folder stand in front, to the path in it; some clients wrap it again."""
+    """`/v1/audio?path=...` as results carry it, whatever host and folder stand in front, to the path in it; some clients wrap it again, or
+    quote what is quoted."""
     for _ in range(MAX_WRAPS):
+        if _QUOTED.search(value):
+            value = unquote(value).strip()
         try:
             parts = urlsplit(value)
         except ValueError:
@@ -141,12 +145,14 @@ def unwrapped(value: str) -> str:
     return value
 
 
-def _of_url(url: str) -> tuple[str, int, str | None, dict[str, str]] | None:
-    """(job, item, format, query) of a song's URL."""
+def _of_url(url: str) -> tuple[str, int, str | None, str, dict[str, str]] | None:
+    """(job, item, format, what its signature is of, query) of a song's URL."""
     try:
         parts = urlsplit(url)
     except ValueError:
         return None
     if (named := read_audio_path(parts.path)) is None:
         return None
-    return *named, {name: values[0] for name, values in parse_qs(parts.query).items()}
+    job, index, format = named
+    signed = live_path(job, index) if parts.path.endswith("/live") else audio_path(job, index, format or "")
+    return job, index, format, signed, {name: values[0] for name, values in parse_qs(parts.query).items()}

@@ -144,7 +144,7 @@ class Sources:
             raise InvalidRequest(NOT_FOUND, field=field)
         name = value
         if (song := self.songs.named(caller, value, field)) is None:
-            if re.match(r"https?://", value):
+            if re.match(r"https?://|/v1/(?:jobs|audio)\b", value):
                 raise InvalidRequest(f"{field}: {ELSEWHERE}", field=field)
             name = self._stored(value)
             song = self.songs.named(caller, name, field)

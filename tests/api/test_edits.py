@@ -395,6 +395,10 @@ async def test_only_finished_songs_of_one_s_own_are_edited(
         ("extend", {"after": 5, "regions": [{"start": 1, "end": 2}]}, "regions", "decides"), ("extend", {"after": 5, "task": "cover"}, "task", "decides"),
         ("extend", {"after": 5, "duration": 40}, "duration", "decides"), ("extend", {"after": 5, "to": 40}, "repainting_end", "decides"),
         ("extend", {"after": 5, "from": {"job": "a"}}, "from", "decides"), ("extend", {"after": 5, "colour": 1}, "colour", "unknown field"),
+        ("extend", {"after": True}, "after", "a time in seconds"), ("extend", {"before": "inf"}, "before", "a time in seconds"),
+        ("extend", {"after": "5 s", "overlap": "0:11"}, "overlap", "less"),
+        ("replace", {"regions": [{"start": 1, "end": 2, "prompt": "x" * 2_049}]}, "regions.0.prompt", "at most 2048 characters, not 2049"),
+        ("layer", {"track_name": "drums", "repainting_start": 5, "repainting_end": 2}, "repainting_end", "5 to 2 s must end after it begins"),
         ("replace", {}, "regions", "at least one"), ("replace", {"regions": []}, "regions", "at least one"),
         ("replace", {"regions": [{"start": -1, "end": 2}]}, "regions", "begins before the song"),
         ("replace", {"regions": [{"start": 3, "end": 3}]}, "regions", "3 to 3 s is no part"),
@@ -469,6 +473,8 @@ async def test_only_the_server_says_where_a_song_comes_from(site: Site) -> None:
         ("from", {"job": "a/b"}),
         ("from", {"job": "a", "item": 9}),
         ("from", {"id": "a"}),
+        ("from", "a song"),
+        ("from", []),
     ):
         answer = await site.client.post("/v1/music", json={**SONG, field: value})
         assert (answer.status_code, answer.json()["errors"][0]["field"]) == (422, field)

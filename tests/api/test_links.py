@@ -126,16 +126,18 @@ async def test_serve_s_own_prefix_counts(site: Site, wav: bytes) -> None:
 
 
 def ways(view: dict[str, Any], compat: str) -> list[str]:
-    url = audio_url(view)
+    url, live = audio_url(view), view["links"]["live"][0]
     once = f"/v1/audio?path={quote(compat.partition('path=')[2], safe='%')}"
     return [
         url, f"http://server{url}", f"https://music.example:8443/some/where{url}", f"/api{url}", f" {url}\n", url.partition("?")[0],
         f"song:{view['id']}/0", compat, f"https://music.example/music{compat}", f"/v1/audio?path={quote(compat, safe='')}", once,
         f"http://server/v1/audio?path={quote(url, safe='')}", f"/v1/jobs/{view['id']}/audio/0",
+        quote(f"http://server{url}", safe=""), quote(quote(compat, safe=""), safe=""), f"/v1/audio?path={quote(quote(compat, safe=''), safe='')}",
+        f"https://music.example{live}&format=mp3", live.partition("?")[0],
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("number", range(13))
+@pytest.mark.parametrize("number", range(18))
 async def test_the_url_of_an_own_song_is_a_source_everywhere(guarded: Site, wav: bytes, number: int) -> None:
     view = await make(guarded, wav, **KEYS)
     asked = {"task_id_list": [view["id"]]}
@@ -149,7 +151,7 @@ async def test_the_url_of_an_own_song_is_a_source_everywhere(guarded: Site, wav:
     answer = await guarded.client.post("/release_task", json=compat, headers=KEYS)
     assert answer.status_code == 200, answer.text
     parts = [
-        {"type": "input_audio", "input_audio": {"data": audio_url(view) if url.startswith("song:") else url}},
+        {"type": "input_audio", "input_audio": {"data": url if "/v1/" in url else audio_url(view)}},
         {"type": "audio_url", "audio_url": {"url": f"data:audio/wav;base64,{base64.b64encode(wav).decode()}"}},
     ]
     chat = {"messages": [{"role": "user", "content": parts}], "task_type": "cover", "stream": False}
@@ -175,12 +177,15 @@ async def test_the_url_of_another_s_song_needs_its_signature(guarded: Site, wav:
         (bare, OTHER, 422), (f"{bare}?expires=1&signature=old", OTHER, 422), (f"{bare.replace('0.wav', '1.wav')}?{query}", OTHER, 422),
         (bare.replace(view["id"], "no-such-job"), KEYS, 422), (bare.replace("0.wav", "7.wav"), KEYS, 422),
         ("https://elsewhere.example/song.wav", KEYS, 422), ("http://[::1/v1/audio?path=x", KEYS, 422),
-        (f"/v1/audio?path=songs/{view['id']}/0-wav.wav", OTHER, 422),
+        (f"/v1/audio?path=songs/{view['id']}/0-wav.wav", OTHER, 422), (bare.replace("0.wav", "0.mp3"), KEYS, 422),
+        (view["links"]["live"][0], OTHER, 202), (view["links"]["live"][0].partition("?")[0], OTHER, 422),
     ]:  # fmt: skip
         answer = await guarded.client.post("/v1/music", json={**cover, "src_audio": url}, headers=headers)
         assert answer.status_code == status, (url, answer.text)
         if status == 422:
             assert answer.json()["errors"][0]["field"] == "src_audio"
+        if url.endswith(("7.wav", "0.mp3")):
+            assert ("items 0 to 0" if url.endswith("7.wav") else "not made as mp3") in answer.json()["detail"]
 
 
 # -- pages of other origins

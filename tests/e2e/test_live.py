@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
+import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,6 +15,7 @@ import av
 import httpx
 import numpy as np
 import pytest
+import yaml
 
 from acestep.cli.client import Client
 from tests.server import Server
@@ -133,3 +136,65 @@ def test_a_slow_listener_holds_nobody_up(server: Server) -> None:
         assert next(bytes_)
         assert time.monotonic() - began < 240
     assert submit(server)["state"] == "queued"
+
+
+def until(what: Callable[[], Any], server: Server) -> Any:
+    end = time.monotonic() + 180
+    while not (found := what()):
+        assert time.monotonic() < end, server.output()[-3000:]
+        time.sleep(0.1)
+    return found
+
+
+def level(server: Server, live: str) -> str | None:
+    return httpx.head(f"{server.url}{live}", timeout=60).headers.get("audio-level")
+
+
+def test_a_replica_that_dies_breaks_the_answer_off_and_the_song_comes_anew(server: Server) -> None:
+    job = submit(server, duration=180, formats=["mp3"], model="tiny-base")
+    live = f"{server.url}{job['links']['live'][0]}"
+    with httpx.stream("GET", live, timeout=240) as answer:
+        sound = answer.iter_raw()
+        assert next(sound)
+        for pid in server.pids("ray::ServeReplica:dit-base"):
+            os.kill(pid, signal.SIGKILL)
+        with pytest.raises(httpx.RemoteProtocolError):
+            b"".join(sound)
+    with Client(server.url) as client:  # as an `<audio>` element that is told to play again
+        again = httpx.get(live, timeout=240)
+        assert abs(decoded(again.content).shape[1] - 180 * 48_000) < 2
+        done = client.wait(job["id"])
+    assert done["state"] == "succeeded"
+    events = httpx.get(f"{server.url}{done['links']['events']}", timeout=60).text
+    assert "requeued" in events
+
+
+def test_a_router_that_dies_breaks_nothing_off(server: Server) -> None:
+    job = submit(server, duration=180, formats=["mp3"], model="tiny-base", steps=20)
+    with httpx.stream("GET", f"{server.url}{job['links']['live'][0]}", timeout=240) as answer:
+        assert answer.status_code == 200
+        os.kill(server.pids("ray::ServeReplica:router")[0], signal.SIGKILL)
+        data = b"".join(answer.iter_raw())
+    assert abs(decoded(data).shape[1] - 180 * 48_000) < 2
+
+
+def test_a_replica_that_leaves_is_heard_to_the_end_of_its_song(server: Server) -> None:
+    job = submit(server, duration=180, formats=["mp3"], model="tiny-base", steps=60)
+    live = job["links"]["live"][0]
+    job_url = f"{server.url}/v1/jobs/{job['id']}"
+    until(lambda: httpx.get(job_url, timeout=60).json()["stage"] in ("rendering", "decoding"), server)
+    config = yaml.safe_load(server.config.read_text())
+    base = next(app for app in config["applications"] if app["name"] == "dit-base")
+    base["args"]["live_patience_s"] = 0.01
+    server.deploy(config)
+
+    def left() -> bool:
+        pools = httpx.get(f"{server.url}/v1/cluster", timeout=60).json()["pools"]
+        return bool(next(p for p in pools if p["name"] == "dit-base")["status"] != "RUNNING")
+
+    until(left, server)
+    with httpx.stream("GET", f"{server.url}{live}", timeout=240) as answer:
+        until(lambda: level(server, live), server)
+        assert level(server, live) == "provisional", httpx.get(job_url, timeout=60).json()["stage"]
+        data = b"".join(answer.iter_raw())
+    assert abs(decoded(data).shape[1] - 180 * 48_000) < 2

@@ -113,7 +113,7 @@ class CompatRoute(APIRoute):
             except BadField as error:
                 return detail(400, str(error))
             except ValidationError as error:
-                found = validation_problems(error.errors(include_url=False, include_input=False))
+                found = validation_problems(error.errors(include_url=False))
                 return detail(400, in_one_line(found))
             except AceStepError as error:
                 return from_error(error)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Annotated, Any, ClassVar, Self
 
 from fastapi import APIRouter, Body, Response
-from pydantic import ConfigDict, Field, ModelWrapValidatorHandler, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, ModelWrapValidatorHandler, model_validator
 
+from acestep import words
 from acestep.errors import InvalidRequest
 from acestep.request import MAX_BATCH, MAX_DURATION_S
 from acestep.song import LATENT_FPS, SongItem
-from acestep.source_fields import SongName
+from acestep.source_fields import Seconds, SongName
 from deployments.ingress.auth import Auth, Caller
 from deployments.ingress.bodies import KeyFirst
 from deployments.ingress.errors import PROBLEMS
@@ -74,9 +75,9 @@ class Extend(Edit):
     """Go on before or after a song."""
 
     own = ("before", "after", "overlap")
-    before: float = Field(0.0, ge=0.0, le=MAX_DURATION_S, description="Seconds to add in front.")
-    after: float = Field(0.0, ge=0.0, le=MAX_DURATION_S, description="Seconds to add at the end.")
-    overlap: float = Field(
+    before: Seconds = Field(0.0, ge=0.0, le=MAX_DURATION_S, description="Seconds to add in front.")
+    after: Seconds = Field(0.0, ge=0.0, le=MAX_DURATION_S, description="Seconds to add at the end.")
+    overlap: Annotated[float, BeforeValidator(words.read_seconds)] = Field(
         0.2,
         ge=0.0,
         le=10.0,

@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
+from acestep import words
 from acestep.request import SongRequest
 from acestep.source_fields import SongName, read_song_name
 
@@ -56,6 +57,10 @@ class SongSubmission(JobOptions, SongRequest):
         if "origin" in data:
             raise ValueError("origin: unknown field")
         if not isinstance(named := data.get(FROM), dict):
+            try:
+                words.read_seconds(named)
+            except ValueError:
+                raise ValueError(f'{FROM}: must be an own song, {{"job": ID, "item": 0}}') from None
             return data
         song = read_song_name(named, FROM)
         read = {name: value for name, value in data.items() if name != FROM} | {"origin": song}

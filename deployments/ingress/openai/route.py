@@ -76,7 +76,7 @@ def parse_as(model: type[Model], raw: bytes, content_type: str) -> Model:
     try:
         return model.model_validate(parse_body(raw, content_type).fields)
     except ValidationError as error:
-        found = validation_problems(error.errors(include_url=False, include_input=False))
+        found = validation_problems(error.errors(include_url=False))
         raise HTTPException(400, f"Invalid request format: {in_one_line(found)}") from None
 
 
