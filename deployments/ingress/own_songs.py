@@ -24,7 +24,7 @@ from deployments.jobs.blobs import Storage
 from deployments.jobs.store import Job, JobStore
 
 GONE = "the song's files are no longer kept"
-MAX_WRAPS = 4
+MAX_WRAPS = 8
 _FILE = re.compile(r"songs/([0-9A-Za-z-]{1,64})/([0-9]{1,3})-[0-9A-Za-z.-]{1,64}", re.ASCII)
 _QUOTED = re.compile(r"(?:songs|v1)%(?:25)*2f", re.ASCII | re.IGNORECASE)  # no name of a file that is not ours
 _BEST: tuple[AudioFormat, ...] = ("wav32", "wav24", "flac", "wav")  # the more exact first
@@ -133,15 +133,16 @@ def unwrapped(value: str) -> str:
     """`/v1/audio?path=...` as results carry it, whatever host and folder stand in front, to the path in it; some clients wrap it again, or
     quote what is quoted."""
     for _ in range(MAX_WRAPS):
-        if _QUOTED.search(value):
-            value = unquote(value).strip()
         try:
             parts = urlsplit(value)
         except ValueError:
             break
-        if not parts.path.endswith("/v1/audio") or not (path := parse_qs(parts.query).get("path")):
+        if parts.path.endswith("/v1/audio") and (path := parse_qs(parts.query).get("path")):
+            value = path[0].strip()
+        elif _QUOTED.search(parts.path):
+            value = unquote(value).strip()
+        else:
             break
-        value = path[0].strip()
     return value
 
 
