@@ -26,7 +26,7 @@ AGAIN_S = 0.5  # between questions that were answered at once, with nothing
 PATIENCE_S = 60.0  # with routers that do not answer
 STALLED_S = 900.0  # in which a listener takes less than a piece: a player may pause so long
 PIECES_KEPT = 32  # for those who come to the same place a moment later
-_MAY_PASS = (429, 500, 502, 503, 504)
+_MAY_PASS = (0, 408, 429, 499, 500, 502, 503, 504)  # 0: not a word; 499: what Serve says of a router that died
 _OF_THE_PIECE = (b"content-length", b"content-range", b"content-location", b"etag", b"accept-ranges")
 _NOT_FOR_PIECES = (b"range", b"if-range", b"accept-encoding", b"prefer")
 _PART = re.compile(rb"bytes=([0-9]{1,18})-([0-9]{0,18})")
@@ -156,7 +156,8 @@ class _Listener:
             elif self._started:
                 return
             else:
-                await self._send({"type": "http.response.start", "status": answer.status, "headers": answer.headers})
+                status = answer.status or 502
+                await self._send({"type": "http.response.start", "status": status, "headers": answer.headers})
                 await self._send({"type": "http.response.body", "body": answer.body})
                 return
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 PIECE_BYTES = 256 << 10
 KEPT_S = 900.0  # for who is not through when the song is made: players read no faster than they play
+HEARD_S = 5.0  # without a question: nobody listens any more, or for now
 KEPT_BYTES = 256 << 20
 
 
@@ -29,6 +31,7 @@ class _Entry:
         self.changed = asyncio.Event()
         self.item = LiveItem(request, patience_s, self._tell)
         self.until: float | None = None  # once it is made: `time.monotonic()`
+        self.asked = -math.inf  # by who listens to what is kept for listeners alone: `time.monotonic()`
 
     def _tell(self) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: the replica leaves
@@ -94,6 +97,7 @@ class LiveSongs:
                     data = sound.read(at, PIECE_BYTES)
                 if data or at > length or (at == length and closed):
                     extra = sound is entry.item.sound(fmt, extra=True)
+                    entry.asked = time.monotonic() if extra else entry.asked
                     told = {"extra": extra, "final": sound.final, "length": length, "closed": closed}
                     return {"here": True, "data": data, **told}
                 if at < length:
@@ -105,6 +109,14 @@ class LiveSongs:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(changed.wait(), left if soon is None else min(left, soon + 0.001))
         return {}
+
+    async def heard(self, job_id: str, indices: Sequence[int]) -> None:
+        """Returns when nobody listens any more to what is kept of these for listeners alone."""
+        while any(
+            (entry := self._entries.get((job_id, index))) is not None and time.monotonic() - entry.asked < HEARD_S
+            for index in indices
+        ):
+            await asyncio.sleep(HEARD_S / 5)
 
     def _stored(self, name: str, begin: int, end: int) -> bytes:
         return b"".join(self._storage.stream(name, begin, end))

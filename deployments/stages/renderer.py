@@ -134,6 +134,8 @@ class RendererDeployment(StageDeployment):
                         song.timings.encode_s,
                     )
                     yield {"result": song.model_dump(mode="json")}
+            # Nobody waits for the end of this call; but a replica that is told to go stays until its calls have ended.
+            await self.live_songs.heard(job_id, indices)
         except AceStepError as error:
             yield failure(error)
 
