@@ -1,4 +1,4 @@
-"""One long answer out of many short ones, in front of live audio.
+"""One long answer out of many short ones, in front of audio: of live songs, and of files.
 
 Nothing between a router and the socket holds a fast answer up for a slow listener: Serve would take all of it into memory. So a listener's
 request becomes requests for pieces, the next one made when the last one has gone out. It runs in Serve's proxies, where a listener's pace is
@@ -20,21 +20,22 @@ from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-LIVE = re.compile(r"/v1/jobs/[^/]{1,64}/audio/[^/]{1,8}/live")
+AUDIO = re.compile(r"/v1/(?:jobs/[^/]{1,64}/audio/[^/]{1,16}(/live)?|audio)")
 PIECE_BYTES = 256 << 10
 AGAIN_S = 0.5  # between questions that were answered at once, with nothing
 PATIENCE_S = 60.0  # with routers that do not answer
 STALLED_S = 900.0  # in which a listener takes less than a piece: a player may pause so long
 PIECES_KEPT = 32  # for those who come to the same place a moment later
 _MAY_PASS = (0, 408, 429, 499, 500, 502, 503, 504)  # 0: not a word; 499: what Serve says of a router that died
-_OF_THE_PIECE = (b"content-length", b"content-range", b"content-location", b"etag", b"accept-ranges")
-_NOT_FOR_PIECES = (b"range", b"if-range", b"accept-encoding", b"prefer")
-_PART = re.compile(rb"bytes=([0-9]{1,18})-([0-9]{0,18})")
+_OF_THE_PIECE = (b"content-length", b"content-range", b"content-location")
+_OF_A_FILE = (b"etag", b"accept-ranges")
+_NOT_FOR_PIECES = (b"range", b"accept-encoding", b"prefer")
+_PART = re.compile(rb"bytes=([0-9]{1,18})-([0-9]{0,18})", re.IGNORECASE)
 _CONTENT_RANGE = re.compile(rb"bytes (?:[0-9]+-[0-9]+|\*)/([0-9]+|\*)")
 
 
 class Relay:
-    """Turns a request for all of a live song into requests for its pieces. All others pass."""
+    """Turns a request for a live song, or for more of an audio file than a piece, into requests for pieces. All others pass."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -42,13 +43,16 @@ class Relay:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = str(scope.get("path", ""))
-        whole = scope["type"] == "http" and scope["method"] == "GET" and not _of_a_part(scope)
-        if not whole or not LIVE.fullmatch(path[max(0, path.rfind("/v1/jobs/")) :]):
+        audio = AUDIO.fullmatch(path[max(0, path.rfind("/v1/jobs/"), path.rfind("/v1/audio")) :])
+        wanted = None
+        if audio and scope["type"] == "http" and scope["method"] == "GET":
+            wanted = _wanted(scope, live=audio[1] is not None)
+        if wanted is None:
             await self._app(scope, receive, send)
             return
         left = asyncio.create_task(_left(receive))
         try:
-            await _Listener(self._pieces, scope, left, send).run()
+            await _Listener(self._pieces, scope, wanted, left, send).run()
         finally:
             left.cancel()
 
@@ -74,6 +78,24 @@ class _Answer:
         """Bytes of the whole file, once that is known."""
         match = _CONTENT_RANGE.fullmatch(self.get(b"content-range"))
         return int(match[1]) if match and match[1] != b"*" else None
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What a listener asks for: of a live song all of it, of a file maybe a part, from `first` to `last`."""
+
+    live: bool
+    part: bool = False
+    first: int = 0
+    last: int | None = None
+
+    def size(self, at: int) -> int:
+        """Bytes of the piece at this place."""
+        return PIECE_BYTES if self.last is None else min(PIECE_BYTES, self.last + 1 - at)
+
+    def end(self, total: int) -> int:
+        """Where it is over, of so many bytes."""
+        return total if self.last is None else min(total, self.last + 1)
 
 
 class _Pieces:
@@ -128,10 +150,11 @@ def _lasts(asked: asyncio.Task[_Answer]) -> bool:
 class _Listener:
     """One listener's way through a song."""
 
-    def __init__(self, pieces: _Pieces, scope: Scope, left: asyncio.Task[None], send: Send) -> None:
-        self._pieces, self._scope, self._left, self._send = pieces, scope, left, send
-        self._headers = [(k, v) for k, v in scope["headers"] if k.lower() not in _NOT_FOR_PIECES]
-        self._at, self._started, self._mark = 0, False, b""
+    def __init__(self, pieces: _Pieces, scope: Scope, wanted: _Wanted, left: asyncio.Task[None], send: Send) -> None:
+        self._pieces, self._scope, self._wanted, self._left, self._send = pieces, scope, wanted, left, send
+        never = (*_NOT_FOR_PIECES, b"if-range") if wanted.live else _NOT_FOR_PIECES
+        self._headers = [(k, v) for k, v in scope["headers"] if k.lower() not in never]
+        self._at, self._started, self._mark = wanted.first, False, b""
 
     async def run(self) -> None:
         """Returns without an end of the answer where the song cannot be sent to its end: the connection is broken off."""
@@ -163,21 +186,23 @@ class _Listener:
 
     async def _take(self, answer: _Answer) -> bool:
         """Send a piece on; False where that was the last, or the listener takes none."""
+        end = None if answer.total is None else self._wanted.end(answer.total)
         if not self._started:
-            self._started = True
-            headers = [(k, v) for k, v in answer.headers if k.lower() not in _OF_THE_PIECE]
-            headers.append((b"accept-ranges", b"none"))
-            if answer.total is not None:
-                headers.append((b"content-length", str(answer.total).encode()))
-            await self._send({"type": "http.response.start", "status": 200, "headers": headers})
-            self._headers = [(k, v) for k, v in self._headers if not k.lower().startswith(b"if-")]
+            await self._start(answer, end)
         self._mark = answer.get(b"etag") or self._mark
         if location := answer.get(b"content-location"):
             # Signed: no key is asked for again, nor counted.
-            self._scope = {**self._scope, "query_string": urlsplit(location.decode()).query.encode()}
+            signed, path = urlsplit(location.decode()), self._scope["path"]
+            path = path[: path.rfind("/v1/")] + signed.path[signed.path.rfind("/v1/") :]
+            self._scope = {
+                **self._scope,
+                "path": path,
+                "raw_path": path.encode(),
+                "query_string": signed.query.encode(),
+            }
             self._headers = [(k, v) for k, v in self._headers if k.lower() != b"authorization"]
         self._at += len(answer.body)
-        last = answer.total is not None and self._at >= answer.total
+        last = end is not None and self._at >= end
         try:
             async with asyncio.timeout(STALLED_S):
                 if answer.body or last:
@@ -189,14 +214,31 @@ class _Listener:
             return False
         return not last
 
+    async def _start(self, answer: _Answer, end: int | None) -> None:
+        self._started = True
+        wanted = self._wanted
+        dropped = (*_OF_THE_PIECE, *_OF_A_FILE) if wanted.live else _OF_THE_PIECE
+        headers = [(k, v) for k, v in answer.headers if k.lower() not in dropped]
+        if wanted.live:
+            headers.append((b"accept-ranges", b"none"))
+        if end is not None:
+            headers.append((b"content-length", str(end - wanted.first).encode()))
+            if wanted.part:
+                headers.append((b"content-range", f"bytes {wanted.first}-{end - 1}/{answer.total}".encode()))
+        status = 206 if wanted.part else 200
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+        self._headers = [(k, v) for k, v in self._headers if not k.lower().startswith(b"if-")]
+
     async def _ask(self, wait: bytes) -> _Answer | None:
         """None where the listener leaves meanwhile."""
-        # The first question is everybody's own, with the key or signature that is looked at, and asks for next to nothing.
-        size = PIECE_BYTES if self._started else 1
-        headers = [*self._headers, (b"range", f"bytes={self._at}-{self._at + size - 1}".encode()), (b"prefer", wait)]
+        # The first question is everybody's own, with the key or signature that is looked at, and asks of a live song for next to nothing.
+        size = self._wanted.size(self._at) if self._started or not self._wanted.live else 1
+        headers = [*self._headers, (b"range", f"bytes={self._at}-{self._at + size - 1}".encode())]
+        if self._wanted.live:
+            headers.append((b"prefer", wait))
         if self._mark:
             headers.append((b"if-match", self._mark))
-        same = self._scope["path"], self._scope["query_string"], self._at, self._mark, wait
+        same = self._scope["path"], self._scope["query_string"], self._at, size, self._mark, wait
         asked = self._pieces.ask(self._scope, headers, same if self._started else None)
         await asyncio.wait({asked, self._left}, return_when=asyncio.FIRST_COMPLETED)
         return None if self._left.done() else asked.result()
@@ -214,8 +256,15 @@ def _cut(send: Send) -> None:
         transport.abort()
 
 
-def _of_a_part(scope: Scope) -> bool:
-    """Whether it asks for bytes from a certain one on. What else `Range` may say is answered with all of it, as RFC 9110 allows."""
+def _wanted(scope: Scope, *, live: bool) -> _Wanted | None:
+    """None where it is no more than a piece, or is said in a way that only a router reads."""
     asked = next((value for key, value in scope["headers"] if key.lower() == b"range"), b"").replace(b" ", b"")
     match = _PART.fullmatch(asked)
-    return match is not None and asked != b"bytes=0-" and int(match[1]) <= int(match[2] or match[1])
+    first, last = (int(match[1]), int(match[2]) if match[2] else None) if match else (0, None)
+    fits = match is not None and (last is None or first <= last)
+    if live:  # what else `Range` may say is answered with all of it, as RFC 9110 allows
+        return None if fits and asked != b"bytes=0-" else _Wanted(live=True)
+    if not asked:
+        return _Wanted(live=False)
+    short = last is not None and last - first < PIECE_BYTES
+    return _Wanted(live=False, part=True, first=first, last=last) if fits and not short else None

@@ -155,7 +155,7 @@ def test_a_replica_that_dies_breaks_the_answer_off_and_the_song_comes_anew(serve
     live = f"{server.url}{job['links']['live'][0]}"
     with httpx.stream("GET", live, timeout=240) as answer:
         sound = answer.iter_raw()
-        assert next(sound)
+        assert (answer.status_code, bool(next(sound))) == (200, True)
         for pid in server.pids("ray::ServeReplica:dit-base"):
             os.kill(pid, signal.SIGKILL)
         with pytest.raises(httpx.RemoteProtocolError):

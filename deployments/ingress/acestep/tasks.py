@@ -39,6 +39,7 @@ from deployments.ingress.auth import Caller
 from deployments.ingress.bodies import parse_json
 from deployments.ingress.downloads import AUDIO, send_file
 from deployments.ingress.errors import NotFound, retry_after
+from deployments.ingress.links import audio_path, public
 from deployments.ingress.service import Service, Svc, check_idempotency_key, defaults_of, hash_of
 from deployments.jobs.store import Busy, Job
 from deployments.jobs.threads import with_files
@@ -197,9 +198,15 @@ async def get_audio_by_path(
     if job is None or content_type is None:
         raise HTTPException(404, AUDIO_NOT_FOUND)
     try:
-        return await with_files(send_file, request, service.storage, name, content_type, posixpath.basename(name))
+        answer = await with_files(send_file, request, service.storage, name, content_type, posixpath.basename(name))
     except NotFound:
         raise HTTPException(404, AUDIO_NOT_FOUND) from None
+    for item in job.result.items if job.result else ():
+        for file in item.files:
+            if file.path == name:  # the rest of it is got there without a key: see `ingress/relay.py`
+                own = audio_path(job.id, item.index, file.format)
+                answer.headers["Content-Location"] = public(service.signer.sign(own))
+    return answer
 
 
 router.add_api_route("/v1/audio", get_audio_by_path, methods=["HEAD"], response_class=Response, include_in_schema=False)

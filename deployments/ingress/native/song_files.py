@@ -12,7 +12,7 @@ from acestep.song import SIDECARS
 from deployments.ingress.bodies import KeyFirst
 from deployments.ingress.downloads import AUDIO, send_file
 from deployments.ingress.errors import FILE_PROBLEMS, PROBLEMS, NotFound
-from deployments.ingress.links import audio_path, job_path, read_audio_path, sidecar_path
+from deployments.ingress.links import audio_path, job_path, public, read_audio_path, sidecar_path
 from deployments.ingress.made import made_item
 from deployments.ingress.native import examples
 from deployments.ingress.native.songs import Expires, JobId, Signature, by_signature_or_key
@@ -68,7 +68,10 @@ async def get_audio(
     if stored is None:
         raise NotFound(f"the job was made as {', '.join(f.format for f in item.files) or 'no audio'}, not {format}")
     name = f"{job_id}-{index}.{stored.path.rpartition('.')[2]}"
-    return await with_files(send_file, request, service.storage, stored.path, stored.content_type, name)
+    answer = await with_files(send_file, request, service.storage, stored.path, stored.content_type, name)
+    if signature is None:  # the rest of it is got there without a key: see `relay.py`
+        answer.headers["Content-Location"] = public(service.signer.sign(audio_path(job_id, index, stored.format)))
+    return answer
 
 
 # Second routes: one operation with two methods would get the same name twice in the OpenAPI document.
