@@ -324,10 +324,21 @@ async def test_latents_are_a_file_of_their_own_kind(whole: Site, encoded: list[i
         other = await upload(latents_of(480_000, 8, vae="/mine"))
         answer = await whole.client.post("/v1/music", json={**body, "src_audio": other.json()["id"]})
         assert (answer.status_code, "belong to the VAE /mine; tiny has official" in answer.text) == (422, True)
-        for bad in (data[:-7], data[:40], latents_of(480_000, 8, gain=0.0), data.replace(b"latents", b"unknown")):
+        endless, beyond = [size.to_bytes(8, "little") + data[8:] for size in (100_000_000, len(data))]
+        bads = (
+            data[:-7],
+            data[:40],
+            latents_of(480_000, 8, gain=0.0),
+            data.replace(b"latents", b"unknown"),
+            endless,
+            beyond,
+        )
+        for bad in bads:
             answer = await upload(bad)
             assert (answer.status_code, answer.json()["errors"][0]["field"]) == (422, "file")
             assert "latent file" in answer.json()["detail"]
+        infinite = await upload(write_latent_file(LatentFile(facts.facts, np.full_like(facts.latents, np.inf))))
+        assert (infinite.status_code, infinite.json()["detail"]) == (422, "file: its latents are not finite.")
 
 
 # -- what is refused, and what a verb means
