@@ -257,7 +257,7 @@ class Stages:
                 raise error
             raise Unavailable(f"pool {pool} lost its replica {tries.failed} times in a row") from error
         pause_s = retry.STAGE.pause_s(tries.failed)
-        await written(self.store.release, job.id, self.owner, pause_s=pause_s, tries=tries)
+        await written(self.store.release, job.id, self.owner, event="requeued", pause_s=pause_s, tries=tries)
 
 
 def adjusted(known: Sequence[Adjustment], said: Sequence[Adjustment]) -> tuple[Adjustment, ...]:

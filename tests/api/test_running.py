@@ -188,6 +188,8 @@ async def test_a_replica_that_breaks_a_call_off_is_one_that_was_lost(site: Site,
         job_id = await submit(site)
         await until(lambda: site.job(job_id).ended)
     assert (site.job(job_id).state, stage.calls) == ("succeeded", ["plan", "plan", "render"])
+    told = [event.type for event in site.service.store.events_after(job_id, 0)]
+    assert "requeued" in told
 
 
 def tell_dead(fleet: Fleet, nodes: set[str]) -> None:

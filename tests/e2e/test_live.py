@@ -165,9 +165,8 @@ def test_a_replica_that_dies_breaks_the_answer_off_and_the_song_comes_anew(serve
         assert abs(decoded(again.content).shape[1] - 180 * 48_000) < 2
         done = client.wait(job["id"])
     assert done["state"] == "succeeded"
-    assert done["attempts"] > 1  # what the break was about
     events = httpx.get(f"{server.url}{done['links']['events']}", timeout=60).text
-    assert events.count("event: started") == done["attempts"]
+    assert "event: requeued" in events  # what the break was about
 
 
 def test_a_router_that_dies_breaks_nothing_off(server: Server) -> None:

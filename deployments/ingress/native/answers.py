@@ -175,7 +175,9 @@ class JobView(Answer):
     cancel_requested: bool = Field(
         description="Its caller wants no more: it is cancelled, or will be as soon as its card lets go."
     )
-    attempts: int = Field(description="How often it was begun; more than 1 after a machine was lost.")
+    attempts: int = Field(
+        description="How often it was begun; more than 1 after a router was lost. Other stages that are done again: events `requeued`."
+    )
     placement: Placement = Field(description="The pools that work on it.")
     request: dict[str, Any] = Field(
         description="The request, as `POST /v1/music` takes it, with its seed drawn and what was changed; defaults are left out."
@@ -326,7 +328,7 @@ class EventData(Answer):
 class StartedData(EventData):
     """Work on the job began."""
 
-    attempt: int = Field(description="1, or more after a machine was lost.")
+    attempt: int = Field(description="1, or more after a router was lost.")
 
 
 class PlannedData(EventData, Metadata):
@@ -352,7 +354,7 @@ class _Event(Answer):
 
 
 class QueuedEvent(_Event):
-    """It waits: newly come, or handed back by a machine that stops."""
+    """It waits: newly come, or for its stage to be done again, since a machine stopped or failed."""
 
     event: Literal["queued", "requeued"] = Field(description="What happened.")
     data: EventData = Field(description="As JSON.")
