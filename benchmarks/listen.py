@@ -6,7 +6,8 @@ first   seconds to the first sound of a song as MP3, divided by those to its who
 encode  wall of encoding eight items in three formats, divided by its CPU seconds over the cores
 idle    the part of the time in which the engine does nothing, from the begin of the first of two queued songs to the end of the second
 same    whether what a listener is sent at the final level is the file, byte for byte
-memory  what a router and the proxies grow by with many listeners of one long song, in MB; the engines are simulated
+memory  what a router and the proxies grow by with many listeners of one long song, in MB, and the longest that anybody else waited meanwhile;
+        the engines are simulated
 """
 
 from __future__ import annotations
@@ -229,6 +230,10 @@ def _resident() -> dict[str, float]:
     return found
 
 
+def _load() -> float:
+    return round(os.getloadavg()[0], 2)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="shorter songs and fewer listeners")
@@ -237,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default="first,encode,idle,same,memory", help="some of them, with commas between")
     args = parser.parse_args(argv)
     wanted, quick = args.only.split(","), args.quick
-    report: dict[str, Any] = {"machine": machine(torch.device("cpu")), "marks": MARKS}
+    report: dict[str, Any] = {"machine": machine(torch.device("cpu")), "marks": MARKS, "load": [_load()]}
     if {"first", "idle", "same"} & set(wanted):
         with mid_size() as renderer:
             if "first" in wanted:
@@ -250,6 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         report["encode"] = encode(10.0 if quick else 60.0)
     if "memory" in wanted:
         report["memory"] = memory(args.listeners or (20 if quick else 100), 60.0 if quick else 600.0)
+    report["load"].append(_load())  # of the last minute, by this program too
     print(json.dumps(report) if args.json else "\n".join(f"{name}: {value}" for name, value in report.items()))
     return 0
 
