@@ -103,7 +103,8 @@ class _Pieces:
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        self._asked: OrderedDict[tuple[Any, ...], asyncio.Task[_Answer]] = OrderedDict()
+        self._asking: dict[tuple[Any, ...], asyncio.Task[_Answer]] = {}
+        self._kept: OrderedDict[tuple[Any, ...], asyncio.Task[_Answer]] = OrderedDict()
 
     def ask(
         self, scope: Scope, headers: list[tuple[bytes, bytes]], same: tuple[Any, ...] | None
@@ -113,16 +114,23 @@ class _Pieces:
         Args:
             same: What questions have in common whose answers are the same; None for one that is the listener's own.
         """
-        asked = self._asked.get(same) if same is not None else None
-        if asked is None or (asked.done() and not _lasts(asked)):
-            asked = asyncio.create_task(self._ask({**scope, "headers": headers}))
-            asked.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be left to hear it
+        if same is not None and (known := self._asking.get(same) or self._kept.get(same)) is not None:
+            return known
+        asked = asyncio.create_task(self._ask({**scope, "headers": headers}))
         if same is not None:
-            self._asked[same] = asked
-            self._asked.move_to_end(same)
-            if len(self._asked) > PIECES_KEPT:
-                self._asked.popitem(last=False)
+            self._asking[same] = asked
+        asked.add_done_callback(lambda done: self._answered(same, done))
         return asked
+
+    def _answered(self, same: tuple[Any, ...] | None, asked: asyncio.Task[_Answer]) -> None:
+        whole = not asked.cancelled() and not asked.exception() and len(asked.result().body) == PIECE_BYTES
+        if same is None:
+            return
+        del self._asking[same]
+        if whole:  # else there may be more a moment later
+            self._kept[same] = asked
+            if len(self._kept) > PIECES_KEPT:
+                self._kept.popitem(last=False)
 
     async def _ask(self, scope: Scope) -> _Answer:
         answer, parts = _Answer(), []
@@ -140,11 +148,6 @@ class _Pieces:
         await self._app(scope, receive, note)
         answer.body = b"".join(parts)
         return answer
-
-
-def _lasts(asked: asyncio.Task[_Answer]) -> bool:
-    """Whether an answer is the same at any time."""
-    return not asked.cancelled() and not asked.exception() and len(asked.result().body) == PIECE_BYTES
 
 
 class _Listener:
@@ -263,7 +266,7 @@ def _wanted(scope: Scope, *, live: bool) -> _Wanted | None:
     first, last = (int(match[1]), int(match[2]) if match[2] else None) if match else (0, None)
     fits = match is not None and (last is None or first <= last)
     if live:  # what else `Range` may say is answered with all of it, as RFC 9110 allows
-        return None if fits and asked != b"bytes=0-" else _Wanted(live=True)
+        return None if fits and asked.lower() != b"bytes=0-" else _Wanted(live=True)
     if not asked:
         return _Wanted(live=False)
     short = last is not None and last - first < PIECE_BYTES

@@ -24,7 +24,7 @@ from deployments.jobs.threads import with_files
 router = APIRouter(prefix="/v1", tags=["songs"], responses=PROBLEMS, route_class=KeyFirst)
 LiveFormat = Literal["mp3", "opus", "wav"]
 ANEW = "the song is made anew, or this was too long ago: listen again from the start"
-_RANGE = re.compile(r"bytes=([0-9]{1,18})-([0-9]{1,18})?")
+_RANGE = re.compile(r"bytes=([0-9]{1,18})-([0-9]{1,18})?", re.IGNORECASE)
 
 
 @router.get(
