@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 AUDIO = re.compile(r"/v1/(?:jobs/[^/]{1,64}/audio/[^/]{1,16}(/live)?|audio)")
-PIECE_BYTES = 256 << 10
+PIECE_BYTES, FILE_PIECE_BYTES = 256 << 10, 1 << 20  # a file is there, and is often taken as fast as it comes
 AGAIN_S = 0.5  # between questions that were answered at once, with nothing
 PATIENCE_S = 60.0  # with routers that do not answer
 STALLED_S = 900.0  # in which a listener takes less than a piece: a player may pause so long
@@ -91,7 +91,8 @@ class _Wanted:
 
     def size(self, at: int) -> int:
         """Bytes of the piece at this place."""
-        return PIECE_BYTES if self.last is None else min(PIECE_BYTES, self.last + 1 - at)
+        most = PIECE_BYTES if self.live else FILE_PIECE_BYTES
+        return most if self.last is None else min(most, self.last + 1 - at)
 
     def end(self, total: int) -> int:
         """Where it is over, of so many bytes."""
@@ -107,11 +108,12 @@ class _Pieces:
         self._kept: OrderedDict[tuple[Any, ...], asyncio.Task[_Answer]] = OrderedDict()
 
     def ask(
-        self, scope: Scope, headers: list[tuple[bytes, bytes]], same: tuple[Any, ...] | None
+        self, scope: Scope, headers: list[tuple[bytes, bytes]], size: int, same: tuple[Any, ...] | None
     ) -> asyncio.Task[_Answer]:
         """A question under way, or answered.
 
         Args:
+            size: Bytes that are asked for.
             same: What questions have in common whose answers are the same; None for one that is the listener's own.
         """
         if same is not None and (known := self._asking.get(same) or self._kept.get(same)) is not None:
@@ -119,11 +121,11 @@ class _Pieces:
         asked = asyncio.create_task(self._ask({**scope, "headers": headers}))
         if same is not None:
             self._asking[same] = asked
-        asked.add_done_callback(lambda done: self._answered(same, done))
+        asked.add_done_callback(lambda done: self._answered(same, size, done))
         return asked
 
-    def _answered(self, same: tuple[Any, ...] | None, asked: asyncio.Task[_Answer]) -> None:
-        whole = not asked.cancelled() and not asked.exception() and len(asked.result().body) == PIECE_BYTES
+    def _answered(self, same: tuple[Any, ...] | None, size: int, asked: asyncio.Task[_Answer]) -> None:
+        whole = not asked.cancelled() and not asked.exception() and len(asked.result().body) == size
         if same is None:
             return
         del self._asking[same]
@@ -242,7 +244,7 @@ class _Listener:
         if self._mark:
             headers.append((b"if-match", self._mark))
         same = self._scope["path"], self._scope["query_string"], self._at, size, self._mark, wait
-        asked = self._pieces.ask(self._scope, headers, same if self._started else None)
+        asked = self._pieces.ask(self._scope, headers, size, same if self._started else None)
         await asyncio.wait({asked, self._left}, return_when=asyncio.FIRST_COMPLETED)
         return None if self._left.done() else asked.result()
 
@@ -269,5 +271,5 @@ def _wanted(scope: Scope, *, live: bool) -> _Wanted | None:
         return None if fits and asked.lower() != b"bytes=0-" else _Wanted(live=True)
     if not asked:
         return _Wanted(live=False)
-    short = last is not None and last - first < PIECE_BYTES
+    short = last is not None and last - first < FILE_PIECE_BYTES
     return _Wanted(live=False, part=True, first=first, last=last) if fits and not short else None
