@@ -152,7 +152,8 @@ def idle(renderer: Renderer, seconds: float) -> dict[str, Any]:
 
 def memory(listeners: int, seconds: float) -> dict[str, Any]:
     """Half of the listeners read as fast as they can, half no faster than the sound plays."""
-    with simulated_service({"live_patience_s": 600.0}) as url:
+    # A card of this size makes songs of that length.
+    with simulated_service({"live_patience_s": 600.0}, also={"MAX_CUDA_VRAM": "80"}) as url:
         song = {"prompt": "a song", "duration": seconds, "thinking": False, "format": "mp3"}
         limits = httpx.Limits(max_connections=None)
         with httpx.Client(base_url=url, timeout=600, limits=limits) as http, ThreadPoolExecutor(listeners + 1) as pool:
@@ -168,6 +169,7 @@ def memory(listeners: int, seconds: float) -> dict[str, Any]:
             watching = threading.Thread(target=watch)
             watching.start()
             job = http.post("/v1/music", json=song).json()
+            assert job["request"]["duration"] == seconds, job["warnings"]
             asking = pool.submit(_asked, url, over)
 
             def listen(number: int) -> int:

@@ -46,11 +46,14 @@ def run(
 
 
 @contextmanager
-def simulated_service(dit: Mapping[str, Any] | None = None, lm: Mapping[str, Any] | None = None) -> Iterator[str]:
+def simulated_service(
+    dit: Mapping[str, Any] | None = None, lm: Mapping[str, Any] | None = None, also: Mapping[str, str] | None = None
+) -> Iterator[str]:
     """`serve run` of serve_config.yaml with simulated pools of an H100 on a free port; gives its URL.
 
     Args:
         dit, lm: Further args of the renderer pool and of the planner pool.
+        also: Further variables of the environment.
 
     Raises:
         SystemExit: it did not get ready; with the end of its log.
@@ -71,7 +74,7 @@ def simulated_service(dit: Mapping[str, Any] | None = None, lm: Mapping[str, Any
         path.write_text(yaml.safe_dump(config))
         env = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "ACESTEP_"))} | {
             "ACESTEP_HOME": str(folder / "home"), "RAY_TMPDIR": name, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0",
-            PROXY: PROXY_ANSWERS,
+            PROXY: PROXY_ANSWERS, **(also or {}),
         }  # fmt: skip
         serve = Path(sys.executable).with_name("serve")
         with log_path.open("wb") as log:
