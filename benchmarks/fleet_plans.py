@@ -3,6 +3,7 @@
 The others have the same hourly budget: the monolith (planner and renderer on every card, one song at a time, as ACE-Step's own server, behind one
 line for all cards), the best single kind of card with this project's own pools, and the planned cards with jobs dealt out in turn. A bound says
 what no fleet for that money can be above, since cards have so many seconds.
+The monolith's cards hold both models, the same planner as the others have; a card of 10 GB does not.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from acestep.sizing.limits import fits
 from acestep.sizing.profiles import named
 from deployments.capacity.catalogue import Offer, offers
 from deployments.capacity.demand import Demand, demand_of, plan_work, render_work
+from deployments.capacity.held import holds
 from deployments.capacity.plan import Goal, describe, make_plan
 from deployments.capacity.pools import PoolSpec
 from deployments.capacity.recorded import day_of
@@ -32,15 +34,16 @@ from deployments.capacity.traffic import Arrival, Traffic, arrivals, shipped
 
 GOAL = 0.9
 BUDGET = 0.6  # dollars an hour, for the rate and the bursts
-STEPS = 4  # of halving the range of rates
+STEPS = 6  # of halving the range of rates
 BURSTINESS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)  # coefficients of variation of the time between two jobs
+MOST_BURST = 160
 LOAD = 0.7  # of the monolith's rate, at which burstiness is tried
 PLANNER, MODEL = default_name("planner"), default_name("renderer")
 
 
 def marks(*, quick: bool) -> dict[str, Any]:
     """All numbers, by mix."""
-    names = ("songs",) if quick else ("service", "jingles", "songs", "albums")
+    names = ("songs",) if quick else tuple(shipped())
     return {"mixes": {name: of_mix(name, quick=quick) for name in names}, "spot": spot(100 if quick else 600)}
 
 
@@ -56,7 +59,7 @@ def of_mix(name: str, *, quick: bool) -> dict[str, Any]:
         "per_1000_songs": round(1000 * plan.best.per_song, 2), "planning_s": round(plan.seconds, 1),
         "single_card": card.card, "single_cost": round(alone.best.cost, 3), "single_always_on_cost": round(always.best.cost, 3),
         "cost_ratio": round(plan.best.cost / alone.best.cost, 3), "cost_ratio_always_on": round(plan.best.cost / always.best.cost, 3),
-        "least_cost_ratio": round(plan.bound / alone.best.cost, 3), **limits(mix, every, span_h=0.25 if quick else 0.5),
+        "least_cost_ratio": round(plan.bound / alone.best.cost, 3), **limits(mix, every, jobs=750 if quick else 1_500),
     }  # fmt: skip
 
 
@@ -73,11 +76,16 @@ def best_single(mix: Traffic, every: Sequence[Offer]) -> Offer:
     return min(costs, key=lambda pair: pair[0])[1]
 
 
-def limits(mix: Traffic, every: Sequence[Offer], *, span_h: float) -> dict[str, Any]:
-    """The rate at which 90 of 100 jobs are in time and the bursts that are taken, by fleet; all cost `BUDGET` dollars an hour at most."""
+def limits(mix: Traffic, every: Sequence[Offer], *, jobs: int) -> dict[str, Any]:
+    """The rate at which 90 of 100 jobs are in time and the bursts that are taken, by fleet; all cost `BUDGET` dollars an hour at most.
+
+    Args:
+        jobs: So many come, at the rate that no fleet is above, in the time for which rates are tried.
+    """
     flat = mix.model_copy(update={"by_hour": "flat", "burst_share": 0.0})
     crowd = demand_of(arrivals(flat, jobs=1_000, hours=0.05), 0.05)  # more than the budget can carry
     bound = most_rate(crowd, every)
+    most, span_h = most_burst(crowd, every), jobs / bound
     mono_card, mono_cards = monolith_cards(mix, BUDGET, every)
     specs = bought(crowd, every)
     one_kind = bought(crowd, [best_single(mix, every)])
@@ -96,12 +104,12 @@ def limits(mix: Traffic, every: Sequence[Offer], *, span_h: float) -> dict[str, 
         rate = (
             largest(
                 lambda n, kept=kept: kept(arrivals(flat, jobs=max(1, n), hours=span_h)) >= GOAL,
-                round(1.2 * bound * span_h),
+                round(1.1 * bound * span_h),
             )
             / span_h
         )  # type: ignore[misc]
         base = base or round(LOAD * rate)
-        burst = largest(lambda n, kept=kept: kept(burst_of(mix, n)) >= GOAL, 160)  # type: ignore[misc]
+        burst = largest(lambda n, kept=kept: kept(burst_of(mix, n)) >= GOAL, min(MOST_BURST, round(1.1 * most)))  # type: ignore[misc]
         calm = largest(
             lambda n, kept=kept, base=base: kept(bursty(flat, base, 2 * span_h, BURSTINESS[n])) >= GOAL,
             len(BURSTINESS) - 1,
@@ -109,6 +117,8 @@ def limits(mix: Traffic, every: Sequence[Offer], *, span_h: float) -> dict[str, 
         out[name] = {"rate": round(rate), "burst": burst, "burstiness": BURSTINESS[calm]}
     for what in ("rate", "burst", "burstiness"):
         out[f"{what}_over_monolith"] = round(out["planned"][what] / max(1, out["monolith"][what]), 2)
+    out["most_burst"] = round(most)
+    out["most_burst_over_monolith"] = round(out["most_burst"] / max(1, out["monolith"]["burst"]), 2)
     out["most_rate_over_monolith"] = round(bound / max(1, out["monolith"]["rate"]), 2)
     return out
 
@@ -121,17 +131,30 @@ def bought(demand: Demand, every: Sequence[Offer]) -> tuple[PoolSpec, ...]:
 def most_rate(demand: Demand, every: Sequence[Offer]) -> float:
     """Jobs an hour that no fleet for the budget is above: each stage on the card that does it for the least money, and always busy, the tenth
     of the jobs left out that costs most."""
+    return BUDGET / _least_cost(demand, every, math.inf)
+
+
+def most_burst(demand: Demand, every: Sequence[Offer]) -> float:
+    """Jobs at once that no fleet for the budget takes: what is due within a time is done in the seconds that the cards have by then."""
+    dues = {job.typical.deadline_s for job in demand.classes}
+    spent = {due: _least_cost(demand, every, due) for due in dues}
+    return min(BUDGET / cost * due / 3600 for due, cost in spent.items() if cost)
+
+
+def _least_cost(demand: Demand, every: Sequence[Offer], due_s: float) -> float:
+    """Dollars, for each job of all, that the jobs due within a time take; but for a tenth of all jobs, those that cost most."""
     costs = []
     for job in demand.classes:
-        renders = [o.price * w.work_s for o in every if (w := render_work(job, o, MODEL))]
+        renders = [o.price * w.work_s for o in every if (w := render_work(job, o, job.typical.request.model or MODEL))]
         plans = [o.price * w.work_s for o in every if (w := plan_work(job, o, PLANNER))] if job.planned else [0.0]
-        costs.append(((min(renders) + min(plans)) / 3600, sum(job.jobs)))
-    total = sum(jobs for _, jobs in costs)
-    left, spent = GOAL * total, 0.0
+        if job.typical.deadline_s <= due_s:
+            costs.append(((min(renders) + min(plans)) / 3600, sum(job.jobs)))
+    total = sum(sum(job.jobs) for job in demand.classes)
+    left, spent = sum(jobs for _, jobs in costs) - (1 - GOAL) * total, 0.0
     for cost, jobs in sorted(costs):
-        spent += cost * min(jobs, left)
+        spent += cost * max(0.0, min(jobs, left))
         left -= min(jobs, left)
-    return BUDGET / (spent / total)
+    return spent / total
 
 
 def bursty(mix: Traffic, rate: float, hours: float, variation: float) -> list[Arrival]:
@@ -180,15 +203,12 @@ def monolith_cards(mix: Traffic, budget: float, every: Sequence[Offer]) -> tuple
 
 
 def service_s(card: str, tier: str, arrival: Arrival) -> float | None:
-    """Seconds that a job takes a card that does both stages, one job after another; None where it cannot."""
-    limits = get_limits(get_gpu_config(tier), "both")
-    if (
-        not get_gpu_config(tier).available_lm_models
-        or not fits(arrival.request, limits)
-        or arrival.duration > limits.max_duration
-    ):
+    """Seconds that a job takes a card that holds both models and does both stages, one job after another; None where it cannot. What a small
+    card needs to move weights between the stages is not counted."""
+    limits, model = get_limits(get_gpu_config(tier), "both"), arrival.request.model or MODEL
+    if not (holds(card, model, PLANNER) and fits(arrival.request, limits) and arrival.duration <= limits.max_duration):
         return None
-    return estimate(arrival.request, named(card), arrival.duration, planner=PLANNER, renderer=MODEL).total_s
+    return estimate(arrival.request, named(card), arrival.duration, planner=PLANNER, renderer=model).total_s
 
 
 def monolith(card: str, cards: int, jobs: Sequence[Arrival]) -> float:
@@ -238,7 +258,7 @@ def text(found: dict[str, Any]) -> str:
             + ", ".join(f"{f} {m[f]['rate']}" for f in ("planned", "single", "round robin", "monolith"))
             + f" ({m['planned_of']}; {m['monolith_of']}): {m['rate_over_monolith']}x the monolith, above {m['most_rate_over_monolith']}x is no fleet; mark 2.5x",
             "  largest burst: " + ", ".join(f"{f} {m[f]['burst']}" for f in ("planned", "single", "round robin", "monolith"))
-            + f": {m['burst_over_monolith']}x; largest variation of the gaps at {LOAD:.0%} of the monolith's rate: "
+            + f": {m['burst_over_monolith']}x, above {m['most_burst']} ({m['most_burst_over_monolith']}x) is no fleet; largest variation of the gaps at {LOAD:.0%} of the monolith's rate: "
             + ", ".join(f"{f} {m[f]['burstiness']}" for f in ("planned", "single", "round robin", "monolith"))
             + f": {m['burstiness_over_monolith']}x; mark 6x",
         ]  # fmt: skip

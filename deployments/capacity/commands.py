@@ -28,7 +28,7 @@ app = typer.Typer(
 Traffic = Annotated[
     str,
     typer.Option(
-        help="A shipped mix (service, jingles, songs, albums), a mix in a YAML file, or jobs in a JSONL file."
+        help="A shipped mix (service, jingles, songs, studio, albums), a mix in a YAML file, or jobs in a JSONL file."
     ),
 ]
 Rate = Annotated[

@@ -7,12 +7,12 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from acestep.gpu_config import get_gpu_config, get_limits, is_lm_model_size_allowed
+from acestep.gpu_config import get_gpu_config, get_limits
 from acestep.sizing.cost import needs_planner, plan_seconds, render_seconds
 from acestep.sizing.limits import fits
 from acestep.sizing.profiles import named
 from deployments.capacity.catalogue import Offer
-from deployments.capacity.pools import PLANNER_ROWS
+from deployments.capacity.held import holds, planner_rows
 from deployments.capacity.traffic import Arrival
 
 PERIODS = 8
@@ -83,10 +83,10 @@ def demand_of(arrivals: Sequence[Arrival], hours: float) -> Demand:
 
 
 def render_work(job: JobClass, offer: Offer, model: str) -> Work | None:
-    """None where the card's limits do not let it render such a job whole."""
+    """None where the card cannot hold the model, or its limits do not let it render such a job whole."""
     arrival, request = job.typical, job.typical.request
     limits = get_limits(get_gpu_config(offer.tier), "render")
-    if not fits(request, limits) or arrival.duration > limits.max_duration:
+    if not fits(request, limits) or arrival.duration > limits.max_duration or not holds(offer.card, model):
         return None
     profile = named(offer.card)
     seconds = render_seconds(
@@ -97,9 +97,7 @@ def render_work(job: JobClass, offer: Offer, model: str) -> Work | None:
 
 def plan_work(job: JobClass, offer: Offer, planner: str) -> Work | None:
     """None where the card cannot hold the planner."""
-    if not is_lm_model_size_allowed(planner, get_gpu_config(offer.tier).available_lm_models):
+    if not (rows := planner_rows(offer.card, planner)):
         return None
-    seconds = plan_seconds(
-        job.typical.request, named(offer.card).planner(planner), job.typical.duration, slots=PLANNER_ROWS
-    )
+    seconds = plan_seconds(job.typical.request, named(offer.card).planner(planner), job.typical.duration, slots=rows)
     return Work(seconds.work_s, seconds.wall_s)

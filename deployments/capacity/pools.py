@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from acestep.errors import InvalidRequest
 from acestep.gpu_config import get_gpu_config, get_limits
 from acestep.sizing import profiles
 from acestep.sizing.cost import plan_rows
+from deployments.capacity.held import planner_rows
 from deployments.capacity.traffic import Arrival
 from deployments.config.args import Role
 from deployments.jobs.schema import QUEUED, RUNNING
@@ -19,7 +21,6 @@ from deployments.scheduling.autoscaling import desired
 from deployments.scheduling.choose import Decision, PoolState
 from deployments.scheduling.fairness import USAGE_HALF_LIFE_S, Waiting
 
-PLANNER_ROWS = 16
 MEAN_CONTEXT = 400.0
 TASKS = frozenset({"text2music", "cover", "repaint"})
 
@@ -35,6 +36,7 @@ class PoolSpec:
         spot_price: What all cards of the pool but the first cost, which may be taken away; None: none is.
         start_s: Until a card that is ordered is a node, before the model is loaded.
         drain_s: It is scaled so that what waits is worked off within this time (`drain_backlog_s` of a pool's args).
+        rows: Of a planner: batch rows; None: as its settings have it on such a card.
     """
 
     name: str
@@ -48,6 +50,7 @@ class PoolSpec:
     spot_price: float | None = None
     start_s: float = 0.0
     drain_s: float = 30.0
+    rows: int | None = None
 
 
 Scaler = Callable[[float, Backlog, int, int, int], int]
@@ -184,7 +187,7 @@ class Pool:
         self.limits = get_limits(get_gpu_config(spec.tier), "plan" if spec.role == "plan" else "render")
         self.bias = bias
         self.scaler = scaler
-        self.slots = PLANNER_ROWS if spec.role == "plan" else 1
+        self.slots = 1
         self.replicas: list[Replica] = []
         self.starting: list[Replica] = []
         self.target = spec.min_replicas
@@ -195,7 +198,10 @@ class Pool:
         self._step_s: list[float] = []
         if spec.role == "plan":
             cost = self.profile.planner(spec.model)
-            self._step_s = [cost.seconds_per_step(rows, MEAN_CONTEXT) for rows in range(PLANNER_ROWS + 1)]
+            self.slots = spec.rows or planner_rows(spec.card, spec.model)
+            if not self.slots:
+                raise InvalidRequest(f"pool {spec.name}: {spec.card} cannot hold {spec.model}", field="cards")
+            self._step_s = [cost.seconds_per_step(rows, MEAN_CONTEXT) for rows in range(self.slots + 1)]
         self.gpu_s = self.spot_s = self.done_s = self.redone_s = 0.0
         self.sizes: list[tuple[float, int]] = []  # cards that serve, from when on
         self._number = itertools.count()

@@ -15,10 +15,12 @@ import yaml
 from acestep.cli import main as cli
 from acestep.errors import InvalidRequest, ModelMissing
 from acestep.request import SongRequest
+from benchmarks import fleet_plans
 from deployments.capacity import plan as plans
 from deployments.capacity import recorded
 from deployments.capacity.catalogue import Offer, offers
 from deployments.capacity.demand import demand_of
+from deployments.capacity.held import holds, planner_rows
 from deployments.capacity.plan import Goal, Trial, make_plan, try_out
 from deployments.capacity.pools import PoolSpec
 from deployments.capacity.scaling import SecondsOfWork
@@ -213,6 +215,34 @@ def test_spot_cards_cost_what_they_cost_but_the_first() -> None:
     cards = lm.min_replicas + dit.min_replicas
     assert spot.cost == pytest.approx(2 * 1.29 + (cards - 2) * 0.4515)
     assert spot.cost < firm.cost
+
+
+def test_cards_hold_what_a_replica_on_them_would_load() -> None:
+    assert planner_rows("rtx-3060-12", "acestep-5Hz-lm-1.7B") < planner_rows("v100-16", "acestep-5Hz-lm-1.7B") <= 64
+    assert planner_rows("rtx-3080-10", "acestep-5Hz-lm-1.7B") == 0
+    assert planner_rows("rtx-3080-10", LM) > 0
+    assert planner_rows("rtx-2060-6", LM) == 0, "its tier is not meant for planners"
+    assert holds("rtx-3080-10", DIT)
+    assert not holds("rtx-3080-10", DIT, "acestep-5Hz-lm-1.7B")
+    assert holds("rtx-3060-12", DIT, "acestep-5Hz-lm-1.7B")
+    assert not holds("gtx-1650-4", "acestep-v15-xl-base")
+    with pytest.raises(InvalidRequest, match="pool lm: rtx-2060-6 cannot hold"):
+        Simulator([PoolSpec("lm", "plan", "rtx-2060-6", "tier2", LM, 1)], [], None)
+    small = demand_of(
+        arrivals(mix(kinds=[CLIPS | {"model": "acestep-v15-xl-base", "thinking": False}]), jobs=20, hours=1.0), 1.0
+    )
+    with pytest.raises(InvalidRequest, match=r"none of the cards can render .* with acestep-v15-xl-base"):
+        solve(small, choice("gtx-1650-4"), 0.8)
+
+
+def test_what_fleets_are_compared_with_is_what_their_cards_can_hold_and_no_more_than_the_bound() -> None:
+    songs, (every, _) = shipped()["songs"], offers()
+    card, cards = fleet_plans.monolith_cards(songs, 0.6, every)
+    assert holds(card, DIT, fleet_plans.PLANNER)
+    demand = demand_of(arrivals(songs, jobs=300, hours=0.05), 0.05)
+    assert 0 < fleet_plans.most_burst(demand, every) == pytest.approx(fleet_plans.most_rate(demand, every) * 120 / 3600)
+    assert fleet_plans.monolith(card, cards, fleet_plans.burst_of(songs, 20)) == 1.0
+    assert fleet_plans.monolith(card, cards, fleet_plans.burst_of(songs, 400)) < 0.5
 
 
 # -- the simulator
