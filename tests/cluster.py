@@ -2,7 +2,7 @@
 
     python -m tests.cluster CONFIG NAME=TIER:GIB ...
 
-and told on standard input: `remove NAME`, `add NAME`, `deploy CONFIG`; end of input ends everything.
+and told on standard input: `remove NAME`, `add NAME`, `drain NAME SECONDS`, `deploy CONFIG`; end of input ends everything.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any
 
 from acestep.ray_env import ALONE
 from tests.server import ROOT, START_TIMEOUT_S, Server, starting
+
+RAY = str(Path(sys.executable).with_name("ray"))
 
 
 class Cluster(Server):
@@ -104,6 +106,11 @@ def main(config_path: str, *specs: str) -> None:
             cluster.remove_node(nodes.pop(name), allow_graceful=False)
         elif order == "add":
             nodes[name] = add(name)
+        elif order == "drain":
+            name, _, seconds = name.partition(" ")
+            told = [RAY, "drain-node", "--address", cluster.address, "--node-id", nodes[name].node_id]
+            why = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "its time is up"]
+            subprocess.run([*told, *why, "--deadline-remaining-seconds", seconds], check=True)
         elif order == "deploy":
             client.deploy_apps(
                 ServeDeploySchema.model_validate(yaml.safe_load(Path(name).read_text())), _blocking=False
