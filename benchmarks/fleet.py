@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import fleet_plans, fleet_real
-from benchmarks.fleet_policies import RequestCount
+from benchmarks.fleet_policies import RequestCount, RoundRobin
 from deployments.capacity.pools import PoolSpec, Scaler
 from deployments.capacity.result import Result, quantile
 from deployments.capacity.scaling import OURS, Delays, SecondsOfWork
@@ -152,8 +152,8 @@ def routing(jobs: int, scale: int, *, hours: float) -> dict[str, Any]:
     jobs_of_day = day(jobs, hours=hours)
     specs = mixed_fleet(scale)
     rows = {}
-    for name in ("cost", "round_robin"):
-        result = Simulator(specs, jobs_of_day, None, routing=name).run()
+    for name, simulator in (("cost", Simulator), ("round_robin", RoundRobin)):
+        result = simulator(specs, jobs_of_day, None).run()
         rows[name] = {
             "late": result.late, "p50_s": round(result.latency(0.5), 1), "p95_s": round(result.latency(0.95), 1),
             "p99_s": round(result.latency(0.99), 1), "price_of_busy_time": round(result.busy_cost, 1),

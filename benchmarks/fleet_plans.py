@@ -21,6 +21,7 @@ from acestep.gpu_config import get_gpu_config, get_limits
 from acestep.sizing.cost import estimate
 from acestep.sizing.limits import fits
 from acestep.sizing.profiles import named
+from benchmarks.fleet_policies import RoundRobin
 from deployments.capacity.catalogue import Offer, offers
 from deployments.capacity.demand import Demand, demand_of, plan_work, render_work
 from deployments.capacity.held import holds
@@ -94,7 +95,7 @@ def limits(mix: Traffic, every: Sequence[Offer], *, jobs: int) -> dict[str, Any]
         "monolith": lambda jobs: monolith(mono_card, mono_cards, jobs),
         "planned": lambda jobs: Simulator(specs, jobs, None, bias=1.0).run().kept,
         "single": lambda jobs: Simulator(one_kind, jobs, None, bias=1.0).run().kept,
-        "round robin": lambda jobs: Simulator(specs, jobs, None, bias=1.0, routing="round_robin").run().kept,
+        "round robin": lambda jobs: RoundRobin(specs, jobs, None, bias=1.0).run().kept,
     }
     out: dict[str, Any] = {
         "budget": BUDGET, "monolith_of": f"{mono_cards} {mono_card}", "planned_of": describe(specs), "most_rate": round(bound)

@@ -83,7 +83,7 @@ class Song:
         deadline: When it is given up; None: never.
         later_eta_s: The same as `eta_s`, told once the plan was there.
         stage: `refused` at submit, `late`: given up once its deadline was over.
-        begun: When its stage began; None while it waits. `first_begun`: the first of them.
+        begun: When its stage began; None while it waits, since `waits_since`. `first_begun`: the first of them.
         stage_s: How long the stage should take.
         on: What works on it.
         redone_s: Seconds of a card that were lost with it.
@@ -99,6 +99,7 @@ class Song:
     later_eta_s: float | None = None
     stage: Literal["plan", "render", "done", "refused", "late"] = "plan"
     begun: float | None = None
+    waits_since: float = 0.0
     first_begun: float | None = None
     stage_s: float = 0.0
     on: list[Replica] = field(default_factory=list)

@@ -13,16 +13,15 @@ import random
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
-from acestep.gpu_config import Limits
 from acestep.plan import CODES_PER_SECOND, Plan
 from acestep.sizing.cost import Corrections, plan_rows, plan_seconds, render_seconds
 from deployments.capacity.pools import Pool, PoolSpec, Replica, Scaler, Song, Usage
 from deployments.capacity.result import Result
 from deployments.capacity.traffic import Arrival
 from deployments.jobs.waiting import RATE_WINDOW_S, Backlog, Row, summarise
-from deployments.scheduling.choose import Decision, FleetState, Promise, choose, split, work_of
+from deployments.scheduling.choose import COMPANY_S, Decision, FleetState, Promise, choose, split, work_of
 from deployments.scheduling.fairness import Waiting, next_jobs, turn_of
 from deployments.scheduling.line import line_up
 from deployments.scheduling.simulate import as_found_by
@@ -35,8 +34,6 @@ class Simulator:
 
     Args:
         scaler: Makes one scaler per pool; None keeps every pool at `max_replicas`.
-        routing: `cost` is the product's own, deadlines included; `round_robin` deals jobs to the replicas that can do them, one after
-            another, and refuses none of those.
         bias: Largest factor by which a card may be slower or faster than its profile, unknown to the router.
         noise: Standard deviation of log(time) from song to song.
         reclaim_every_s: One spot card is taken away so often, `notice_s` after it was told.
@@ -49,7 +46,6 @@ class Simulator:
         arrivals: Sequence[Arrival],
         scaler: Callable[[PoolSpec], Scaler] | None,
         *,
-        routing: Literal["cost", "round_robin"] = "cost",
         bias: float = 1.3,
         noise: float = 0.08,
         tick_s: float = 2.0,
@@ -63,7 +59,6 @@ class Simulator:
         self.pools = {s.name: Pool(s, bias ** self.rng.uniform(-1, 1), scaler(s) if scaler else fixed) for s in specs}
         self.arrivals = arrivals
         self.scaled = scaler is not None
-        self.routing = routing
         self.noise = noise
         self.tick_s = tick_s
         self.reclaim_every_s, self.notice_s, self.until_s = reclaim_every_s, notice_s, until_s
@@ -77,7 +72,6 @@ class Simulator:
         self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._order = itertools.count()
         self._works: dict[int, float] = {}  # by request object: many arrivals share one
-        self._turn = itertools.count()
 
     def run(self) -> Result:
         for pool in self.pools.values():
@@ -108,12 +102,9 @@ class Simulator:
     # -- a song's way
 
     def _arrive(self, arrival: Arrival) -> None:
-        told = arrival.firm and self.routing == "cost"  # somebody is told of its deadline
-        deadline = arrival.at + arrival.deadline_s if told else None
-        me = Waiting("", arrival.key, self._work(arrival), self.now, deadline=deadline)
-        fleet = self._deal(arrival) if self.routing == "round_robin" else self._fleet(me)
-        in_s = arrival.deadline_s if told else None
-        decision = choose(arrival.request, fleet, deadline_in_s=in_s)
+        deadline = self._deadline(arrival)
+        in_s = None if deadline is None else arrival.deadline_s
+        decision = choose(arrival.request, self._fleet(arrival), deadline_in_s=in_s)
         name, planned_by = f"job{len(self.songs)}", (decision.planner, decision.est_plan_s)
         song = Song(name, arrival, decision, decision.eta_s, *planned_by, deadline)
         self.songs.append(song)
@@ -131,10 +122,12 @@ class Simulator:
             self._to_render(song, decision)
 
     def _wait(self, song: Song) -> None:
-        song.begun = None
+        song.begun, song.waits_since = None, self.now
         pool, row = self.pools[song.pool], song.row(self.now)
         pool.queue[song.id] = song, row, turn_of(row)
         self._feed(pool)
+        if song.id in pool.queue and len(song.decision.groups) > 1:
+            self._at(self.now + COMPANY_S, self._feed, pool)
 
     def _to_render(self, song: Song, decision: Decision) -> None:
         song.stage, song.decision = "render", decision
@@ -148,7 +141,9 @@ class Simulator:
             free = sorted((r for r in pool.live if r.rows < pool.slots and r.song is None), key=lambda r: r.rows)
             if not free:
                 return
-            song, _, _ = pool.queue[self._first(pool)]
+            song = self._first(pool, len(free))
+            if song is None:
+                return
             if pool.slots > 1 and free[0].rows + plan_rows(song.arrival.request, pool.slots) > pool.slots:
                 return  # nobody overtakes who needs more room than there is
             if song.decision.hopeless(None if song.deadline is None else song.deadline - self.now):
@@ -164,9 +159,28 @@ class Simulator:
             else:
                 self._begin_render(pool, free, song)
 
-    def _first(self, pool: Pool) -> str:
+    def _first(self, pool: Pool, free: int) -> Song | None:
         waiting = [turn for _, _, turn in pool.queue.values()]
-        return next(next_jobs(waiting, self.usage.at(self.now, {w.key for w in waiting}), self.now)).id
+        for turn in next_jobs(waiting, self.usage.at(self.now, {w.key for w in waiting}), self.now):
+            song, _, _ = pool.queue[turn.id]
+            if song.stage == "plan" or song.arrival.request.batch_size == 1:
+                return song
+            again = self._choose_renderer(song)
+            if again.rendering and again.renderer == pool.spec.name:
+                song.decision = again
+                if again.rendering.better_later(free, self.now - song.waits_since):
+                    continue
+            return song
+        return None
+
+    def _choose_renderer(self, song: Song) -> Decision:
+        arrival, promise = song.arrival, None
+        if song.eta_s is not None and song.decision.renderer is not None:
+            promise = Promise(song.decision.renderer, arrival.at + song.eta_s - self.now)
+        plan = _plan_of(int(arrival.duration * CODES_PER_SECOND)) if song.planner else None
+        left_s = None if song.deadline is None else song.deadline - self.now
+        fleet = self._fleet(song)
+        return choose(arrival.request, fleet, plan=plan, promise=promise if plan else None, deadline_in_s=left_s)
 
     def _begin_plan(self, replica: Replica, song: Song) -> None:
         pool, request = replica.pool, song.arrival.request
@@ -197,16 +211,7 @@ class Simulator:
         if song.decision.planning is not None and song.begun is not None:
             self.corrections.refine(pool.spec.name, "plan", song.decision.planning.profile_s, self.now - song.begun)
         song.stage, song.begun, song.on = "render", None, []
-        if self.routing == "cost":
-            fleet = self._fleet(song)
-        else:
-            fleet = FleetState(tuple(p for p in self._base().pools if p.name == song.decision.renderer))
-        promise = None
-        if song.eta_s is not None and song.decision.renderer is not None:
-            promise = Promise(song.decision.renderer, arrival.at + song.eta_s - self.now)
-        plan = _plan_of(int(arrival.duration * CODES_PER_SECOND))
-        left_s = None if song.deadline is None else song.deadline - self.now
-        self._to_render(song, choose(arrival.request, fleet, plan=plan, promise=promise, deadline_in_s=left_s))
+        self._to_render(song, self._choose_renderer(song))
         self._freed(replica)
 
     def _begin_render(self, pool: Pool, free: Sequence[Replica], song: Song) -> None:
@@ -297,10 +302,17 @@ class Simulator:
             )
         )
 
-    def _fleet(self, who: Waiting | Song) -> FleetState:
+    def _deadline(self, arrival: Arrival) -> float | None:
+        """That the router is told."""
+        return arrival.at + arrival.deadline_s if arrival.firm else None
+
+    def _fleet(self, who: Arrival | Song) -> FleetState:
         """Every pool as this job would find it."""
         waiting, working = self._rows()
-        me = turn_of(who.row(self.now)) if isinstance(who, Song) else who
+        if isinstance(who, Song):
+            me = turn_of(who.row(self.now))
+        else:
+            me = Waiting("", who.key, self._work(who), self.now, deadline=self._deadline(who))
         lately = self.usage.at(self.now, {row.key for row in (*waiting, *working)} | {me.key})
         line = line_up(waiting, working, lately, self.now, me)
         return as_found_by(me, line.places[me.id], self._base(), working)
@@ -320,16 +332,6 @@ class Simulator:
             ended = (song.row(self.now) for song in self._lately if song.ended)
             self._read = self.now, summarise(itertools.chain(*self._rows(), ended), self.now)
         return self._read[1]
-
-    def _deal(self, arrival: Arrival) -> FleetState:
-        """The next replica's pool in turn, among those within the limits."""
-        chosen, base = [], self._base()
-        able = [p for p in base.of("render") if _can(p.limits, arrival)]
-        for pools in (base.of("plan"), able):
-            slots = [p for p in pools for _ in range(max(1, p.running + p.pending))]
-            if slots:
-                chosen.append(slots[next(self._turn) % len(slots)])
-        return FleetState(tuple(chosen))
 
     # -- cards that come and go
 
@@ -392,7 +394,3 @@ class Simulator:
 @cache
 def _plan_of(codes: int) -> Plan:
     return Plan.model_construct(codes=((0,) * codes,), metadata=Plan().metadata)
-
-
-def _can(limits: Limits, arrival: Arrival) -> bool:
-    return limits.max_duration >= arrival.duration and limits.max_batch >= arrival.request.batch_size

@@ -114,6 +114,8 @@ def _rendering(decision: Decision, option: Option, room: Room, job: Job, suspect
     if not found:
         return None
     if len(found) < len(groups):
+        if option.better_later(len(found), time.time() - (job.planned_at or job.created_at)):
+            return None
         groups = split(request.batch_size, k := len(found))
         share = 1.0 if suspect else share_of_renderer(pool, request, max(map(len, groups)))
         found = room.replicas(share, job.tries.replicas)[:k]

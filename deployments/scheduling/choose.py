@@ -34,10 +34,10 @@ __all__ = ["Decision", "FleetState", "PoolState", "Promise", "choose", "choose_p
 SPILL_FACTOR = 2.0
 MIN_PATIENCE_S = 2.0  # a wait below this is never worth a larger card
 PROMISE_TOLERANCE = 1.25  # foretold times are mostly no further off
-# Spreading a batch over k replicas must end it in this share of the time and this many seconds earlier: below that it costs others more
-# than it brings.
+# Spread over k replicas a batch must end in this share of the time and this many seconds earlier: else it costs others more than it brings.
 SPREAD_SHARE, SPREAD_S = 0.75, 4.0
 SPREAD_WORK = 1.1  # while others wait, spreading may not add more work than this factor
+COMPANY_S = 30.0  # for so long a batch waits for more replicas than are free: one that starts may never come
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,10 @@ class Option:
     @property
     def finish_s(self) -> float:
         return self.wait_s + self.seconds.wall_s
+
+    def better_later(self, free: int, waited_s: float) -> bool:
+        """Whether a batch is done sooner on more replicas, that are about to be free, than on so many now."""
+        return free < len(self.groups) and self.wait_s > HANDOFF_S and waited_s < COMPANY_S
 
     @property
     def profile_s(self) -> float:
@@ -290,20 +294,19 @@ def render_option(pool: PoolState, request: SongRequest, duration: float, planne
         return seconds.wall_s * pool.correction
 
     begins = starts(free_times(pool, wall(n)), pool.coming, planned_s, n)
-    free = [
-        at - planned_s for at in begins if at <= begins[0] + HANDOFF_S
-    ]  # a batch begins on all its replicas at once
+    free = [at - planned_s for at in begins]
     crowded = pool.waiting_s > 0 or begins[0] > planned_s
-    start = free[0]
+    first = start = free[0]
     best_end, best_work = start + wall(n), wall(n)
     best_groups: tuple[tuple[int, ...], ...] = (tuple(range(n)),)
     for k in range(2, min(n, len(free)) + 1):
         groups = split(n, k)
         walls = [wall(len(g)) for g in groups]
-        end = max(at + w for at, w in zip(free, sorted(walls, reverse=True), strict=False))
-        faster = end - start < SPREAD_SHARE * (best_end - start) and end < best_end - SPREAD_S
-        if faster and (not crowded or sum(walls) <= SPREAD_WORK * wall(n)):
-            best_end, best_groups, best_work = end, groups, sum(walls)
+        end = (together := free[k - 1]) + max(walls)  # a batch begins on all its replicas at once
+        faster = end - first < SPREAD_SHARE * (best_end - first) and end < best_end - SPREAD_S
+        idle = sum(together - at for at in free[:k])
+        if faster and (not crowded or sum(walls) + idle <= SPREAD_WORK * wall(n)):
+            start, best_end, best_groups, best_work = together, end, groups, sum(walls)
     return Option(pool, start, Seconds(best_end - start, best_work), best_groups)
 
 

@@ -380,6 +380,34 @@ async def test_a_part_that_fails_for_good_ends_the_others(
     assert stage.left == stage.calls.count("render") - 1
 
 
+async def test_a_batch_waits_for_replicas_that_start_but_begins_where_they_do_not_come(
+    site: Site, stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("SPREAD_S", 0.0), ("SPREAD_SHARE", 1.0), ("SPREAD_WORK", 100.0), ("COMPANY_S", 1e9)):
+        monkeypatch.setattr(placement, name, value)
+    fleet, alone = site.service.fleet, site.service.fleet.view
+
+    def renderers(**fields: int) -> None:
+        pools = tuple(replace(p, **fields) if p.role == "render" else p for p in alone.pools)  # type: ignore[arg-type]
+        fleet.view = replace(alone, pools=pools)
+
+    renderers(running=1, starting=3)
+    batch = {"duration": 240, "batch_size": 4, "thinking": False, "use_cot_metas": False}
+    async with running(site.service.dispatcher):
+        job_id = await submit(site, **batch)
+        await asyncio.sleep(0.5)
+        assert (stage.calls, site.job(job_id).state) == ([], "queued"), "one replica is free"
+        renderers(running=4)
+        await until(lambda: site.job(job_id).ended)
+        assert stage.calls.count("render") > 1
+        stage.calls.clear()
+        renderers(running=1, starting=3)
+        job_id = await submit(site, **batch)
+        monkeypatch.setattr(placement, "COMPANY_S", 0.0)
+        await until(lambda: site.job(job_id).ended)
+    assert (stage.calls, site.job(job_id).state) == (["render"], "succeeded")
+
+
 async def test_failures_end_the_job_with_their_type(site: Site, stage: Stage) -> None:
     stage.render += [*[OutOfMemory("too much", needed_bytes=9)] * 3, ValueError("/srv/secret/file is odd")]
     async with running(site.service.dispatcher):

@@ -173,6 +173,24 @@ def test_a_batch_is_spread_where_that_is_faster_and_not_where_others_wait() -> N
     assert len(jingles.groups) == 1  # some milliseconds are not worth three more cards
 
 
+def test_a_batch_waits_for_replicas_that_are_about_to_be_free_where_it_is_done_sooner_with_them_but_not_for_long() -> (
+    None
+):
+    request = song(duration=240, batch_size=8, thinking=False, use_cot_metas=False)
+    pool = make_pool("dit", "render", "rtx-3060-12", "unlimited", running=4, max_replicas=4)
+    soon = choose(request, FleetState((replace(pool, free_in_s=(0.0, 3.0, 3.0, 3.0)),))).rendering
+    assert soon is not None
+    assert [len(g) for g in soon.groups] == [2, 2, 2, 2]
+    assert soon.wait_s == 3.0
+    assert soon.better_later(1, 0.0)
+    assert not soon.better_later(4, 0.0), "they are free already"
+    assert not soon.better_later(1, 31.0), "they may never be"
+    late = choose(request, FleetState((replace(pool, free_in_s=(0.0, 900.0, 900.0, 900.0)),))).rendering
+    assert late is not None
+    assert (late.groups, late.wait_s) == ((tuple(range(8)),), 0.0)
+    assert not late.better_later(1, 0.0)
+
+
 def test_a_pool_that_scales_grows_for_the_work_itself() -> None:
     """Else a large batch that will be spread over replicas that start for it is foretold for one."""
     request = song(duration=240, batch_size=8, thinking=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import fleet
-from benchmarks.fleet_policies import RequestCount
+from benchmarks.fleet_policies import RequestCount, RoundRobin
 from deployments.capacity.pools import PoolSpec, Scaler
 from deployments.capacity.scaling import SecondsOfWork
 from deployments.capacity.simulator import Simulator
@@ -18,9 +18,9 @@ ARRIVALS = fleet.day(200, hours=0.5)
 SPECS = fleet.mixed_fleet(8)
 
 
-@pytest.mark.parametrize("routing", ["cost", "round_robin"])
-def test_every_song_is_made_once_and_gpu_time_covers_the_work(routing: str) -> None:
-    simulator = Simulator(SPECS, ARRIVALS, lambda pool: SecondsOfWork(pool, 30.0), routing=routing)  # type: ignore[arg-type]
+@pytest.mark.parametrize("kind", [Simulator, RoundRobin])
+def test_every_song_is_made_once_and_gpu_time_covers_the_work(kind: type[Simulator]) -> None:
+    simulator = kind(SPECS, ARRIVALS, lambda pool: SecondsOfWork(pool, 30.0))
     result = simulator.run()
     assert len(result.songs) == len(ARRIVALS)
     assert all(s.finished is not None and s.finished > s.arrival.at for s in result.songs)
