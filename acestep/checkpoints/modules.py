@@ -45,7 +45,12 @@ def quiet() -> Iterator[None]:
 
 with quiet(), lean():
     from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer, normalized_guidance
-    from diffusers.models.autoencoders.autoencoder_oobleck import AutoencoderOobleck, Snake1d
+    from diffusers.models.autoencoders.autoencoder_oobleck import (
+        AutoencoderOobleck,
+        OobleckDecoder,
+        OobleckResidualUnit,
+        Snake1d,
+    )
     from diffusers.models.embeddings import apply_rotary_emb
     from diffusers.models.transformers.ace_step_transformer import (
         AceStepAttention,
@@ -74,6 +79,8 @@ __all__ = [
     "AutoTokenizer",
     "AutoencoderOobleck",
     "MomentumBuffer",
+    "OobleckDecoder",
+    "OobleckResidualUnit",
     "Qwen3Model",
     "Snake1d",
     "apply_rotary_emb",

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from acestep.checkpoints.modules import AceStepAttnProcessor2_0, apply_rotary_emb
+from acestep.hardware import onednn
 from acestep.hardware.upload import upload
 from acestep.stage_settings import AttentionBackend
 
@@ -25,6 +26,8 @@ log = logging.getLogger(__name__)
 FLASH_REPOSITORY = "kernels-community/flash-attn2"
 FLASH_VERSION = 4  # the line with builds for PyTorch 2.10 and newer; `kernels` loads nothing without being told one
 _EAGER_QUERY_BLOCK = 512  # bounds the float32 scores of the eager kernel
+_CPU_QUERY_BLOCK = 256  # likewise of the one of products: they stay in the caches
+_FEW_SCORES = 1 << 17  # per head: below, its many small calls gain little
 
 
 def masked_value(dtype: torch.dtype) -> float:
@@ -97,7 +100,7 @@ class Attention:
     def __init__(self, backend: AttentionBackend, device: torch.device, dtype: torch.dtype) -> None:
         self._flash = _load_flash(device, dtype) if backend == "flash" else None
         self.backend: AttentionBackend = "sdpa" if backend == "flash" and self._flash is None else backend
-        self._kernel = eager_attention if backend == "eager" else sdpa_attention
+        self._kernel = eager_attention if backend == "eager" else _fused(device, dtype)
 
     def full(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Every query sees every key that `mask` leaves."""
@@ -168,6 +171,37 @@ def _capability(device: torch.device) -> tuple[int, int] | None:
     if device.type != "cuda" or torch.version.hip is not None:
         return None
     return torch.cuda.get_device_capability(device)
+
+
+def _fused(device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
+    """What is fastest on `device`, with scores in its own precision."""
+    return product_attention if device.type == "cpu" and dtype == torch.float32 and onednn.faster() else sdpa_attention
+
+
+def product_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of matrix products for float32 on CPUs whose instructions PyTorch's fused kernel leaves unused.
+
+    The heads that share a key head are one product. Scores are held for one block of queries and one key head at a time.
+    """
+    if q.shape[2] * k.shape[2] < _FEW_SCORES:
+        return sdpa_attention(q, k, v, mask)
+    batch, heads, width, dim = q.shape
+    groups = heads // k.shape[1]
+    out = q.new_empty(batch, width, heads, dim)
+    for b in range(batch):
+        hidden = None if mask is None else mask[min(b, len(mask) - 1), 0]
+        for head in range(k.shape[1]):
+            own = slice(head * groups, (head + 1) * groups)
+            keys, values = k[b, head].contiguous(), v[b, head].T.contiguous()
+            for start in range(0, width, _CPU_QUERY_BLOCK):
+                part = slice(start, start + _CPU_QUERY_BLOCK)
+                queries = (q[b, own, part] * dim**-0.5).flatten(0, 1)
+                scores = onednn.linear(queries, keys).view(groups, -1, len(keys))
+                if hidden is not None:
+                    scores += hidden if len(hidden) == 1 else hidden[part]
+                seen = onednn.linear(scores.softmax(dim=-1).flatten(0, 1), values)
+                out[b, part, own] = seen.view(groups, -1, dim).transpose(0, 1)
+    return out.transpose(1, 2)
 
 
 def eager_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

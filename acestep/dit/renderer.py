@@ -30,6 +30,7 @@ from acestep.dit.sources import Sources
 from acestep.dit.vae import Vae
 from acestep.dit.work import CodesWork, Rendered, RenderWork
 from acestep.errors import DeviceUnavailable, InvalidRequest, ModelMissing
+from acestep.hardware import onednn
 from acestep.request import SongRequest
 from acestep.song import Progress
 from acestep.stage_settings import AttentionBackend, RendererSettings
@@ -82,6 +83,8 @@ class Renderer:
             "dit": (components.transformer,),
             "vae": (components.vae,),
         }
+        if device.type == "cpu":
+            onednn.adopt(*(module for modules in groups.values() for module in modules))
         offloaded = {"conditions", "vae"} if settings.offload == "stage" else set()
         if settings.offload_dit:
             offloaded.add("dit")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Generator, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -89,8 +90,8 @@ class Vae:
     def _decode_window(self, latents: Tensor, begin: int, end: int) -> Tensor:
         first, last = max(0, begin - self._overlap), min(len(latents), end + self._overlap)
         window = latents[first:last].T[None].to(self._device, self.dtype)
-        audio = self._finite("decoding", self.vae.decoder, window, self.vae.decoder)
-        return audio[0, :, (begin - first) * self.hop : (end - first) * self.hop].float().cpu()
+        decode = partial(self.vae.decoder, left=begin - first, right=last - end)
+        return self._finite("decoding", decode, window, self.vae.decoder)[0].float().cpu()
 
     def _finite(self, what: str, compute: Callable[[Tensor], Tensor], window: Tensor, module: nn.Module) -> Tensor:
         """`compute(window)`, and once more with wider numbers where it overflowed in half precision."""

@@ -3,6 +3,9 @@
 Convolutions over time stand as ones over a picture of height 1: only of pictures do the libraries of CPUs and NVIDIA cards take the
 layout in which the channels of a moment are neighbours, and in it they need not reorder what they read and write. Shapes inside the
 networks are `[B, C, 1, T]`; what goes in and comes out stays `[B, C, T]`.
+
+A tile is decoded with frames around it that only give context. Most of that context is needed by the first, slow layers: what a layer has no
+more use for is dropped in front of it.
 """
 
 from __future__ import annotations
@@ -14,13 +17,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import remove_weight_norm
 
-from acestep.checkpoints.modules import AutoencoderOobleck, Snake1d
+from acestep.checkpoints.modules import AutoencoderOobleck, OobleckDecoder, OobleckResidualUnit, Snake1d
+from acestep.hardware import onednn
+
+_PIECE = 1 << 17  # elements of an activation that are computed at once where it is written over its input
 
 
 def snake(x: Tensor, alpha: Tensor, gain: Tensor) -> Tensor:
     # One new tensor only: on a CPU the system has to give each large one out anew, page by page.
     wave = (x * alpha).sin_()
     return wave.mul_(wave).mul_(gain).add_(x)
+
+
+def snake_(x: Tensor, alpha: Tensor, gain: Tensor) -> Tensor:
+    """`snake` written over `x`, `[B, C, 1, T]`: no new tensor, and what lies between is small enough for the caches."""
+    for part in torch.split(x, max(1, _PIECE // x.shape[1]), dim=3):
+        wave = (part * alpha).sin_()
+        part.addcmul_(wave.mul_(wave), gain)
+    return x
 
 
 class FoldedSnake(nn.Module):
@@ -37,8 +51,11 @@ class FoldedSnake(nn.Module):
         self.alpha: Tensor
         self.gain: Tensor
         self.function: Callable[..., Tensor] = snake
+        self.consumes = False  # whether nobody else reads its input, so that it may be written over
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.consumes and self.function is snake and x.device.type == "cpu":
+            return snake_(x, self.alpha, self.gain)
         return self.function(x, self.alpha, self.gain)
 
 
@@ -48,13 +65,18 @@ def fold(vae: AutoencoderOobleck, device: torch.device) -> None:
         return
     layout = torch.channels_last if channels_together(device) else torch.contiguous_format
     for module in list(vae.modules()):
+        if type(module) is OobleckResidualUnit:
+            module.__class__ = ResidualUnit
         for name, child in list(module.named_children()):
             if isinstance(child, Snake1d):
-                setattr(module, name, FoldedSnake(child))
+                folded = FoldedSnake(child)
+                folded.consumes = not (isinstance(module, ResidualUnit) and name == "snake1")
+                setattr(module, name, folded)
             elif isinstance(child, nn.Conv1d | nn.ConvTranspose1d):
                 if hasattr(child, "weight_g"):
                     remove_weight_norm(child)
                 setattr(module, name, _widened(child, layout))
+    vae.decoder.__class__ = Decoder
     for network in (vae.encoder, vae.decoder):
         network.register_forward_pre_hook(lambda _, args: (args[0].unsqueeze(2).to(memory_format=layout),))
         network.register_forward_hook(lambda _, args, output: output.squeeze(2))
@@ -66,10 +88,68 @@ def channels_together(device: torch.device) -> bool:
 
 
 class PointConv(nn.Linear):
-    """A convolution that sees one moment at a time, of `[B, C, 1, T]` with its channels side by side: one matrix product."""
+    """A convolution that sees one moment at a time, of `[B, C, 1, T]` with its channels side by side: one matrix product.
 
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    `plus`, of the shape of what comes out, is added on the way.
+    """
+
+    def forward(self, input: Tensor, plus: Tensor | None = None) -> Tensor:
+        added = None if plus is None else plus.permute(0, 2, 3, 1)
+        return onednn.linear(input.permute(0, 2, 3, 1), self.weight, self.bias, added).permute(0, 3, 1, 2)
+
+
+class ResidualUnit(OobleckResidualUnit):
+    """As diffusers', with the addition left to the last product where that can take it."""
+
+    def forward(self, hidden_state: Tensor) -> Tensor:
+        inner = self.snake2(self.conv1(self.snake1(hidden_state)))
+        if isinstance(self.conv2, PointConv):
+            return self.conv2(inner, plus=hidden_state)
+        return self.conv2(inner).add_(hidden_state)
+
+
+class Decoder(OobleckDecoder):
+    """As diffusers', for a tile with `left` and `right` frames of context: `[B, C, frames]` gives what the others become, `[B, 2, n]`."""
+
+    def forward(self, hidden_state: Tensor, left: int = 0, right: int = 0) -> Tensor:
+        x = self.conv1(hidden_state)
+        layer: Any
+        for layer, need in zip(self.block, self._needs(), strict=True):
+            x, left, right = _trimmed(x, left, right, need)
+            stride = layer.conv_t1.stride[-1]
+            x, left, right = layer(x), left * stride, right * stride
+        x, left, right = _trimmed(x, left, right, _half(self.conv2))
+        return _trimmed(self.conv2(self.snake1(x)), left, right, 0)[0]
+
+    def _needs(self) -> list[int]:
+        """How many moments around a tile each block needs of its input."""
+        needs, need = [], _half(self.conv2)
+        layer: Any
+        for layer in reversed(self.block):
+            need += sum(_half(unit.conv1) for unit in (layer.res_unit1, layer.res_unit2, layer.res_unit3))
+            up = layer.conv_t1
+            stride, padding, kernel = up.stride[-1], up.padding[-1], up.kernel_size[-1]
+            need = max((need + kernel - 1 - padding) // stride, (need + padding - 1) // stride + 1)
+            needs.append(need)
+        return needs[::-1]
+
+
+def _half(conv: Any) -> int:
+    """How far a convolution looks to each side."""
+    return int(conv.dilation[-1] * (conv.kernel_size[-1] - 1) // 2)
+
+
+def _trimmed(x: Tensor, left: int, right: int, need: int) -> tuple[Tensor, int, int]:
+    """`x` and the context in it on each side, no more of it than `need`."""
+    before, behind = max(0, left - need), max(0, right - need)
+    if before or behind:
+        together = x.is_contiguous(memory_format=torch.channels_last)
+        x = x[..., before : x.shape[-1] - behind]
+        if (
+            together
+        ):  # of one tile a view, with the strides of a new tensor: a compiler takes others for another kind of input
+            x = x.permute(0, 2, 3, 1).flatten(0, 2).view(len(x), 1, -1, x.shape[1]).permute(0, 3, 1, 2)
+    return x, left - before, right - behind
 
 
 def _widened(conv: nn.Conv1d | nn.ConvTranspose1d, layout: torch.memory_format) -> nn.Module:

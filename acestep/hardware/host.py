@@ -34,11 +34,26 @@ def cpu_threads(maximum: int = 8) -> int:
 
 
 def cpu_name() -> str:
+    return _cpuinfo("model name") or platform.processor() or platform.machine() or "CPU"
+
+
+def cpu_vendor() -> str:
+    """As the processor says it, "GenuineIntel" for example; empty where the system does not tell."""
+    return _cpuinfo("vendor_id")
+
+
+def has_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 itself (AMX, AVX-512 or ARM's), as far as the system tells."""
+    flags = {*_cpuinfo("flags").split(), *_cpuinfo("Features").split()}
+    return not flags.isdisjoint(("amx_bf16", "avx512_bf16", "bf16"))
+
+
+def _cpuinfo(field: str) -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith(field))
     except (OSError, StopIteration):
-        return platform.processor() or platform.machine() or "CPU"
+        return ""
 
 
 def _read_number(path: str) -> int | None:

@@ -20,6 +20,7 @@ _DECODE_WIDTHS = 6.0
 _ENCODE_WIDTHS = 6.5
 _LEAST_CHANNELS = 8  # convolution libraries pad narrower activations
 _EAGER_BLOCK = 512  # queries whose float32 scores the eager kernel holds at once
+_CPU_BLOCK = 256  # likewise that of products
 
 
 def _hop(vae: Config) -> int:
@@ -70,6 +71,12 @@ def denoise_bytes(dit: Config, frames: int, rows: int, condition_tokens: int, dt
     projected = 2 * dit["num_hidden_layers"] * kv * size * condition_tokens
     conditions = projected * (1 + rows)  # of the songs themselves, and stacked where rows differ
     return int(rows * tokens * per_token + scores + conditions)
+
+
+def product_scores_bytes(config: Config, tokens: int) -> int:
+    """What the CPU's attention of matrix products holds beyond the fused one: scores of one block and key head, before and after softmax."""
+    groups = config["num_attention_heads"] // config["num_key_value_heads"]
+    return 2 * groups * _CPU_BLOCK * tokens * 4
 
 
 def conditions_bytes(encoder: Config, text: Config, frames: int, lyric_tokens: int, references: int, dtype: str) -> int:

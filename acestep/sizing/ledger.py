@@ -14,6 +14,7 @@ from acestep.errors import OutOfMemory
 from acestep.plan import CODES_PER_SECOND
 from acestep.sizing.activations import (
     CONTEXT_BYTES,
+    SILENT_REFERENCE_FRAMES,
     SMALLEST_CORE_FRAMES,
     TILES,
     conditions_bytes,
@@ -21,6 +22,7 @@ from acestep.sizing.activations import (
     denoise_bytes,
     encode_bytes,
     item_bytes,
+    product_scores_bytes,
 )
 from acestep.sizing.weights import RENDERERS, Config, kv_bytes_per_token, planner_bytes, renderer_bytes, renderer_size
 from acestep.song import LATENT_FPS
@@ -128,6 +130,10 @@ def render_need(
         "denoise": denoise_bytes(dit, task.frames, rows, task.condition_tokens, working, settings.attention),
         "decode": decode_bytes(vae, tile, working),
     }
+    if on_cpu:
+        working_bytes["conditions"] += product_scores_bytes(
+            configs["condition_encoder"], max(lyrics, SILENT_REFERENCE_FRAMES)
+        )
     if task.encodes_source:
         working_bytes["encode"] = encode_bytes(vae, tile, working)
     pcm = task.songs * task.frames * PCM_BYTES_PER_FRAME if on_cpu else 0

@@ -12,7 +12,14 @@ from torch import Tensor
 
 from acestep.checkpoints.load import RendererComponents
 from acestep.dit import attention
-from acestep.dit.attention import Attention, eager_attention, groups_heads, sdpa_attention, window_layout
+from acestep.dit.attention import (
+    Attention,
+    eager_attention,
+    groups_heads,
+    product_attention,
+    sdpa_attention,
+    window_layout,
+)
 from acestep.dit.denoiser import Denoiser, Row
 
 CPU = torch.device("cpu")
@@ -129,13 +136,18 @@ def test_what_would_compile_anew_runs_as_written(parts: RendererComponents, grap
     assert not graphs
 
 
-@pytest.mark.parametrize("mask", [False, True])
-def test_eager_equals_fused(mask: bool, rel: Any) -> None:
+@pytest.mark.parametrize("kernel", [eager_attention, product_attention])
+@pytest.mark.parametrize("mask", [None, "keys", "pairs", "pairs of each row"])
+def test_written_out_equals_fused(kernel: Any, mask: str | None, rel: Any) -> None:
     generator = torch.Generator().manual_seed(0)
-    q = torch.randn(2, 4, 700, 16, generator=generator)
+    q = torch.randn(1500, 2, 4, 16, generator=generator).permute(1, 2, 0, 3)  # as the projections leave them
     k, v = (torch.randn(2, 2, 90, 16, generator=generator) for _ in range(2))
-    hidden = torch.zeros(2, 1, 1, 90).masked_fill(torch.arange(90) > 50, -1e4) if mask else None
-    assert rel(eager_attention(q, k, v, hidden), sdpa_attention(q, k, v, hidden)) <= 1e-6
+    shape = {"keys": (2, 1, 1, 90), "pairs": (1, 1, 1500, 90), "pairs of each row": (2, 1, 1500, 90)}
+    hidden = None
+    if mask is not None:
+        hidden = torch.zeros(shape[mask]).masked_fill(torch.rand(shape[mask], generator=generator) > 0.6, -1e4)
+    with torch.inference_mode():
+        assert rel(kernel(q, k, v, hidden), sdpa_attention(q, k, v, hidden)) <= 1e-6
 
 
 @pytest.mark.parametrize(

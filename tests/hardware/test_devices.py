@@ -303,3 +303,20 @@ def test_files_that_the_kernel_caches_do_not_fill_a_container(
     assert host.memory() == (GIB, GIB // 2 + 1000)
     (tmp_path / stat).unlink()
     assert host.memory() == (GIB, 1000)
+
+
+@pytest.mark.parametrize(
+    ("fields", "able"),
+    [
+        ({"flags": "fpu avx512f avx512_bf16"}, True),
+        ({"flags": "fpu avx2 amx_tile amx_bf16"}, True),
+        ({"Features": "fp asimd bf16 i8mm"}, True),
+        ({"flags": "fpu avx512f avx512_vnni"}, False),
+        ({}, False),
+    ],
+)
+def test_which_processors_multiply_bfloat16(
+    monkeypatch: pytest.MonkeyPatch, fields: dict[str, str], able: bool
+) -> None:
+    monkeypatch.setattr(host, "_cpuinfo", lambda field: fields.get(field, ""))
+    assert host.has_bfloat16() is able

@@ -248,6 +248,20 @@ def test_arguments_win_over_environment_over_defaults() -> None:
     assert value(r, "dtype").source == "default"
 
 
+@pytest.mark.parametrize(
+    ("units", "asked", "told"), [(True, "bfloat16", False), (False, "bfloat16", True), (True, "float16", True)]
+)
+def test_half_precision_on_a_cpu(monkeypatch: pytest.MonkeyPatch, units: bool, asked: str, told: bool) -> None:
+    """Exact unless it is asked for; where the processor has no units for what is asked for, the user is told."""
+    monkeypatch.setattr("acestep.hardware.host.has_bfloat16", lambda: units)
+    plain = resolve("render", TURBO, devices=[HOST], env={})
+    assert value(plain, "dtype").value == "float32"
+    assert ("dtype=bfloat16" in value(plain, "dtype").reason) is units
+    chosen = resolve("render", {**TURBO, "dtype": asked}, devices=[HOST], env={})
+    assert value(chosen, "dtype").value == asked
+    assert any(f"computes {asked} through float32" in warning for warning in chosen.warnings) is told
+
+
 @pytest.mark.parametrize("text", ["auto", "", "None"])
 def test_auto_means_not_set(text: str) -> None:
     r = resolve(devices=[cpu_device()], env={"ACESTEP_INIT_LLM": text, "ACESTEP_QUANTIZATION": text})
