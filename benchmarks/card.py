@@ -3,14 +3,18 @@
     python -m benchmarks.card [FOLDER] [--quick] [--renderer 2B] [--planner 1.7B]
 
 Writes random checkpoints of the published sizes (no download), then asks the doctor, runs the library's tests, makes songs through the
-command line, measures a cost profile, and runs the planner's and the renderer's benchmarks with their checks. One line per step; FOLDER, by
-default card-results, keeps what each said. Neither Ray nor a server is needed. On a machine without a card, use --renderer mid --planner mid.
+command line, measures a cost profile, and runs the planner's and the renderer's benchmarks with their checks. One line per step, then one per
+mark (`benchmarks.card_marks`): pass or fail. FOLDER, by default card-results, keeps what each step said and all numbers in a file named by the
+card. All of it ends within --limit seconds, by default 600: a step that fails or takes too long costs only its own numbers. Neither Ray nor a server is needed. On a machine without a card, use --renderer mid --planner mid.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,7 +22,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from benchmarks.card_marks import judged, line
 from benchmarks.checkpoints import PLANNERS, RENDERERS
 
 ACESTEP = [sys.executable, "-c", "from acestep.cli.main import main; main()"]
@@ -52,7 +58,6 @@ def steps(checkpoints: Path, results: Path, *, renderer: str, planner: str, quic
     found = [
         Step("doctor", [*ACESTEP, "doctor"]),
         Step("node-labels", [*ACESTEP, "node-labels"]),
-        Step("tests", [*python, "pytest", "-q", "-p", "no:cacheprovider", "tests/lm", "tests/dit"]),
         Step(
             "checkpoints",
             [*python, "benchmarks.checkpoints", str(checkpoints), "--renderer", renderer, "--planner", planner],
@@ -62,18 +67,61 @@ def steps(checkpoints: Path, results: Path, *, renderer: str, planner: str, quic
         Step("song-offload", [*song, "--duration", "30", "--set", "offload_to_cpu=true"], quick=False),
         Step("calibrate", [*ACESTEP, "calibrate", "--output", str(results / "profile.json")]),
         Step("lm", [*python, "benchmarks.lm", *flag, "--output", str(results / "lm.json")]),
-        Step("dit", [*python, "benchmarks.dit", "--json", *size, *flag]),
+        Step("dit", [*python, "benchmarks.dit", *size, *flag, "--output", str(results / "dit.json")]),
+        Step(
+            "soak",
+            [
+                *python,
+                "benchmarks.dit",
+                *size,
+                "--soak",
+                "50" if quick else "500",
+                "--output",
+                str(results / "soak.json"),
+            ],
+        ),
+        Step("tests", [*python, "pytest", "-q", "-p", "no:cacheprovider", "tests/lm", "tests/dit"]),
     ]
     return [step for step in found if step.quick or not quick]
 
 
-def run(step: Step, results: Path, env: dict[str, str]) -> bool:
+def run(step: Step, results: Path, env: dict[str, str], seconds: float) -> bool:
+    """Whether the step worked, within `seconds`."""
     began = time.monotonic()
     with (results / f"{step.name}.txt").open("wb") as out:
-        done = subprocess.run(step.command, stdout=out, stderr=subprocess.STDOUT, env=env, check=False)
-    state = "ok" if done.returncode == 0 else f"FAILED ({done.returncode}), see {out.name}"
+        # In a session of its own, so that what it has started ends with it.
+        process = subprocess.Popen(step.command, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True)
+        try:
+            code = process.wait(max(1.0, seconds))
+            state = "ok" if code == 0 else f"FAILED ({code}), see {out.name}"
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            state = f"STOPPED, the time is over; see {out.name}"
     print(f"{step.name:<12} {time.monotonic() - began:6.1f} s  {state}", flush=True)
-    return done.returncode == 0
+    return state == "ok"
+
+
+def gathered(results: Path) -> dict[str, Any]:
+    """What the benchmarks wrote, by name; those that did not come so far are left out."""
+    found = {}
+    for name in ("lm", "dit", "soak"):
+        try:
+            found[name] = json.loads((results / f"{name}.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+    return found
+
+
+def summary(results: Path, worked: dict[str, bool]) -> list[dict[str, Any]]:
+    """Write all numbers to a file named by what they were measured on, and give the marks."""
+    found = gathered(results)
+    marks = judged(found)
+    machine = str(found.get("dit", found.get("soak", {})).get("machine", "unknown"))
+    name = re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
+    text = json.dumps({"machine": machine, "marks": marks, "steps": worked, **found}, indent=2)
+    (results / f"card-{name}.json").write_text(text + "\n", encoding="utf-8")
+    return marks
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -83,9 +131,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--renderer", choices=RENDERERS, default="2B")
     parser.add_argument("--planner", choices=PLANNERS, default="1.7B")
     parser.add_argument("--only", help="names of steps, separated by commas")
+    parser.add_argument("--limit", type=float, default=600.0, metavar="SECONDS", help="for all steps together")
     args = parser.parse_args(argv)
+    until = time.monotonic() + args.limit
     results = args.folder.absolute()
     results.mkdir(parents=True, exist_ok=True)
+    for stale in ("lm", "dit", "soak"):
+        (results / f"{stale}.json").unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(prefix="ace-card-") as name:
         folder = Path(name)
         models = {
@@ -98,12 +150,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         todo = steps(folder / "checkpoints", results, renderer=args.renderer, planner=args.planner, quick=args.quick)
         wanted = args.only.split(",") if args.only else [step.name for step in todo]
         with_models = ("song", "song-int8", "song-offload", "calibrate")
-        good = [
-            run(step, results, env | models if step.name in with_models else env)
+        worked = {
+            step.name: run(step, results, env | models if step.name in with_models else env, until - time.monotonic())
             for step in todo
             if step.name in wanted
-        ]
-    return 0 if all(good) else 1
+        }
+    marks = summary(results, worked)
+    for mark in marks:
+        print(line(mark))
+    return 0 if all(worked.values()) and all(mark["passed"] is not False for mark in marks) else 1
 
 
 if __name__ == "__main__":
