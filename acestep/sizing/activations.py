@@ -95,6 +95,7 @@ def conditions_bytes(encoder: Config, text: Config, frames: int, lyric_tokens: i
     # The windows of the sliding layers: keys and values three times over, and a mask per block.
     window = encoder.get("sliding_window", 128)
     windows = max(lyric_tokens, timbre) * (4 * heads * size + 2 * window * (size + 3))
-    widened = width * encoder["intermediate_size"] * 4  # one layer's weights in float32
+    # One layer's weights in float32, where those in float16 are computed so.
+    widened = width * encoder["intermediate_size"] * 4 if dtype == "float32" else 0
     kept = frames * encoder.get("timbre_hidden_dim", 64) * size * 3
     return int(max(min(frames, CODED_FRAMES), lyric_tokens, timbre) * per_token + windows + widened + kept + caption)

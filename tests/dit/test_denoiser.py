@@ -220,3 +220,52 @@ def test_the_flash_kernel_of_the_hub_is_named_by_its_version(monkeypatch: pytest
     attention = Attention("flash", torch.device("cuda"), torch.bfloat16)
     assert attention.backend == "flash"
     assert attention._flash == ("kernels-community/flash-attn2", 4)
+
+
+def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, window_size: tuple[int, int] = (-1, -1)) -> Tensor:
+    """What flash-attn says that its function of this name computes: `[B, S, H, D]`, fewer heads of keys, a window to both sides."""
+    at, reach = torch.arange(q.shape[1])[:, None] - torch.arange(k.shape[1]), window_size
+    seen = torch.ones_like(at, dtype=torch.bool) if reach == (-1, -1) else (at <= reach[0]) & (-at <= reach[1])
+    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
+    return torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
+
+
+@pytest.mark.parametrize("frames", [[50], [1526], [1526, 1526], [700, 1526]])
+def test_flash_attention_is_asked_for_the_same(parts: RendererComponents, frames: list[int], rel: Any) -> None:
+    """Its layout, its windows, and that rows with padding, which it cannot hide, take the masked way."""
+    plain, flash = (Denoiser(parts.transformer, CPU, torch.float32) for _ in range(2))
+    calls: list[tuple[int, int]] = []
+
+    def counted(*states: Tensor, window_size: tuple[int, int]) -> Tensor:
+        calls.append(window_size)
+        return flash_attn_func(*states, window_size=window_size)
+
+    flash.attention._flash = counted
+    made = [inputs(parts, n, 20, seed=i) for i, n in enumerate(frames)]
+    mine, theirs = (
+        [Row(x, 0.5, context, denoiser.project(condition)) for x, context, condition in made]
+        for denoiser in (flash, plain)
+    )
+    for got, want in zip(flash.velocity(mine), plain.velocity(theirs), strict=True):
+        assert rel(got, want) <= 1e-6
+    kinds = parts.transformer.layer_types
+    sliding, ragged = kinds.count("sliding_attention"), len({*frames}) > 1
+    window = int(parts.transformer.config.sliding_window)
+    assert calls.count((window, window)) == (0 if ragged else sliding)
+    assert calls.count((-1, -1)) == len(kinds) + (0 if ragged else len(kinds) - sliding)
+
+
+def test_flash_attention_that_fails_is_left_for_good(parts: RendererComponents, caplog: Any, rel: Any) -> None:
+    denoiser = Denoiser(parts.transformer, CPU, torch.float32)
+    x, context, condition = inputs(parts, 1526, 20, seed=1)
+    row = Row(x, 0.5, context, denoiser.project(condition))
+    want = denoiser.velocity([row])[0]
+
+    def broken(*states: Tensor, window_size: tuple[int, int]) -> Tensor:
+        raise RuntimeError("no kernel image is available")
+
+    denoiser.attention._flash, denoiser.attention.backend = broken, "flash"
+    assert rel(denoiser.velocity([row])[0], want) <= 1e-6
+    assert denoiser.attention.backend == "sdpa"
+    assert caplog.text.count("flash attention failed") == 1
