@@ -50,6 +50,8 @@ class Pool:
     target: int = 0
     replicas: tuple[str, ...] = ()  # ids of those that run
     leaving: tuple[str, ...] = ()  # of those that end what they have
+    started: Mapping[str, float] = field(default_factory=dict)  # all of its replicas, and when, by Serve's clock
+    deployed_at: float = 0.0  # when its application was deployed last, by the same
     info: Mapping[str, Any] | None = None  # a replica's description; kept after the pool has gone to zero
 
 
@@ -192,6 +194,8 @@ def parse_details(
             running=states.count("RUNNING"),
             starting=states.count("STARTING"),
             target=int(deployment.get("target_num_replicas") or 0),
+            started={str(r.get("replica_id")): float(r.get("start_time_s") or 0.0) for r in replicas},
+            deployed_at=float(facts.get("last_deployed_time_s") or 0.0),
             replicas=tuple(replica for replica, state in ids if state == "RUNNING"),
             leaving=tuple(replica for replica, state in ids if state == "STOPPING"),
         )
@@ -235,6 +239,8 @@ class Fleet:
         self.changed = asyncio.Event()
         self._handles: dict[str, DeploymentHandle[Any]] = {}
         self._infos: dict[str, Mapping[str, Any]] = {}
+        self._args: dict[str, tuple[PoolArgs, float]] = {}  # and when they were deployed
+        self._started: dict[str, float] = {}  # when replicas did
         self._described: dict[str, tuple[float, tuple[str, ...]]] = {}  # when, and which replicas there were
         self._describing: dict[str, asyncio.Task[None]] = {}
         self._waiting: Mapping[str, list[str]] = {}  # replicas that wait for a node the cluster lacks, by application
@@ -254,9 +260,16 @@ class Fleet:
         view = replace(parse_details(details, dead, self.own), nodes=nodes, dead_nodes=dead, dashboard=dashboard_url())
         await asyncio.to_thread(_release, self._unplaced_leavers(details, view, time.monotonic()))
         for pool in view.pools:
+            if self._args.get(pool.app, (None,))[0] != pool.args:
+                self._args[pool.app] = pool.args, pool.deployed_at
+            self._started.update(pool.started)
             if pool.running:
                 self._describe_soon(pool, DESCRIBE_TIMEOUT_S)
-            elif pool.app not in self._infos and not pool.args.tiers:
+                continue
+            said_by = str(self._infos.get(pool.app, {}).get("replica"))
+            if self._started.get(said_by, math.inf) < self._args[pool.app][1]:
+                del self._infos[pool.app]  # deployed anew since, and asleep: its next replica may serve another model
+            if pool.app not in self._infos and not pool.args.tiers:
                 # Without a tier nobody knows what it can do until a replica says so, and no job could be given to it to wake it. The
                 # question itself makes Serve start the first replica.
                 self._describe_soon(pool, COLD_START_TIMEOUT_S)

@@ -100,3 +100,24 @@ def test_a_question_wakes_the_planner_and_leaves_the_renderer_asleep(server: Ser
         time.sleep(1.0)
     assert answer.status_code == 200, answer.text
     until_asleep(server)
+
+
+def test_a_pool_that_is_deployed_anew_in_its_sleep_is_no_more_what_it_was(server: Server) -> None:
+    """Nobody has asked it anything since."""
+
+    def lm() -> dict[str, Any]:
+        pools = httpx.get(f"{server.url}/v1/cluster", timeout=30).json()["pools"]
+        found: dict[str, Any] = next(pool for pool in pools if pool["name"] == "lm")
+        return found
+
+    until_asleep(server)
+    assert lm()["model"] == "tiny-lm"
+    other = asleep(yaml.safe_load(server.config.read_text()))
+    args = next(application["args"] for application in other["applications"] if application["name"] == "lm")
+    args["model"] = "acestep-5Hz-lm-4B"  # nothing for a CPU
+    server.deploy(other)
+    end = time.monotonic() + 120
+    while "planner sizes for the CPU" not in (lm().get("disabled") or ""):
+        assert time.monotonic() < end, f"{lm()}\n{server.output()[-3000:]}"
+        time.sleep(0.5)
+    assert lm().get("model") != "tiny-lm"
