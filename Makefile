@@ -6,8 +6,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-# All tests: three workers, since those with a server mostly wait. A part of them, named in PYTEST_ARGS, runs in one process.
-IN_PARALLEL := --numprocesses=3 --dist=loadscope --no-loadscope-reorder
+# All tests: a worker more than there are cores, since those with a server mostly wait. A part of them, named in PYTEST_ARGS, runs in one process.
+WORKERS := $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n + 1 : 9)))
+IN_PARALLEL := --numprocesses=$(WORKERS) --durations=15 --dist=loadscope --no-loadscope-reorder
 
 # No usage report. Set it yourself to choose otherwise.
 export RAY_USAGE_STATS_ENABLED ?= 0

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx
 import yaml
@@ -42,6 +42,7 @@ for part in (
 
 # Below the range from which the system serves whoever asks for any port, as Ray does dozens of times before Serve opens the one it was given.
 PORTS = range(20_000, 32_000)
+_GIVEN: set[int] = set()
 
 
 def free_port() -> int:
@@ -52,15 +53,29 @@ def free_port() -> int:
         port = random.choice(mine)
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("0.0.0.0", port))
-            return port
+            if port not in _GIVEN:  # a node of Ray that is given one twice does not start
+                _GIVEN.add(port)
+                return port
 
 
 @contextlib.contextmanager
 def starting() -> Iterator[None]:
-    """One server of this machine after the other: all of them compute while they start, and Ray does not wait for one that takes long."""
-    with Path(tempfile.gettempdir(), f"acestep-tests-start-{os.getuid()}").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    """One server per two cores at a time: all of them compute while they start, and Ray does not wait for one that takes long."""
+    at_once = max(1, (os.cpu_count() or 1) // 2)
+    with contextlib.ExitStack() as stack:
+        name = f"acestep-tests-start-{os.getuid()}"
+        files = [stack.enter_context(Path(tempfile.gettempdir(), f"{name}-{i}").open("w")) for i in range(at_once)]
+        while not any(_locked(file) for file in files):
+            time.sleep(0.1)
         yield
+
+
+def _locked(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 class Server:
