@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -282,13 +283,17 @@ def get_limits(config: GPUConfig, role: CardRole, *, planner_on_card: bool | Non
 def get_lm_model_size(model_path: str) -> str:
     """`0.6B`, `1.7B` or `4B` from a checkpoint's name, else from its path; `tiny` for the random-weight checkpoint.
 
-    Where neither has a size it counts as the smallest, as upstream does.
+    A size is a word of its own there: a folder called `ace-93inzx4b` says nothing. Where neither has one it counts as the smallest, as
+    upstream does.
     """
     name = os.path.basename(model_path.rstrip("/\\"))
     if is_tiny(name):
         return "tiny"
-    texts = (name.lower(), model_path.lower())
-    return next((size for text in texts for size in PLANNER_SIZES if size.lower() in text), "0.6B")
+    sizes = "|".join(re.escape(size) for size in PLANNER_SIZES)
+    for text in (name, model_path):
+        if found := re.search(rf"(?<![a-z0-9.])({sizes})(?![a-z0-9])", text, re.IGNORECASE):
+            return found[1].upper()
+    return "0.6B"
 
 
 def is_tiny(model_path: str) -> bool:

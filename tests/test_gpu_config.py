@@ -173,6 +173,9 @@ def test_names_that_users_of_ace_step_know() -> None:
     assert not is_lm_model_size_allowed("acestep-5Hz-lm-0.6B", ())
     assert get_lm_model_size("ACE-Step/acestep-5Hz-lm-4B") == "4B"
     assert get_lm_model_size("tiny-lm") == "tiny"
+    assert get_lm_model_size("/models/1.7b/planner/") == "1.7B"
+    assert get_lm_model_size("/tmp/ace-93inzx4b/mid-lm") == "0.6B"  # no word of its own
+    assert get_lm_model_size("other-14B") == "0.6B"
     assert get_lm_gpu_memory_ratio("acestep-5Hz-lm-1.7B", 16) == (0.5, 8.0)
     assert get_lm_gpu_memory_ratio("acestep-5Hz-lm-0.6B", 80)[0] == 0.2
 
