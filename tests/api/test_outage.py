@@ -70,7 +70,7 @@ class Relay:
         self.listener = socket.create_server(("127.0.0.1", 0))
         port = self.listener.getsockname()[1]
         if query is None:
-            options = urllib.parse.quote("-c statement_timeout=2000 -c idle_in_transaction_session_timeout=2000")
+            options = urllib.parse.quote("-c statement_timeout=4000 -c idle_in_transaction_session_timeout=4000")
             query = f"&connect_timeout=1&options={options}"
         self.url = f"postgresql://acestep@127.0.0.1:{port}/{name}?sslmode=disable{query}"
         threading.Thread(target=self._accept, daemon=True).start()

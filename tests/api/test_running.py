@@ -82,7 +82,7 @@ class _Stream:
     broken_off: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
-        self.request_id = f"request {len(self.stage.calls)}"
+        self.request_id = f"request {len(self.stage.calls)} of {id(self.stage)}"
 
     async def __aiter__(self) -> AsyncIterator[dict[str, Any]]:
         name = "planning" if self.method == "plan" else "rendering"
@@ -226,7 +226,7 @@ async def test_a_call_to_a_node_that_died_is_made_again(site: Site, stage: Stage
     async with running(site.service.dispatcher):
         job_id = await submit(site)
         await until(lambda: stage.calls == ["plan", "render"])
-        sent.nodes["request 2"] = "n1"
+        sent.nodes[f"request 2 of {id(stage)}"] = "n1"
         for dead in ({"n2"}, {"n1", "n2"}):
             tell_dead(fleet, dead)
             await asyncio.sleep(0.05)
