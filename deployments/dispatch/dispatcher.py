@@ -241,7 +241,7 @@ class Dispatcher:
     async def _claim_some(self) -> float:
         """Begin with what can begin. Returns in how many seconds to look again."""
         engine, view = self.store.engine, self.fleet.view
-        picture = Picture(self.routing.pools(view), await asyncio.to_thread(read_working, engine))
+        picture = Picture(view, self.routing.pools(view), await asyncio.to_thread(read_working, engine))
         picture.add()
         now, capacity = time.monotonic(), view.capacity
         self._weighed = {k: w for k, w in self._weighed.items() if w[0] == capacity and now - w[1] < WEIGHED_S}
@@ -288,7 +288,7 @@ class Dispatcher:
         if job is None or job.ended:
             return None, None
         try:
-            weighed = weigh(self.routing, self.fleet.view, job, place, picture)
+            weighed = weigh(self.routing, job, place, picture)
         except NoPool as reason:
             log.info("job %s waits: %s", job.id, reason)
             return None, None

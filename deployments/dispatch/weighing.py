@@ -22,8 +22,9 @@ from deployments.scheduling.pool import FleetState
 
 @dataclass
 class Picture:
-    """What one look found."""
+    """What one look found; what is decided by it is decided by nothing newer."""
 
+    view: FleetView
     fleet: FleetState
     working: list[Row]
     rooms: dict[str, Room] = field(default_factory=dict)
@@ -49,7 +50,7 @@ class Weighed:
     decision: Decision | None = None
 
 
-def weigh(routing: Routing, view: FleetView, job: Job, place: Place, picture: Picture) -> Weighed:
+def weigh(routing: Routing, job: Job, place: Place, picture: Picture) -> Weighed:
     """Where a job goes next, and whether there is room.
 
     Raises:
@@ -57,6 +58,7 @@ def weigh(routing: Routing, view: FleetView, job: Job, place: Place, picture: Pi
         DeadlineExceeded: it could begin, and cannot end in time any more.
         AceStepError: no pool ever can.
     """
+    view = picture.view
     # It may be what takes replicas down: then its last try is its own, so that no song beside it pays for that.
     suspect = job.attempts - 1 + job.tries.lost >= retry.TRIES - 1
     if (role := question_of(job.kind, job.request, job.extra)) is not None:
