@@ -16,7 +16,6 @@ from dataclasses import replace
 from typing import Any
 
 from acestep.checkpoints.published import default_name
-from acestep.errors import InvalidRequest
 from acestep.gpu_config import get_gpu_config, get_limits
 from acestep.sizing.cost import estimate
 from acestep.sizing.limits import fits
@@ -25,7 +24,7 @@ from benchmarks.fleet_policies import RoundRobin
 from deployments.capacity.catalogue import Offer, offers
 from deployments.capacity.demand import Demand, demand_of, plan_work, render_work
 from deployments.capacity.held import holds
-from deployments.capacity.plan import Goal, describe, make_plan
+from deployments.capacity.plan import Goal, best_single, describe, make_plan
 from deployments.capacity.pools import PoolSpec
 from deployments.capacity.recorded import day_of
 from deployments.capacity.scaling import SecondsOfWork
@@ -51,7 +50,7 @@ def marks(*, quick: bool) -> dict[str, Any]:
 def of_mix(name: str, *, quick: bool) -> dict[str, Any]:
     mix, (every, _) = shipped()[name], offers()
     plan = make_plan(day_of(mix), Choice(every, PLANNER, MODEL), Goal(GOAL))
-    card = best_single(mix, every)
+    card = _single(mix, every)
     alone, always = (
         make_plan(day_of(mix), Choice([card], PLANNER, MODEL, on_demand=o), Goal(GOAL)) for o in (True, False)
     )
@@ -64,17 +63,10 @@ def of_mix(name: str, *, quick: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def best_single(mix: Traffic, every: Sequence[Offer]) -> Offer:
-    """The kind of card that does all of a mix alone for the least money."""
-    jobs, hours = day_of(mix)(1_000, 1)
-    demand = demand_of(jobs, hours)
-    costs = []
-    for offer in every:
-        try:
-            costs.append((solve(demand, Choice([offer], PLANNER, MODEL, on_demand=False), 0.7).cost, offer))
-        except InvalidRequest:
-            continue  # this card alone cannot do all of it
-    return min(costs, key=lambda pair: pair[0])[1]
+def _single(mix: Traffic, every: Sequence[Offer]) -> Offer:
+    card = best_single(demand_of(*day_of(mix)(1_000, 1)), Choice(every, PLANNER, MODEL))
+    assert card is not None, "one kind of card can do each shipped mix"
+    return card
 
 
 def limits(mix: Traffic, every: Sequence[Offer], *, jobs: int) -> dict[str, Any]:
@@ -89,7 +81,7 @@ def limits(mix: Traffic, every: Sequence[Offer], *, jobs: int) -> dict[str, Any]
     most, span_h = most_burst(crowd, every), jobs / bound
     mono_card, mono_cards = monolith_cards(mix, BUDGET, every)
     specs = bought(crowd, every)
-    one_kind = bought(crowd, [best_single(mix, every)])
+    one_kind = bought(crowd, [_single(mix, every)])
 
     fleets: dict[str, Callable[[Sequence[Arrival]], float]] = {
         "monolith": lambda jobs: monolith(mono_card, mono_cards, jobs),

@@ -6,13 +6,15 @@ the goal; then cards are taken out one by one for as long as the day still keeps
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from acestep.errors import InvalidRequest
-from deployments.capacity.demand import demand_of
+from deployments.capacity.catalogue import Offer
+from deployments.capacity.demand import Demand, demand_of
 from deployments.capacity.pools import PoolSpec
 from deployments.capacity.result import Result
 from deployments.capacity.scaling import SecondsOfWork
@@ -22,6 +24,7 @@ from deployments.capacity.traffic import Arrival
 
 # How busy pools may be; above 1: where not all must be in time.
 HEADROOMS = (1.1, 1.0, 0.92, 0.85, 0.78, 0.7, 0.55, 0.4, 0.3, 0.2)
+SINGLE_HEADROOM = 0.7  # at which single kinds of card are compared
 SEARCH_JOBS, CONFIRM_JOBS = 1_200, 2_400  # a day of more jobs is simulated as a shorter one, at the same rate
 MOST_TRIALS = 13
 MOST_CONFIRMED = 4
@@ -147,7 +150,7 @@ def try_out(
 
 
 def make_plan(day: Day, choice: Choice, goal: Goal, *, told: Callable[[str], None] = lambda _: None) -> Plan:
-    """The cheapest fleet that keeps the goal.
+    """The cheapest fleet that keeps the goal: of any cards, or of one kind, which the solver, that knows nothing of waiting, may pass by.
 
     Args:
         told: Hears what is being tried.
@@ -159,6 +162,28 @@ def make_plan(day: Day, choice: Choice, goal: Goal, *, told: Callable[[str], Non
     arrivals, hours = day(SEARCH_JOBS, 1)
     if len(arrivals) == 0:
         raise InvalidRequest("traffic: there are no jobs in it", field="traffic")
+    found = [_search(day, choice, goal, told)]
+    card = best_single(demand_of(arrivals, hours), choice)
+    if card is not None and len(choice.offers) > 1:
+        found.append(_search(day, replace(choice, offers=[card]), goal, told))
+    best = min((p for p in found if p.keeps), key=lambda p: p.best.cost, default=found[0])
+    return replace(best, bound=found[0].bound, seconds=time.monotonic() - began)
+
+
+def best_single(demand: Demand, choice: Choice) -> Offer | None:
+    """The kind of card that does all of it alone, always on, for the least money; None where none does."""
+    costs = []
+    for offer in choice.offers:
+        with contextlib.suppress(InvalidRequest):
+            solution = solve(demand, replace(choice, offers=[offer], on_demand=False), SINGLE_HEADROOM)
+            if solution.share > 1.0 - 1e-6:  # where a budget or the cards there do not bound it
+                costs.append((solution.cost, offer))
+    return min(costs, key=lambda pair: pair[0])[1] if costs else None
+
+
+def _search(day: Day, choice: Choice, goal: Goal, told: Callable[[str], None]) -> Plan:
+    began = time.monotonic()
+    arrivals, hours = day(SEARCH_JOBS, 1)
     demand = demand_of(arrivals, hours)
     reclaim_s = RECLAIM_S if choice.spot else None
     tried: dict[tuple[PoolSpec, ...], Trial] = {}

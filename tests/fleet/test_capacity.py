@@ -21,7 +21,7 @@ from deployments.capacity import recorded
 from deployments.capacity.catalogue import Offer, offers
 from deployments.capacity.demand import demand_of
 from deployments.capacity.held import holds, planner_rows
-from deployments.capacity.plan import Goal, Trial, make_plan, try_out
+from deployments.capacity.plan import Goal, Trial, best_single, make_plan, try_out
 from deployments.capacity.pools import PoolSpec
 from deployments.capacity.scaling import SecondsOfWork
 from deployments.capacity.simulator import Simulator
@@ -299,6 +299,17 @@ def test_a_plan_keeps_its_goal_on_another_day_and_a_cheaper_one_does_not() -> No
     assert again.kept > 0.9
     if plan.cheaper is not None:
         assert plan.cheaper.cost < plan.best.cost or not Goal(0.95).holds(plan.cheaper)
+
+
+def test_a_plan_is_no_dearer_than_that_of_the_best_single_kind_of_card() -> None:
+    day, goal, several = recorded.day_of(shipped()["jingles"], 300), Goal(0.9), choice("rtx-3060-12", "v100-16")
+    card = best_single(demand_of(*day(1_200, 1)), several)
+    assert card is not None
+    alone = make_plan(day, choice(card.card), goal)
+    assert alone.keeps
+    plan = make_plan(day, several, goal)
+    assert plan.keeps
+    assert plan.best.cost <= alone.best.cost
 
 
 def test_where_nothing_keeps_the_goal_the_best_is_told_as_such() -> None:
