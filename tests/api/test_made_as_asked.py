@@ -344,8 +344,8 @@ async def test_who_leaves_while_a_song_is_stored_ends_its_writing(
     async with running(whole):
         job_id = await ask(whole, path, {**body, "formats": ["wav", "flac"]})
         await asyncio.wait_for(begun.wait(), 60)
-        loop.call_later(0.3, go.set)
         await whole.client.delete(f"/v1/jobs/{job_id}")
+        loop.call_later(0.3, go.set)
         view = (await whole.client.get(f"/v1/jobs/{job_id}", headers={"Prefer": "wait=20"})).json()
     assert view["state"] == "cancelled"
     await asyncio.sleep(0.5)

@@ -207,7 +207,7 @@ def test_what_is_not_of_this_vae_is_refused_by_name(renderer: Renderer, tmp_path
         ({"regions": [{"start": -2, "end": -1}]}, ValueError, "greater than or equal to 0"),
         ({"regions": [{"start": 1, "end": 2}], "repainting_end": 3}, ValueError, "regions: repainting_start and"),
         ({"regions": [{"start": 11, "end": 12}]}, InvalidRequest, "regions: 11 s is past the end of the source audio, 10"),
-        ({"regions": [{"start": 1, "end": 1.01}]}, InvalidRequest, "regions: the window is shorter"),
+        ({"regions": [{"start": 1, "end": 1.01}]}, InvalidRequest, "regions: the window from 1 to 1.01 s is shorter"),
         ({"regions": [{"start": 9, "end": 700}]}, LimitExceeded, "regions: the song would be 700"),
         ({"regions": [{"start": 1, "end": 2}], "task": "cover"}, InvalidRequest, "regions: task cover has no use"),
     ],
