@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from acestep.checkpoints.checkpoint import Checkpoint
@@ -107,16 +108,16 @@ def _load(folder: Path, name: str, dtype: torch.dtype) -> Any:
             else:
                 model = kind.from_config(kind.load_config(folder, local_files_only=True))
         state = {k: v for file in weight_files(folder) for k, v in load_file(file).items()}
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise ModelMissing(f"{folder} cannot be loaded: {error}", path=str(folder)) from error
     wanted = model.state_dict()
-    problems = {
+    found = {
         "missing": wanted.keys() - state.keys(),
         "unexpected": state.keys() - wanted.keys(),
         "of another shape": {k for k in wanted.keys() & state.keys() if wanted[k].shape != state[k].shape},
     }
-    if any(problems.values()):
-        shown = "; ".join(f"{kind}: {', '.join(sorted(keys)[:20])}" for kind, keys in problems.items() if keys)
-        raise ModelMissing(f"{folder} does not fit its config.json ({shown}).", path=str(folder))
+    if problems := {what: sorted(keys) for what, keys in found.items() if keys}:
+        shown = "; ".join(f"{what}: {', '.join(keys[:20])}" for what, keys in problems.items())
+        raise ModelMissing(f"{folder} does not fit its config.json ({shown}).", path=str(folder), keys=problems)
     model.load_state_dict({k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}, assign=True)
     return model.eval().requires_grad_(False)

@@ -128,6 +128,18 @@ def test_loading_is_strict(part, home, tmp_path):
         load_renderer(found, device="cpu", dtype=torch.float32)
 
 
+def test_weights_of_a_kind_that_nobody_knows_are_refused_as_such(home, tmp_path):
+    """The file is whole; only who opens it finds out."""
+    folder = tmp_path / "edited"
+    shutil.copytree(home / "tiny-diffusers", folder)
+    weights = next((folder / "vae").glob("*.safetensors"))
+    data = weights.read_bytes()
+    assert b'"BF16"' in data
+    weights.write_bytes(data.replace(b'"BF16"', b'"BX16"', 1))
+    with pytest.raises(ModelMissing, match="vae cannot be loaded"):
+        load_renderer(resolve(str(folder), "renderer", root=tmp_path), device="cpu", dtype=torch.float32)
+
+
 def test_numbers_are_what_from_pretrained_loads(home):
     """In half precision, too: what is computed and not read from files stays in float32."""
     found = resolve(str(home / "tiny-diffusers"), "renderer", root=home)

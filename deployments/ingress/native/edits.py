@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Annotated, Any, ClassVar, Self
 
 from fastapi import APIRouter, Body, Response
@@ -59,9 +60,9 @@ class Edit(SongSubmission):
                 return edit
         raise ValueError(f"{said}: this edit decides it; leave it out")
 
+    @abstractmethod
     def fields(self, item: SongItem) -> dict[str, Any]:
         """What it means for `POST /v1/music`, beside what is said of the song itself."""
-        raise NotImplementedError
 
     def submission(self, job_id: str, item: SongItem) -> SongSubmission:
         """The same as a request of `POST /v1/music`."""
