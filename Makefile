@@ -4,11 +4,14 @@ PYTHON ?= python3
 CONFIG ?= serve_config.yaml
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 
 # All tests: a worker more than there are cores, since those with a server mostly wait. A part of them, named in PYTEST_ARGS, runs in one process.
 WORKERS := $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n + 1 : 9)))
 IN_PARALLEL := --numprocesses=$(WORKERS) --durations=15 --dist=loadscope --no-loadscope-reorder
+
+# Python writes down the bytecode of what it imports, and of no more: compiling all that is installed takes longer than the first start.
+unexport PYTHONDONTWRITEBYTECODE
 
 # No usage report. Set it yourself to choose otherwise.
 export RAY_USAGE_STATS_ENABLED ?= 0

@@ -150,7 +150,8 @@ def _cpu_seconds(root: int) -> float:
 
 
 def _env(home: Path) -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "ACESTEP_"))}
+    # Bytecode is kept, as `make` does: else the project alone would be compiled anew in each process, and what is installed not.
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "ACESTEP_", "PYTHONDONTWRITEBYTECODE"))}
     return kept | {"ACESTEP_HOME": str(home), "RAY_USAGE_STATS_ENABLED": "0", "HF_HUB_OFFLINE": "1"}
 
 
