@@ -268,7 +268,7 @@ class Pool:
         """Requests that it has or that wait for it."""
         return len(self.queue) + sum(len(r.jobs) + (r.song is not None) for r in self.replicas)
 
-    def state(self, backlog: Backlog, correction: float) -> PoolState:
+    def state(self, backlog: Backlog, correction: float, now: float) -> PoolState:
         """Without its work, as `deployments.fleet.pools` has it."""
         live, target = self.live, 0
         if self.drain_s is not None:
@@ -279,6 +279,7 @@ class Pool:
         return PoolState(
             name=self.spec.name, role=self.spec.role, model=self.spec.model, limits=self.limits, profile=self.profile,
             tasks=TASKS if self.spec.role == "render" else frozenset(), running=len(live), pending=len(self.starting),
+            pending_for_s=tuple(now - r.ordered_at for r in self.starting),
             replicas=tuple(r.id for r in live), placeable=not self.spec.start_s, max_replicas=self.spec.max_replicas, slots=self.slots,
             drain_s=self.drain_s, correction=correction, target=target,
         )  # fmt: skip

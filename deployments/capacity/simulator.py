@@ -21,7 +21,7 @@ from deployments.capacity.pools import Pool, PoolSpec, Replica, Scaler, Song, Us
 from deployments.capacity.result import Result
 from deployments.capacity.traffic import Arrival
 from deployments.jobs.waiting import RATE_WINDOW_S, Backlog, Row, summarise
-from deployments.scheduling.choose import COMPANY_S, Decision, FleetState, Promise, choose, split, work_of
+from deployments.scheduling.choose import COMPANY_S, ORDER_S, Decision, FleetState, Promise, choose, split, work_of
 from deployments.scheduling.fairness import Waiting, next_jobs, turn_of
 from deployments.scheduling.line import line_up
 from deployments.scheduling.simulate import as_found_by
@@ -127,7 +127,8 @@ class Simulator:
         pool.queue[song.id] = song, row, turn_of(row)
         self._feed(pool)
         if song.id in pool.queue and len(song.decision.groups) > 1:
-            self._at(self.now + COMPANY_S, self._feed, pool)
+            for later_s in (ORDER_S, COMPANY_S):
+                self._at(self.now + later_s, self._feed, pool)
 
     def _to_render(self, song: Song, decision: Decision) -> None:
         song.stage, song.decision = "render", decision
@@ -297,7 +298,7 @@ class Simulator:
         backlogs = self._backlogs()
         return FleetState(
             tuple(
-                p.state(backlogs.get(n, Backlog()), self.corrections.factor(n, p.spec.role))
+                p.state(backlogs.get(n, Backlog()), self.corrections.factor(n, p.spec.role), self.now)
                 for n, p in self.pools.items()
             )
         )
@@ -314,7 +315,8 @@ class Simulator:
         else:
             me = Waiting("", who.key, self._work(who), self.now, deadline=self._deadline(who))
         lately = self.usage.at(self.now, {row.key for row in (*waiting, *working)} | {me.key})
-        line = line_up(waiting, working, lately, self.now, me)
+        there = isinstance(who, Song) and who.id in self.pools[who.pool].queue  # it goes before nobody but once
+        line = line_up(waiting, working, lately, self.now, None if there else me)
         return as_found_by(me, line.places[me.id], self._base(), working)
 
     def _rows(self) -> tuple[list[Row], list[Row]]:

@@ -33,6 +33,7 @@ def pool_state(pool: Pool, view: FleetView, backlog: Backlog, correction: float)
         tasks=frozenset(info.get("tasks") or ()),
         running=running,
         pending=pool.starting if reachable else 0,  # Serve goes on asking for a node that is gone
+        pending_for_s=tuple(view.at - at for at in pool.ordered) if reachable else (),
         replicas=replicas_of(pool)[:running],
         together=int(info.get("together") or 1),
         max_replicas=args.max_replicas,

@@ -50,6 +50,7 @@ class Pool:
     target: int = 0
     replicas: tuple[str, ...] = ()  # ids of those that run
     leaving: tuple[str, ...] = ()  # of those that end what they have
+    ordered: tuple[float, ...] = ()  # when those that start were, by Serve's clock
     started: Mapping[str, float] = field(default_factory=dict)  # all of its replicas, and when, by Serve's clock
     deployed_at: float = 0.0  # when its application was deployed last, by the same
     info: Mapping[str, Any] | None = None  # a replica's description; kept after the pool has gone to zero
@@ -194,6 +195,11 @@ def parse_details(
             running=states.count("RUNNING"),
             starting=states.count("STARTING"),
             target=int(deployment.get("target_num_replicas") or 0),
+            ordered=tuple(
+                float(r["start_time_s"])
+                for r, s in zip(replicas, states, strict=True)
+                if s == "STARTING" and r.get("start_time_s")
+            ),
             started={str(r.get("replica_id")): float(r.get("start_time_s") or 0.0) for r in replicas},
             deployed_at=float(facts.get("last_deployed_time_s") or 0.0),
             replicas=tuple(replica for replica, state in ids if state == "RUNNING"),

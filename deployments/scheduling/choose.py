@@ -38,6 +38,7 @@ PROMISE_TOLERANCE = 1.25  # foretold times are mostly no further off
 SPREAD_SHARE, SPREAD_S = 0.75, 4.0
 SPREAD_WORK = 1.1  # while others wait, spreading may not add more work than this factor
 COMPANY_S = 30.0  # for so long a batch waits for more replicas than are free: one that starts may never come
+ORDER_S = 5.0  # within so long autoscaling orders the replicas that a batch grows its pool by, or never
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,9 @@ class Option:
 
     def better_later(self, free: int, waited_s: float) -> bool:
         """Whether a batch is done sooner on more replicas, that are about to be free, than on so many now."""
-        return free < len(self.groups) and self.wait_s > HANDOFF_S and waited_s < COMPANY_S
+        there = self.pool.running + self.pool.pending
+        wanted = len(self.groups) if waited_s < ORDER_S else min(len(self.groups), there)
+        return free < wanted and self.wait_s > HANDOFF_S and waited_s < COMPANY_S
 
     @property
     def profile_s(self) -> float:

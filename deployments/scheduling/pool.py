@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from acestep.gpu_config import Limits
 from acestep.sizing.cost import Profile
 from deployments.config.args import Role
+from deployments.jobs.waiting import LEAST_LEFT
 
 NODE_S = 180.0  # a cloud's machine with a card, from the wish to a Ray node with its image
 
@@ -22,6 +23,7 @@ class PoolState:
         profile: Cost profile of its cards.
         tasks: What its checkpoint can do; empty for planner pools.
         running, pending: Replicas that serve, and that are on their way.
+        pending_for_s: For how long each of these has been; those that are not told have just been ordered.
         replicas: Ids of those that serve.
         together: Clips that one renderer takes into the same steps.
         max_replicas: How many there may be.
@@ -45,6 +47,7 @@ class PoolState:
     tasks: frozenset[str] = frozenset()
     running: int = 0
     pending: int = 0
+    pending_for_s: tuple[float, ...] = ()
     replicas: tuple[str, ...] = ()
     together: int = 1
     max_replicas: int = 1
@@ -74,6 +77,12 @@ class PoolState:
         """Seconds until a new replica serves."""
         cost = self.profile.planner(self.model) if self.role == "plan" else self.profile.renderer(self.model)
         return cost.load_s + (0.0 if self.placeable else NODE_S)
+
+    @property
+    def pending_s(self) -> tuple[float, ...]:
+        """In how many seconds each replica that is on its way serves; what is overdue takes as long again as it is late, a whole start at most."""
+        since, whole = (*self.pending_for_s, *[0.0] * self.pending)[: self.pending], self.load_s
+        return tuple(min(whole, max(LEAST_LEFT * whole, abs(whole - s))) for s in since)
 
     @property
     def can_run(self) -> bool:

@@ -83,7 +83,7 @@ def free_times(pool: PoolState, own_s: float = 0.0) -> list[float]:
         own_s: Seconds of the new work itself: a pool that scales grows for it, too.
     """
     times = [*pool.free_in_s, *[0.0] * (pool.running * pool.slots - len(pool.free_in_s))]
-    times += [pool.load_s] * (pool.pending * pool.slots)
+    times += [at for at in pool.pending_s for _ in range(pool.slots)]
     wanted = 1  # from zero, autoscaling starts at least one
     if pool.drain_s is not None:
         coming = sum(work for _, work, _ in pool.coming)

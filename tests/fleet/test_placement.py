@@ -191,6 +191,29 @@ def test_a_batch_waits_for_replicas_that_are_about_to_be_free_where_it_is_done_s
     assert not late.better_later(1, 0.0)
 
 
+def test_a_batch_waits_for_no_replica_that_nobody_has_ordered() -> None:
+    request = song(duration=240, batch_size=8, thinking=False, use_cot_metas=False)
+    pool = make_pool("dit", "render", "rtx-3060-12", "unlimited", max_replicas=4, drain_s=30.0)
+    grows = choose(request, FleetState((pool,))).rendering
+    assert grows is not None
+    assert len(grows.groups) == 4
+    assert grows.better_later(1, 0.0), "autoscaling has not seen it yet"
+    assert not grows.better_later(1, 10.0)
+    ordered = choose(request, FleetState((replace(pool, pending=3),))).rendering
+    assert ordered is not None
+    assert ordered.better_later(1, 10.0)
+
+
+def test_what_is_on_its_way_comes_when_its_start_is_over() -> None:
+    pool = make_pool("dit", "render", "rtx-3060-12", "tier5", running=0, pending=3, max_replicas=3)
+    whole = pool.load_s
+    assert pool.pending_s == (whole,) * 3
+    assert wait_s(replace(pool, pending_for_s=(0.75 * whole, 0.5 * whole))) == pytest.approx(0.25 * whole)
+    assert replace(pool, pending_for_s=(1.25 * whole, 40 * whole)).pending_s == pytest.approx(
+        (0.25 * whole, whole, whole)
+    )
+
+
 def test_a_pool_that_scales_grows_for_the_work_itself() -> None:
     """Else a large batch that will be spread over replicas that start for it is foretold for one."""
     request = song(duration=240, batch_size=8, thinking=True)

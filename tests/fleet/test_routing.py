@@ -231,6 +231,16 @@ def test_growth_is_foreseen_only_where_the_pool_scales() -> None:
     assert Routing().pools(FleetView((renderer(),))).pools[0].drain_s is None
 
 
+def test_replicas_that_start_are_there_as_soon_as_they_were_ordered_early() -> None:
+    replicas = [{"replica_id": str(n), "state": "STARTING", "start_time_s": at} for n, at in enumerate((100.0, 103.0))]
+    details = {"applications": {"dit": {"status": "RUNNING", "deployments": {"dit": {"replicas": replicas}}}}}
+    (pool,) = parse_details(details).pools
+    (state,) = (
+        Routing().pools(FleetView((replace(renderer(), running=0, starting=2, ordered=pool.ordered),), at=105.0)).pools
+    )
+    assert (state.pending, state.pending_for_s) == (2, (5.0, 2.0))
+
+
 # -- which replica
 
 

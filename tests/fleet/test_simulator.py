@@ -59,6 +59,16 @@ def test_a_pool_that_may_grow_does_no_worse_than_its_smallest_size(seed: int) ->
     assert kept((2, 2), (1, 3)) >= kept((2, 2), (1, 1))
 
 
+def test_a_batch_does_not_wait_for_itself() -> None:
+    """What it was told at submit is what it finds when its turn comes: it is in the line once."""
+    song = request_of(fleet.RERENDERS, 180.0, 4, 6)
+    spec = [PoolSpec("dit", "render", "rtx-3060-ti-8", "tier4", fleet.DIT, 2)]
+    (made,) = Simulator(spec, [Arrival(0.0, song, "a", 180.0, 1e9)], None, bias=1.0, noise=0.0).run().songs
+    assert len(made.decision.groups) == 2
+    assert made.decision.wait_s == 0.0
+    assert made.finished == pytest.approx(made.eta_s)
+
+
 def test_a_pool_gives_back_what_does_not_serve_yet_before_what_does() -> None:
     """As Serve does: see `_get_replicas_to_stop` of its deployment scheduler."""
     wishes = iter([3, 3, 3, 1])
