@@ -133,6 +133,12 @@ def test_a_shell_gets_it_all_by_eval(home: Path, shell: dict[str, str]) -> None:
     assert done.stdout.split() == ["token", str(home / "ray-token"), token, token], done.stderr
 
 
+@pytest.mark.parametrize("address", ["head", "head:", ":6379", "head:port", "head:70000", ""])
+def test_joining_what_is_no_address_says_what_one_is(shell: dict[str, str], address: str) -> None:
+    done = subprocess.run([BIN / "acestep", "join", address], env=shell, capture_output=True, text=True)
+    assert (done.returncode, "is not HOST:PORT" in done.stderr) == (1, True)
+
+
 def test_joining_without_a_token_says_how(shell: dict[str, str]) -> None:
     done = subprocess.run([BIN / "acestep", "join", "head:6379"], env=shell, capture_output=True, text=True)
     assert done.returncode == 1

@@ -57,6 +57,9 @@ def join_fleet(
     ] = None,
 ) -> None:
     """Join this machine, with its card, to a fleet. Further options go to `ray start`."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isascii() or not port.isdecimal() or not 1 <= int(port) <= 65_535:
+        raise InvalidRequest(f"address: {address!r} is not HOST:PORT, as HEAD:6379", field="address", asked=address)
     if token_stdin:
         text = sys.stdin.read().strip()
         if not text or len(text.split()) != 1:

@@ -12,6 +12,7 @@ from typing import Any
 
 from acestep.errors import InvalidRequest
 from acestep.gpu_config import PROFILE_ENV, PROFILES
+from acestep.validation import did_you_mean
 
 AUTO = ("", "auto", "none", "null")
 
@@ -58,7 +59,12 @@ def _number(least: float, most: float, whole: bool) -> Callable[[str], float]:
 
 
 def _quantization(text: str) -> bool:
-    return text.lower() in ("int8", "int8_weight_only") or _flag(text)
+    if text.lower() in ("int8", "int8_weight_only"):
+        return True
+    try:
+        return _flag(text)
+    except ValueError as error:
+        raise ValueError(f"int8_weight_only, {error}") from None
 
 
 _OPTIONS = (
@@ -105,6 +111,10 @@ _OPTIONS = (
     ),
 )
 OPTIONS: dict[str, Option] = {option.name: option for option in _OPTIONS}
+# Variables that are no setting of a stage.
+_OTHERS = (
+    "ACESTEP_API_KEY", "ACESTEP_CHECKPOINTS", "ACESTEP_HOME", "ACESTEP_URL", "ACESTEP_URL_SECRET", "ACESTEP_WEBHOOK_SECRET",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -171,18 +181,36 @@ def read_overrides(arguments: Mapping[str, Any] | None, env: Mapping[str, str] |
     for option in OPTIONS.values():
         text = env.get(option.env, "").strip()
         if text.lower() not in AUTO:
-            found[option.name] = Override(_parse(option, text, option.env), option.env)
+            found[option.name] = Override(read(option, text, option.env), option.env)
     for name, value in (arguments or {}).items():
         key = name.replace("-", "_")
         if key not in OPTIONS:
             raise InvalidRequest(f"settings: unknown setting {name!r}; known: {', '.join(sorted(OPTIONS))}", field=name)
         option, text = OPTIONS[key], "" if value is None else str(value).strip()
         if text.lower() not in AUTO:
-            found[option.name] = Override(_parse(option, text, option.name), "argument")
+            found[option.name] = Override(read(option, text, option.name), "argument")
     return found
 
 
-def _parse(option: Option, text: str, shown: str) -> Any:
+def misspelt(env: Mapping[str, str]) -> list[str]:
+    """For each variable that nothing reads and that looks like one that is read: both names."""
+    known = [*(option.env for option in OPTIONS.values()), *_OTHERS]
+    return [
+        f"nothing reads {name}: {near}"
+        for name in env
+        if name.startswith("ACESTEP_") and name not in known and (near := did_you_mean(name, known, alike=0.9))
+    ]
+
+
+def read(option: Option, text: str, shown: str) -> Any:
+    """A setting's value from its text.
+
+    Args:
+        shown: What the setting is called where the text comes from.
+
+    Raises:
+        InvalidRequest: the option cannot take it; the message names `shown` and what is allowed.
+    """
     try:
         return option.read(text)
     except ValueError as error:

@@ -5,6 +5,7 @@ Every application of `serve_config.yaml` names one builder of `deployments.app` 
 
 from __future__ import annotations
 
+import os
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -18,6 +19,7 @@ Tier = Literal["tier1", "tier2", "tier3", "tier4", "tier5", "tier6", "unlimited"
 Engine = Literal["torch", "simulated"]
 Role = Literal["plan", "render"]
 T = TypeVar("T", bound=BaseModel)
+KEYS_ENV = "ACESTEP_API_KEY"
 ROLE_OF_DEPLOYMENT: dict[str, Role] = {"lm": "plan", "dit": "render"}
 
 
@@ -144,6 +146,19 @@ class KeyArgs(_Args):
     concurrent_jobs: int | None = Field(None, ge=1, description="Null: the router's.")
     audio_seconds_per_day: float | None = Field(None, gt=0, description="Null: the router's.")
     work_seconds: float | None = Field(None, gt=0, description="Null: the router's.")
+
+
+def environment_keys(value: str | None = None) -> tuple[str, ...]:
+    """The keys in `ACESTEP_API_KEY`, separated by commas. A variable that is empty is as one that is not set.
+
+    Raises:
+        InvalidRequest: there is something in it, but no key: whoever wrote it wanted one, and the server would be open.
+    """
+    text = os.environ.get(KEYS_ENV, "") if value is None else value
+    keys = tuple(key for part in text.split(",") if (key := part.strip()))
+    if text and not keys:
+        raise InvalidRequest(f"{KEYS_ENV}: there is no key in {text!r}; unset it where none is wanted", field=KEYS_ENV)
+    return keys
 
 
 class RouterArgs(_Args):

@@ -18,10 +18,10 @@ from acestep.cli import output as out
 from acestep.errors import AceStepError, InvalidRequest, Unavailable
 from acestep.paths import home, writable
 from acestep.ray_env import AUTH_MODE, TEMPORARY, TOKEN, TOKEN_PATH, ray_env, running_ray
-from acestep.settings.options import read_overrides
+from acestep.settings.options import misspelt, read_overrides
 from acestep.settings.planner import DEFAULT_PLANNER
 from acestep.settings.resolve import DEFAULT_RENDERER
-from deployments.config.args import ARGS_OF_ROLE, PoolArgs, Role, parse_args, role_of
+from deployments.config.args import ARGS_OF_ROLE, KEYS_ENV, PoolArgs, Role, environment_keys, parse_args, role_of
 from deployments.config.validate import default_config, problems, read_config
 from deployments.stages.start import overrides_of, settle
 
@@ -154,6 +154,9 @@ def prepared(data: Mapping[str, Any], environ: Mapping[str, str]) -> Iterator[tu
         AceStepError: it cannot start here, and why.
     """
     writable(home())
+    environment_keys(environ.get(KEYS_ENV, ""))
+    for told in misspelt(environ):
+        typer.echo(told, err=True)
     if ray := _which_ray(environ):
         yield "ray", ray
     _port_free(data)

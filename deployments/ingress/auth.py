@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import hashlib
 import hmac
-import os
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass
@@ -42,12 +41,6 @@ class Caller:
     @property
     def caps(self) -> Caps:
         return Caps(active=self.concurrent_jobs, audio_s=self.audio_seconds_per_day, work_s=self.work_seconds)
-
-
-def environment_keys(value: str | None = None) -> tuple[str, ...]:
-    """The keys in `ACESTEP_API_KEY`, separated by commas. An empty value is no key."""
-    text = os.environ.get("ACESTEP_API_KEY", "") if value is None else value
-    return tuple(key for part in text.split(",") if (key := part.strip()))
 
 
 class Keyring:

@@ -15,12 +15,12 @@ from fastapi import Depends, Request
 
 from acestep.checkpoints.published import VariantDefaults, expected_defaults
 from acestep.errors import InvalidRequest
-from deployments.config.args import RouterArgs
+from deployments.config.args import RouterArgs, environment_keys
 from deployments.dispatch.dispatcher import Dispatcher
 from deployments.dispatch.questions import Questions
 from deployments.dispatch.routing import Routing
 from deployments.fleet.watch import Fleet
-from deployments.ingress.auth import Caller, Keyring, RateLimit, Waiting, environment_keys
+from deployments.ingress.auth import Caller, Keyring, RateLimit, Waiting
 from deployments.ingress.forecast import Forecast
 from deployments.ingress.live import LiveAudio
 from deployments.ingress.middleware import made_here

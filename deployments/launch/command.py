@@ -16,14 +16,15 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from acestep.errors import AceStepError, Unavailable
+from acestep.errors import AceStepError, InvalidRequest, Unavailable
 from acestep.paths import home
 from acestep.ray_env import TEMPORARY, ray_env
+from deployments.config.args import KEYS_ENV, environment_keys
 from deployments.config.commands import ConfigFile, checked, prepared
 from deployments.config.validate import default_config
 from deployments.launch.flags import changed, with_settings
 from deployments.launch.process import ServeRun, in_words
-from deployments.launch.screen import KEY, Progress, Screen, local_url, say_where
+from deployments.launch.screen import Progress, Screen, local_url, say_where
 
 LOOK_S = 0.2
 INTERRUPTED = 130
@@ -41,18 +42,23 @@ def serve(
     port: Annotated[int | None, typer.Option(min=1, max=65_535, help="Port to listen on.")] = None,
     api_key: Annotated[
         str | None,
-        typer.Option("--api-key", "--api_key", help=f"Callers need it ({KEY}, which other users do not see)."),
+        typer.Option("--api-key", "--api_key", help=f"Callers need it ({KEYS_ENV}, which other users do not see)."),
     ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show Serve's own lines.")] = False,
     **settings: str | None,
 ) -> None:
     """Start the server: checkpoints, Ray, planner, renderer; Ctrl-C ends it. As `serve run CONFIG`, with a screen."""
+    for name, text in (("--host", host), ("--api-key", api_key)):
+        if (
+            text is not None and not text.strip()
+        ):  # as of a variable that is not set: nobody means a server without a key by it
+            raise InvalidRequest(f"{name}: must not be empty; leave it out where none is wanted", field=name)
     config = config or default_config()
     screen = Screen(time.monotonic())
     given = {name: value for name, value in settings.items() if value is not None}
     with _stopped_by_signals() as stop:
         data = changed(checked(config), given, host, port)
-        env = os.environ | ({KEY: api_key} if api_key else {})
+        env = os.environ | ({KEYS_ENV: api_key} if api_key else {})
         env |= ray_env(env, alone=True)
         parts = dict(prepared(data, env))
         if (ray := parts.pop("ray", "")).startswith("joins"):
@@ -63,7 +69,7 @@ def serve(
             for again in reversed(range(RAY_STARTS)):
                 run = ServeRun(path, env, _log_path(data), screen.text if verbose else None)
                 try:
-                    _follow(run, screen, stop, local_url(data), env.get(KEY, "").partition(",")[0].strip())
+                    _follow(run, screen, stop, local_url(data), next(iter(environment_keys(env.get(KEYS_ENV, ""))), ""))
                     break
                 except Unavailable:
                     if not (again and run.ray_was_late):

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from acestep.settings.options import OPTIONS, read_overrides
+from acestep.settings.options import AUTO, OPTIONS, read
 from deployments.config.args import Role, role_of
 
 # What ACE-Step's own commands call a setting, where the name is another one.
@@ -49,7 +49,9 @@ def changed(
     Raises:
         InvalidRequest: a value that a setting cannot take.
     """
-    read_overrides(settings, env={})
+    for name, text in settings.items():
+        if text.strip().lower() not in AUTO:
+            read(OPTIONS[name], text.strip(), f"--{UPSTREAM.get(name, name)}")
     made = copy.deepcopy(dict(config))
     http = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
     if http:

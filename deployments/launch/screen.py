@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from acestep.cli.client import DEFAULT_URL
+from deployments.config.args import KEYS_ENV
 
-KEY = "ACESTEP_API_KEY"
 REASON_S = 10.0  # a reason that stands so long will not pass by itself
 ROLES = {"plan": "planner", "render": "renderer"}
 COMMAND = 'generate "calm piano, rain" --duration 10 -o song.wav'
@@ -133,7 +133,7 @@ def say_where(screen: Screen, url: str, key: bool) -> None:
     at = "" if url == DEFAULT_URL else f" --url {url}"
     screen.text("")
     screen.text(f"API    {url}/docs")
-    screen.text(f"try    {f'{KEY}=... ' if key else ''}{_program()} {COMMAND}{at}")
+    screen.text(f"try    {f'{KEYS_ENV}=... ' if key else ''}{_program()} {COMMAND}{at}")
     screen.text("")
     screen.text(f"{url}/")
 

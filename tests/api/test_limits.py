@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 
 from acestep.errors import InvalidRequest
-from deployments.config.args import RouterArgs, parse_args
+from deployments.config.args import RouterArgs, environment_keys, parse_args
 from deployments.fleet.listening import is_loopback
-from deployments.ingress.auth import Keyring, environment_keys
+from deployments.ingress.auth import Keyring
 from deployments.ingress.router import Router
 
 from .conftest import Build, fleet_view
@@ -75,6 +75,9 @@ def test_keys_are_compared_whole_and_by_hash() -> None:
     assert all(ring.find(k) is None for k in ("", "firs", "first ", "FIRST", hashlib.sha256(b"first").hexdigest()))
     assert ring.find("first").requests_per_minute == 7  # type: ignore[union-attr]
     assert not Keyring(RouterArgs(), environment_keys("")).required
+    for text in (",", " ", " ,, "):  # somebody wanted a key
+        with pytest.raises(InvalidRequest, match="there is no key in"):
+            environment_keys(text)
     assert "two" not in repr(ring.find("two"))
 
 

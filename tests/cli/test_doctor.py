@@ -20,10 +20,11 @@ from acestep.audio.encoder import encoder
 from acestep.checkpoints import resolve
 from acestep.cli.doctor import command, probes
 from acestep.cli.doctor.probes import Finding
-from acestep.cli.doctor.report import Report, build_mismatches, misspelt, report
+from acestep.cli.doctor.report import Report, build_mismatches, report
 from acestep.cli.doctor.view import print_report
 from acestep.formats import FORMATS, AudioFormat
 from acestep.hardware.cards import Device, cpu_device
+from acestep.settings.options import misspelt
 from tests.cards import MakeCard, shared_checkpoints
 from tests.server import free_port
 
@@ -183,9 +184,11 @@ def test_wrong_variable_is_a_finding_that_names_it(monkeypatch: pytest.MonkeyPat
 
 
 def test_variable_that_is_misspelt() -> None:
-    env = {"ACESTEP_OFFLOAD_TO_CPUS": "1", "ACESTEP_HOME": "/x", "ACESTEP_API_KEY": "k", "ACESTEP_DEVICE": "cpu"}
-    (found,) = misspelt(env)
-    assert "nothing reads ACESTEP_OFFLOAD_TO_CPUS: did you mean ACESTEP_OFFLOAD_TO_CPU?" in found.text
+    env = {"ACESTEP_OFFLOAD_TO_CPUS": "1", "ACESTEP_API_KEYS": "k", "ACESTEP_HOME": "/x", "ACESTEP_DEVICE": "cpu"}
+    assert misspelt(env) == [
+        "nothing reads ACESTEP_OFFLOAD_TO_CPUS: did you mean ACESTEP_OFFLOAD_TO_CPU?",
+        "nothing reads ACESTEP_API_KEYS: did you mean ACESTEP_API_KEY?",
+    ]
 
 
 def test_planner_machine_without_planner(card: MakeCard) -> None:

@@ -229,6 +229,12 @@ def test_a_ray_that_is_late_is_started_again(folder: Path, port: int) -> None:
     [
         (("--lm_modl_path", "acestep-5Hz-lm-0.6B"), "--lm_model_path"),
         (("--offload-to-cpu", "maybe"), "true, false or auto"),
+        (
+            ("--quantization", "int3"),
+            "--quantization: 'int3' is not possible; allowed: int8_weight_only, true, false or auto",
+        ),
+        (("--api-key", ""), "--api-key: must not be empty"),
+        (("--server-name", " "), "--host: must not be empty"),
         (("--device", "cuda:7"), "cuda:7"),
         (("--config_path", "./no-such-checkpoint"), "no-such-checkpoint"),
         (("no-such-config.yaml",), "no-such-config.yaml"),

@@ -21,13 +21,12 @@ from acestep.hardware import host
 from acestep.hardware.cards import Device
 from acestep.hardware.devices import list_devices
 from acestep.hardware.simulation import AS_DETECTED_ENV, SIMULATE_ENV
-from acestep.settings.options import OPTIONS
+from acestep.settings.options import misspelt
 from acestep.settings.planner import PROMPT_ALLOWANCE
 from acestep.settings.resolve import Resolved, resolve
 from acestep.sizing.ledger import RenderTask, admit_render, known_configs, plan_need, render_need
 from acestep.sizing.weights import PLANNERS
 from acestep.units import GIB
-from acestep.validation import did_you_mean
 
 INSTALL = "https://pytorch.org/get-started/locally/"
 _PACKAGES = ("torch", "transformers", "diffusers", "ray", "av", "torchao", "flash-attn", "kernels", "triton")
@@ -109,7 +108,7 @@ def report(
     checkpoints = checkpoint_findings(settings)
     findings += checkpoints
 
-    findings += misspelt(env)
+    findings += [Finding("warning", "settings", told) for told in misspelt(env)]
     downloads = any(f.level == "note" for f in checkpoints)
     complete = checkpoints and all(f.details["complete"] for f in checkpoints)
     try:
@@ -229,16 +228,6 @@ def build_mismatches(devices: Sequence[Device], pci: Sequence[str], build: str |
         text = f"an Intel GPU is present, this torch is a {build} build: to use it install an XPU build of torch, see {INSTALL}"
         found.append(Finding("note", "cards", text))
     return found
-
-
-def misspelt(env: Mapping[str, str]) -> list[Finding]:
-    """Variables that nothing reads and that look like ones that are read."""
-    known = [option.env for option in OPTIONS.values()]
-    return [
-        Finding("warning", "settings", f"nothing reads {name}: {near}")
-        for name in env
-        if name.startswith("ACESTEP_") and name not in known and (near := did_you_mean(name, known, alike=0.9))
-    ]
 
 
 def _advice(device: Device, build: str) -> str:
