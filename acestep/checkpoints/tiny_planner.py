@@ -33,6 +33,7 @@ audio Ġaudio semantic tokens based given conditions system user assistant instr
 _HIDDEN, _LAYERS, _HEADS, _KV_HEADS, _HEAD_DIM, _MLP = 64, 2, 4, 2, 16, 128
 _STD = 0.08  # of every matrix; gives logits with a spread of about 0.6
 _SHARED = 0.6  # what every position has in its first dimension, which no layer changes
+_NEWLINE = 2.5  # what newlines have there beyond it, which makes them likely: a caption ends after some dozen tokens, as a trained planner's
 
 
 def write_tiny_planner(folder: Path, *, seed: int = 0) -> None:
@@ -72,9 +73,8 @@ def write_tiny_planner(folder: Path, *, seed: int = 0) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     from safetensors.numpy import save_file
 
-    save_file(
-        _weights(vocab_size, seed, _half_characters(vocab)), folder / "model.safetensors", metadata={"format": "pt"}
-    )
+    weights = _weights(vocab_size, seed, newline=vocab["Ċ"], never=_half_characters(vocab))
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def _bpe() -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -125,7 +125,7 @@ def _half_characters(vocab: dict[str, int]) -> list[int]:
     return [id for id in vocab.values() if decode([id]) == "\ufffd"]
 
 
-def _weights(vocab_size: int, seed: int, never: list[int]) -> dict[str, np.ndarray]:
+def _weights(vocab_size: int, seed: int, *, newline: int, never: list[int]) -> dict[str, np.ndarray]:
     """`never`: ids that are read and not written, as a trained planner writes whole characters."""
     rng = np.random.default_rng(seed)
 
@@ -134,6 +134,7 @@ def _weights(vocab_size: int, seed: int, never: list[int]) -> dict[str, np.ndarr
 
     embedding = matrix(vocab_size, _HIDDEN)
     embedding[:, 0], embedding[never, 0] = _SHARED, -50 * _SHARED  # tied: they lie far from every position
+    embedding[newline, 0] += _NEWLINE
     weights = {"model.embed_tokens.weight": embedding}
     for layer in range(_LAYERS):
         p = f"model.layers.{layer}."
