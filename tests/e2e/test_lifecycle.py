@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import httpx
@@ -44,7 +43,7 @@ def test_ctrl_c_stops_cleanly_and_unfinished_jobs_go_on_at_the_next_start() -> N
         server.stop()
 
 
-def test_a_missing_model_is_said_in_readyz_and_by_prepare(tmp_path: Path) -> None:
+def test_prepare_says_that_a_model_is_missing(tmp_path: Path) -> None:
     def other_model(config: dict) -> None:
         next(a for a in config["applications"] if a["name"] == "dit")["args"] = {
             "model": str(tmp_path / "no-such-model")
@@ -57,16 +56,6 @@ def test_a_missing_model_is_said_in_readyz_and_by_prepare(tmp_path: Path) -> Non
         assert "model_missing" in told.stderr
         assert "no-such-model" in told.stderr
         assert "Traceback" not in told.stderr
-        server.start(ready=False)
-        until = time.monotonic() + 180
-        reason = ""
-        while "no-such-model" not in reason and time.monotonic() < until:
-            answer = server.wait_for("/readyz", status=503)
-            reason = next((p.get("reason", "") for p in answer.json()["pools"] if p["pool"] == "dit"), "")
-            time.sleep(0.5)
-        assert "ModelMissing" in reason
-        assert "no-such-model" in reason
-        assert "\n" not in reason
     finally:
         server.stop()
 
@@ -105,26 +94,12 @@ def test_prepare_says_that_the_state_folder_cannot_be_written() -> None:
 
 
 def test_config_validate_finds_what_serve_ignores(tmp_path: Path) -> None:
+    """More of it in `fleet/test_validate.py`."""
     config = tmp_path / "serve.yaml"
     good = (ROOT / "serve_config.yaml").read_text()
     config.write_text(good)
     assert subprocess.run([ACESTEP, "config", "validate", str(config)]).returncode == 0
-    for old, new, words in (
-        ("http_options:", "http_option:", "did you mean http_options?"),
-        (
-            "import_path: deployments.app:lm\n    args: {}",
-            "import_path: deployments.app:lm\n    args: {tier: [tier4]}",
-            "args.tier",
-        ),
-        ("import_path: deployments.app:dit", "import_path: deployments.app:did", "deployments.app:dit"),
-        (
-            "import_path: deployments.app:dit",
-            "import_path: deployments.app:dit\n    deployments: [{name: dit, ray_actor_options: {num_gpu: 1}}]",
-            "did you mean num_gpus?",
-        ),
-    ):
-        assert old in good
-        config.write_text(good.replace(old, new))
-        told = subprocess.run([ACESTEP, "config", "validate", str(config)], capture_output=True, text=True)
-        assert told.returncode == 1
-        assert words in told.stderr
+    config.write_text(good.replace("http_options:", "http_option:"))
+    told = subprocess.run([ACESTEP, "config", "validate", str(config)], capture_output=True, text=True)
+    assert told.returncode == 1
+    assert "did you mean http_options?" in told.stderr

@@ -1,10 +1,11 @@
-"""What a running server becomes by another config: cards of other tiers, with their limits, warnings, and the planner on or off; and pools that
-sleep. Card sizes are simulated and nothing is computed, so that a redeployment takes seconds. All sizes are in `api/test_card_sizes.py`."""
+"""What a running server becomes by another config: cards of other tiers, with their limits, warnings, and the planner on or off; a model that is
+not there; and pools that sleep. Card sizes are simulated and nothing is computed, so that a redeployment takes seconds. All sizes are in `api/test_card_sizes.py`."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -50,6 +51,27 @@ def test_a_card_of_this_size(server: Server, size: Size) -> None:
             client.delete(f"/v1/jobs/{accepted}")
 
 
+def test_a_missing_model_is_said_in_readyz(server: Server, tmp_path: Path) -> None:
+    changed = config(yaml.safe_load(server.config.read_text()), SOME[0])
+    missing = {"model": str(tmp_path / "no-such-model")}
+    server.deploy(
+        {
+            **changed,
+            "applications": [{**a, "args": missing} if a["name"] == "dit" else a for a in changed["applications"]],
+        }
+    )
+    until = time.monotonic() + 180
+    reason = ""
+    while "no-such-model" not in reason:
+        assert time.monotonic() < until, server.output()[-3000:]
+        time.sleep(0.5)
+        pools = httpx.get(f"{server.url}/readyz", timeout=30).json().get("pools", [])
+        reason = next((p.get("reason", "") for p in pools if p["pool"] == "dit"), "")
+    assert server.wait_for("/readyz", status=503)
+    assert "ModelMissing" in reason
+    assert "\n" not in reason
+
+
 def wait_for_card(server: Server, gib: float) -> dict[str, Any]:
     until = time.monotonic() + 180
     with httpx.Client(base_url=server.url, timeout=30) as client:
@@ -57,7 +79,7 @@ def wait_for_card(server: Server, gib: float) -> dict[str, Any]:
             seen: dict[str, Any] = client.get("/v1/cluster").json()
             if all(p["replicas"]["running"] == 1 and abs(p.get("memory_gib", 0) - gib) < 1e-6 for p in seen["pools"]):
                 return seen
-            time.sleep(0.25)
+            time.sleep(0.5)
     raise AssertionError(f"no card of {gib} GiB came: {seen}\n{server.output()[-3000:]}")
 
 

@@ -187,6 +187,32 @@ def test_what_is_built_for_several_machines_works_there(
     assert "deployments" not in one(yaml.safe_load(other.stdout))
 
 
+IGNORED = {
+    "args of an application": (
+        "deployments.app:lm\n    args: {}",
+        "deployments.app:lm\n    args: {tier: [tier4]}",
+        "args.tier",
+    ),
+    "an import path": ("deployments.app:dit", "deployments.app:did", "deployments.app:dit"),
+    "options of an actor": (
+        "deployments.app:dit",
+        "deployments.app:dit\n    deployments: [{name: dit, ray_actor_options: {num_gpu: 1}}]",
+        "did you mean num_gpus?",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", IGNORED)
+def test_what_serve_ignores_is_found(name: str, tmp_path: Path) -> None:
+    old, new, words = IGNORED[name]
+    good = (ROOT / "serve_config.yaml").read_text()
+    assert old in good
+    (tmp_path / "serve.yaml").write_text(good.replace(old, new))
+    answer = CliRunner().invoke(commands.config, ["validate", str(tmp_path / "serve.yaml")])
+    assert isinstance(answer.exception, InvalidRequest)
+    assert words in answer.exception.message
+
+
 def test_a_plain_config_is_judged_without_serves_schema() -> None:
     """Whose import would take up seconds of each start."""
     code = (
