@@ -25,15 +25,19 @@ from acestep.plan import Metadata, Plan, PlanTimings
 from acestep.sizing.profiles import find
 from acestep.song import SAMPLES_PER_FRAME, AudioFile, RenderTimings, Sidecar, Song, SongItem
 from deployments.config.args import PlannerArgs, RendererArgs, RouterArgs
+from deployments.dispatch import dispatcher as dispatch
 from deployments.dispatch.dispatcher import Dispatcher
 from deployments.dispatch.routing import Routing
 from deployments.fleet.watch import Fleet, FleetView, Pool
 from deployments.ingress.app import build_app
 from deployments.ingress.service import Service
+from deployments.jobs import retry
 from deployments.jobs import store as job_store
 from deployments.jobs.blobs import Storage
 from deployments.jobs.store import Job, JobStore
 from tests.engines import Engines
+
+from .stages import Stage
 
 WAV = b"RIFF" + bytes(40)
 
@@ -158,6 +162,15 @@ async def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engines: Engine
 @pytest.fixture
 def site(build: Build) -> Site:
     return build()
+
+
+@pytest.fixture
+def stage(site: Site, monkeypatch: pytest.MonkeyPatch) -> Stage:
+    made = Stage()
+    monkeypatch.setattr(site.service.fleet, "handle", made.handle)
+    monkeypatch.setattr(retry, "STAGE", retry.Policy(first_s=0.05))
+    monkeypatch.setattr(dispatch, "POLL_S", 0.05)
+    return made
 
 
 @pytest.fixture(scope="session")

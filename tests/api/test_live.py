@@ -20,8 +20,8 @@ from acestep.errors import InvalidOutput
 from deployments.ingress import relay
 from deployments.ingress.live import Mark, read_mark
 
+from .clients import SONG
 from .conftest import Build, Site, served
-from .test_running import SONG
 
 DATA = bytes(range(256)) * 4_000  # four pieces
 LONG = DATA * 40  # more than the system takes for a listener who reads nothing

@@ -26,8 +26,9 @@ from deployments.jobs import database
 from tests.postgres import Postgres
 from tests.postgres import running as postgres_running
 
+from .clients import SONG
 from .conftest import Build, Site
-from .test_running import SONG, Stage, running, until
+from .stages import Stage, running, until
 
 pytestmark = pytest.mark.waits
 WHERE = ["submit", "plan", "render", "end"]

@@ -21,8 +21,9 @@ from deployments.fleet.watch import parse_details
 from deployments.ingress.openai.chat import STOPPING
 from deployments.scheduling.fairness import SLACK_S
 
+from .clients import SONG
 from .conftest import Build, Site, fleet_view
-from .test_running import HANG, SONG, Stage, running, submit, until
+from .stages import HANG, Stage, running, submit, until
 
 LEASE_S = 3.0
 

@@ -17,7 +17,7 @@ from deployments.jobs.waiting import Backlog, read_backlogs
 from deployments.scheduling.autoscaling import desired
 
 from .conftest import Build, Site, fleet_view
-from .test_running import Stage, running, until
+from .stages import Stage, running, until
 
 SONG = {"prompt": "quiet piano", "duration": 20, "seed": 7}
 ZERO: dict[str, Any] = {"min_replicas": 0, "max_replicas": 2}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Callable
@@ -11,24 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from renderer_requests import Make, work_of
 from torch import Tensor
 
 from acestep.dit import sources
 from acestep.dit.denoiser import Row
 from acestep.dit.renderer import Renderer
 from acestep.dit.residency import Residency
-from acestep.dit.work import Rendered, RenderWork
+from acestep.dit.work import RenderWork
 from acestep.errors import Cancelled, DeadlineExceeded, InvalidOutput, InvalidRequest, OutOfMemory, Unavailable
-from acestep.request import Lora, SongRequest
+from acestep.request import SongRequest
 from acestep.song import Progress
-from acestep.worker import Ticket
-
-Make = Callable[..., Renderer]
-
-
-def work_of(**fields: Any) -> RenderWork:
-    return RenderWork(SongRequest(**{"prompt": "p", "duration": 10, "seed": 1, "steps": 3, **fields}))
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -196,27 +188,6 @@ def test_latents_that_are_all_zero_are_no_song(make_renderer: Make) -> None:
         renderer.submit(work_of(timesteps=(1.0,), steps=None)).result(60)
 
 
-def test_what_half_precision_cannot_do_is_done_again_in_float32(
-    make_renderer: Make, renderers: dict[str, Renderer], rel: Any
-) -> None:
-    renderer = make_renderer("tiny", dtype="bfloat16")
-    engine: Any = renderer._thread.engine
-    velocity = engine._denoiser.velocity
-
-    def overflow(rows: list[Row]) -> list[Tensor]:
-        out = velocity(rows)
-        return [v * float("inf") for v in out] if engine._denoiser.dtype == torch.bfloat16 else out
-
-    engine._denoiser.velocity = overflow
-    audio = renderer.submit(work_of()).result(60).items[0].audio
-    assert renderer.stats()["float32_retries"] == 1
-    assert audio.isfinite().all()
-    assert rel(audio, renderers["tiny"].submit(work_of()).result(60).items[0].audio) < 0.1
-    engine._denoiser.velocity = velocity
-    renderer.submit(work_of(seed=2)).result(60)
-    assert engine._denoiser.dtype == torch.bfloat16  # back, for songs that need no help
-
-
 def test_float32_that_does_not_fit_fails_its_own_song_alone(
     make_renderer: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -360,141 +331,6 @@ def test_many_threads_share_one_renderer(renderers: dict[str, Renderer]) -> None
     for thread in threads:
         thread.join()
     assert not failures
-
-
-@pytest.mark.parametrize("offload_dit", [False, True])
-def test_offload_equals_resident(
-    make_renderer: Make, renderers: dict[str, Renderer], song_file: Callable[..., Path], offload_dit: bool
-) -> None:
-    offloaded = make_renderer("tiny", offload="stage", offload_dit=offload_dit)
-    source = song_file(4.0)
-    requests = [
-        work_of(),
-        work_of(duration=None, audio_codes=(1, 2, 3, 4000) * 13),
-        RenderWork(SongRequest(task="cover", src_audio=str(source), seed=1, steps=2), src_audio=source),
-    ]
-    for work in requests:
-        got = offloaded.submit(work).result(60)
-        assert torch.equal(got.items[0].audio, renderers["tiny"].submit(work).result(60).items[0].audio)
-    assert offloaded.stats()["offload_moves"] >= len(requests) * (3 if offload_dit else 2)
-
-
-def test_offloaded_parts_are_there_whenever_they_are_used(make_renderer: Make, song_file: Callable[..., Path]) -> None:
-    # diffusers moves a part when its forward is called; reading codes calls none, so on a card it would fail.
-    renderer = make_renderer("tiny", offload="stage", offload_dit=True)
-    engine: Any = renderer._thread.engine
-    residency: Residency = engine._residency
-    used: set[str] = set()
-
-    def watch(group: str) -> Callable[..., None]:
-        def check(*args: Any) -> None:
-            used.add(group)
-            assert residency._visiting == group
-
-        return check
-
-    for group, modules in residency._groups.items():
-        for module in modules:
-            for part in module.modules():
-                part.register_forward_pre_hook(watch(group))
-    quantizer: Any = engine._preparation._conditions._parts.audio_tokenizer.quantizer
-    decode, check = quantizer.get_output_from_indices, watch("conditions")
-    quantizer.get_output_from_indices = lambda indices: (check(), decode(indices))[1]
-    source = song_file(4.0)
-    for work in (
-        work_of(duration=None, audio_codes=(7,) * 50, batch_size=2),
-        RenderWork(
-            SongRequest(task="cover", src_audio="s", seed=1, steps=2, audio_cover_strength=0.5), src_audio=source
-        ),
-    ):
-        assert renderer.submit(work).result(60).items
-    assert len(renderer.submit_codes(source).result()) == 20
-    assert used == {"conditions", "dit", "vae"}
-
-
-def test_one_offloaded_group_is_on_the_device_at_a_time() -> None:
-    # "meta" stands in for the card: what is there can be told from what is not.
-    device = torch.device("meta")
-    groups = {name: (torch.nn.Linear(2, 2),) for name in ("a", "b", "stays")}
-    residency = Residency(groups, device, frozenset({"a"}))
-    assert {name: module.weight.device.type for name, (module,) in groups.items()} == {
-        "a": "cpu", "b": "meta", "stays": "meta",
-    }  # fmt: skip
-    residency.need("b")
-    assert residency.moves == 0
-    residency.need("a")
-    residency.need("a")
-    assert residency.moves == 1
-    assert groups["a"][0].weight.device.type == "meta"
-
-
-def test_int8_stays_close(make_renderer: Make, renderers: dict[str, Renderer], rel: Any) -> None:
-    audio = make_renderer("tiny", int8=True).submit(work_of()).result(60).items[0].audio
-    exact = renderers["tiny"].submit(work_of()).result(60).items[0].audio
-    assert 0 < rel(audio, exact) < 0.05
-
-
-def test_eager_attention_everywhere(make_renderer: Make, renderers: dict[str, Renderer], rel: Any) -> None:
-    eager = make_renderer("tiny", attention="eager")
-    assert eager.info.attention == "eager"
-    for fields in ({}, {"duration": None, "audio_codes": tuple(range(55))}):
-        audio = eager.submit(work_of(**fields)).result(60).items[0].audio
-        assert rel(audio, renderers["tiny"].submit(work_of(**fields)).result(60).items[0].audio) <= 1e-5
-
-
-def test_bfloat16_stays_close(make_renderer: Make, renderers: dict[str, Renderer], rel: Any) -> None:
-    audio = make_renderer("tiny", dtype="bfloat16").submit(work_of()).result(60).items[0].audio
-    assert rel(audio, renderers["tiny"].submit(work_of()).result(60).items[0].audio) < 0.1
-
-
-class TestLora:
-    @staticmethod
-    def write(folder: Path, renderer: Renderer) -> Path:
-        transformer: Any = renderer._thread.engine._denoiser.transformer  # type: ignore[attr-defined]
-        generator = torch.Generator().manual_seed(0)
-        tensors = {}
-        for name in ("layers.0.self_attn.to_q", "layers.1.cross_attn.to_k", "layers.1.cross_attn.to_v"):
-            module = transformer.get_submodule(name)
-            tensors[f"base_model.model.{name}.lora_A.weight"] = torch.randn(4, module.in_features, generator=generator)
-            tensors[f"base_model.model.{name}.lora_B.weight"] = torch.randn(module.out_features, 4, generator=generator)
-        folder.mkdir()
-        save_file(tensors, folder / "adapter_model.safetensors")
-        config = {"r": 4, "lora_alpha": 8, "target_modules": ["to_q", "to_k", "to_v"]}
-        (folder / "adapter_config.json").write_text(json.dumps(config))
-        return folder
-
-    def test_changes_its_own_request_and_no_other(self, make_renderer: Make, tmp_path: Path, rel: Any) -> None:
-        renderer = make_renderer("tiny-base", max_batch_frames=10_000)
-        adapter = Lora(path=str(self.write(tmp_path / "style", renderer)), scale=0.7)
-        plain = renderer.submit(work_of()).result(60).items[0].audio
-        changed = renderer.submit(work_of(lora=adapter)).result(60)
-        assert rel(changed.items[0].audio, plain) > 1e-3
-        assert changed.settings["lora"][0]["name"] == "style"
-        assert torch.equal(renderer.submit(work_of()).result(60).items[0].audio, plain)
-        tickets: list[Ticket[RenderWork, Rendered]] = [
-            renderer.submit(work_of(lora=x)) for x in (adapter, None, adapter)
-        ]
-        with_it, without, again = (ticket.result(60).items[0].audio for ticket in tickets)
-        assert rel(with_it, changed.items[0].audio) <= 1e-6
-        assert rel(again, changed.items[0].audio) <= 1e-6
-        assert rel(without, plain) <= 1e-6
-
-    def test_what_is_left_out_is_said(self, make_renderer: Make, tmp_path: Path) -> None:
-        renderer = make_renderer("tiny")
-        file = self.write(tmp_path / "style", renderer) / "adapter_model.safetensors"
-        text = {f"lora_te_fc1.lora_{side}.weight": torch.ones(4, 4) for side in ("down", "up")}
-        save_file({**load_file(file), **text}, file)
-        (said,) = (
-            a
-            for a in renderer.submit(work_of(lora=Lora(path=str(file.parent)))).result(60).adjustments
-            if "lora" in a.field
-        )
-        assert (said.field, said.asked, said.given) == ("lora.path", "style", "3 of 4 layers")
-        assert "te_fc1" in said.reason
-
-    def test_an_absent_adapter_is_refused(self, renderers: dict[str, Renderer], tmp_path: Path) -> None:
-        with pytest.raises(InvalidRequest, match="lora"):
-            renderers["tiny"].submit(work_of(lora=Lora(path=str(tmp_path)))).result(60)
 
 
 def test_a_closed_renderer_takes_nothing(make_renderer: Make) -> None:

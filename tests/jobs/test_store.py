@@ -2,35 +2,23 @@
 
 from __future__ import annotations
 
-import random
 import threading
 import time
-import types
 import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-from alembic.autogenerate import compare_metadata
-from alembic.migration import MigrationContext
-from sqlalchemy import create_engine, inspect
 
-from acestep.errors import Cancelled, InvalidRequest, OutOfMemory
+from acestep.errors import Cancelled, OutOfMemory
 from acestep.plan import Metadata, Plan
 from acestep.request import SongRequest
 from acestep.song import Progress, Song, SongItem
-from deployments.ingress.errors import retry_after
-from deployments.jobs import limits as rates
-from deployments.jobs.database import migrate
 from deployments.jobs.job import Tries
 from deployments.jobs.leases import asked
-from deployments.jobs.limits import Rates
-from deployments.jobs.schema import metadata
-from deployments.jobs.secrets import shared_secret
-from deployments.jobs.store import Busy, Caps, IdempotencyConflict, Job, JobStore, LeaseLost
+from deployments.jobs.store import Caps, IdempotencyConflict, Job, JobStore, LeaseLost
 from deployments.jobs.uploads import FileRecords
-from deployments.jobs.urls import driver_url
-from deployments.jobs.waiting import Row, read_backlogs, read_usage, read_waiting, read_working
+from deployments.jobs.waiting import Row, read_usage, read_waiting, read_working
 
 REQUEST = SongRequest(prompt="quiet piano", duration=10, seed=1)
 SONG = Song(items=(SongItem(index=0, seed=1, duration=10.0, samples=480_000),), plan=Plan(), renderer="tiny")
@@ -55,96 +43,6 @@ def claim(store: JobStore, job_id: str, owner: str, lives_s: float = 30.0, **opt
 def fall_silent(store: JobStore, owner: str) -> None:
     """The time of a router is up, and it said nothing."""
     store.beat(owner, 0.0)
-
-
-def test_migrations_make_exactly_the_tables_of_the_schema(store: JobStore) -> None:
-    with store.engine.connect() as connection:
-        assert compare_metadata(MigrationContext.configure(connection), metadata) == []
-
-
-def test_routers_count_requests_together(store: JobStore, database_url: str) -> None:
-    other = JobStore(database_url)
-    answers: list[float | None] = []
-    both = [Rates(store.engine), Rates(other.engine)]
-    threads = [threading.Thread(target=lambda r=r: answers.append(r.take("a", 5))) for r in both * 6]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    waits = [wait for wait in answers if wait is not None]
-    assert (len(answers), len(waits)) == (12, 7)
-    assert all(wait > 0 for wait in waits)
-    assert both[0].take("b", 5) is None
-    other.close()
-
-
-def test_a_minute_s_requests_come_back_one_by_one(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    now, counted = time.time(), Rates(store.engine)
-    monkeypatch.setattr(rates.time, "time", lambda: now)
-    assert [counted.take("a", 2) for _ in range(3)] == [None, None, pytest.approx(30.0)]
-    now += 29
-    assert counted.take("a", 2) == pytest.approx(1.0)
-    now += 1.001
-    assert counted.take("a", 2) is None
-    assert counted.take("a", 2) is not None
-    now += 1_000
-    assert [counted.take("a", 2) is None for _ in range(3)] == [True, True, False]  # no more than a minute's
-
-
-@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:", "no url", "sqlite"])
-def test_what_is_no_place_for_jobs_is_refused(url: str) -> None:
-    with pytest.raises(InvalidRequest, match="database_url"):
-        JobStore(url)
-
-
-def test_opening_again_keeps_what_is_there(store: JobStore, database_url: str) -> None:
-    job = add(store)
-    again = JobStore(database_url)
-    assert existing(again, job.id).request == REQUEST
-    again.close()
-
-
-def test_all_routers_have_the_same_secrets(store: JobStore, database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    other = JobStore(database_url)
-    found = []
-    threads = [
-        threading.Thread(target=lambda s=s: found.append(shared_secret(s.engine, "url", "ACESTEP_URL_SECRET")))
-        for s in (store, other, store, other)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    other.close()
-    assert len(found) == 4
-    assert len(set(found)) == 1
-    assert len(found[0]) == 32
-    assert shared_secret(store.engine, "webhook", "ACESTEP_WEBHOOK_SECRET") != found[0]
-    monkeypatch.setenv("ACESTEP_URL_SECRET", "given")
-    assert shared_secret(store.engine, "url", "ACESTEP_URL_SECRET") != found[0]
-
-
-def test_an_older_database_is_brought_up_to_date(database_url: str) -> None:
-    engine = create_engine(driver_url(database_url))
-    migrate(engine, "0001")
-    assert "secrets" not in inspect(engine).get_table_names()
-    engine.dispose()
-    newer = JobStore(database_url)
-    assert "secrets" in inspect(newer.engine).get_table_names()
-    newer.close()
-
-
-def test_a_newer_database_is_left_alone(store: JobStore, database_url: str) -> None:
-    with store.engine.begin() as db:
-        db.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
-    with pytest.raises(InvalidRequest, match="newer version"):
-        JobStore(database_url)
-
-
-def test_backlog_and_queue_are_read_from_the_same_url(store: JobStore, database_url: str) -> None:
-    job = add(store, render_pool="dit", est_render_s=4.0)
-    assert read_backlogs(database_url)["dit"].waiting_s == 4.0
-    assert [waiting.id for waiting in read_waiting(store.engine)] == [job.id]
 
 
 def test_a_job_goes_through_its_life_and_ends_once(store: JobStore) -> None:
@@ -384,31 +282,6 @@ def test_the_same_key_at_the_same_time_makes_one_job(store: JobStore) -> None:
     assert store.counts()["queued"] == 1
 
 
-def test_limits_hold_and_write_nothing(store: JobStore) -> None:
-    add(store, owner_key="a", audio_s=50.0)
-    with pytest.raises(Busy, match="1 jobs wait already; the limit is 1"):
-        add(store, owner_key="a", caps=Caps(queued=1))
-    with pytest.raises(Busy, match="under way"):
-        add(store, owner_key="a", caps=Caps(active=1))
-    add(store, owner_key="b", caps=Caps(active=1))
-    with pytest.raises(Busy, match="24 hours") as error:
-        add(store, owner_key="a", audio_s=11.0, caps=Caps(audio_s=60.0))
-    assert 86_000 < error.value.details["retry_after"] <= 86_401
-    add(store, owner_key="a", audio_s=10.0, caps=Caps(audio_s=60.0))
-    assert store.counts()["queued"] == 3
-
-
-def test_nobody_fills_the_queue_for_others(store: JobStore) -> None:
-    full = Caps(queued=4)
-    for owner, taken in (("a", 4), ("b", 2), ("c", 1)):  # of a full queue everybody may still take an equal share
-        for _ in range(taken):
-            add(store, owner_key=owner, caps=full)
-        with pytest.raises(Busy, match="jobs wait already"):
-            add(store, owner_key=owner, caps=full)
-    with pytest.raises(Busy, match="7 jobs wait already, 2 of them this key's, whose share is 1; the limit is 4"):
-        add(store, owner_key="b", caps=full)
-
-
 def test_paging_meets_every_job_once(store: JobStore) -> None:
     ids = [add(store, owner_key="a").id for _ in range(7)]
     add(store, owner_key="b")
@@ -474,39 +347,3 @@ def test_only_ended_jobs_are_forgotten(store: JobStore) -> None:
     assert store.get(ended.id) is None
     assert store.events_after(ended.id, 0) == []
     assert store.get(waiting.id) is not None
-
-
-def test_only_what_must_survive_a_power_cut_waits_for_the_disk(store: JobStore) -> None:
-    def durable() -> bool:
-        with connection.begin():
-            if store.engine.dialect.name == "sqlite":
-                return connection.exec_driver_sql("PRAGMA synchronous").scalar_one() == 2
-            return connection.exec_driver_sql("SHOW synchronous_commit").scalar_one() == "on"
-
-    for engine, expected in ((store._passing, False), (store._writer, True), (store._passing, False)):
-        with engine.connect() as connection:
-            assert durable() is expected
-
-
-def test_who_waits_as_long_as_told_has_room_again(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Requests of a minute come one by one; audio of a day when as many of the oldest as it takes are a day old."""
-    now, counted = time.time(), Rates(store.engine)
-    clock = types.SimpleNamespace(time=lambda: now)
-    monkeypatch.setattr(rates, "time", clock)
-    monkeypatch.setattr("deployments.jobs.store.time", clock)
-    draw = random.Random(1)
-    for n in range(300):
-        per_minute, told = draw.randint(1, 200), None
-        while told is None:
-            told = counted.take(f"caller{n}", per_minute)
-            now += draw.random() / per_minute
-        now += int(retry_after(told))  # what the header says, to the second
-        assert counted.take(f"caller{n}", per_minute) is None
-    caps = Caps(audio_s=100.0)
-    for seconds in (10.0, 20.0, 30.0, 40.0):
-        add(store, owner_key="a", audio_s=seconds, caps=caps)
-        now += 1_000.0
-    with pytest.raises(Busy) as refused:
-        add(store, owner_key="a", audio_s=50.0, caps=caps)
-    now += int(retry_after(refused.value.details["retry_after"]))
-    add(store, owner_key="a", audio_s=50.0, caps=caps)
