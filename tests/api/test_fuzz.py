@@ -1,11 +1,12 @@
 """Requests made up from the OpenAPI document: never a 5xx by a defect, never a leak, nothing that the document does not say.
 
-`make test` sends a few hundred; the one marked slow more than ten thousand.
+`make test` sends a thousand; `FUZZ=10 make test PYTEST_ARGS=tests/api/test_fuzz.py` ten times as many, in some minutes.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -46,6 +47,7 @@ DOCUMENTED = [
     response_headers_conformance,
     response_schema_conformance,
 ]
+TIMES = int(os.environ.get("FUZZ", "1"))
 LEAKS = ("Traceback", 'File "', "site-packages", "sqlite3", "psycopg")
 
 
@@ -103,7 +105,7 @@ def _settings(examples: int) -> Callable[[Any], Any]:
 
 def _walk(server: Server, examples: int) -> int:
     """Send `examples` requests for each operation of the document. Returns how many were sent."""
-    schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+    schema = schemathesis.openapi.from_dict(httpx.get(f"{server.url}/openapi.json", timeout=60).json())
     sent = 0
     for result in schema.get_all_operations():
         operation = result.ok()
@@ -123,8 +125,9 @@ def _walk(server: Server, examples: int) -> int:
     return sent
 
 
+@pytest.mark.timeout(600 * TIMES)
 def test_the_document_is_complete_and_walked(server: Server) -> None:
-    assert _walk(server, 8) >= 200
+    assert _walk(server, 8 * TIMES) >= 200 * TIMES
 
 
 @pytest.mark.parametrize(
@@ -146,12 +149,6 @@ def test_what_the_document_does_not_say_is_noticed(server: Server, said: dict[st
     answer = case.call(base_url=server.url)
     with pytest.raises(BaseException, match=wrong):  # pytest's own, of several failures
         case.validate_response(answer, checks=DOCUMENTED)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-def test_ten_thousand_requests(server: Server) -> None:
-    assert _walk(server, 50) + _nonsense(server, 9_000) >= 10_000
 
 
 VALUES = st.recursive(
@@ -207,5 +204,6 @@ def _nonsense(server: Server, examples: int) -> int:
     return sent
 
 
+@pytest.mark.timeout(600 * TIMES)
 def test_nonsense_in_every_encoding(server: Server) -> None:
-    assert _nonsense(server, 300) == 300
+    assert _nonsense(server, 600 * TIMES) == 600 * TIMES
