@@ -29,6 +29,7 @@ from tests.processes import ends_with_us, kill_session
 
 ROOT = Path(__file__).resolve().parents[1]
 START_TIMEOUT_S = 240.0
+NODES = ROOT / "tests" / "nodes.py"  # waits for nodes
 PATIENT = [sys.executable, str(ROOT / "tests" / "processes.py")]  # before a command that starts a Ray node
 FAIR = {"RAY_worker_niceness": "0"}  # else what computes beside a server leaves its replicas a thirtieth of a core
 for part in (
@@ -38,6 +39,8 @@ for part in (
     "pool",
 ):  # a busy machine is no fault of the code: where a test says nothing, it is patient
     setattr(httpx._config.DEFAULT_TIMEOUT_CONFIG, part, 60.0)
+# Nor does each of hundreds of clients read the certificate authorities anew, which takes longer than most of what they ask.
+httpx._transports.default.create_ssl_context = cache(httpx._transports.default.create_ssl_context)
 
 
 # Below the range from which the system serves whoever asks for any port, as Ray does dozens of times before Serve opens the one it was given.
@@ -178,7 +181,7 @@ class Server:
                     # Until there is a router, the proxy answers for it.
                     if last.status_code == status and (path != "/livez" or last.json() == {"status": "ok"}):
                         return last
-                time.sleep(0.25)
+                time.sleep(0.5)
         shown = last.text if last is not None else "no answer"
         raise AssertionError(f"{path} never answered {status}; last: {shown}\n{self.output()[-4000:]}")
 

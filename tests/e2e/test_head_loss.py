@@ -14,7 +14,7 @@ import pytest
 from acestep.cli.client import Client
 from acestep.ray_env import ALONE
 from tests.processes import ends_with_us, kill_session
-from tests.server import PATIENT, START_TIMEOUT_S, Server, free_port, starting
+from tests.server import NODES, PATIENT, START_TIMEOUT_S, Server, free_port, starting
 
 pytestmark = pytest.mark.e2e
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -97,19 +97,13 @@ class TwoNodes(Server):
 
     def _when_up(self, address: str) -> None:
         """Wait until the GCS counts the node as alive."""
-        code = (
-            "import sys; from ray._raylet import GcsClient; from ray.core.generated.gcs_pb2 import GcsNodeInfo as N\n"
-            "nodes = GcsClient(address=sys.argv[1]).get_all_node_info(timeout=5)\n"
-            "sys.exit(not any(n.node_manager_address == sys.argv[2] and n.state == N.ALIVE for n in nodes.values()))"
+        told = subprocess.run(
+            [sys.executable, str(NODES), self.gcs, "1", str(START_TIMEOUT_S), address],
+            env=self.env,
+            capture_output=True,
+            text=True,
         )
-        until = time.monotonic() + START_TIMEOUT_S
-        while subprocess.run(
-            [sys.executable, "-c", code, self.gcs, address], env=self.env, capture_output=True
-        ).returncode:
-            assert time.monotonic() < until, self.output()[-4000:]
-            assert self.head is not None
-            assert self.head.poll() is None, self.output()[-4000:]
-            time.sleep(0.5)
+        assert told.returncode == 0, f"{told.stderr}\n{self.output()[-4000:]}"
 
 
 def simulated(config: dict[str, Any]) -> None:

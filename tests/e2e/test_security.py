@@ -8,7 +8,6 @@ import pkgutil
 import re
 import socket
 import subprocess
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -225,21 +224,3 @@ def test_the_start_says_what_listens_and_what_it_needs(server: Server) -> None:
     assert f"HTTP on 127.0.0.1:{server.port}: needs no key" in log
     for what in ("dashboard", "GCS", "raylets and workers on 127.0.0.1", "replicas on all addresses"):
         assert re.search(rf"{what}.* need\w* the token", log), what
-
-
-def test_serve_run_typed_by_itself_is_closed_too(tmp_path: Path) -> None:
-    """Ray then makes a token of its own in the user's home, which others must not read."""
-    other = Server()
-    other.env = {k: v for k, v in other.env.items() if not k.startswith("RAY_AUTH")} | {"HOME": str(tmp_path)}
-    try:
-        other.start(ready=False)
-        until = time.monotonic() + 180
-        while "Serve's replicas on all addresses" not in other.output() and time.monotonic() < until:
-            time.sleep(0.2)
-        assert re.search("Serve's replicas on all addresses.* need the token", other.output())
-        token = tmp_path / ".ray" / "auth_token"
-        assert token.stat().st_mode & 0o777 == 0o600
-        found = re.findall(r"dashboard at \S*?(http://127\.0\.0\.1:\d+)", re.sub(r"\x1b\[\d*m", "", other.output()))
-        assert httpx.get(f"{found[-1]}/api/jobs/").status_code == 401
-    finally:
-        other.stop()
