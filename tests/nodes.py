@@ -7,6 +7,7 @@ With an address, nodes of this address. Fails when the seconds are over.
 
 from __future__ import annotations
 
+import socket
 import sys
 import time
 
@@ -16,6 +17,8 @@ from ray.exceptions import RayError
 
 
 def alive(gcs: str, address: str | None) -> int:
+    host, _, port = gcs.rpartition(":")
+    socket.create_connection((host, int(port)), timeout=5).close()  # a client that comes too early tries again after many seconds
     nodes = GcsClient(address=gcs).get_all_node_info(timeout=5).values()
     return sum(n.state == GcsNodeInfo.ALIVE and address in (None, n.node_manager_address) for n in nodes)
 
@@ -26,7 +29,7 @@ def main(gcs: str, count: str, seconds: str, address: str | None = None) -> int:
     while time.monotonic() < until:
         try:
             seen = alive(gcs, address)
-        except RayError as error:  # it does not answer yet
+        except (OSError, RayError) as error:  # it does not answer yet
             seen = str(error)
         if seen == int(count):
             return 0

@@ -170,14 +170,16 @@ def test_only_so_much_is_claimed_as_fits_beside_what_works(store: JobStore, data
             won.append(job_id)
 
     threads = [threading.Thread(target=begin, args=(job_id,)) for job_id in ids]
+    began = time.monotonic()
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert len(won) == 2
     working = read_working(store.engine)
+    passed = time.monotonic() - began
     assert {(row.role, row.pool, row.places) for row in working} == {("render", "dit", (("r", 0.5),))}
-    assert all(8.0 < row.left_s <= 9.0 for row in working)
+    assert all(8.9 - passed < row.left_s <= 9.0 for row in working)
     store.free(won[0], f"router of {won[0]}", ())
     assert claim(store, next(i for i in ids if i not in won), "another", places=(("r", 0.5),), fits=fits)
 
