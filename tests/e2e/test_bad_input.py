@@ -82,9 +82,8 @@ def test_markup_of_the_model_stays_text(server: Server) -> None:
     assert answer.status_code == 202
     job = answer.json()
     assert answer.headers["location"] == f"/v1/jobs/{job['id']}"
-    until = httpx.Client(base_url=server.url, timeout=30)
     while job["state"] not in ("succeeded", "failed"):
-        job = until.get(f"/v1/jobs/{job['id']}").json()
+        job = httpx.get(f"{server.url}/v1/jobs/{job['id']}", headers={"Prefer": "wait=30"}).json()
     assert job["state"] == "succeeded", job["error"]
     assert len(job["plan"]["codes"][0]) == 50
 

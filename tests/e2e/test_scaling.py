@@ -61,7 +61,7 @@ def until(
             assert {p["status"] for p in pools.values()} == {"RUNNING"}
             if true(pools):
                 return pools
-            time.sleep(0.3)
+            time.sleep(0.6)
     raise AssertionError(f"never came: {pools}\n{server.output()[-3000:]}")
 
 

@@ -214,7 +214,7 @@ def test_a_ray_that_is_late_is_started_again(folder: Path, port: int) -> None:
         until = time.monotonic() + 120
         while not (raylets := [p for p in terminal.processes() if p.name() == "raylet"]):
             assert time.monotonic() < until, terminal.shown
-            time.sleep(0.02)
+            time.sleep(0.05)
         raylets[0].suspend()
         terminal.read_until("trying again")
         terminal.press(CTRL_C)

@@ -34,31 +34,41 @@ def both_serve(cluster: Cluster) -> None:
     until(cluster, lambda c: pool(c, "dit-tier4")["replicas"]["running"] == 2)
 
 
-def working(cluster: Cluster) -> dict[str, str]:
-    """Which replica works on which job, as the job store has it."""
+def jobs(cluster: Cluster) -> dict[str, tuple[str, str | None]]:
+    """State of each job, and the replica that works on it, as the job store has it: hundreds of questions would keep a router busy."""
     with contextlib.closing(sqlite3.connect(f"file:{cluster.home}/jobs.sqlite3?mode=ro", uri=True)) as db:
-        rows = db.execute("SELECT id, places FROM jobs WHERE state = 'running'").fetchall()
-    return {job: place[0] for job, places in rows for place in json.loads(places or "[]") if place[1]}
+        rows = db.execute("SELECT id, state, places FROM jobs").fetchall()
+    found = {}
+    for job, state, places in rows:
+        at = [place[0] for place in json.loads(places or "[]") if place[1]] if state == "running" else []
+        found[job] = (state, at[-1] if at else None)
+    return found
 
 
-def until_working(cluster: Cluster, jobs: list[dict[str, Any]]) -> dict[str, str]:
+def working(cluster: Cluster) -> dict[str, str]:
+    """Which replica works on which job."""
+    return {job: replica for job, (_, replica) in jobs(cluster).items() if replica}
+
+
+def until_working(cluster: Cluster, songs: list[dict[str, Any]]) -> dict[str, str]:
     end = time.monotonic() + 120
-    while not {job["id"] for job in jobs} <= (seen := working(cluster)).keys():
+    while not {song["id"] for song in songs} <= (seen := working(cluster)).keys():
         assert time.monotonic() < end, f"{seen}\n{cluster.output()[-3000:]}"
         time.sleep(0.1)
     return seen
 
 
-def until_done(client: Client, cluster: Cluster, jobs: list[dict[str, Any]]) -> list[set[str]]:
+def until_done(cluster: Cluster, songs: list[dict[str, Any]]) -> list[set[str]]:
     """The replicas that worked on each job."""
-    seen: dict[str, set[str]] = {job["id"]: set() for job in jobs}
+    seen: dict[str, set[str]] = {song["id"]: set() for song in songs}
     end = time.monotonic() + 240
-    while (states := {client.job(job["id"])["state"] for job in jobs}) != {"succeeded"}:
-        assert time.monotonic() < end, f"{states} {seen}\n{cluster.output()[-3000:]}"
-        for job, replica in working(cluster).items():
-            seen.setdefault(job, set()).add(replica)
+    while {(now := jobs(cluster))[job][0] for job in seen} != {"succeeded"}:
+        assert time.monotonic() < end, f"{now} {seen}\n{cluster.output()[-3000:]}"
+        for job in seen:
+            if replica := now[job][1]:
+                seen[job].add(replica)
         time.sleep(0.2)
-    return [seen[job["id"]] for job in jobs]
+    return list(seen.values())
 
 
 def test_a_node_with_notice_ends_what_it_can_gets_nothing_new_and_loses_nothing(cluster: Cluster) -> None:
@@ -69,7 +79,7 @@ def test_a_node_with_notice_ends_what_it_can_gets_nothing_new_and_loses_nothing(
         cluster.tell("drain goes 60")
         until(cluster, lambda c: pool(c, "dit-tier4")["replicas"]["running"] == 1)
         after = [client.submit(SHORT) for _ in range(3)]
-        seen = until_done(client, cluster, [*before, *after])
+        seen = until_done(cluster, [*before, *after])
         assert all(replicas <= {first[job["id"]]} for job, replicas in zip(before, seen, strict=False)), (
             "it ended there"
         )
@@ -87,9 +97,6 @@ def test_a_node_with_notice_ends_what_it_can_gets_nothing_new_and_loses_nothing(
         until(cluster, lambda c: pool(c, "dit-tier4")["replicas"]["running"] == 1)
         time.sleep(5)  # its notice: neither can end by then
         cluster.tell("remove goes")
-        rest = [
-            replicas | {first[job["id"]]}
-            for job, replicas in zip(songs, until_done(client, cluster, songs), strict=True)
-        ]
+        rest = [replicas | {first[job["id"]]} for job, replicas in zip(songs, until_done(cluster, songs), strict=True)]
         assert sorted(map(len, rest)) == [1, 2], "one began anew"
         assert set.intersection(*rest) == stays, "on the node that stayed"
