@@ -119,15 +119,24 @@ class EngineThread(Generic[W, R]):
         engine: The stage.
         name: Thread name, seen in `py-spy` and logs.
         max_queue: Tickets that may wait; beyond it `submit` raises `Unavailable`.
+        begin: Called once on the thread, ahead of everything.
     """
 
-    def __init__(self, engine: Engine[W, R], *, name: str, max_queue: int = 1024) -> None:
+    def __init__(
+        self,
+        engine: Engine[W, R],
+        *,
+        name: str,
+        max_queue: int = 1024,
+        begin: Callable[[], None] = lambda: None,
+    ) -> None:
         self.engine = engine
         self.max_queue = max_queue
         self._queue: list[tuple[float, int, Ticket[W, R]]] = []
         self._order = itertools.count()
         self._wake = threading.Condition()
         self._closed = False
+        self._begin = begin
         self._running: dict[str, Ticket[W, R]] = {}
         self._failures = 0  # in a row
         self.steps = 0
@@ -186,6 +195,7 @@ class EngineThread(Generic[W, R]):
     # -- engine thread
 
     def _loop(self) -> None:
+        self._begin()
         while True:
             with self._wake:
                 while not self._closed and not self._queue and not self._running:

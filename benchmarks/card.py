@@ -117,9 +117,11 @@ def summary(results: Path, worked: dict[str, bool]) -> list[dict[str, Any]]:
     """Write all numbers to a file named by what they were measured on, and give the marks."""
     found = gathered(results)
     marks = judged(found)
-    machine = str(found.get("dit", found.get("soak", {})).get("machine", "unknown"))
+    told = [found.get(name, {}).get("machine") for name in ("dit", "soak")]
+    machine = next(filter(None, [*told, found.get("lm", {}).get("gpu", {}).get("device")]), "unknown")
     name = re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
     text = json.dumps({"machine": machine, "marks": marks, "steps": worked, **found}, indent=2)
+    (results / "card-unknown.json").unlink(missing_ok=True)
     (results / f"card-{name}.json").write_text(text + "\n", encoding="utf-8")
     return marks
 
@@ -150,12 +152,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         todo = steps(folder / "checkpoints", results, renderer=args.renderer, planner=args.planner, quick=args.quick)
         wanted = args.only.split(",") if args.only else [step.name for step in todo]
         with_models = ("song", "song-int8", "song-offload", "calibrate")
-        worked = {
-            step.name: run(step, results, env | models if step.name in with_models else env, until - time.monotonic())
-            for step in todo
-            if step.name in wanted
-        }
-    marks = summary(results, worked)
+        worked: dict[str, bool] = {}
+        marks: list[dict[str, Any]] = []
+        for step in todo:
+            if step.name not in wanted:
+                continue
+            env_of = env | models if step.name in with_models else env
+            worked[step.name] = run(step, results, env_of, until - time.monotonic())
+            marks = summary(results, worked)  # each time: who is stopped leaves what there is
     for mark in marks:
         print(line(mark))
     return 0 if all(worked.values()) and all(mark["passed"] is not False for mark in marks) else 1

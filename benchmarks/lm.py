@@ -15,7 +15,9 @@ import json
 import os
 import statistics
 import time
+import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -200,12 +202,16 @@ def bandwidth(device: torch.device) -> float:
 
 
 def on_gpu(*, quick: bool) -> dict[str, Any]:
-    """Steps per second at the published sizes, eagerly and with graphs, and the share of what the bandwidth allows."""
+    """Steps per second at the published sizes, eagerly and with graphs, and the share of what the bandwidth allows.
+
+    What fails is told in its place, and costs no other number.
+    """
     device = torch.device("cuda", 0)
     grammar = Grammar(true_vocabulary())
+    speed = bandwidth(device)
     result: dict[str, Any] = {
         "device": torch.cuda.get_device_name(device),
-        "bandwidth_bytes_per_s": bandwidth(device),
+        "bandwidth_bytes_per_s": speed,
         "sizes": {},
     }
     wanted, max_len = (1, 4, 16) if quick else (1, 2, 4, 8, 16, 32), 2_048
@@ -216,40 +222,65 @@ def on_gpu(*, quick: bool) -> dict[str, Any]:
         pairs = [p for p in wanted if 2 * p * max_len * 2 * c.kv_elements_per_token < room]
         if not pairs:
             continue
-        model = random_model(size, device, torch.bfloat16, max_len)
-        read = model.weight_bytes - model.embedding.nbytes + grammar.tokenizer.num_codes * c.hidden_size * 2
-        modes: dict[str, Any] = {"transformers": {"1": {"codes_per_s": 1 / transformers_seconds(model, grammar, 20)}}}
-        for mode in ("eager", "graphs"):
-            if mode == "graphs":
-                model.compile()
-            rows = 2 * max(pairs)
-            decoder = Decoder(
-                model,
-                grammar,
-                rows=rows,
-                arena_tokens=rows * max_len,
-                static_len=max_len,
-                kernel=decode_kernel(c, device, torch.bfloat16),
-                capture=mode == "graphs",
-            )
-            modes[mode] = {}
-            for songs in pairs:
-                fill(decoder, grammar, songs, 250)
-                timed_steps(decoder, 5)
-                seconds = statistics.median(timed_steps(decoder, 30 if quick else 150))
-                floor = (read + decoder.arena.used_bytes) / result["bandwidth_bytes_per_s"]
-                modes[mode][str(songs)] = {
-                    "steps_per_s": 1 / seconds,
-                    "codes_per_s": songs / seconds,
-                    "of_floor": floor / seconds,
-                }
-                decoder.reset()
-            del decoder
-            torch.cuda.empty_cache()
+        modes: dict[str, Any] = {}
         result["sizes"][size] = modes
-        del model
+        try:
+            model = random_model(size, device, torch.bfloat16, max_len)
+        except Exception as error:
+            modes["model"] = {"error": _told(error)}
+            continue
+        measures: dict[str, Callable[[], dict[str, Any]]] = {
+            "transformers": lambda model=model: {"1": {"codes_per_s": 1 / transformers_seconds(model, grammar, 20)}},
+            "eager": partial(_on_card, model, grammar, pairs, max_len, speed, quick, graphs=False),
+            "graphs": partial(_on_card, model, grammar, pairs, max_len, speed, quick, graphs=True),
+        }
+        for mode, measure in measures.items():
+            try:
+                modes[mode] = measure()
+            except Exception as error:
+                modes[mode] = {"error": _told(error)}
+            torch.cuda.empty_cache()
+        del model, measures, measure
         torch.cuda.empty_cache()
     return result
+
+
+def _told(error: Exception) -> str:
+    traceback.print_exc()
+    return f"{type(error).__name__}: {error}"
+
+
+def _on_card(
+    model: PlannerModel, grammar: Grammar, pairs: list[int], max_len: int, speed: float, quick: bool, *, graphs: bool
+) -> dict[str, Any]:
+    """By songs in flight."""
+    c = model.config
+    if graphs:
+        model.compile()
+    rows = 2 * max(pairs)
+    decoder = Decoder(
+        model,
+        grammar,
+        rows=rows,
+        arena_tokens=rows * max_len,
+        static_len=max_len,
+        kernel=decode_kernel(c, model.device, model.dtype),
+        capture=graphs,
+    )
+    read = model.weight_bytes - model.embedding.nbytes + grammar.tokenizer.num_codes * c.hidden_size * 2
+    found = {}
+    for songs in pairs:
+        fill(decoder, grammar, songs, 250)
+        timed_steps(decoder, 5)
+        seconds = statistics.median(timed_steps(decoder, 30 if quick else 150))
+        floor = (read + decoder.arena.used_bytes) / speed
+        found[str(songs)] = {
+            "steps_per_s": 1 / seconds,
+            "codes_per_s": songs / seconds,
+            "of_floor": floor / seconds,
+        }
+        decoder.reset()
+    return found
 
 
 def machine() -> dict[str, Any]:
@@ -283,14 +314,18 @@ def table(result: dict[str, Any]) -> str:
 def gpu_table(gpu: dict[str, Any]) -> str:
     lines = [f"{gpu['device']}, {gpu['bandwidth_bytes_per_s'] / 1e12:.2f} TB/s"]
     for size, modes in gpu["sizes"].items():
-        lines.append(
-            f"{size} transformers generate(), one song: {modes['transformers']['1']['codes_per_s']:.0f} codes/s"
-        )
+        lines += [f"{size} {mode}: {r['error']}" for mode, r in modes.items() if "error" in r]
+        lines += [
+            f"{size} transformers generate(), one song: {r['codes_per_s']:.0f} codes/s"
+            for r in modes.get("transformers", {}).values()
+            if "codes_per_s" in r
+        ]
         for mode in ("eager", "graphs"):
             lines += [
                 f"{size} {mode:<6} {songs:>2} songs: {r['steps_per_s']:.0f} steps/s, {r['codes_per_s']:.0f} codes/s, "
                 f"{r['of_floor']:.0%} of what the bandwidth allows"
-                for songs, r in modes[mode].items()
+                for songs, r in modes.get(mode, {}).items()
+                if songs != "error"
             ]
     return "\n".join(lines)
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from acestep.adapters.cache import ActiveLora
 from acestep.adapters.layers import Change, Layer
+from acestep.hardware.upload import upload
 
 _KEPT = 2  # compositions of rows: the one at work and the one it took over from
 
@@ -130,15 +131,15 @@ class _Group:
         layers = [layer for _, layer, _ in parts]
         device = layers[0].change.factors[0].device
         factors = [_stacked(each) for each in zip(*(layer.change.factors for layer in layers), strict=True)]
-        scales = torch.tensor([layer.scale * scale for _, layer, scale in parts], device=device)
+        scales = upload([layer.scale * scale for _, layer, scale in parts], torch.float32, device)
         last = factors[-1].float()
         factors[-1] = (last * scales.view(-1, *[1] * (last.ndim - 1))).to(factors[-1].dtype)
         gain = rest = None
         if gains := [layer.gain for layer in layers if layer.gain is not None]:
             gain = torch.stack(gains)
-            rest = (gain - 1.0) * torch.tensor([[scale] for _, _, scale in parts], device=device)
+            rest = (gain - 1.0) * upload([scale for _, _, scale in parts], torch.float32, device)[:, None]
         indices = [index for index, _, _ in parts]
-        chosen = None if indices == list(range(rows)) else torch.tensor(indices, device=device)
+        chosen = None if indices == list(range(rows)) else upload(indices, torch.long, device)
         return cls(type(layers[0].change), tuple(factors), chosen, gain, rest)
 
     def add(self, module: nn.Module, states: Tensor, output: Tensor, result: Tensor) -> Tensor:

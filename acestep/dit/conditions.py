@@ -19,6 +19,7 @@ from acestep.checkpoints.load import RendererComponents
 from acestep.condition_texts import LYRICS_END, MAX_LYRIC_TOKENS, MAX_TEXT_TOKENS, lyrics_header
 from acestep.dit.precision import in_float32
 from acestep.errors import InvalidOutput
+from acestep.hardware.upload import send, upload
 from acestep.plan import CODES_PER_SECOND
 from acestep.sizing.activations import CODED_FRAMES
 from acestep.song import LATENT_FPS, SAMPLE_RATE
@@ -114,14 +115,14 @@ class Conditions:
         parts = self._parts
         texts = self.tokenize(caption, lyrics)
         # Lyrics are only looked up here: the lyric encoder is what reads them.
-        looked_up = parts.text_encoder.get_input_embeddings()(texts.lyrics.to(self._device))
+        looked_up = parts.text_encoder.get_input_embeddings()(send(texts.lyrics, self._device))
 
         def lyric_tokens(dtype: torch.dtype) -> Tensor:
             read: Tensor = parts.condition_encoder.lyric_encoder(inputs_embeds=looked_up.to(dtype), attention_mask=None)
             return read[0]
 
         def text_tokens(dtype: torch.dtype) -> Tensor:
-            states = parts.text_encoder(input_ids=texts.caption.to(self._device)).last_hidden_state
+            states = parts.text_encoder(input_ids=send(texts.caption, self._device)).last_hidden_state
             projected: Tensor = parts.condition_encoder.text_projector(states)
             return projected[0]
 
@@ -178,7 +179,7 @@ class Conditions:
     @torch.inference_mode()
     def hints(self, codes: Sequence[int], frames: int) -> Tensor:
         """Latents `[frames, C]` that 5 Hz audio codes stand for, cut or continued with silence."""
-        indices = torch.tensor(codes, dtype=torch.long, device=self._device)[None, :, None]
+        indices = upload(codes, torch.long, self._device)[None, :, None]
         quantized = self._parts.audio_tokenizer.quantizer.get_output_from_indices(indices)
         hints = self._detokenized("audio codes", quantized)[:frames]
         if len(hints) == frames:

@@ -250,7 +250,7 @@ class RenderEngine:
     def _check_latents(self, song: SongRun, run: ItemRun) -> None:
         latents = run.latents
         assert latents is not None
-        if bool(torch.isfinite(latents).all()) and bool(latents.any()):
+        if bool(torch.isfinite(latents).all() & latents.any()):
             run.latents = finished(run.item.path, latents)
             if run.item.lyrics is not None:
                 run.listen()

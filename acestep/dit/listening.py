@@ -16,6 +16,7 @@ from acestep.dit.attention_maps import Listener
 from acestep.dit.denoiser import Row
 from acestep.dit.lyrics import Heard
 from acestep.dit.sampler import Path
+from acestep.hardware.upload import send
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +51,7 @@ def listen(
     The first is of the song with the last step's share of its noise put back, the second, where a score is asked for, of the noise.
     """
     generator = torch.Generator("cpu").manual_seed(path.seed)  # as the song's own walk begins
-    noise = torch.randn((1, path.frames, path.channels), generator=generator, dtype=torch.float32)[0].to(device)
+    noise = send(torch.randn((1, path.frames, path.channels), generator=generator, dtype=torch.float32)[0], device)
     side = path.main
     at = 1.0 / path.sampling.steps
     maps = []

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from acestep.dit.vae import Vae
 from acestep.dit.work import CodesWork, Rendered, RenderWork
 from acestep.errors import DeviceUnavailable, InvalidRequest, ModelMissing
 from acestep.hardware import onednn
+from acestep.hardware.devices import make_current
 from acestep.request import SongRequest
 from acestep.song import Progress
 from acestep.stage_settings import AttentionBackend, RendererSettings
@@ -128,7 +130,9 @@ class Renderer:
             channels=channels,
             vae=vae_name,
         )
-        self._thread: EngineThread[Work, Result] = EngineThread(engine, name=f"render-{device}")
+        self._thread: EngineThread[Work, Result] = EngineThread(
+            engine, name=f"render-{device}", begin=partial(make_current, settings.device)
+        )
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, settings: RendererSettings) -> Renderer:
@@ -146,6 +150,7 @@ class Renderer:
             torch.set_num_threads(settings.threads)
         try:
             torch.empty(0, device=settings.device)
+            make_current(settings.device)
         except (RuntimeError, AssertionError) as error:
             raise DeviceUnavailable(f"{settings.device} cannot be used: {error}", device=settings.device) from error
         # Parts that will be offloaded must not be on the card all at once, not even while loading.

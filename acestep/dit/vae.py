@@ -7,8 +7,9 @@ they do for encoding (6.9 frames). Memory then depends on the tile and not on th
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from acestep.dit.precision import in_float32
 from acestep.dit.vae_layers import FoldedSnake, fold, snake
 from acestep.errors import OutOfMemory
 from acestep.hardware import host
+from acestep.hardware.upload import Arriving, send
 from acestep.sizing.activations import SMALLEST_CORE_FRAMES, decode_bytes, encode_bytes
 
 log = logging.getLogger(__name__)
@@ -26,6 +28,27 @@ log = logging.getLogger(__name__)
 BytesNeeded = Callable[[dict[str, Any], int, str], int]  # bytes by configuration, frames and dtype
 
 FIRST_CORE_FRAMES = 64  # 2.56 s: soon there for a listener
+
+
+@dataclass(frozen=True)
+class _Way:
+    """Decoding or encoding: `compute` makes something of frames from one place to another, in the dtype it is told."""
+
+    what: str
+    need: BytesNeeded
+    compute: Callable[[int, int, torch.dtype], Tensor]
+    module: nn.Module
+    to_host: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class _Tile:
+    """What was made of frames `begin` to `end`, and whether all of it is finite; None where nobody asks."""
+
+    begin: int
+    end: int
+    made: Arriving | Tensor
+    sound: Arriving | None
 
 
 class Vae:
@@ -49,6 +72,7 @@ class Vae:
         self._overlap = overlap
         fold(vae, device)
         self._activate_with(torch.compile(snake, dynamic=True) if compile else snake)
+        self._ahead = 1 if device.type == "cuda" else 0  # tiles that a card has before anybody waits for them
         self.tiles = 0
 
     @property
@@ -73,34 +97,16 @@ class Vae:
 
     def decode(self, latents: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Pieces of PCM (first frame, float32 `[2, n]` on the CPU) of latents `[L, C]`, in order."""
-        frames = len(latents)
-        begin, core = 0, min(FIRST_CORE_FRAMES, self._core(decode_bytes))
-        while begin < frames:
-            end = min(begin + core, frames)
-            try:
-                piece = self._decode_window(latents, begin, end)
-            except torch.OutOfMemoryError as error:
-                core = self._shrink(end - begin, decode_bytes, error)
-                continue
-            self.tiles += 1
-            yield begin, piece
-            begin, core = end, self._core(decode_bytes)
+        latents = latents.to(self._device)
 
-    @torch.inference_mode()
-    def _decode_window(self, latents: Tensor, begin: int, end: int) -> Tensor:
-        first, last = max(0, begin - self._overlap), min(len(latents), end + self._overlap)
-        window = latents[first:last].T[None].to(self._device, self.dtype)
-        decode = partial(self.vae.decoder, left=begin - first, right=last - end)
-        return self._finite("decoding", decode, window, self.vae.decoder)[0].float().cpu()
+        def compute(begin: int, end: int, dtype: torch.dtype) -> Tensor:
+            first, last = max(0, begin - self._overlap), min(len(latents), end + self._overlap)
+            window = latents[first:last].T[None].to(self.dtype).to(dtype)
+            decoded: Tensor = self.vae.decoder(window, left=begin - first, right=last - end)
+            return decoded[0].float()
 
-    def _finite(self, what: str, compute: Callable[[Tensor], Tensor], window: Tensor, module: nn.Module) -> Tensor:
-        """`compute(window)`, and once more with wider numbers where it overflowed in half precision."""
-        result = compute(window)
-        if self.dtype == torch.float32 or bool(torch.isfinite(result).all()):
-            return result
-        log.warning("a VAE tile is not finite in %s; %s it again in float32", self.dtype, what)
-        with in_float32(module):
-            return compute(window.float())
+        way = _Way("decoding", decode_bytes, compute, self.vae.decoder, to_host=True)
+        yield from self._tiles(way, len(latents), FIRST_CORE_FRAMES)
 
     def encode(self, audio: Tensor) -> Generator[None, None, Tensor]:
         """Latents `[frames, C]` of PCM `[2, n]`; yields after each tile. The mean of the posterior, so no seed is involved.
@@ -109,29 +115,62 @@ class Vae:
         """
         frames = -(-audio.shape[1] // self.hop)
         audio = nn.functional.pad(audio, (0, frames * self.hop - audio.shape[1]))
-        parts, begin, core = [], 0, self._core(encode_bytes)
-        while begin < frames:
-            end = min(begin + core, frames)
-            try:
-                parts.append(self._encode_window(audio, begin, end, frames))
-            except torch.OutOfMemoryError as error:
-                core = self._shrink(end - begin, encode_bytes, error)
-                continue
-            self.tiles += 1
-            begin = end
+
+        def compute(begin: int, end: int, dtype: torch.dtype) -> Tensor:
+            first, last = max(0, begin - self._overlap), min(frames, end + self._overlap)
+            window = send(audio[None, :, first * self.hop : last * self.hop], self._device).to(self.dtype).to(dtype)
+            mean: Tensor = self.vae.encode(window).latent_dist.mode()
+            return mean[0].T[begin - first : end - first].float()
+
+        parts = []
+        for _, part in self._tiles(_Way("encoding", encode_bytes, compute, self.vae.encoder), frames, self._tile):
+            parts.append(part)
             yield
         return torch.cat(parts)
 
-    @torch.inference_mode()
-    def _encode_window(self, audio: Tensor, begin: int, end: int, frames: int) -> Tensor:
-        first, last = max(0, begin - self._overlap), min(frames, end + self._overlap)
-        window = audio[None, :, first * self.hop : last * self.hop].to(self._device, self.dtype)
-        mean = self._finite("encoding", self._mean, window, self.vae.encoder)[0].T
-        return mean[begin - first : end - first].float()
+    def _tiles(self, way: _Way, frames: int, core: int) -> Iterator[tuple[int, Tensor]]:
+        """What `way` makes of all frames, by the first frame of each tile. A card has the next tile before anybody waits for the last."""
+        waiting: deque[_Tile] = deque()
+        for tile in self._begun(way, frames, core):
+            waiting.append(tile)
+            if len(waiting) > self._ahead:
+                yield from self._checked(way, waiting.popleft())
+        for tile in waiting:
+            yield from self._checked(way, tile)
 
-    def _mean(self, window: Tensor) -> Tensor:
-        mean: Tensor = self.vae.encode(window).latent_dist.mode()
-        return mean
+    def _begun(self, way: _Way, frames: int, core: int) -> Iterator[_Tile]:
+        begin, core = 0, min(core, self._core(way.need))
+        while begin < frames:
+            end = min(begin + core, frames)
+            try:
+                with torch.inference_mode():
+                    made = way.compute(begin, end, self.dtype)
+                    sound = Arriving(torch.isfinite(made).all()) if self.dtype != torch.float32 else None
+                    tile = _Tile(begin, end, Arriving(made) if way.to_host else made, sound)
+            except torch.OutOfMemoryError as error:
+                core = self._shrink(end - begin, way.need, error)
+                continue
+            self.tiles += 1
+            yield tile
+            begin, core = end, self._core(way.need)
+
+    def _checked(self, way: _Way, tile: _Tile) -> Iterator[tuple[int, Tensor]]:
+        """A tile, computed once more with wider numbers where it overflowed in half precision."""
+        if tile.sound is None or bool(tile.sound.wait()):
+            yield tile.begin, tile.made.wait() if isinstance(tile.made, Arriving) else tile.made
+            return
+        log.warning("a VAE tile is not finite in %s; %s it again in float32", self.dtype, way.what)
+        begin, core = tile.begin, tile.end - tile.begin
+        while begin < tile.end:
+            end = min(begin + core, tile.end)
+            try:
+                with torch.inference_mode(), in_float32(way.module):
+                    made = way.compute(begin, end, torch.float32)
+            except torch.OutOfMemoryError as error:
+                core = self._shrink(end - begin, way.need, error)
+                continue
+            yield begin, made.cpu() if way.to_host else made
+            begin = end
 
     def _core(self, need: BytesNeeded) -> int:
         """Frames of the next tile without its overlap."""

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from acestep.hardware.cards import Device, DeviceKind, cpu_device, list_cards, nvml_devices, pick, simulated
 
-__all__ = ["Device", "cap_process_memory", "list_cards", "list_devices", "pick"]
+__all__ = ["Device", "cap_process_memory", "list_cards", "list_devices", "make_current", "pick"]
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +43,15 @@ def list_devices(*, probe_torch: bool = True, env: Mapping[str, str] | None = No
         replace(card, usable=False) for card in known if _bare(card.uuid) not in here and not (card.mig and slices_seen)
     ]
     return simulated([*seen, *missing, cpu_device()], env)
+
+
+def make_current(name: str) -> None:
+    """Have what this thread starts on a card without torch's help (a Triton kernel, a CUDA graph) run on `name`, such as "cuda:1"."""
+    import torch
+
+    device = torch.device(name)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
 
 
 def cap_process_memory(device: Device, max_bytes: int | None = None) -> None:

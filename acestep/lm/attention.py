@@ -63,9 +63,13 @@ class RowAttention:
                 row = F.scaled_dot_product_attention(q[at].view(1, kv_heads, -1, dim), row_k, row_v)
                 out[at] = row.view(-1)
             else:
+                grouped = heads != kv_heads
+                if grouped and q.device.type != "cpu":  # no kernel of a card takes a mask and fewer heads of keys
+                    row_k, row_v = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (row_k, row_v))
+                    grouped = False
                 row = F.scaled_dot_product_attention(
                     q[at : at + s.length].transpose(0, 1)[None], row_k, row_v,
-                    attn_mask=self._masks.get((s.past, s.length)), is_causal=s.past == 0, enable_gqa=heads != kv_heads,
+                    attn_mask=self._masks.get((s.past, s.length)), is_causal=s.past == 0, enable_gqa=grouped,
                 )  # fmt: skip
                 out[at : at + s.length] = row[0].transpose(0, 1).reshape(s.length, -1)
             at += s.length
@@ -129,11 +133,11 @@ def decode_kernel(config: ModelConfig, device: torch.device, dtype: torch.dtype)
 
 def check_kernel(kernel: DecodeKernel, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernel agrees with gathered attention on rows of one, several and many tokens."""
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     lengths = [1, 300, 700]
 
     def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator, device=device).to(dtype)
+        return torch.randn(shape, generator=generator).to(device, dtype)
 
     keys, values = random(1_100, config.kv_heads, config.head_dim), random(1_100, config.kv_heads, config.head_dim)
     q = random(len(lengths), config.heads + config.kv_heads, config.head_dim)[:, : config.heads]

@@ -24,7 +24,7 @@ from acestep.lm.invariance import invariant_rows
 from acestep.lm.job import Job, Output
 from acestep.lm.model import PlannerModel
 from acestep.lm.reading import FlatReader, PlannerRow, Reader, StaticReader
-from acestep.lm.sampling import penalise, sample
+from acestep.lm.sampling import Draw, penalise
 from acestep.lm.weighing import Weigher, WeighingJob
 from acestep.stage_settings import AttentionBackend
 
@@ -221,15 +221,20 @@ class Decoder:
         for output in due:
             penalised = output.params.repetition_penalty != 1.0
             groups.setdefault((output.choice.kind, output.choice.end, penalised), []).append(output)
-        drawn = [(outputs, self._sample(outputs, hidden)) for outputs in groups.values()]
+        draws = [self._begin(outputs, hidden) for outputs in groups.values()]
         sound = hidden.isfinite().all(-1)
-        # Read in one piece: each reading waits for the device.
-        *found, all_sound = torch.cat([*(indices for _, indices in drawn), sound.all().long()[None]]).tolist()
+        found, outside, all_sound = _read(draws, sound)
         if not all_sound:
             self._give_up(sound.tolist())
-        for output, index in zip((o for outputs, _ in drawn for o in outputs), found, strict=True):
-            if not output.done:
-                self._advance(output, self.heads.token(output.choice, index))
+        while any(map(any, outside)):
+            for draw, wrong in zip(draws, outside, strict=True):
+                if any(wrong):
+                    draw.again(wrong)
+            found, outside, _ = _read(draws, sound)
+        for outputs, indices in zip(groups.values(), found, strict=True):
+            for output, index in zip(outputs, indices, strict=True):
+                if not output.done:
+                    self._advance(output, self.heads.token(output.choice, index))
         self.drawn_total += len(due)
 
     def _give_up(self, sound: list[bool]) -> None:
@@ -247,10 +252,10 @@ class Decoder:
                     self.arena.wipe(row.span)  # attention over masked places would carry it to the next row there
                 self._release(output)
 
-    def _sample(self, outputs: list[Output], hidden: torch.Tensor) -> torch.Tensor:
+    def _begin(self, outputs: list[Output], hidden: torch.Tensor) -> Draw:
         device = hidden.device
         params = [o.params for o in outputs]
-        return sample(
+        return Draw(
             self._logits(outputs, hidden),
             constant(tuple(o.seed for o in outputs), torch.long, device),
             upload([o.drawn for o in outputs], torch.long, device),
@@ -300,6 +305,14 @@ class Decoder:
             self.arena.release(row.span)
             self.rows_used -= 1
         output.done = True
+
+
+def _read(draws: list[Draw], sound: torch.Tensor) -> tuple[list[list[int]], list[list[int]], int]:
+    """Tokens and what is `outside` of each draw, and whether everything is sound: in one piece, since each reading waits for the device."""
+    parts = [part for draw in draws for part in (draw.tokens, draw.outside.long())]
+    read = iter(torch.cat([*parts, sound.all().long()[None]]).tolist())
+    values = [[next(read) for _ in range(len(part))] for part in parts]
+    return values[::2], values[1::2], next(read)
 
 
 def _portions(output: Output) -> list[tuple[PlannerRow, int]]:

@@ -6,12 +6,14 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from acestep.errors import DeviceUnavailable, OutOfMemory
+from acestep.hardware.devices import make_current
 from acestep.lm.adapters import PlannerAdapters
 from acestep.lm.attention import decode_kernel
 from acestep.lm.decoder import Decoder
@@ -63,7 +65,9 @@ class Planner:
 
     def __init__(self, engine: PlannerEngine, info: PlannerInfo) -> None:
         self.info = info
-        self._thread: EngineThread[PlannerWork, Plan | Sample] = EngineThread(engine, name="planner")
+        self._thread: EngineThread[PlannerWork, Plan | Sample] = EngineThread(
+            engine, name="planner", begin=partial(make_current, info.device)
+        )
 
     @classmethod
     def load(
@@ -172,6 +176,7 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
+        make_current(name)
     except (RuntimeError, AssertionError) as error:
         raise DeviceUnavailable(f"device {name!r} cannot be used: {error}", device=name) from error
     return device

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from acestep.hardware.upload import upload
+from acestep.hardware.upload import send, upload
 from acestep.lm.adapters import RowAdapters
 from acestep.lm.attention import DecodeKernel, RowAttention, Segment, SpanAttention
 from acestep.lm.cache import Arena, Span
@@ -135,9 +135,9 @@ class StaticReader:
         if len(single) == len(reading):
             return hidden
         rest = sorted({*range(len(reading))} - {*single})
-        result = hidden.new_empty(len(reading), hidden.shape[1])
-        result[single], result[rest] = hidden, self._flat([reading[i] for i in rest])
-        return result
+        both = torch.cat((hidden, self._flat([reading[i] for i in rest])))
+        place = {row: at for at, row in enumerate((*single, *rest))}
+        return both[upload([place[row] for row in range(len(reading))], torch.long, both.device)]
 
     def _decode(self, rows: list[PlannerRow]) -> torch.Tensor:
         batch = next(b for b in self._batches if b >= len(rows))
@@ -149,10 +149,7 @@ class StaticReader:
         for row in rows:
             row.pending = row.pending[1:]
             row.span.used += 1
-        inputs = torch.tensor([ids, positions, starts])
-        if self._model.device.type == "cuda":
-            inputs = inputs.pin_memory()
-        self._inputs[:, :batch].copy_(inputs, non_blocking=True)
+        self._inputs[:, :batch] = send(torch.tensor([ids, positions, starts]), self._model.device)
         if (batch, keys) in self._graphs:
             graph, hidden = self._graphs[batch, keys]
             graph.replay()
@@ -165,20 +162,25 @@ class StaticReader:
         return self._model.forward(ids, positions, SpanAttention(self._arena, starts, positions, keys, self._kernel))
 
     def _capture(self) -> None:
-        """Largest shapes first, all in one memory pool. Every row stands at the scratch place."""
-        pool = torch.cuda.graph_pool_handle()
+        """Largest shapes first, all in one memory pool and on one stream: what a library keeps for a stream is then the same for all of
+        them, and warming up leaves its memory to the next shape. Every row stands at the scratch place.
+        """
         device = self._model.device
-        for batch in reversed(self._batches):
-            for keys in reversed(self._keys):
-                stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-                stream.wait_stream(torch.cuda.current_stream(device))
-                with torch.cuda.stream(stream):
-                    self._forward(batch, keys)
-                torch.cuda.current_stream(device).wait_stream(stream)
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                    hidden = self._forward(batch, keys)
-                self._graphs[batch, keys] = graph, hidden
+        pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        before = torch.cuda.current_stream(device)
+        try:
+            for batch in reversed(self._batches):
+                for keys in reversed(self._keys):
+                    stream.wait_stream(before)
+                    with torch.cuda.stream(stream):
+                        self._forward(batch, keys)  # kernels are compiled and loaded here, which no recording allows
+                    before.wait_stream(stream)
+                    graph = torch.cuda.CUDAGraph()
+                    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                        hidden = self._forward(batch, keys)
+                    self._graphs[batch, keys] = graph, hidden  # which keeps its place in the pool
+        finally:
+            torch.cuda.set_stream(before)  # a recording that fails leaves its own
 
 
 def _buckets(smallest: int, largest: int) -> list[int]:

@@ -8,11 +8,12 @@ one that is not is struck out together with all that are no likelier, and the dr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from acestep.hardware.upload import send
+from acestep.hardware.upload import send, upload
 
 BLOCK = 256  # 64 000 codes are 250 blocks
 COLDEST = 1e-5  # temperature below which the best token is as good as certain, and a division by it may overflow
@@ -77,15 +78,10 @@ def penalise(logits: torch.Tensor, used: torch.Tensor, penalty: float) -> None:
     logits[used] = torch.where(chosen < 0, chosen * penalty, chosen / penalty)
 
 
-def sample(
-    logits: torch.Tensor,
-    seeds: torch.Tensor,
-    steps: torch.Tensor,
-    top_k: torch.Tensor,
-    top_p: torch.Tensor,
-    greedy: torch.Tensor,
-) -> torch.Tensor:
-    """Draw one index per row.
+class Draw:
+    """One token for each row of logits. Where top-p is on it may lie outside its row's nucleus, and has to be drawn `again`.
+
+    The host is not needed until it reads `tokens` and `outside`, so that one reading can serve for much else.
 
     Args:
         logits: (rows, width) float32 after guidance, mask (-inf) and temperature. Overwritten.
@@ -94,24 +90,76 @@ def sample(
         top_p: (rows,) float32 on the CPU, 1 for off.
         greedy: (rows,) bool on the CPU, where the best token is taken.
 
-    Returns:
-        (rows,) int64 on the logits' device.
+    Attributes:
+        outside: (some,) bool on the logits' device: tokens that must not stay.
     """
-    if bool(greedy.all()):
-        return logits.argmax(-1)
-    if bool((top_k > 0).any()):
-        _keep_top_k(logits, top_k)
-    width = logits.shape[1]
-    best = logits.argmax(-1) if bool(greedy.any()) else None
-    probabilities = torch.softmax(logits, -1)
-    if width % BLOCK:
-        probabilities = torch.nn.functional.pad(probabilities, (0, BLOCK - width % BLOCK))
-    key = keys(seeds, steps)
-    drawn = _draw(probabilities, key)
-    limited = (top_p < 1.0) & ~greedy
-    if bool(limited.any()):
-        _redraw_outside_nucleus(probabilities, key, drawn, limited.nonzero()[:, 0], top_p)
-    return drawn if best is None else torch.where(send(greedy, drawn.device), best, drawn)
+
+    def __init__(
+        self,
+        logits: torch.Tensor,
+        seeds: torch.Tensor,
+        steps: torch.Tensor,
+        top_k: torch.Tensor,
+        top_p: torch.Tensor,
+        greedy: torch.Tensor,
+    ) -> None:
+        self.outside = torch.empty(0, dtype=torch.bool, device=logits.device)
+        self._best = logits.argmax(-1) if bool(greedy.any()) else None
+        self._greedy = send(greedy, logits.device)
+        if self._best is not None and bool(greedy.all()):
+            self._drawn = self._best
+            return
+        if bool((top_k > 0).any()):
+            _keep_top_k(logits, top_k)
+        width = logits.shape[1]
+        p = torch.softmax(logits, -1)
+        if width % BLOCK:
+            p = torch.nn.functional.pad(p, (0, BLOCK - width % BLOCK))
+        key = keys(seeds, steps)
+        self._drawn = _draw(p, key)
+        limited = (top_p < 1.0) & ~greedy
+        if bool(limited.any()):
+            rows = limited.nonzero()[:, 0]
+            self._limits, self._rows = send(top_p[rows], logits.device), send(rows, logits.device)
+            self._p = p if len(rows) == len(p) else p[self._rows]
+            self._key = key[self._rows]
+            self._look()
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """(rows,) int64 on the logits' device."""
+        return self._drawn if self._best is None else torch.where(self._greedy, self._best, self._drawn)
+
+    def _look(self) -> None:
+        self._likelier = self._p > self._p.gather(1, self._drawn[self._rows][:, None])
+        above = _mass(self._p * self._likelier)
+        # The best token is always inside, also if p rounds to 0.
+        self.outside = (above >= self._limits) & (above > 0)
+
+    def again(self, outside: Sequence[bool | int]) -> None:
+        """Draw once more for what `outside` says."""
+        places = upload([at for at, is_outside in enumerate(outside) if is_outside], torch.long, self._drawn.device)
+        # The nucleus lies within what is likelier: strike the rest out and draw with fresh noise.
+        self._p = self._p[places] * self._likelier[places]
+        self._rows, self._limits = self._rows[places], self._limits[places]
+        self._key = mix64(self._key[places] + _GAMMA)
+        self._drawn[self._rows] = _draw(self._p, self._key)
+        self._look()
+
+
+def sample(
+    logits: torch.Tensor,
+    seeds: torch.Tensor,
+    steps: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    greedy: torch.Tensor,
+) -> torch.Tensor:
+    """One index per row, (rows,) int64 on the logits' device; see `Draw`."""
+    draw = Draw(logits, seeds, steps, top_k, top_p, greedy)
+    while any(outside := draw.outside.tolist()):
+        draw.again(outside)
+    return draw.tokens
 
 
 def _keep_top_k(logits: torch.Tensor, top_k: torch.Tensor) -> None:
@@ -136,26 +184,3 @@ def _draw(probabilities: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
 def _mass(p: torch.Tensor) -> torch.Tensor:
     """Row sums, block by block: several threads share the sum of one row that stands alone, and then its last bit is another."""
     return p.view(len(p), -1, BLOCK).sum(-1).sum(-1)
-
-
-def _redraw_outside_nucleus(
-    probabilities: torch.Tensor, key: torch.Tensor, drawn: torch.Tensor, rows: torch.Tensor, top_p: torch.Tensor
-) -> None:
-    limits = send(top_p[rows], drawn.device)
-    rows = send(rows, drawn.device)
-    p = probabilities if len(rows) == len(drawn) else probabilities[rows]
-    key = key[rows]
-    while True:
-        threshold = p.gather(1, drawn[rows][:, None])
-        likelier = p > threshold
-        above = _mass(p * likelier)
-        outside = ((above >= limits) & (above > 0)).nonzero()[
-            :, 0
-        ]  # the best token is always inside, also if p rounds to 0
-        if not len(outside):
-            return
-        # The nucleus lies within what is likelier: strike the rest out and draw again with fresh noise.
-        p = p[outside] * likelier[outside]
-        rows, limits = rows[outside], limits[outside]
-        key = mix64(key[outside] + _GAMMA)
-        drawn[rows] = _draw(p, key)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from acestep.hardware.upload import upload
 from acestep.lm.attention import RowAttention, Segment
 from acestep.lm.cache import Arena, Span
 from acestep.lm.heads import Heads
@@ -45,6 +46,7 @@ class WeighingJob:
     span: Span = field(init=False)
     last: torch.Tensor = field(init=False, repr=False)  # hidden state after the prompt
     before: torch.Tensor = field(init=False, repr=False)  # that which foretells the next token
+    sound: torch.Tensor = field(init=False, repr=False)  # whether every hidden state so far was finite, on the device
     part: list[tuple[float, int]] = field(default_factory=list)  # of the target that is being read
     rows = 1
     stream = WEIGHING_STREAM
@@ -77,22 +79,21 @@ class Weigher:
             job.fault = "the planner ran out of memory"
         except FloatingPointError:
             job.fault = "the planner gave a number that is not finite"
-            for store in (
-                *self._arena.keys,
-                *self._arena.values,
-            ):  # a NaN would outlive its row where places are masked
-                store[job.span.start : job.span.start + job.span.size] = 0
+            self._arena.wipe(job.span)  # a NaN would outlive its row where places are masked
 
     def _read_prompt(self, job: WeighingJob) -> None:
         at = job.span.used
         hidden = self._forward(job.span, job.prompt[at : at + _CHUNK])
+        sound = hidden.isfinite().all()
+        job.sound = sound if at == 0 else job.sound & sound
         job.last = job.before = hidden[-1:].clone()
 
     def _read_target(self, job: WeighingJob) -> None:
         target = job.targets[len(job.weights)]
         chunk = list(target[len(job.part) : len(job.part) + _CHUNK])
         hidden = self._forward(job.span, chunk)
-        job.part += self._weights(torch.cat((job.before, hidden[:-1])), chunk)
+        job.sound = job.sound & hidden.isfinite().all()
+        job.part += self._weights(torch.cat((job.before, hidden[:-1])), chunk, job.sound)
         job.before = hidden[-1:].clone()
         if len(job.part) == len(target):
             logprobs, ranks = zip(*job.part, strict=True)
@@ -101,30 +102,32 @@ class Weigher:
             job.span.used = len(job.prompt)
 
     def _forward(self, span: Span, ids: list[int]) -> torch.Tensor:
-        """Hidden states after each of `ids`, which stand after what the span holds; (len(ids), hidden).
-
-        Raises:
-            FloatingPointError: One of them is not finite.
-        """
+        """Hidden states after each of `ids`, which stand after what the span holds; (len(ids), hidden)."""
         past, device = span.used, self._model.device
         hidden = self._model.forward(
-            torch.tensor(ids, device=device),
+            upload(ids, torch.long, device),
             torch.arange(past, past + len(ids), device=device),
             RowAttention(self._arena, [Segment(span, past, len(ids))], len(ids)),
         )
-        if not bool(hidden.isfinite().all()):
-            raise FloatingPointError
         span.used = past + len(ids)
         return hidden
 
-    def _weights(self, hidden: torch.Tensor, ids: list[int]) -> list[tuple[float, int]]:
-        """Of each id by the hidden state before it."""
+    def _weights(self, hidden: torch.Tensor, ids: list[int], sound: torch.Tensor) -> list[tuple[float, int]]:
+        """Of each id by the hidden state before it.
+
+        Raises:
+            FloatingPointError: Not everything is `sound`.
+        """
         found = []
-        tokens = torch.tensor(ids, device=hidden.device)
+        tokens = upload(ids, torch.long, hidden.device)
         for at in range(0, len(ids), _LOGIT_ROWS):
             logits = self._heads.all_logits(hidden[at : at + _LOGIT_ROWS])
             own = logits.gather(1, tokens[at : at + _LOGIT_ROWS, None])
             found.append(
                 torch.cat((own - logits.logsumexp(1, keepdim=True), 1 + (logits > own).sum(1, keepdim=True)), 1)
             )
-        return [(logprob, int(rank)) for logprob, rank in torch.cat(found).tolist()]
+        # Read in one piece with the numbers: each reading waits for the device.
+        *read, (all_sound, _) = torch.cat((*found, sound.to(found[0].dtype).expand(1, 2))).tolist()
+        if not all_sound:
+            raise FloatingPointError
+        return [(logprob, int(rank)) for logprob, rank in read]

@@ -19,6 +19,8 @@ from acestep.lm.tokenizer import PlannerTokenizer
 from acestep.stage_settings import PlannerSettings
 
 MAX_LEN = 2_048
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anybody imports Triton
 torch.set_num_threads(1)  # tiny products: a second thread only waits
 
 

@@ -13,6 +13,7 @@ from torch.nn import functional
 from acestep.checkpoints.published import VariantDefaults
 from acestep.controls import DcwMode
 from acestep.errors import InvalidRequest
+from acestep.hardware.upload import send
 from acestep.request import Adjustment, SongRequest
 
 
@@ -78,7 +79,7 @@ def _haar_bands(x: Tensor, low: float, high: float, wavelet: str = "haar") -> Te
 
 def _bands(x: Tensor, low: float, high: float, wavelet: str) -> Tensor:
     """`low` times the low band of `x` along time plus `high` times the high one; orthonormal filters, zeros beyond both ends."""
-    filters = _filters(wavelet).to(x)  # [4, 1, taps]: to the low and to the high band, and back
+    filters = _filters_on(wavelet, x.device, x.dtype)  # [4, 1, taps]: to the low and to the high band, and back
     taps, frames = filters.shape[-1], len(x)
     coefficients = (frames + taps - 1) // 2
     padded = functional.pad(x.T[:, None], (taps - 2, 2 * coefficients - frames))
@@ -89,6 +90,11 @@ def _bands(x: Tensor, low: float, high: float, wavelet: str) -> Tensor:
             whole = functional.conv_transpose1d(band, back, stride=2)
             out = out + scale * whole[..., taps - 2 : taps - 2 + frames]
     return out[:, 0].T
+
+
+@cache
+def _filters_on(wavelet: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return send(_filters(wavelet).to(dtype), device)  # once: every step asks for them
 
 
 @cache
