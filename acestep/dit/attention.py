@@ -49,6 +49,27 @@ def additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Ragged:
+    """Rows of different lengths in one tensor, as sequences one after another: each row's tokens, then its padding, which sees itself alone.
+
+    Attributes:
+        starts: Of the sequences, and the end: int32 `[2 B + 1]`.
+        width: Tokens of a row, padding included.
+    """
+
+    starts: Tensor
+    width: int
+
+
+def ragged(lengths: Sequence[int], width: int, device: torch.device) -> Ragged:
+    starts = [at for row, length in enumerate(lengths) for at in (row * width, row * width + length)]
+    return Ragged(upload([*starts, len(lengths) * width], torch.int32, device), width)
+
+
+Hidden = Tensor | tuple[Ragged, Ragged] | None  # what keeps padding out: a mask, or where queries and keys lie
+
+
+@dataclass(frozen=True)
 class WindowLayout:
     """How the sliding layers of one batch are cut: queries in blocks of `block`, each seeing `window` more on both sides.
 
@@ -60,6 +81,7 @@ class WindowLayout:
     block: int
     blocks: int
     mask: Tensor | None
+    ragged: Ragged | None = None  # for a kernel that knows windows and lengths; then the rest is not needed
 
 
 def window_layout(
@@ -101,15 +123,37 @@ class Attention:
         self._flash = _load_flash(device, dtype) if backend == "flash" else None
         self.backend: AttentionBackend = "sdpa" if backend == "flash" and self._flash is None else backend
         self._kernel = eager_attention if backend == "eager" else _fused(device, dtype)
+        self._varlen = None if backend == "eager" else _load_varlen(device, dtype)
+        self._device, self._dtype = device, dtype
 
-    def full(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """Every query sees every key that `mask` leaves."""
-        if self._flash is not None and mask is None:
+    def hidden(self, queries: tuple[Sequence[int], int], keys: tuple[Sequence[int], int]) -> Hidden:
+        """What `full` needs for rows of such lengths and widths; None where no key is padding."""
+        lengths, width = keys
+        if self._varlen is None or all(length == width for length in lengths):
+            return key_mask(lengths, width, self._device, self._dtype)
+        return ragged(*queries, self._device), ragged(*keys, self._device)
+
+    def windows(self, lengths: Sequence[int], width: int, window: int) -> WindowLayout:
+        """What `sliding` needs; see `window_layout`."""
+        padded = any(length != width for length in lengths)
+        if self._varlen is None or (self._flash is not None and not padded):
+            return window_layout(lengths, width, window, self._device, self._dtype)
+        return WindowLayout(window, width, 1, None, ragged(lengths, width, self._device))
+
+    def full(self, q: Tensor, k: Tensor, v: Tensor, hidden: Hidden) -> Tensor:
+        """Every query sees every key of its row that is not `hidden`."""
+        if isinstance(hidden, tuple):
+            assert self._varlen is not None
+            return run_varlen(self._varlen, q, k, v, *hidden)
+        if self._flash is not None and hidden is None:
             return self._run_flash(q, k, v, (-1, -1))
-        return self._kernel(q, k, v, mask)
+        return self._kernel(q, k, v, hidden)
 
     def sliding(self, q: Tensor, k: Tensor, v: Tensor, layout: WindowLayout, padded: bool) -> Tensor:
         """Queries see keys within the layout's window. Memory grows with S, not with S²."""
+        if layout.ragged is not None:
+            assert self._varlen is not None
+            return run_varlen(self._varlen, q, k, v, layout.ragged, layout.ragged, layout.window)
         if self._flash is not None and not padded:
             return self._run_flash(q, k, v, (layout.window, layout.window))
         if layout.blocks == 1:
@@ -140,6 +184,63 @@ class Attention:
             width = q.shape[2]
             layout = window_layout([width] * q.shape[0], width, window[0], q.device, q.dtype)
             return self.sliding(q, k, v, layout, padded=False)
+
+
+def run_varlen(
+    varlen: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, queries: Ragged, keys: Ragged, window: int = -1
+) -> Tensor:
+    """Attention within each of the sequences, by a function like `torch.nn.attention.varlen.varlen_attn`; nothing is packed or copied."""
+    q_rows, k_rows, v_rows = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+    out: Tensor = varlen(
+        q_rows, k_rows, v_rows, queries.starts, keys.starts, queries.width, keys.width,
+        window_size=(window, window), enable_gqa=q.shape[1] != k.shape[1],
+    )  # fmt: skip
+    return out.view(q.shape[0], q.shape[2], *q.shape[1::2]).transpose(1, 2)
+
+
+@functools.cache
+def _load_varlen(device: torch.device, dtype: torch.dtype) -> Callable[..., Any] | None:
+    """PyTorch's flash attention over sequences of any lengths, where this very card gives with it what it gives with masks."""
+    capability = _capability(device)
+    if capability is None or capability < (8, 0) or dtype not in (torch.float16, torch.bfloat16):
+        return None
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+
+        agrees = varlen_agrees(varlen_attn, device, dtype)
+    except Exception as error:  # a build without it, an unknown card: masks do the same, only slower
+        log.warning(
+            "flash attention of rows of different lengths does not run on %s (%s): masks are used", device, error
+        )
+        return None
+    if not agrees:
+        log.warning("flash attention of rows of different lengths gives other numbers on %s: masks are used", device)
+        return None
+    return varlen_attn
+
+
+@torch.inference_mode()
+def varlen_agrees(varlen: Callable[..., Any], device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether it gives what masks give, for whole rows, windows, and keys of other lengths."""
+    lengths, width, condition, tokens, window = (70, 300, 1), 300, (9, 40, 17), 40, 100
+    generator = torch.Generator().manual_seed(0)
+
+    def random(heads: int, count: int) -> Tensor:
+        return torch.randn((len(lengths), heads, count, 128), generator=generator).to(device, dtype)
+
+    q, k, v = random(4, width), random(2, width), random(2, width)
+    rows = ragged(lengths, width, device)
+    for keys, values, there, reach, mask in (
+        (k, v, rows, -1, key_mask(lengths, width, device, dtype)),
+        (k, v, rows, window, window_layout(lengths, width, window, device, dtype)),
+        (random(2, tokens), random(2, tokens), ragged(condition, tokens, device), -1, key_mask(condition, tokens, device, dtype)),
+    ):  # fmt: skip
+        mask = mask.mask if isinstance(mask, WindowLayout) else mask
+        got, want = run_varlen(varlen, q, keys, values, rows, there, reach), sdpa_attention(q, keys, values, mask)
+        for row, length in enumerate(lengths):
+            if not torch.allclose(got[row, :, :length].float(), want[row, :, :length].float(), atol=2e-2):
+                return False
+    return True
 
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from acestep.adapters.cache import ActiveLora
 from acestep.adapters.hooks import AdapterHooks
 from acestep.checkpoints.modules import AceStepTransformer1DModel, rotary_freqs
-from acestep.dit.attention import Attention, WindowLayout, key_mask, window_layout
+from acestep.dit.attention import Attention, Hidden, WindowLayout
 from acestep.dit.attention_maps import AttentionMaps, Listener
 from acestep.dit.layer import Layer, compiled_layer
 from acestep.hardware.upload import upload
@@ -64,11 +64,11 @@ class _Batch:
     width: int  # tokens, padding included
     context: Tensor
     rope: tuple[Tensor, Tensor]
-    full_mask: Tensor | None
+    hidden: Hidden
     window: WindowLayout
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
-    cross_mask: Tensor | None
+    hidden_condition: Hidden
     held: tuple[object, ...]  # keeps the ids of the cache key from being reused
 
 
@@ -193,29 +193,30 @@ class Denoiser:
         )
         for i, row in enumerate(rows):
             context[i, : frames[i]] = row.context
-        keys, values, cross_mask = self._stack([row.condition for row in rows])
+        keys, values, condition = self._stack([row.condition for row in rows])
         theta = self.transformer.rope_theta
         return _Batch(
             frames=frames,
             width=width,
             context=context,
             rope=rotary_freqs(width, self.transformer.head_dim, theta, self.device, self.dtype),
-            full_mask=key_mask(tokens, width, self.device, self.dtype),
-            window=window_layout(tokens, width, self._window, self.device, self.dtype),
+            hidden=self.attention.hidden((tokens, width), (tokens, width)),
+            window=self.attention.windows(tokens, width, self._window),
             keys=keys,
             values=values,
-            cross_mask=cross_mask,
+            hidden_condition=self.attention.hidden((tokens, width), (condition, max(condition))),
             held=tuple((row.context, row.condition) for row in rows),
         )
 
-    def _stack(self, conditions: Sequence[Projected]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor | None]:
+    def _stack(self, conditions: Sequence[Projected]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], list[int]]:
+        """Keys and values by layer, as wide as the longest condition, and how many of each row's count."""
         first = conditions[0]
         if all(c is first for c in conditions):
             count = len(conditions)
             return (
                 tuple(k.to(self.dtype).expand(count, -1, -1, -1) for k in first.keys),
                 tuple(v.to(self.dtype).expand(count, -1, -1, -1) for v in first.values),
-                None,
+                [first.tokens] * count,
             )
         width = max(c.tokens for c in conditions)
         # One token ("no condition") is repeated instead of padded: equal keys give its value, and need no mask.
@@ -232,7 +233,7 @@ class Denoiser:
         return (
             tuple(stacked([c.keys[n] for c in conditions]) for n in layers),
             tuple(stacked([c.values[n] for c in conditions]) for n in layers),
-            key_mask(lengths, width, self.device, self.dtype),
+            lengths,
         )
 
     def _forward(
@@ -267,7 +268,7 @@ class Denoiser:
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (block.scale_shift_table + proj).chunk(6, dim=1)
         attended = self._self_attention(kind, *layer.before(block, states, shift, scale, *batch.rope), batch)
         states, q = layer.between(block, states, gate, attended)
-        attended = _joined(self.attention.full(q, batch.keys[index], batch.values[index], batch.cross_mask))
+        attended = _joined(self.attention.full(q, batch.keys[index], batch.values[index], batch.hidden_condition))
         for row, seen in maps.items():
             seen.take(index, q[row], batch.keys[index][row])
         del q  # the feed-forward part is where memory peaks
@@ -275,8 +276,8 @@ class Denoiser:
 
     def _self_attention(self, kind: str, q: Tensor, k: Tensor, v: Tensor, batch: _Batch) -> Tensor:
         if kind == "sliding_attention":
-            return _joined(self.attention.sliding(q, k, v, batch.window, padded=batch.full_mask is not None))
-        return _joined(self.attention.full(q, k, v, batch.full_mask))
+            return _joined(self.attention.sliding(q, k, v, batch.window, padded=batch.hidden is not None))
+        return _joined(self.attention.full(q, k, v, batch.hidden))
 
     def _embed_time(self, embed: Any, times: Tensor) -> tuple[Tensor, Tensor]:
         # As AceStepTimestepEmbedding.forward, with the time itself kept in float32.

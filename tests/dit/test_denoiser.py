@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,7 @@ from acestep.dit.attention import (
     groups_heads,
     product_attention,
     sdpa_attention,
+    varlen_agrees,
     window_layout,
 )
 from acestep.dit.denoiser import Denoiser, Row
@@ -229,6 +231,50 @@ def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, window_size: tuple[int, int
     k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
     return torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
+
+
+def varlen_attn(
+    q: Tensor, k: Tensor, v: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int,
+    *, window_size: tuple[int, int] = (-1, -1), enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    """What PyTorch says that its function of this name computes: sequences one after another, each for itself."""
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+    assert enable_gqa or q.shape[1] == k.shape[1]
+    out = torch.full_like(q, torch.nan)
+    for (a, b), (c, d) in zip(pairwise(cu_seq_q.tolist()), pairwise(cu_seq_k.tolist()), strict=True):
+        assert b - a <= max_q
+        assert d - c <= max_k
+        out[a:b] = flash_attn_func(q[None, a:b], k[None, c:d], v[None, c:d], window_size)[0] if d > c else 0.0
+    return out
+
+
+def test_rows_of_different_lengths_need_no_masks(
+    parts: RendererComponents, monkeypatch: pytest.MonkeyPatch, rel: Any
+) -> None:
+    masked = Denoiser(parts.transformer, CPU, torch.float32)
+    monkeypatch.setattr(attention, "_load_varlen", lambda device, dtype: varlen_attn)
+    denoiser = Denoiser(parts.transformer, CPU, torch.float32)
+    rows = []
+    for n, (frames, tokens) in enumerate([(50, 3), (1701, 300), (525, 300), (51, 1)]):
+        x, context, condition = inputs(parts, frames, tokens, seed=n)
+        rows.append(Row(x, 0.5, context, denoiser.project(condition)))
+    for some in (rows, rows[:2], rows[1:2], rows[:1] * 2):
+        with monkeypatch.context() as patch:
+            patch.setattr(attention, "window_layout", None)
+            got = denoiser.velocity(some)
+        for velocity, row in zip(got, some, strict=True):
+            assert rel(velocity, masked.velocity([row])[0]) <= 3e-6
+
+
+@pytest.mark.parametrize("wrong", ["rows", "windows", None])
+def test_a_card_has_to_show_that_it_needs_no_masks(wrong: str | None) -> None:
+    def answer(q: Tensor, k: Tensor, v: Tensor, *where: Any, window_size: tuple[int, int], **how: Any) -> Tensor:
+        if wrong == "windows":
+            window_size = (-1, -1)
+        out = varlen_attn(q, k, v, *where, window_size=window_size, **how)
+        return out + 1.0 if wrong == "rows" else out
+
+    assert varlen_agrees(answer, CPU, torch.float32) is (wrong is None)
 
 
 @pytest.mark.parametrize("frames", [[50], [1526], [1526, 1526], [700, 1526]])
