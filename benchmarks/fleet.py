@@ -1,6 +1,7 @@
 """A simulated fleet of unequal cards: scaling policy, routing, replicas and ETA, over the product's own pure functions.
 
     python -m benchmarks.fleet [--quick] [--json] [--plot fleet.svg]
+    python -m benchmarks.fleet --mix albums [--quick] [--json]    # planned fleets for one mix alone
     python -m benchmarks.fleet --real [--json]       # the simulator against the service, a few minutes
 
 Nothing here is a measurement of a card: times come from cost profiles. What is compared is what decisions make of the same cards.
@@ -238,6 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="a smaller day, within 50 s")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     parser.add_argument("--plot", type=Path, help="draw late jobs over GPU hours into this file (.svg, .png)")
+    parser.add_argument("--mix", choices=sorted(shipped()), help="only fleets planned for this mix, and spot cards")
     parser.add_argument(
         "--real", action="store_true", help="instead: the same jobs through the service, with simulated engines"
     )
@@ -245,6 +247,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.real:
         compared = fleet_real.compare()
         print(json.dumps(compared) if options.json else fleet_real.text(compared))
+        return 0
+    if options.mix:
+        planned = fleet_plans.marks(quick=options.quick, mixes=[options.mix])
+        print(json.dumps(planned) if options.json else fleet_plans.text(planned))
         return 0
     results = run(quick=options.quick)
     if options.plot:

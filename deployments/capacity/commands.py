@@ -81,9 +81,10 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """The cheapest mix of cards that keeps the goal, confirmed by simulation; -o writes its Serve config."""
-    from deployments.capacity.plan import Goal, make_plan
+    from deployments.capacity.plan import make_plan
     from deployments.capacity.report import groups, plan_text
     from deployments.capacity.solver import Choice
+    from deployments.capacity.trial import Goal
 
     if output is not None:
         out.check(output)
@@ -149,8 +150,8 @@ def replay(
 ) -> None:
     """What a fleet would make of a traffic: waits, deadlines kept, utilisation and cost, with a picture."""
     from deployments.capacity.picture import picture
-    from deployments.capacity.plan import RECLAIM_S, try_out
     from deployments.capacity.report import trial_text
+    from deployments.capacity.trial import RECLAIM_S, try_out
 
     if svg is not None:
         out.check(svg)

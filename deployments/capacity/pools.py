@@ -223,6 +223,12 @@ class Pool:
         spot = self.price if self.spec.spot_price is None else self.spec.spot_price
         return ((self.gpu_s - self.spot_s) * self.price + self.spot_s * spot) / 3600
 
+    def cost_at(self, now: float, left_s: float) -> float:
+        """Of all its cards' hours by now, and of those that are always on for the time that is left."""
+        spot = self.price if self.spec.spot_price is None else self.spec.spot_price
+        there = sum((spot if r.spot else self.price) * (now - r.ordered_at) for r in (*self.replicas, *self.starting))
+        return self.cost + (there + self.spec.min_replicas * min(spot, self.price) * left_s) / 3600
+
     @property
     def live(self) -> list[Replica]:
         """Replicas that take work."""

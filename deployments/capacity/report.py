@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from acestep.sizing.profiles import cards
-from deployments.capacity.plan import Goal, Plan, Trial, describe
+from deployments.capacity.plan import Plan
 from deployments.capacity.pools import PoolSpec
 from deployments.capacity.solver import Choice
+from deployments.capacity.trial import Goal, Trial, describe
 
 
 def plan_text(plan: Plan, choice: Choice, goal: Goal, prices: str) -> str:

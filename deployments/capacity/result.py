@@ -16,11 +16,13 @@ class Result:
     Attributes:
         pools: As they were at its end.
         span_s: Until the last song was done, or the day was over.
+        whole: It was played to its end; else what had not ended counts for nothing.
     """
 
     songs: Sequence[Song]
     pools: Sequence[Pool]
     span_s: float
+    whole: bool = True
 
     @property
     def gpu_hours(self) -> float:
@@ -45,7 +47,7 @@ class Result:
     @property
     def late(self) -> int:
         """Jobs that were not done in time, refused ones among them."""
-        return sum(not s.kept for s in self.songs)
+        return sum(not s.kept for s in self.songs if self.whole or s.ended)
 
     @property
     def kept(self) -> float:

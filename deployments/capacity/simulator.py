@@ -27,6 +27,8 @@ from deployments.scheduling.line import line_up
 from deployments.scheduling.simulate import as_found_by
 
 FRESH_S = 1.0  # a reading of the backlog is used for so long, as by the service
+# Work in seconds grows by what happens alone. So long after the last of it, it is weighed less often: only to see that less is left.
+CALM_S, CALM_TICKS = 6.0, 4
 
 
 class Simulator:
@@ -38,6 +40,7 @@ class Simulator:
         noise: Standard deviation of log(time) from song to song.
         reclaim_every_s: One spot card is taken away so often, `notice_s` after it was told.
         until_s: Cards are there, and are paid for, until then at least.
+        most_late, most_cost: Jobs, and dollars: a day with more of them is given up.
     """
 
     def __init__(
@@ -53,6 +56,8 @@ class Simulator:
         reclaim_every_s: float | None = None,
         notice_s: float = 30.0,
         until_s: float = 0.0,
+        most_late: float = math.inf,
+        most_cost: float = math.inf,
     ) -> None:
         self.rng = random.Random(seed)
         fixed: Scaler = lambda now, backlog, running, target, ongoing: target  # noqa: E731
@@ -62,9 +67,12 @@ class Simulator:
         self.noise = noise
         self.tick_s = tick_s
         self.reclaim_every_s, self.notice_s, self.until_s = reclaim_every_s, notice_s, until_s
+        self.most_late, self.most_cost = most_late, most_cost
+        self.late, self.lost = 0, False
         self.corrections = Corrections()
         self.usage = Usage()
-        self.now = 0.0
+        self.now = self._news_at = 0.0
+        self._ticks = 0
         self.songs: list[Song] = []
         self._open: dict[str, Song] = {}
         self._lately: deque[Song] = deque()  # that came within the time over which arrivals are counted
@@ -84,17 +92,22 @@ class Simulator:
             self._at(0.0, self._tick)
         if self.reclaim_every_s is not None:
             self._at(self.reclaim_every_s, self._reclaim)
-        while self._events and not self._over():
+        while self._events and not self._over() and not self.lost:
             self.now, _, action, args = heapq.heappop(self._events)
             action(*args)
-        self.now = max(self.now, self.until_s)
+        if not self.lost:
+            self.now = max(self.now, self.until_s)
         for pool in self.pools.values():
             for replica in (*pool.replicas, *pool.starting):
                 pool.pay(replica, self.now)
-        return Result(self.songs, list(self.pools.values()), self.now)
+        return Result(self.songs, list(self.pools.values()), self.now, whole=not self.lost)
 
     def _over(self) -> bool:
         return not self._open and len(self.songs) == len(self.arrivals) and self.now >= self.until_s
+
+    def _ended(self, song: Song) -> None:
+        self.late += not song.kept
+        self.lost = self.lost or self.late > self.most_late
 
     def _at(self, when: float, action: Callable[..., None], *args: Any) -> None:
         heapq.heappush(self._events, (when, next(self._order), action, args))
@@ -102,6 +115,7 @@ class Simulator:
     # -- a song's way
 
     def _arrive(self, arrival: Arrival) -> None:
+        self._news_at = self.now
         deadline = self._deadline(arrival)
         in_s = None if deadline is None else arrival.deadline_s
         decision = choose(arrival.request, self._fleet(arrival), deadline_in_s=in_s)
@@ -111,6 +125,7 @@ class Simulator:
         too_late = in_s is not None and decision.eta_s is not None and decision.eta_s > in_s
         if decision.outcome == "never" or decision.adjustments or too_late:  # less than was asked is no song either
             song.stage = "refused"
+            self._ended(song)
             return
         self._open[song.id] = song
         self._lately.append(song)
@@ -123,6 +138,7 @@ class Simulator:
 
     def _wait(self, song: Song) -> None:
         song.begun, song.waits_since = None, self.now
+        self._news_at = self.now
         pool, row = self.pools[song.pool], song.row(self.now)
         pool.queue[song.id] = song, row, turn_of(row)
         self._feed(pool)
@@ -242,10 +258,12 @@ class Simulator:
         if not song.on:
             song.stage, song.finished = "done", self.now
             del self._open[song.id]
+            self._ended(song)
         self._freed(replica)
 
     def _freed(self, replica: Replica) -> None:
         """It has done something, or lost it."""
+        self._news_at = self.now
         if replica.draining and not replica.busy:
             replica.pool.leave(replica, self.now)
             return
@@ -259,6 +277,7 @@ class Simulator:
             self.pools[song.pool].queue.pop(song.id, None)
             song.stage = "late"
             del self._open[song.id]
+            self._ended(song)
             self._let_go(song)
 
     def _let_go(self, song: Song) -> float:
@@ -338,8 +357,10 @@ class Simulator:
     # -- cards that come and go
 
     def _tick(self) -> None:
+        self._ticks += 1
+        calm = self.now - self._news_at > CALM_S and self._ticks % CALM_TICKS
         for pool in self.pools.values():
-            if pool.settled:
+            if pool.settled or (calm and pool.drain_s is not None):
                 continue
             running = len(pool.live)
             backlog = self._backlogs().get(pool.spec.name, Backlog())
@@ -353,6 +374,9 @@ class Simulator:
                     pool.leave(pool.starting[-1], self.now)
                 else:
                     self._drain(pool.live[-1])
+        if self.most_cost < math.inf:
+            left_s = max(0.0, self.until_s - self.now)
+            self.lost = self.lost or sum(p.cost_at(self.now, left_s) for p in self.pools.values()) > self.most_cost
         if not self._over():
             self._at(self.now + self.tick_s, self._tick)
 
@@ -365,6 +389,7 @@ class Simulator:
         if not replica.gone:
             replica.pool.starting.remove(replica)
             replica.pool.join(replica, self.now)
+            self._news_at = self.now
             self._feed(replica.pool)
 
     def _drain(self, replica: Replica) -> None:

@@ -6,7 +6,10 @@ many on demand, bound the work that it gets. Cards of one tier are of one kind, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -177,10 +180,11 @@ def solve(demand: Demand, choice: Choice, headroom: float) -> Solution:
     least = np.zeros(len(at))
 
     def best(objective: np.ndarray) -> tuple[np.ndarray | None, float]:
-        found = milp(
-            objective, integrality=whole, bounds=Bounds(least, most), constraints=constraints,
-            options={"mip_rel_gap": GAP, "time_limit": TIME_LIMIT_S},
-        )  # fmt: skip
+        with _silent():
+            found = milp(
+                objective, integrality=whole, bounds=Bounds(least, most), constraints=constraints,
+                options={"mip_rel_gap": GAP, "time_limit": TIME_LIMIT_S},
+            )  # fmt: skip
         return found.x, float(found.mip_dual_bound or 0.0)
 
     least[share] = 1.0
@@ -198,6 +202,20 @@ def solve(demand: Demand, choice: Choice, headroom: float) -> Solution:
         if always := round(x[at["always", n]]):
             specs.append(_spec(pool.role, pool.offer, pool.model, always, choice))
     return Solution(tuple(specs), float(costs @ x), bound, float(x[share]))
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """HiGHS writes some of its remarks to the process's standard output, whatever it is told; they belong into no JSON."""
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _spec(role: Role, offer: Offer, model: str, cards: int, choice: Choice) -> PoolSpec:

@@ -59,6 +59,20 @@ def test_a_pool_that_may_grow_does_no_worse_than_its_smallest_size(seed: int) ->
     assert kept((2, 2), (1, 3)) >= kept((2, 2), (1, 1))
 
 
+def test_a_day_that_cannot_win_is_given_up() -> None:
+    song = request_of(fleet.RERENDERS, 240.0, 1, 6)
+    jobs = [Arrival(10.0 * n, song, "a", 240.0, 1.0, firm=True) for n in range(100)]  # no card makes that
+    spec = [PoolSpec("dit", "render", "rtx-3060-12", "tier5", fleet.DIT, 1, 1, 0.1)]
+    late = Simulator(spec, jobs, SecondsOfWork, until_s=3600.0, most_late=10).run()
+    assert (late.whole, late.late) == (False, 11)
+    dear = Simulator(spec, jobs, SecondsOfWork, until_s=3600.0, most_cost=0.09).run()
+    assert not dear.whole, "the one card that is always on costs more by the end of the hour"
+    assert len(dear.songs) <= 1, "which is known from the beginning"
+    whole = Simulator(spec, jobs, SecondsOfWork, until_s=3600.0, most_late=100, most_cost=0.11).run()
+    assert (whole.whole, whole.late) == (True, 100)
+    assert whole.cost == pytest.approx(0.1)
+
+
 def test_a_batch_does_not_wait_for_itself() -> None:
     """What it was told at submit is what it finds when its turn comes: it is in the line once."""
     song = request_of(fleet.RERENDERS, 180.0, 4, 6)
