@@ -13,6 +13,7 @@ from typing import Any
 import typer
 
 from acestep import __version__
+from acestep.cli import interrupt
 
 GROUP = "acestep.commands"
 
@@ -29,6 +30,7 @@ class _Lazy(typer.core.TyperGroup):
             return None
         app: typer.Typer = found.load()
         command = typer.main.get_command(app)
+        interrupt.is_raised()
         command.name = name
         return command
 

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import sys
 
+from acestep.cli import interrupt
+
 
 def main() -> None:
     """Run the command line: expected errors become one line and exit code 1, Ctrl-C exit code 130."""
+    interrupt.ends_at_once()
     try:
         from acestep.cli.app import app
         from acestep.errors import AceStepError

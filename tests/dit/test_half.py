@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def load(checkpoints: dict[str, Checkpoint], tmp_path_factory: pytest.TempPathFa
                 state[name] *= factor
             path.unlink()  # a link to what other checkpoints share
             save_file(state, path, metadata={"format": "pt"})
-        checkpoint = Checkpoint(**{**vars(checkpoint), "path": folder})
+        checkpoint = replace(checkpoint, path=folder)
         made.append(Renderer.load(checkpoint, RendererSettings(dtype=dtype)))  # type: ignore[arg-type]
         return made[-1]
 
