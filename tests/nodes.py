@@ -18,9 +18,8 @@ from ray.exceptions import RayError
 
 def alive(gcs: str, address: str | None) -> int:
     host, _, port = gcs.rpartition(":")
-    socket.create_connection(
-        (host, int(port)), timeout=5
-    ).close()  # a client that comes too early tries again after many seconds
+    # A client of Ray's that comes too early tries again after many seconds.
+    socket.create_connection((host, int(port)), timeout=5).close()
     nodes = GcsClient(address=gcs).get_all_node_info(timeout=5).values()
     return sum(n.state == GcsNodeInfo.ALIVE and address in (None, n.node_manager_address) for n in nodes)
 

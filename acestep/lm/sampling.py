@@ -147,21 +147,6 @@ class Draw:
         self._look()
 
 
-def sample(
-    logits: torch.Tensor,
-    seeds: torch.Tensor,
-    steps: torch.Tensor,
-    top_k: torch.Tensor,
-    top_p: torch.Tensor,
-    greedy: torch.Tensor,
-) -> torch.Tensor:
-    """One index per row, (rows,) int64 on the logits' device; see `Draw`."""
-    draw = Draw(logits, seeds, steps, top_k, top_p, greedy)
-    while any(outside := draw.outside.tolist()):
-        draw.again(outside)
-    return draw.tokens
-
-
 def _keep_top_k(logits: torch.Tensor, top_k: torch.Tensor) -> None:
     width = logits.shape[1]
     for row, k in enumerate(top_k.tolist()):

@@ -140,9 +140,8 @@ class _Search:
         steady = replace(choice, on_demand=False)
         keeping: list[Trial] = []
         low, high = 0, len(HEADROOMS)
-        while (
-            low < high
-        ):  # the busiest that still keeps the goal; what is busier than one that does not, does not either
+        # The busiest that still keeps the goal; what is busier than one that does not, does not either.
+        while low < high:
             middle = (low + high) // 2
             solution = solve(demand, steady, HEADROOMS[middle])
             trial = self.attempt(solution.specs, (solution, HEADROOMS[middle]))

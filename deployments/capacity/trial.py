@@ -12,10 +12,8 @@ from deployments.capacity.scaling import SecondsOfWork
 from deployments.capacity.simulator import Simulator
 from deployments.capacity.traffic import Arrival
 
-NOTICE_S, RECLAIM_S = (
-    30.0,
-    600.0,
-)  # of spot cards: the shortest notice of the large clouds, and one of the fleet every ten minutes
+# Of spot cards: the shortest notice of the large clouds, and one of the fleet every ten minutes.
+NOTICE_S, RECLAIM_S = 30.0, 600.0
 BIAS = 1.15  # by which cards may be slower or faster than their profiles
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from drawing import sample
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from acestep.lm.grammar import Choice, Grammar, Program
-from acestep.lm.sampling import SamplingParams, sample
+from acestep.lm.sampling import SamplingParams
 
 
 class Oracle:

@@ -6,8 +6,9 @@ import math
 
 import pytest
 import torch
+from drawing import sample
 
-from acestep.lm.sampling import _mass, gumbel, keys, penalise, sample
+from acestep.lm.sampling import _mass, gumbel, keys, penalise
 
 WIDTHS = [3, 256, 1_000, 2_049]
 
